@@ -1,0 +1,4 @@
+//! One file per wire shape: bytes -> [`crate::rerank::RerankRequest`], [`crate::rerank::Ranking`] -> bytes.
+
+pub(super) mod documents;
+mod fields;

@@ -1,0 +1,130 @@
+//! What went wrong, on the wire: the only table from causes to statuses.
+//!
+//! One object satisfies every client at once: `code`, `message` and `data` for the vendor's own, `detail` as a string, and `error`
+//! with the `type` that SDKs map to their exception classes. It never contains `results`.
+
+use std::any::Any;
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::error::RerankError;
+
+/// An answer that is not a ranking.
+#[derive(Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    /// The vendor's number where it has one, else the status.
+    code: u16,
+    message: String,
+    retry_after_s: Option<u64>,
+    cause: Option<anyhow::Error>,
+}
+
+/// The body of every error.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ErrorBody {
+    /// The vendor's number (20012 unknown model, 20015 bad parameter, 50505 overloaded), else the HTTP status.
+    code: u16,
+    /// What is wrong, and the way out.
+    message: String,
+    /// Always null.
+    #[schema(value_type = Option<String>)]
+    data: (),
+    /// The message again, where some clients look for it.
+    detail: String,
+    error: ErrorDetail,
+}
+
+/// The part of an error body that SDKs map to exception classes.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ErrorDetail {
+    message: String,
+    /// One of `invalid_request_error`, `authentication_error`, `not_found_error`, `request_too_large`, `rate_limit_error`,
+    /// `overloaded_error`, `timeout_error`, `api_error`.
+    #[serde(rename = "type")]
+    kind: &'static str,
+    code: u16,
+}
+
+impl ApiError {
+    /// An error with the status as its code.
+    pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
+        Self { status, code: status.as_u16(), message: message.into(), retry_after_s: None, cause: None }
+    }
+
+    /// A bad parameter.
+    pub(super) fn bad_request(message: impl Into<String>) -> Self {
+        Self { code: 20015, ..Self::new(StatusCode::BAD_REQUEST, message) }
+    }
+
+    /// No key, or a wrong one.
+    pub(super) fn unauthorized() -> Self {
+        Self::new(StatusCode::UNAUTHORIZED, "Invalid token")
+    }
+
+    fn kind(&self) -> &'static str {
+        match self.status.as_u16() {
+            401 | 403 => "authentication_error",
+            404 | 405 => "not_found_error",
+            408 | 504 => "timeout_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            503 => "overloaded_error",
+            500.. => "api_error",
+            _ => "invalid_request_error",
+        }
+    }
+}
+
+impl From<RerankError> for ApiError {
+    fn from(error: RerankError) -> Self {
+        let message = error.to_string();
+        match error {
+            RerankError::UnknownModel { .. } => Self { code: 20012, ..Self::new(StatusCode::BAD_REQUEST, message) },
+            RerankError::Invalid { .. } => Self::bad_request(message),
+            RerankError::TooMuchWork { .. } => Self::new(StatusCode::PAYLOAD_TOO_LARGE, message),
+            RerankError::Overloaded { retry_after_s } => Self {
+                code: 50505,
+                retry_after_s: Some(retry_after_s),
+                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
+            },
+            RerankError::ShuttingDown => {
+                Self { code: 50505, retry_after_s: Some(1), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
+            }
+            RerankError::Deadline { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, message),
+            RerankError::NonFiniteScore => Self::new(StatusCode::INTERNAL_SERVER_ERROR, message),
+            RerankError::Internal(cause) => {
+                Self { cause: Some(cause), ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, message) }
+            }
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        if let Some(cause) = &self.cause {
+            tracing::error!("internal error: {cause:#}");
+        }
+        let error = ErrorDetail { message: self.message.clone(), kind: self.kind(), code: self.code };
+        let body = ErrorBody { code: self.code, detail: self.message.clone(), message: self.message, data: (), error };
+        let mut response = (self.status, Json(body)).into_response();
+        if let Some(seconds) = self.retry_after_s {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if self.status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+/// A handler that panicked is a fault of ours, told in the same shape as any other.
+pub(super) fn from_panic(panic: Box<dyn Any + Send>) -> Response {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    let cause = anyhow::anyhow!("a handler panicked: {}", text.unwrap_or("without a message"));
+    ApiError::from(RerankError::Internal(cause)).into_response()
+}

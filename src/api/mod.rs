@@ -1,0 +1,95 @@
+//! HTTP and nothing else: paths, keys, limits, dialects, errors, operations.
+
+mod auth;
+mod dialect;
+mod error;
+mod limits;
+mod observe;
+mod openapi;
+mod ops;
+mod rerank;
+mod server;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::http::Uri;
+use axum::middleware;
+use axum::routing::{get, post};
+use tower::ServiceExt;
+use tower_http::catch_panic::CatchPanicLayer;
+
+pub use auth::Keys;
+pub use error::ApiError;
+pub use limits::ApiLimits;
+pub use server::{Server, ServerTimes};
+
+use crate::models::Models;
+use limits::BodyBudget;
+
+/// Paths on which requests in the `documents` shape are answered. SDKs that are given a base with `/v1` double it.
+const RERANK_PATHS: [&str; 5] = ["/v1/rerank", "/v2/rerank", "/rerank", "/v1/v1/rerank", "/v1/v2/rerank"];
+
+/// What every handler sees.
+#[derive(Debug)]
+pub struct App {
+    models: Models,
+    keys: Keys,
+    limits: ApiLimits,
+    bodies: BodyBudget,
+    draining: AtomicBool,
+}
+
+impl App {
+    /// The state of a server of `models`.
+    pub fn new(models: Models, keys: Keys, limits: ApiLimits) -> Arc<Self> {
+        let bodies = BodyBudget::new(limits.max_inflight_bytes);
+        Arc::new(Self { models, keys, limits, bodies, draining: AtomicBool::new(false) })
+    }
+
+    /// The served models.
+    pub fn models(&self) -> &Models {
+        &self.models
+    }
+}
+
+/// The service: every path, its keys, its error shape.
+pub fn router(app: &Arc<App>) -> Router {
+    let mut closed = Router::new()
+        .route("/v1/models", get(ops::models))
+        .route("/v1/models/{*id}", get(ops::model))
+        .route("/metrics", get(ops::metrics))
+        .fallback(ops::unknown_path);
+    for path in RERANK_PATHS {
+        closed = closed.route(path, post(rerank::rerank).fallback(ops::wrong_method));
+    }
+    // Denied by default: whatever is not merged below asks for a key, unknown paths included.
+    let closed = closed.layer(middleware::from_fn_with_state(Arc::clone(app), auth::require_key));
+    let open = Router::new()
+        .route("/health", get(ops::health))
+        .route("/ready", get(ops::ready))
+        .route("/openapi.json", get(openapi::document));
+    let routes = closed
+        .merge(open)
+        .method_not_allowed_fallback(ops::wrong_method)
+        .layer(CatchPanicLayer::custom(error::from_panic))
+        .layer(middleware::from_fn(observe::observe))
+        .with_state(Arc::clone(app));
+    // Outside the router, which would have matched the path already.
+    Router::new().fallback_service(routes.map_request(tidy_path))
+}
+
+/// `//v1/rerank/` is `/v1/rerank`: people join base URLs and paths in every way.
+fn tidy_path(mut request: Request) -> Request {
+    let path = request.uri().path();
+    if path.contains("//") || (path.len() > 1 && path.ends_with('/')) {
+        let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
+        let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
+        if let Ok(uri) = format!("/{}{query}", parts.join("/")).parse::<Uri>() {
+            *request.uri_mut() = uri;
+        }
+    }
+    request
+}

@@ -1,0 +1,118 @@
+//! What operators and SDKs ask beside rankings: is it alive, is it ready, what does it serve, how is it doing.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, Request, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+use serde_json::json;
+use utoipa::ToSchema;
+
+use super::{ApiError, App, RERANK_PATHS};
+use crate::models::Model;
+use crate::telemetry;
+
+/// A batch that came back this lately shows that a model is alive, however busy it is.
+const RECENT: Duration = Duration::from_secs(30);
+
+/// How long a health check waits for an inference of its own.
+const PATIENCE_S: u64 = 10;
+
+/// A served model, in OpenAI's words.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ModelCard {
+    id: String,
+    /// Always `model`.
+    object: &'static str,
+    /// Always 0: the model does not say.
+    created: u64,
+    owned_by: String,
+    /// Always `rerank`.
+    model_type: &'static str,
+    /// Other names of it.
+    aliases: Vec<String>,
+    /// Tokens of a query and a chunk together.
+    max_input_tokens: usize,
+}
+
+/// The served models.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ModelList {
+    /// Always `list`.
+    object: &'static str,
+    data: Vec<ModelCard>,
+}
+
+impl From<&Model> for ModelCard {
+    fn from(model: &Model) -> Self {
+        let owner = model.name.split_once('/').map_or("rerankd", |(owner, _)| owner);
+        Self {
+            id: model.name.clone(),
+            object: "model",
+            created: 0,
+            owned_by: owner.to_owned(),
+            model_type: "rerank",
+            aliases: model.aliases.clone(),
+            max_input_tokens: model.text.window(),
+        }
+    }
+}
+
+/// Every served model.
+#[utoipa::path(get, path = "/v1/models", responses((status = 200, body = ModelList), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
+pub(super) async fn models(State(app): State<Arc<App>>) -> Json<ModelList> {
+    Json(ModelList { object: "list", data: app.models.iter().map(ModelCard::from).collect() })
+}
+
+/// One served model; its id may contain slashes.
+#[utoipa::path(get, path = "/v1/models/{id}", params(("id" = String, Path, description = "name or alias")),
+    responses((status = 200, body = ModelCard), (status = 401, body = super::error::ErrorBody), (status = 404, body = super::error::ErrorBody)), security(("key" = [])))]
+pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
+    let unknown = |_| ApiError::new(StatusCode::NOT_FOUND, "Model does not exist. GET /v1/models lists those that do.");
+    app.models.find(&id).map(|model| Json(model.into())).map_err(unknown)
+}
+
+/// Alive: a real inference has just succeeded, or does so now, on every model.
+#[utoipa::path(get, path = "/health", responses((status = 200, description = "Every model infers"), (status = 503, description = "One does not", body = super::error::ErrorBody)))]
+pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    for model in app.models.iter() {
+        if let Err(error) = model.check(RECENT, PATIENCE_S).await {
+            let message = format!("{}: no inference succeeds: {error}", model.name);
+            return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message));
+        }
+    }
+    Ok(Json(json!({"status": "ok"})).into_response())
+}
+
+/// Ready for more: models are loaded and the server is not on its way down.
+#[utoipa::path(get, path = "/ready", responses((status = 200, description = "Send requests"), (status = 503, description = "Shutting down", body = super::error::ErrorBody)))]
+pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
+    if app.draining.load(Relaxed) {
+        return Err(crate::error::RerankError::ShuttingDown.into());
+    }
+    Ok(Json(json!({"status": "ready"})).into_response())
+}
+
+/// Numbers for Prometheus.
+#[utoipa::path(get, path = "/metrics", responses((status = 200, description = "Prometheus text format", content_type = "text/plain"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
+pub(super) async fn metrics() -> Response {
+    let text = telemetry::prometheus().render();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+/// A path that does not exist, with those that do.
+pub(super) async fn unknown_path(request: Request) -> ApiError {
+    let path: String = request.uri().path().chars().take(100).collect();
+    let exist = format!("POST {}; GET /v1/models, /health, /ready, /metrics, /openapi.json", RERANK_PATHS.join(", "));
+    ApiError::new(StatusCode::NOT_FOUND, format!("{path:?} does not exist; these do: {exist}"))
+}
+
+/// A path that exists, asked in the wrong way.
+pub(super) async fn wrong_method(request: Request) -> ApiError {
+    let message = format!("{} is not for this path; rerank paths take POST, all others GET", request.method());
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)
+}

@@ -1,0 +1,194 @@
+//! Candle tensors: the portable backend, f32 on the CPU (or candle's own CUDA kernels behind the feature `candle-cuda`).
+//!
+//! Written for being right and readable: it is the definition that every faster backend is tested against. One graph runs
+//! at a time; the parallelism is inside candle's matrix products (its `rayon` pool).
+
+use std::ops::Range;
+
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::ops::{layer_norm, softmax_last_dim};
+
+use super::{
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, NormWeights,
+};
+use crate::batch::Batch;
+
+/// Query rows that attend at a time. Scores of one block are `[H, 256, L]` floats: 128 MiB at 16 heads and 8192 tokens,
+/// where the whole matrix would be 4 GiB. The block is counted from the sequence's own start, so it moves no score.
+const ATTENTION_ROWS: usize = 256;
+
+/// The candle backend on one device.
+#[derive(Debug, Clone)]
+pub struct CandleBackend {
+    device: Device,
+}
+
+/// Embedding tables as candle tensors.
+#[derive(Debug)]
+pub struct Embeddings {
+    words: Tensor,
+    positions: Tensor,
+    types: Tensor,
+    norm: Norm,
+}
+
+/// A linear layer as candle tensors: `[outputs, inputs]` and `[outputs]`.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Tensor,
+}
+
+/// A layer norm as candle tensors, both `[C]`.
+#[derive(Debug)]
+pub struct Norm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f32,
+}
+
+impl CandleBackend {
+    /// f32 on the CPU.
+    pub fn cpu() -> Self {
+        Self { device: Device::Cpu }
+    }
+
+    /// f32 on a CUDA device through candle's own kernels.
+    ///
+    /// # Errors
+    /// Where there is no such device.
+    #[cfg(feature = "candle-cuda")]
+    pub fn cuda(ordinal: usize) -> Result<Self, BackendError> {
+        Ok(Self { device: Device::new_cuda(ordinal)? })
+    }
+
+    fn upload(&self, tensor: HostTensor) -> Result<Tensor, BackendError> {
+        Ok(Tensor::from_vec(tensor.data, tensor.shape, &self.device)?)
+    }
+
+    fn indices(&self, values: &[u32]) -> Result<Tensor, BackendError> {
+        Ok(Tensor::new(values, &self.device)?)
+    }
+
+    /// `softmax(q k^T / sqrt(D)) v` for one sequence. `q` is `[Lq, C]`, `k` and `v` `[L, C]`; the result `[Lq, C]`.
+    fn attend(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+        let AttentionShape { heads, head_size } = shape;
+        let by_head = |x: &Tensor| x.reshape(((), heads, head_size))?.transpose(0, 1)?.contiguous(); // [H, L, D]
+        let (q, k, v) = (by_head(&q.contiguous()?)?, by_head(&k.contiguous()?)?, by_head(&v.contiguous()?)?);
+        let k = k.transpose(1, 2)?.contiguous()?; // [H, D, L]
+        let q = (q / (head_size as f64).sqrt())?;
+        let rows = q.dim(1)?;
+        let mut blocks = Vec::with_capacity(rows.div_ceil(ATTENTION_ROWS));
+        for start in (0..rows).step_by(ATTENTION_ROWS) {
+            let q = q.narrow(1, start, ATTENTION_ROWS.min(rows - start))?.contiguous()?;
+            let weights = softmax_last_dim(&q.matmul(&k)?)?;
+            blocks.push(weights.matmul(&v)?);
+        }
+        Tensor::cat(&blocks, 1)?.transpose(0, 1)?.contiguous()?.reshape((rows, heads * head_size))
+    }
+}
+
+impl Backend for CandleBackend {
+    type Buffer = Tensor;
+    type Embeddings = Embeddings;
+    type Linear = Linear;
+    type Norm = Norm;
+
+    fn describe(&self) -> String {
+        format!("candle, f32, {}", if self.device.is_cpu() { "CPU" } else { "CUDA" })
+    }
+
+    fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
+        Ok(Embeddings {
+            words: self.upload(tables.words)?,
+            positions: self.upload(tables.positions)?,
+            types: self.upload(tables.types)?,
+            norm: self.norm(tables.norm)?,
+        })
+    }
+
+    fn linear(&self, weight: HostTensor, bias: HostTensor) -> Result<Linear, BackendError> {
+        Ok(Linear { weight: self.upload(weight)?, bias: self.upload(bias)? })
+    }
+
+    fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
+        Ok(Norm { weight: self.upload(weights.weight)?, bias: self.upload(weights.bias)?, eps: weights.eps as f32 })
+    }
+
+    fn run(&self, batch: &Batch, graph: Graph<'_>) -> Result<Vec<f32>, BackendError> {
+        graph(batch)
+    }
+
+    fn embed(&self, weights: &Embeddings, batch: &Batch) -> Result<Tensor, BackendError> {
+        let words = weights.words.index_select(&self.indices(batch.ids())?, 0)?;
+        let positions = weights.positions.index_select(&self.indices(batch.positions())?, 0)?;
+        let types = weights.types.index_select(&self.indices(batch.type_ids())?, 0)?;
+        self.layer_norm(&weights.norm, ((words + types)? + positions)?)
+    }
+
+    fn apply(
+        &self,
+        weights: &Linear,
+        outputs: Range<usize>,
+        x: &Tensor,
+        epilogue: Epilogue<'_, Tensor>,
+    ) -> Result<Tensor, BackendError> {
+        let weight = weights.weight.narrow(0, outputs.start, outputs.len())?;
+        let bias = weights.bias.narrow(0, outputs.start, outputs.len())?;
+        let y = x.matmul(&weight.t()?)?.broadcast_add(&bias)?;
+        Ok(match epilogue {
+            Epilogue::Bias => y,
+            Epilogue::Activation(Activation::Gelu) => y.gelu_erf()?,
+            Epilogue::Activation(Activation::GeluTanh) => y.gelu()?,
+            Epilogue::Activation(Activation::Relu) => y.relu()?,
+            Epilogue::Activation(Activation::Tanh) => y.tanh()?,
+            Epilogue::Residual(residual) => (y + residual)?,
+        })
+    }
+
+    fn layer_norm(&self, weights: &Norm, x: Tensor) -> Result<Tensor, BackendError> {
+        Ok(layer_norm(&x, &weights.weight, &weights.bias, weights.eps)?)
+    }
+
+    fn attention(&self, shape: AttentionShape, qkv: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
+        let c = shape.heads * shape.head_size;
+        let mut contexts = Vec::with_capacity(batch.sequences());
+        for rows in batch.ranges() {
+            let own = qkv.narrow(0, rows.start, rows.len())?;
+            let part = |i: usize| own.narrow(D::Minus1, i * c, c);
+            contexts.push(Self::attend(shape, &part(0)?, &part(1)?, &part(2)?)?);
+        }
+        Ok(Tensor::cat(&contexts, 0)?)
+    }
+
+    fn first_token_attention(
+        &self,
+        shape: AttentionShape,
+        q: &Tensor,
+        kv: &Tensor,
+        batch: &Batch,
+    ) -> Result<Tensor, BackendError> {
+        let c = shape.heads * shape.head_size;
+        let mut contexts = Vec::with_capacity(batch.sequences());
+        for (sequence, rows) in batch.ranges().enumerate() {
+            let own = kv.narrow(0, rows.start, rows.len())?;
+            let part = |i: usize| own.narrow(D::Minus1, i * c, c);
+            contexts.push(Self::attend(shape, &q.narrow(0, sequence, 1)?, &part(0)?, &part(1)?)?);
+        }
+        Ok(Tensor::cat(&contexts, 0)?)
+    }
+
+    fn gather_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor, BackendError> {
+        Ok(x.index_select(&self.indices(rows)?, 0)?)
+    }
+
+    fn download(&self, x: &Tensor) -> Result<Vec<f32>, BackendError> {
+        Ok(x.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+    }
+}
+
+impl From<candle_core::Error> for BackendError {
+    fn from(error: candle_core::Error) -> Self {
+        Self(Box::new(error))
+    }
+}

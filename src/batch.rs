@@ -1,0 +1,119 @@
+//! The words that every floor shares: a pair of token ids, and a batch of pairs laid end to end.
+//!
+//! One alphabet for shapes, everywhere: T tokens in a batch, S sequences, C hidden size, H heads, D head size (C = H * D),
+//! F feed-forward size. Nothing is ever padded: a batch is T ids and the S + 1 offsets that cut them into sequences.
+
+use std::ops::Range;
+
+/// One query and one chunk of a document, as the model reads them: special tokens included, ready to embed.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Pair {
+    ids: Box<[u32]>,
+    type_ids: Box<[u8]>,
+}
+
+impl Pair {
+    /// A pair from its token ids and their segment (token type) ids, one each.
+    ///
+    /// # Panics
+    /// When the two differ in length or are empty: [`crate::text`] builds both together, from a template.
+    pub fn new(ids: Vec<u32>, type_ids: Vec<u8>) -> Self {
+        assert!(!ids.is_empty() && ids.len() == type_ids.len(), "a pair has one type id for each token");
+        Self { ids: ids.into(), type_ids: type_ids.into() }
+    }
+
+    /// The token ids, `[len]`.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// The segment ids, `[len]`: 0 for the query's part and 1 for the document's in BERT, all 0 in the RoBERTa family.
+    pub fn type_ids(&self) -> &[u8] {
+        &self.type_ids
+    }
+
+    /// Tokens in the pair, special tokens included.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+}
+
+/// Pairs laid end to end: what one forward pass computes.
+#[derive(Debug, Clone, Default)]
+pub struct Batch {
+    ids: Vec<u32>,
+    type_ids: Vec<u32>,
+    positions: Vec<u32>,
+    offsets: Vec<usize>,
+}
+
+impl Batch {
+    /// Packs `pairs` in the given order.
+    pub fn pack<'a>(pairs: impl IntoIterator<Item = &'a Pair>) -> Self {
+        let mut batch = Self { offsets: vec![0], ..Self::default() };
+        for pair in pairs {
+            batch.ids.extend_from_slice(pair.ids());
+            batch.type_ids.extend(pair.type_ids().iter().map(|&t| u32::from(t)));
+            batch.positions.extend(0..pair.tokens() as u32);
+            batch.offsets.push(batch.ids.len());
+        }
+        batch
+    }
+
+    /// Token ids, `[T]`.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+
+    /// Segment ids, `[T]`.
+    pub fn type_ids(&self) -> &[u32] {
+        &self.type_ids
+    }
+
+    /// Each token's place in its own sequence, from 0, `[T]`.
+    pub fn positions(&self) -> &[u32] {
+        &self.positions
+    }
+
+    /// Where each sequence begins, and the end of the last, `[S + 1]`.
+    pub fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    /// T: tokens in the batch.
+    pub fn tokens(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// S: sequences in the batch.
+    pub fn sequences(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// The rows of each sequence, in order.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<usize>> {
+        self.offsets.windows(2).map(|w| w[0]..w[1])
+    }
+
+    /// The row of each sequence's first token, `[S]`: the one that a classification head reads.
+    pub fn first_rows(&self) -> Vec<u32> {
+        self.offsets[..self.sequences()].iter().map(|&row| row as u32).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packing_keeps_ids_and_restarts_positions() {
+        let pairs = [Pair::new(vec![5, 6, 7], vec![0, 0, 1]), Pair::new(vec![8], vec![0])];
+        let batch = Batch::pack(&pairs);
+        assert_eq!(batch.ids(), [5, 6, 7, 8]);
+        assert_eq!(batch.type_ids(), [0, 0, 1, 0]);
+        assert_eq!(batch.positions(), [0, 1, 2, 0]);
+        assert_eq!(batch.offsets(), [0, 3, 4]);
+        assert_eq!(batch.first_rows(), [0, 3]);
+        assert_eq!(batch.ranges().collect::<Vec<_>>(), [0..3, 3..4]);
+    }
+}

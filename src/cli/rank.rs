@@ -1,0 +1,119 @@
+//! `rerankd rank`: one query against files, or lines of standard input, without a server.
+
+use std::io::{BufRead, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::{Failure, print, table};
+use crate::rerank::{Ranking, RerankRequest, rerank};
+use crate::settings::ModelArgs;
+use crate::telemetry;
+use crate::text::DocumentOptions;
+
+/// Characters of a document that the table shows.
+const SHOWN_CHARS: usize = 72;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// What to rank for
+    #[arg(short, long)]
+    query: String,
+    /// Files, each one document [default: each line of standard input is one]
+    files: Vec<PathBuf>,
+    /// Results to print
+    #[arg(short = 'n', long, value_name = "N")]
+    top_n: Option<usize>,
+    /// Tokens that neighbouring chunks of a long document share
+    #[arg(long, value_name = "TOKENS", default_value_t = 80)]
+    overlap_tokens: usize,
+    /// Print JSON, one object a result
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    models: ModelArgs,
+}
+
+struct Documents {
+    names: Vec<String>,
+    texts: Vec<String>,
+}
+
+pub(super) fn run(args: &Args) -> Result<(), Failure> {
+    let settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    let documents = documents(args).map_err(Failure::Other)?;
+    let models = settings.start(|name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::Config)?;
+    let model = models.iter().next().map(|model| model.name.clone()).unwrap_or_default();
+    let request = RerankRequest {
+        model,
+        query: args.query.clone(),
+        documents: documents.texts.clone().into(),
+        top_n: args.top_n,
+        options: DocumentOptions {
+            overlap_tokens: args.overlap_tokens.min(80),
+            max_chunks_per_doc: usize::MAX,
+            max_tokens_per_doc: None,
+        },
+        deadline: None,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the runtime")
+        .map_err(Failure::Other)?;
+    let bar = telemetry::progress_spinner(&format!("ranking {} documents", documents.texts.len()));
+    let ranking = runtime.block_on(rerank(&models, request));
+    bar.finish_and_clear();
+    let ranking = ranking.map_err(|error| Failure::Other(error.into()))?;
+    print(&if args.json { json_lines(&ranking, &documents) } else { ranked_table(&ranking, &documents) })
+}
+
+fn documents(args: &Args) -> Result<Documents> {
+    ensure!(!args.query.trim().is_empty(), "--query is empty; give the text to rank for");
+    let (names, texts) = if args.files.is_empty() {
+        if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
+            writeln!(std::io::stderr(), "one document a line, end with Ctrl-D").ok();
+        }
+        let lines = std::io::stdin()
+            .lock()
+            .lines()
+            .collect::<std::io::Result<Vec<_>>>()
+            .context("standard input is not text in UTF-8")?;
+        ((1..=lines.len()).map(|line| format!("line {line}")).collect(), lines)
+    } else {
+        let read = |path: &PathBuf| {
+            std::fs::read_to_string(path)
+                .with_context(|| format!("{}: cannot be read as text in UTF-8", path.display()))
+        };
+        (
+            args.files.iter().map(|path| path.display().to_string()).collect(),
+            args.files.iter().map(read).collect::<Result<_>>()?,
+        )
+    };
+    let documents = Documents { names, texts };
+    ensure!(!documents.texts.is_empty(), "there is nothing to rank; give files, or lines on standard input");
+    Ok(documents)
+}
+
+fn json_lines(ranking: &Ranking, documents: &Documents) -> String {
+    let line = |ranked: &crate::rerank::Ranked| {
+        let object = json!({
+            "index": ranked.index, "relevance_score": ranked.score, "logit": ranked.logit,
+            "name": documents.names[ranked.index], "text": documents.texts[ranked.index],
+        });
+        format!("{object}\n")
+    };
+    ranking.results.iter().map(line).collect()
+}
+
+fn ranked_table(ranking: &Ranking, documents: &Documents) -> String {
+    let head = ["rank", "score", "document", ""].map(str::to_owned).to_vec();
+    let row = |(rank, ranked): (usize, &crate::rerank::Ranked)| {
+        let words: Vec<&str> = documents.texts[ranked.index].split_whitespace().collect();
+        let text: String = words.join(" ").chars().take(SHOWN_CHARS).collect();
+        vec![(rank + 1).to_string(), format!("{:.6}", ranked.score), documents.names[ranked.index].clone(), text]
+    };
+    let rows: Vec<Vec<String>> = std::iter::once(head).chain(ranking.results.iter().enumerate().map(row)).collect();
+    table(&rows)
+}

@@ -1,0 +1,200 @@
+//! BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2019) as cross-encoders: the same
+//! post-norm transformer, which differ in where positions start, in tensor names and in the classification head.
+
+use std::ops::Range;
+
+use anyhow::Result;
+
+use super::CrossEncoder;
+use super::head::Head;
+use crate::backend::{
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, HostTensor, NormWeights,
+};
+use crate::batch::Batch;
+use crate::loading::config::{Architecture, ModelConfig};
+use crate::loading::weights::Weights;
+
+/// A BERT-family cross-encoder on a backend.
+pub struct Bert<B: Backend> {
+    backend: B,
+    embeddings: B::Embeddings,
+    layers: Vec<Layer<B>>,
+    head: Head<B>,
+}
+
+/// The places where a forward pass can be watched, in order. Golden tests compare each, so a failure names its layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// After the embedding's norm, `[T, C]`.
+    Embeddings,
+    /// After a layer, `[T, C]`; the last layer computes first tokens only, `[S, C]`.
+    Layer(usize),
+    /// The head's output, `[S, 1]`.
+    Logits,
+}
+
+/// One encoder layer. Q, K and V are one weight, `[3C, C]`.
+struct Layer<B: Backend> {
+    shape: AttentionShape,
+    activation: Activation,
+    hidden_size: usize,
+    intermediate_size: usize,
+    qkv: B::Linear,
+    attention_output: B::Linear,
+    attention_norm: B::Norm,
+    intermediate: B::Linear,
+    output: B::Linear,
+    output_norm: B::Norm,
+}
+
+impl<B: Backend> Bert<B> {
+    /// Builds the graph from a checkpoint in the names that `transformers` gives its tensors.
+    ///
+    /// # Errors
+    /// Any tensor that is missing, left over, mis-shaped or not finite.
+    pub fn load(config: &ModelConfig, mut weights: Weights, backend: B) -> Result<Self> {
+        let prefix = match config.architecture {
+            Architecture::Bert => "bert",
+            Architecture::Roberta => "roberta",
+        };
+        let embeddings = backend.embeddings(embedding_tables(config, &mut weights, prefix)?)?;
+        let layers = (0..config.layers)
+            .map(|i| Layer::load(config, &mut weights, &backend, &format!("{prefix}.encoder.layer.{i}")))
+            .collect::<Result<_>>()?;
+        let head = Head::load(config, &mut weights, &backend)?;
+        // Index buffers of old checkpoints, and the pooler that RoBERTa's classifier does not read.
+        weights.finish(|name| {
+            name.ends_with(".position_ids") || name.ends_with(".token_type_ids") || name.starts_with("roberta.pooler.")
+        })?;
+        Ok(Self { backend, embeddings, layers, head })
+    }
+
+    /// The forward pass: logits `[S]`. `observe` sees every stage's values go by.
+    ///
+    /// # Errors
+    /// The device's own failures.
+    pub fn forward(
+        &self,
+        batch: &Batch,
+        mut observe: impl FnMut(Stage, &B, &B::Buffer),
+    ) -> Result<Vec<f32>, BackendError> {
+        let backend = &self.backend;
+        let mut hidden = backend.embed(&self.embeddings, batch)?;
+        observe(Stage::Embeddings, backend, &hidden);
+        let last = self.layers.len() - 1;
+        for (i, layer) in self.layers.iter().enumerate() {
+            hidden = if i < last {
+                layer.all_tokens(backend, &hidden, batch)?
+            } else {
+                layer.first_tokens(backend, &hidden, batch)?
+            };
+            observe(Stage::Layer(i), backend, &hidden);
+        }
+        let logits = self.head.logits(backend, &hidden)?;
+        observe(Stage::Logits, backend, &logits);
+        backend.download(&logits)
+    }
+}
+
+impl<B: Backend> CrossEncoder for Bert<B> {
+    fn score(&self, batch: &Batch) -> Result<Vec<f32>, BackendError> {
+        self.backend.run(batch, &|piece| self.forward(piece, |_, _, _| {}))
+    }
+
+    fn describe(&self) -> String {
+        self.backend.describe()
+    }
+}
+
+impl<B: Backend> Layer<B> {
+    fn load(config: &ModelConfig, weights: &mut Weights, backend: &B, prefix: &str) -> Result<Self> {
+        let (c, f) = (config.hidden_size, config.intermediate_size);
+        let names = |kind: &str| ["query", "key", "value"].map(|part| format!("{prefix}.attention.self.{part}.{kind}"));
+        let qkv = backend
+            .linear(weights.take_stacked(&names("weight"), &[c, c])?, weights.take_stacked(&names("bias"), &[c])?)?;
+        let mut linear = |name: &str, outputs: usize, inputs: usize| -> Result<B::Linear> {
+            let weight = weights.take(&format!("{prefix}.{name}.weight"), &[outputs, inputs])?;
+            Ok(backend.linear(weight, weights.take(&format!("{prefix}.{name}.bias"), &[outputs])?)?)
+        };
+        let (attention_output, intermediate, output) = (
+            linear("attention.output.dense", c, c)?,
+            linear("intermediate.dense", f, c)?,
+            linear("output.dense", c, f)?,
+        );
+        let mut norm = |name: &str| -> Result<B::Norm> {
+            Ok(backend.norm(norm_weights(config, weights, &format!("{prefix}.{name}"))?)?)
+        };
+        Ok(Self {
+            shape: AttentionShape { heads: config.heads, head_size: c / config.heads },
+            activation: config.activation,
+            hidden_size: c,
+            intermediate_size: f,
+            qkv,
+            attention_output,
+            attention_norm: norm("attention.output.LayerNorm")?,
+            intermediate,
+            output,
+            output_norm: norm("output.LayerNorm")?,
+        })
+    }
+
+    /// The layer for every token: `[T, C]` to `[T, C]`.
+    fn all_tokens(&self, backend: &B, hidden: &B::Buffer, batch: &Batch) -> Result<B::Buffer, BackendError> {
+        let qkv = backend.apply(&self.qkv, self.columns(0, 3), hidden, Epilogue::Bias)?;
+        let context = backend.attention(self.shape, &qkv, batch)?;
+        self.after_attention(backend, &context, hidden)
+    }
+
+    /// The layer for what a head reads: keys and values of every token, all else of first tokens. `[T, C]` to `[S, C]`.
+    fn first_tokens(&self, backend: &B, hidden: &B::Buffer, batch: &Batch) -> Result<B::Buffer, BackendError> {
+        let first = backend.gather_rows(hidden, &batch.first_rows())?;
+        let q = backend.apply(&self.qkv, self.columns(0, 1), &first, Epilogue::Bias)?;
+        let kv = backend.apply(&self.qkv, self.columns(1, 3), hidden, Epilogue::Bias)?;
+        let context = backend.first_token_attention(self.shape, &q, &kv, batch)?;
+        self.after_attention(backend, &context, &first)
+    }
+
+    /// Output projection and feed-forward, each with its residual and norm.
+    fn after_attention(&self, backend: &B, context: &B::Buffer, hidden: &B::Buffer) -> Result<B::Buffer, BackendError> {
+        let (c, f) = (self.hidden_size, self.intermediate_size);
+        let attended = backend.apply(&self.attention_output, 0..c, context, Epilogue::Residual(hidden))?;
+        let attended = backend.layer_norm(&self.attention_norm, attended)?;
+        let intermediate = backend.apply(&self.intermediate, 0..f, &attended, Epilogue::Activation(self.activation))?;
+        let output = backend.apply(&self.output, 0..c, &intermediate, Epilogue::Residual(&attended))?;
+        backend.layer_norm(&self.output_norm, output)
+    }
+
+    /// The rows of the QKV weight from part `from` to part `to`, of Q, K, V.
+    fn columns(&self, from: usize, to: usize) -> Range<usize> {
+        from * self.hidden_size..to * self.hidden_size
+    }
+}
+
+fn embedding_tables(config: &ModelConfig, weights: &mut Weights, prefix: &str) -> Result<EmbeddingTables> {
+    let c = config.hidden_size;
+    let prefix = format!("{prefix}.embeddings");
+    let mut table = |kind: &str, rows: usize| weights.take(&format!("{prefix}.{kind}_embeddings.weight"), &[rows, c]);
+    let words = table("word", config.vocab_size)?;
+    let stored = table("position", config.position_rows)?;
+    let types = table("token_type", config.type_vocab_size)?;
+    // RoBERTa counts positions from pad_token_id + 1. Cutting the rows before it lets every graph count from 0.
+    let positions =
+        HostTensor { shape: vec![config.max_window(), c], data: stored.data[config.position_offset * c..].to_vec() };
+    Ok(EmbeddingTables {
+        words,
+        positions,
+        types,
+        norm: norm_weights(config, weights, &format!("{prefix}.LayerNorm"))?,
+    })
+}
+
+fn norm_weights(config: &ModelConfig, weights: &mut Weights, prefix: &str) -> Result<NormWeights> {
+    // The oldest checkpoints, converted from TensorFlow, say gamma and beta.
+    let (weight, bias) =
+        if weights.contains(&format!("{prefix}.gamma")) { ("gamma", "beta") } else { ("weight", "bias") };
+    Ok(NormWeights {
+        weight: weights.take(&format!("{prefix}.{weight}"), &[config.hidden_size])?,
+        bias: weights.take(&format!("{prefix}.{bias}"), &[config.hidden_size])?,
+        eps: config.layer_norm_eps,
+    })
+}

@@ -1,0 +1,35 @@
+//! Classification heads: from each sequence's first token to one logit.
+
+use anyhow::Result;
+
+use crate::backend::{Activation, Backend, BackendError, Epilogue};
+use crate::loading::config::{Architecture, ModelConfig};
+use crate::loading::weights::Weights;
+
+/// `out(tanh(dense(first token)))`: BERT calls the two layers pooler and classifier, RoBERTa classifier.dense and out_proj.
+pub(super) struct Head<B: Backend> {
+    dense: B::Linear,
+    out: B::Linear,
+    hidden_size: usize,
+}
+
+impl<B: Backend> Head<B> {
+    pub(super) fn load(config: &ModelConfig, weights: &mut Weights, backend: &B) -> Result<Self> {
+        let c = config.hidden_size;
+        let (dense, out) = match config.architecture {
+            Architecture::Bert => ("bert.pooler.dense", "classifier"),
+            Architecture::Roberta => ("classifier.dense", "classifier.out_proj"),
+        };
+        let mut linear = |name: &str, outputs: usize| -> Result<B::Linear> {
+            let weight = weights.take(&format!("{name}.weight"), &[outputs, c])?;
+            Ok(backend.linear(weight, weights.take(&format!("{name}.bias"), &[outputs])?)?)
+        };
+        Ok(Self { dense: linear(dense, c)?, out: linear(out, 1)?, hidden_size: c })
+    }
+
+    /// `[S, C]` to `[S, 1]`.
+    pub(super) fn logits(&self, backend: &B, first: &B::Buffer) -> Result<B::Buffer, BackendError> {
+        let dense = backend.apply(&self.dense, 0..self.hidden_size, first, Epilogue::Activation(Activation::Tanh))?;
+        backend.apply(&self.out, 0..1, &dense, Epilogue::Bias)
+    }
+}

@@ -1,0 +1,35 @@
+//! The graphs: one file per architecture, written once, generic over [`Backend`].
+
+mod bert;
+mod head;
+
+pub use bert::{Bert, Stage};
+
+use anyhow::Result;
+
+use crate::backend::{Backend, BackendError};
+use crate::batch::Batch;
+use crate::loading::config::{Architecture, ModelConfig};
+use crate::loading::weights::Weights;
+
+/// A model that scores pairs: what a worker drives, whatever the architecture and the device.
+pub trait CrossEncoder: Send + Sync {
+    /// One logit for each sequence of the batch, `[S]`, in its order. A score is `sigmoid(logit)`.
+    ///
+    /// # Errors
+    /// The device's own failures.
+    fn score(&self, batch: &Batch) -> Result<Vec<f32>, BackendError>;
+
+    /// Implementation, precision and device, for start-up's summary.
+    fn describe(&self) -> String;
+}
+
+/// Builds the graph that `config` describes from the checkpoint, on `backend`.
+///
+/// # Errors
+/// Any tensor that is missing, left over, mis-shaped or not finite.
+pub fn load<B: Backend>(config: &ModelConfig, weights: Weights, backend: B) -> Result<Box<dyn CrossEncoder>> {
+    match config.architecture {
+        Architecture::Bert | Architecture::Roberta => Ok(Box::new(Bert::load(config, weights, backend)?)),
+    }
+}

@@ -1,0 +1,30 @@
+//! `rerankd`: a reranking server. One binary that answers `POST /v1/rerank` with the scores of a cross-encoder.
+//!
+//! Modules in reading order, top floor first:
+//! - [`cli`]: one file per command; [`settings`]: flags, environment and config file, checked once.
+//! - [`api`]: HTTP and nothing else: dialects, keys, limits, errors, operations.
+//! - [`rerank`]: the story of a request in one short function; [`models`]: the served models by name.
+//! - [`text`]: text to pairs of token ids, long documents cut into overlapping chunks.
+//! - [`scheduler`]: who runs what, when.
+//! - [`encoder`]: the graphs, generic over [`backend`]: the only place that computes.
+//! - [`loading`]: names to files to checked weights, once, at start.
+//! - [`batch`], [`error`], [`telemetry`]: words that anyone uses and that use no one.
+//!
+//! Absent on purpose: padding, anywhere; timers in the scheduler; I/O below `loading`; a clock in `scheduler/plan.rs`;
+//! `cfg(feature)` outside `backend` and the choice of device; `unsafe`, until a backend needs it.
+
+#![forbid(unsafe_code)]
+
+pub mod api;
+pub mod backend;
+pub mod batch;
+pub mod cli;
+pub mod encoder;
+pub mod error;
+pub mod loading;
+pub mod models;
+pub mod rerank;
+pub mod scheduler;
+pub mod settings;
+pub mod telemetry;
+pub mod text;

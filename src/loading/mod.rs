@@ -1,0 +1,152 @@
+//! From a model's name to a model that scores. Called once, at start; no I/O of the program is below it.
+
+pub mod catalogue;
+pub mod config;
+pub mod download;
+pub mod source;
+pub mod weights;
+
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::backend::candle::CandleBackend;
+use crate::batch::Batch;
+use crate::encoder::{self, CrossEncoder};
+use crate::telemetry;
+use crate::text::{TextEncoder, TextLimits};
+use config::ModelConfig;
+use download::Hub;
+use source::{ModelSource, WeightsFile};
+use weights::Weights;
+
+/// The window of a model that the catalogue does not know, where its positions allow more.
+const DEFAULT_WINDOW: usize = 1024;
+
+/// Where a model computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum DeviceChoice {
+    /// The processor.
+    #[default]
+    Cpu,
+    /// candle's own CUDA kernels, on this device.
+    #[cfg(feature = "candle-cuda")]
+    CandleCuda(usize),
+}
+
+/// What loading is told beside the model itself.
+#[derive(Debug, Clone, Copy)]
+pub struct LoadOptions {
+    /// Where it computes.
+    pub device: DeviceChoice,
+    /// Overrides the model's default window.
+    pub window: Option<usize>,
+    /// The other limits of its texts; its `window` is decided here.
+    pub limits: TextLimits,
+}
+
+/// A model that is ready to score.
+pub struct LoadedModel {
+    /// The name that requests use.
+    pub name: String,
+    /// Other names.
+    pub aliases: Vec<String>,
+    /// Text to pairs.
+    pub text: TextEncoder,
+    /// Pairs to logits.
+    pub encoder: Box<dyn CrossEncoder>,
+    /// Implementation, precision and device; dimensions; seconds to load.
+    pub description: String,
+}
+
+impl std::fmt::Debug for LoadedModel {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoadedModel")
+            .field("name", &self.name)
+            .field("description", &self.description)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Loads a model and has it score one pair.
+///
+/// # Errors
+/// Anything about its files that does not fit together, naming the file, the tensor and what was expected.
+pub fn load(source: &ModelSource, hub: &Hub, options: LoadOptions) -> Result<LoadedModel> {
+    let start = Instant::now();
+    let files = source.files(hub)?;
+    let (config_json, config_file) = &files.config;
+    let config = ModelConfig::parse(config_json).with_context(|| config_file.clone())?;
+    let window = window(source, &config, options.window)?;
+    let (tokenizer_json, tokenizer_file) = &files.tokenizer;
+    let text = TextEncoder::new(tokenizer_json, config.vocab_size, TextLimits { window, ..options.limits })
+        .with_context(|| tokenizer_file.clone())?;
+    check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
+    let weights = match &files.weights {
+        WeightsFile::Path(path) => Weights::open(path)?,
+        WeightsFile::Bytes(name, bytes) => Weights::from_bytes(name, bytes)?,
+    };
+    let encoder = load_encoder(&config, weights, options.device, &source.name)?;
+    check_score(encoder.as_ref(), &text)?;
+    let description = format!(
+        "{}; {} layers x {}; window {window}; loaded in {:.1} s",
+        encoder.describe(),
+        config.layers,
+        config.hidden_size,
+        start.elapsed().as_secs_f64()
+    );
+    let mut aliases: Vec<String> = source.entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
+    aliases.push(catalogue::short_name(&source.name).to_owned());
+    aliases.retain(|alias| !alias.eq_ignore_ascii_case(&source.name));
+    aliases.dedup();
+    Ok(LoadedModel { name: source.name.clone(), aliases, text, encoder, description })
+}
+
+fn load_encoder(
+    config: &ModelConfig,
+    mut weights: Weights,
+    device: DeviceChoice,
+    name: &str,
+) -> Result<Box<dyn CrossEncoder>> {
+    let bar = telemetry::progress_bytes(weights.bytes(), &format!("loading {name}"));
+    let observed = bar.clone();
+    weights.on_progress(move |bytes| observed.inc(bytes));
+    let encoder = match device {
+        DeviceChoice::Cpu => encoder::load(config, weights, CandleBackend::cpu()),
+        #[cfg(feature = "candle-cuda")]
+        DeviceChoice::CandleCuda(ordinal) => encoder::load(config, weights, CandleBackend::cuda(ordinal)?),
+    };
+    bar.finish_and_clear();
+    encoder
+}
+
+/// The window that was asked for, or the model's default, never beyond its positions.
+fn window(source: &ModelSource, config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
+    let positions = config.max_window();
+    let max = source.entry.map_or(positions, |entry| entry.window.max.min(positions));
+    let default = source.entry.map_or(DEFAULT_WINDOW, |entry| entry.window.default);
+    if let Some(window) = asked {
+        ensure!(window <= max, "a window of {window} tokens was asked for; {} reads at most {max}", source.name);
+    }
+    Ok(asked.unwrap_or(default.min(max)))
+}
+
+/// A tokenizer that lays pairs out otherwise than the model was trained on gives plausible, wrong scores.
+fn check_pair_format(source: &ModelSource, text: &TextEncoder) -> Result<()> {
+    let Some(entry) = source.entry else { return Ok(()) };
+    let found = text.pair_format();
+    if found != entry.pair.format {
+        bail!("pairs come out as {found:?}; {} was trained on {:?}", source.name, entry.pair.format);
+    }
+    Ok(())
+}
+
+/// One real inference before the port opens.
+fn check_score(encoder: &dyn CrossEncoder, text: &TextEncoder) -> Result<()> {
+    let logits = encoder.score(&Batch::pack([&text.pair("Apple", "apple")?]))?;
+    ensure!(
+        logits.len() == 1 && logits[0].is_finite(),
+        "the model's first score is {logits:?}; its weights cannot be right"
+    );
+    Ok(())
+}

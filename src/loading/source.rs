@@ -1,0 +1,213 @@
+//! What `--model` names -> the files to load: the built-in model, a folder, or a repository on the hub.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use super::catalogue::{self, Entry};
+use super::download::{Hub, Revision};
+use super::weights::shard_names;
+
+/// Checkpoints that we read, best first.
+const WEIGHT_FILES: [&str; 3] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
+
+/// A model that was asked for, and where its files are.
+#[derive(Debug, Clone)]
+pub struct ModelSource {
+    /// The name that requests use, and that answers carry.
+    pub name: String,
+    /// The catalogue's entry, where there is one.
+    pub entry: Option<&'static Entry>,
+    /// Where the files are.
+    pub place: Place,
+}
+
+/// Where a model's files are.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// A folder with config.json, tokenizer.json and a checkpoint.
+    Folder(PathBuf),
+    /// A repository on the hub, and the checkpoint to take if that is known.
+    Hub(Revision, Option<&'static str>),
+}
+
+/// A model's files, at hand.
+#[derive(Debug)]
+pub struct ModelFiles {
+    /// Text of config.json, and where it was.
+    pub config: (String, String),
+    /// Content of tokenizer.json, and where it was.
+    pub tokenizer: (Cow<'static, [u8]>, String),
+    /// The checkpoint.
+    pub weights: WeightsFile,
+}
+
+/// A checkpoint: on disk, or part of the binary.
+#[derive(Debug)]
+pub enum WeightsFile {
+    /// A file; its name tells the format.
+    Path(PathBuf),
+    /// A safetensors file in the binary.
+    Bytes(&'static str, &'static [u8]),
+}
+
+impl ModelSource {
+    /// Reads `[NAME=]MODEL[@REVISION]`, where MODEL is a folder, a name of the catalogue, or `organisation/name` on the hub.
+    ///
+    /// # Errors
+    /// Neither; the message lists the catalogue.
+    pub fn parse(argument: &str) -> Result<Self> {
+        let (given_name, model) = match argument.split_once('=') {
+            Some((name, model)) => (Some(name), model),
+            None => (None, argument),
+        };
+        ensure!(!model.is_empty() && given_name != Some(""), "--model {argument:?}: expected [NAME=]MODEL");
+        let source = Self::locate(model)?;
+        Ok(Self { name: given_name.map_or(source.name, str::to_owned), ..source })
+    }
+
+    fn locate(model: &str) -> Result<Self> {
+        let folder = Path::new(model);
+        if folder.is_dir() {
+            let folder = folder.canonicalize().with_context(|| format!("cannot resolve {model}"))?;
+            let base = folder.file_name().map_or_else(|| model.into(), |name| name.to_string_lossy().into_owned());
+            let entry = catalogue::find(&base);
+            let name = entry.map_or(base, |entry| entry.name.clone());
+            return Ok(Self { name, entry, place: Place::Folder(folder) });
+        }
+        let (repository, revision) = match model.split_once('@') {
+            Some((repository, revision)) => (repository, Some(revision.to_owned())),
+            None => (model, None),
+        };
+        if let Some(entry) = catalogue::find(repository) {
+            let revision = revision.unwrap_or_else(|| entry.hub.revision.clone());
+            let at = Revision { repository: entry.hub.repository.clone(), revision };
+            return Ok(Self {
+                name: entry.name.clone(),
+                entry: Some(entry),
+                place: Place::Hub(at, Some(&entry.hub.weights)),
+            });
+        }
+        if is_hub_name(repository) {
+            let at =
+                Revision { repository: repository.to_owned(), revision: revision.unwrap_or_else(|| "main".to_owned()) };
+            return Ok(Self { name: repository.to_owned(), entry: None, place: Place::Hub(at, None) });
+        }
+        let known: Vec<&str> = catalogue::entries().iter().map(|entry| entry.name.as_str()).collect();
+        bail!(
+            "{model:?} is no folder here, no organisation/name on the hub, and none of the known models: {}",
+            known.join(", ")
+        )
+    }
+
+    /// Whether everything that loading needs is on this machine already.
+    pub fn is_cached(&self, hub: &Hub) -> bool {
+        match &self.place {
+            Place::Folder(_) => true,
+            Place::Hub(at, weights) => {
+                let weights = weights.map_or(WEIGHT_FILES.to_vec(), |file| vec![file]);
+                ["config.json", "tokenizer.json"].iter().all(|file| hub.cached(at, file).is_some())
+                    && weights.iter().any(|file| hub.cached(at, file).is_some())
+            }
+        }
+    }
+
+    /// The files, downloaded first where they must be.
+    ///
+    /// # Errors
+    /// A file that is missing or cannot be had, by name.
+    pub fn files(&self, hub: &Hub) -> Result<ModelFiles> {
+        match &self.place {
+            Place::Folder(folder) => folder_files(folder),
+            Place::Hub(at, weights) => hub_files(hub, at, *weights),
+        }
+    }
+}
+
+fn folder_files(folder: &Path) -> Result<ModelFiles> {
+    let weights = WEIGHT_FILES.iter().map(|file| folder.join(file)).find(|path| path.exists());
+    let Some(weights) = weights else {
+        bail!("{}: no checkpoint here; expected one of {}", folder.display(), WEIGHT_FILES.join(", "))
+    };
+    read_files(&folder.join("config.json"), &folder.join("tokenizer.json"), weights)
+}
+
+fn hub_files(hub: &Hub, at: &Revision, known_weights: Option<&str>) -> Result<ModelFiles> {
+    let fetch = |file: &str| -> Result<PathBuf> {
+        hub.fetch(at, file).with_context(|| {
+            let why = if hub.is_offline() {
+                "not in the cache, and HF_HUB_OFFLINE forbids the network"
+            } else {
+                "cannot be had"
+            };
+            format!("{file} of {at}: {why} (cache: {})", hub.cache_folder().display())
+        })
+    };
+    let (config, tokenizer) = (fetch("config.json")?, fetch("tokenizer.json")?);
+    let weights = match known_weights {
+        Some(file) => fetch(file)?,
+        None => {
+            let mut found = None;
+            for file in WEIGHT_FILES {
+                found = hub.fetch_if_there(at, file)?;
+                if found.is_some() {
+                    break;
+                }
+            }
+            found.with_context(|| format!("{at}: no checkpoint there; expected one of {}", WEIGHT_FILES.join(", ")))?
+        }
+    };
+    if weights.to_string_lossy().ends_with(".index.json") {
+        for shard in shard_names(&weights)? {
+            fetch(&shard)?;
+        }
+    }
+    read_files(&config, &tokenizer, weights)
+}
+
+fn read_files(config: &Path, tokenizer: &Path, weights: PathBuf) -> Result<ModelFiles> {
+    let cannot = |path: &Path| format!("cannot read {}", path.display());
+    Ok(ModelFiles {
+        config: (std::fs::read_to_string(config).with_context(|| cannot(config))?, config.display().to_string()),
+        tokenizer: (
+            std::fs::read(tokenizer).with_context(|| cannot(tokenizer))?.into(),
+            tokenizer.display().to_string(),
+        ),
+        weights: WeightsFile::Path(weights),
+    })
+}
+
+/// `organisation/name`, in the hub's own alphabet; nothing else ever reaches a URL or a path.
+fn is_hub_name(name: &str) -> bool {
+    let part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    };
+    name.split_once('/').is_some_and(|(organisation, rest)| part(organisation) && part(rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_told_apart() {
+        let source = ModelSource::parse("small=BAAI/bge-reranker-base").unwrap();
+        assert_eq!(source.name, "small");
+        assert!(matches!(source.place, Place::Hub(at, Some("model.safetensors")) if at.revision.len() == 40));
+        let source = ModelSource::parse("someone/their-reranker@v2").unwrap();
+        assert!(
+            matches!(source.place, Place::Hub(at, None) if at.revision == "v2" && at.repository == "someone/their-reranker")
+        );
+    }
+
+    #[test]
+    fn what_is_neither_is_refused_with_the_catalogue() {
+        for wrong in ["nothing-here", "a/b/c", "../etc/passwd", "https://host/x", "a/..", "=x", "x="] {
+            assert!(ModelSource::parse(wrong).is_err(), "{wrong}");
+        }
+        assert!(ModelSource::parse("nothing-here").unwrap_err().to_string().contains("BAAI/bge-reranker-v2-m3"));
+    }
+}

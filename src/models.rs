@@ -1,0 +1,107 @@
+//! The models that this process serves, by name.
+
+use std::time::{Duration, Instant};
+
+use crate::error::RerankError;
+use crate::loading::LoadedModel;
+use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
+use crate::text::TextEncoder;
+
+/// A served model: its text side and its queue.
+#[derive(Debug)]
+pub struct Model {
+    /// The name that answers carry.
+    pub name: String,
+    /// Other names that requests may use.
+    pub aliases: Vec<String>,
+    /// Text to pairs.
+    pub text: TextEncoder,
+    /// Pairs to logits.
+    pub scheduler: Scheduler,
+}
+
+/// Every served model.
+#[derive(Debug)]
+pub struct Models(Vec<Model>);
+
+impl Model {
+    /// Starts the worker of a loaded model.
+    ///
+    /// # Errors
+    /// The operating system has no thread for it.
+    pub fn start(loaded: LoadedModel, limits: SchedulerLimits) -> std::io::Result<Self> {
+        let LoadedModel { name, aliases, text, encoder, .. } = loaded;
+        let scheduler = Scheduler::start(&name, encoder, limits)?;
+        Ok(Self { name, aliases, text, scheduler })
+    }
+
+    /// Whether a real inference has succeeded within `recent`, or does so now within `patience_s`.
+    ///
+    /// # Errors
+    /// Why it did not.
+    pub async fn check(&self, recent: Duration, patience_s: u64) -> Result<(), RerankError> {
+        if self.scheduler.last_success().is_some_and(|at| at.elapsed() < recent) {
+            return Ok(());
+        }
+        let pair = self.text.pair("health", "a pair like any other").map_err(RerankError::Internal)?;
+        let deadline = Deadline::after(patience_s);
+        let permit = self.scheduler.admit(pair.tokens())?;
+        let scored = self.scheduler.score(vec![pair], permit, Some(deadline));
+        match tokio::time::timeout_at(deadline.at.into(), scored).await {
+            Ok(result) => result.map(|_| ()),
+            Err(_) => Err(RerankError::Deadline { seconds: patience_s }),
+        }
+    }
+
+    fn is_called(&self, name: &str) -> bool {
+        self.names().any(|own| own.eq_ignore_ascii_case(name))
+    }
+
+    /// The name and its aliases.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.name.as_str()).chain(self.aliases.iter().map(String::as_str))
+    }
+}
+
+impl Models {
+    /// Serves these models.
+    ///
+    /// # Errors
+    /// A name that two of them claim.
+    pub fn new(models: Vec<Model>) -> anyhow::Result<Self> {
+        for (i, model) in models.iter().enumerate() {
+            for other in &models[..i] {
+                if let Some(name) = model.names().find(|name| other.is_called(name)) {
+                    anyhow::bail!("two models are called {name:?}; name one of them with --model NAME=MODEL");
+                }
+            }
+        }
+        Ok(Self(models))
+    }
+
+    /// The model that a request names: its name or an alias in any case, or either behind a gateway's prefix
+    /// (`fireworks/BAAI/bge-reranker-v2-m3`).
+    ///
+    /// # Errors
+    /// [`RerankError::UnknownModel`]
+    pub fn find(&self, name: &str) -> Result<&Model, RerankError> {
+        let called = |name: &str| self.0.iter().find(|model| model.is_called(name));
+        let suffixes = name.match_indices('/').map(|(slash, _)| &name[slash + 1..]);
+        std::iter::once(name)
+            .chain(suffixes)
+            .find_map(called)
+            .ok_or_else(|| RerankError::UnknownModel { model: name.chars().take(128).collect() })
+    }
+
+    /// All of them, in the order of the command line.
+    pub fn iter(&self) -> impl Iterator<Item = &Model> {
+        self.0.iter()
+    }
+
+    /// Waits until nothing is queued, at most until `until`.
+    pub async fn drained(&self, until: Instant) {
+        while Instant::now() < until && self.iter().any(|model| model.scheduler.waiting_tokens() > 0) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}

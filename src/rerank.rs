@@ -1,0 +1,121 @@
+//! The story of a request.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::error::RerankError;
+use crate::models::Models;
+use crate::scheduler::{Deadline, Scores};
+use crate::text::{Cut, DocumentOptions, EncodedRequest};
+
+/// A request that has been checked: nothing later finds fault with its form.
+#[derive(Debug, Clone)]
+pub struct RerankRequest {
+    /// A served model's name or alias.
+    pub model: String,
+    /// What the documents are ranked for; not empty.
+    pub query: String,
+    /// At least one.
+    pub documents: Arc<[String]>,
+    /// Results wanted; all without it.
+    pub top_n: Option<usize>,
+    /// How documents are cut.
+    pub options: DocumentOptions,
+    /// When the answer is of no use any more.
+    pub deadline: Option<Deadline>,
+}
+
+/// The answer: documents, best first.
+#[derive(Debug)]
+pub struct Ranking {
+    /// The served model's name.
+    pub model: String,
+    /// Best first, ties in the request's order; at most `top_n`.
+    pub results: Vec<Ranked>,
+    /// Tokens that the model read, over all distinct chunks.
+    pub tokens: usize,
+    /// What was left out of the texts.
+    pub cut: Cut,
+    /// Where the time went.
+    pub timings: Timings,
+}
+
+/// One document of a ranking.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ranked {
+    /// Its place in the request.
+    pub index: usize,
+    /// `sigmoid(logit)` of its best chunk, in [0, 1].
+    pub score: f64,
+    /// The model's own number for its best chunk.
+    pub logit: f32,
+}
+
+/// Where a request's time went.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct Timings {
+    /// Tokenising, chunking and folding.
+    pub tokenise: Duration,
+    /// Waiting for the first batch.
+    pub queue: Duration,
+    /// From the first batch to the last.
+    pub inference: Duration,
+}
+
+/// Scores every document against the query, best first.
+///
+/// # Errors
+/// An unknown model, too much work, a queue over its budget, a deadline that passed, a model that failed.
+pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, RerankError> {
+    let model = models.find(&request.model)?;
+    let start = Instant::now();
+    let encoded = model.text.encode(&request.query, Arc::clone(&request.documents), request.options).await?;
+    let tokenise = start.elapsed();
+    let permit = model.scheduler.admit(encoded.tokens())?;
+    let tokens = encoded.tokens();
+    let EncodedRequest { pairs, documents, cut } = encoded;
+    let scores = model.scheduler.score(pairs, permit, request.deadline).await?;
+    let results = best_first(&scores, &documents, request.top_n);
+    let timings = Timings { tokenise, queue: scores.queued, inference: scores.computed };
+    Ok(Ranking { model: model.name.clone(), results, tokens, cut, timings })
+}
+
+/// Each document's best chunk, sorted by score descending, then index, cut to `top_n`.
+fn best_first(scores: &Scores, documents: &[Vec<usize>], top_n: Option<usize>) -> Vec<Ranked> {
+    let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| scores.logits[pair]).fold(f32::NEG_INFINITY, f32::max);
+    let ranked = |(index, chunks)| {
+        let logit = best(chunks);
+        Ranked { index, score: sigmoid(logit), logit }
+    };
+    let mut results: Vec<Ranked> = documents.iter().enumerate().map(ranked).collect();
+    results.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.index.cmp(&b.index)));
+    results.truncate(top_n.unwrap_or(usize::MAX));
+    results
+}
+
+/// In f64, so that scores near 1 stay apart.
+fn sigmoid(logit: f32) -> f64 {
+    1.0 / (1.0 + (-f64::from(logit)).exp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn best_chunk_wins_and_ties_keep_the_order() {
+        let scores = Scores { logits: vec![0.5, 2.0, -1.0, 2.0], queued: Duration::ZERO, computed: Duration::ZERO };
+        let documents = [vec![2], vec![0, 1], vec![3], vec![2, 0]];
+        let order = |top_n| best_first(&scores, &documents, top_n).iter().map(|r| r.index).collect::<Vec<_>>();
+        assert_eq!(order(None), [1, 2, 3, 0]);
+        assert_eq!(order(Some(2)), [1, 2]);
+        assert_eq!(order(Some(99)), [1, 2, 3, 0]);
+    }
+
+    #[test]
+    fn scores_are_probabilities() {
+        assert_eq!(sigmoid(0.0), 0.5);
+        assert!(sigmoid(-200.0) >= 0.0 && sigmoid(200.0) <= 1.0);
+        assert!(sigmoid(20.0) < sigmoid(30.0));
+    }
+}

@@ -1,0 +1,118 @@
+//! Who runs what, when: work is admitted whole, in tokens; waits fairly; and runs in batches up to a token budget.
+//!
+//! No timers: an idle worker takes what is there. A request may span batches, and a batch may span requests.
+
+mod admission;
+mod plan;
+mod queue;
+mod worker;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use admission::Admission;
+pub use admission::Permit;
+use queue::{NewJob, Queue};
+
+use crate::batch::Pair;
+use crate::encoder::CrossEncoder;
+use crate::error::RerankError;
+
+/// What bounds the work.
+#[derive(Debug, Clone, Copy)]
+pub struct SchedulerLimits {
+    /// Tokens of one batch. A longer pair runs alone.
+    pub max_batch_tokens: usize,
+    /// Tokens that may be admitted and not yet computed.
+    pub max_queue_tokens: usize,
+}
+
+/// The logits of one request's pairs, and where the time went.
+#[derive(Debug)]
+pub struct Scores {
+    /// One for each pair, in the request's order.
+    pub logits: Vec<f32>,
+    /// From the request's arrival in the queue to its first batch.
+    pub queued: Duration,
+    /// From its first batch to its last.
+    pub computed: Duration,
+}
+
+/// When a request's scores are of no use any more.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline {
+    /// The moment.
+    pub at: Instant,
+    /// Seconds from the request's arrival, for the message.
+    pub seconds: u64,
+}
+
+impl Deadline {
+    /// `seconds` from now.
+    pub fn after(seconds: u64) -> Self {
+        Self { at: Instant::now() + Duration::from_secs(seconds), seconds }
+    }
+}
+
+/// One model's queue and the worker that drains it. Dropping it lets the worker finish its batch and ends it.
+#[derive(Debug)]
+pub struct Scheduler {
+    admission: Arc<Admission>,
+    queue: Arc<Queue>,
+    worker: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Scheduler {
+    /// Starts the worker that owns `encoder`. `model` names it in logs and metrics.
+    ///
+    /// # Errors
+    /// The operating system has no thread for it.
+    pub fn start(model: &str, encoder: Box<dyn CrossEncoder>, limits: SchedulerLimits) -> std::io::Result<Self> {
+        let admission = Arc::new(Admission::new(model, limits.max_queue_tokens));
+        let queue = Arc::new(Queue::new(limits.max_batch_tokens));
+        let worker = worker::spawn(model, encoder, Arc::clone(&queue), Arc::clone(&admission))?;
+        Ok(Self { admission, queue, worker: Some(worker) })
+    }
+
+    /// Room for `tokens` tokens of work, for as long as the permit lives.
+    ///
+    /// # Errors
+    /// [`RerankError::Overloaded`], at once, when too much is waiting.
+    pub fn admit(&self, tokens: usize) -> Result<Permit, RerankError> {
+        Admission::admit(&self.admission, tokens)
+    }
+
+    /// Scores `pairs`. Dropping the future takes what has not yet been computed out of the queue.
+    ///
+    /// # Errors
+    /// The deadline passes first; the model fails.
+    pub async fn score(
+        &self,
+        pairs: Vec<Pair>,
+        permit: Permit,
+        deadline: Option<Deadline>,
+    ) -> Result<Scores, RerankError> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        self.queue.push(NewJob { pairs: pairs.into(), permit, deadline, reply })?;
+        answer.await.map_err(|_| RerankError::Internal(anyhow::anyhow!("the worker ended without an answer")))?
+    }
+
+    /// When a batch last came back with scores.
+    pub fn last_success(&self) -> Option<Instant> {
+        self.queue.last_success()
+    }
+
+    /// Tokens admitted and not yet computed.
+    pub fn waiting_tokens(&self) -> usize {
+        self.admission.waiting()
+    }
+}
+
+impl Drop for Scheduler {
+    fn drop(&mut self) {
+        self.queue.close();
+        if let Some(worker) = self.worker.take() {
+            worker.join().ok();
+        }
+    }
+}

@@ -1,0 +1,201 @@
+//! The waiting requests of one model and the slots of their scores. Callers push, the worker takes batches and delivers.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+
+use super::plan::{self, Slice, Waiting};
+use super::{Deadline, Permit, Scores};
+use crate::batch::Pair;
+use crate::error::RerankError;
+
+/// A request on its way into the queue, with the reply inside.
+#[derive(Debug)]
+pub(super) struct NewJob {
+    pub(super) pairs: Arc<[Pair]>,
+    pub(super) permit: Permit,
+    pub(super) deadline: Option<Deadline>,
+    pub(super) reply: oneshot::Sender<Result<Scores, RerankError>>,
+}
+
+/// Some pairs of one request, in a batch.
+#[derive(Debug)]
+pub(super) struct Work {
+    slice: Slice,
+    all: Arc<[Pair]>,
+}
+
+impl Work {
+    pub(super) fn pairs(&self) -> &[Pair] {
+        &self.all[self.slice.pairs.clone()]
+    }
+}
+
+/// One model's queue.
+#[derive(Debug)]
+pub(super) struct Queue {
+    max_batch_tokens: usize,
+    state: Mutex<State>,
+    arrived: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: VecDeque<Waiting>,
+    jobs: HashMap<u64, Job>,
+    next_id: u64,
+    closed: bool,
+    last_success: Option<Instant>,
+}
+
+/// A request in the queue or in batches, until its last score is there.
+#[derive(Debug)]
+struct Job {
+    new: NewJob,
+    logits: Vec<f32>,
+    missing: usize,
+    arrived: Instant,
+    started: Option<Instant>,
+}
+
+impl Queue {
+    pub(super) fn new(max_batch_tokens: usize) -> Self {
+        Self { max_batch_tokens, state: Mutex::default(), arrived: Condvar::new() }
+    }
+
+    /// Puts a request in the queue.
+    pub(super) fn push(&self, new: NewJob) -> Result<(), RerankError> {
+        let mut state = self.lock();
+        if state.closed {
+            return Err(RerankError::ShuttingDown);
+        }
+        let missing = new.pairs.len();
+        let now = Instant::now();
+        let job = Job { logits: vec![0.0; missing], missing, arrived: now, started: None, new };
+        if missing == 0 {
+            job.finish();
+            return Ok(());
+        }
+        let id = state.next_id;
+        state.next_id += 1;
+        state.waiting.push_back(Waiting {
+            job: id,
+            lengths: job.new.pairs.iter().map(Pair::tokens).collect(),
+            next: 0,
+        });
+        state.jobs.insert(id, job);
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    /// The next batch's pairs, waiting for some to come. `None` when the queue is closed and empty.
+    pub(super) fn take(&self) -> Option<Vec<Work>> {
+        let mut state = self.lock();
+        loop {
+            state.drop_departed();
+            let batch = plan::next_batch(&mut state.waiting, self.max_batch_tokens);
+            if !batch.is_empty() {
+                return Some(state.begin(batch));
+            }
+            if state.closed {
+                return None;
+            }
+            state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Puts a batch's logits, in the order of its pairs, into their requests' slots. Complete requests are answered.
+    pub(super) fn deliver(&self, batch: &[Work], logits: &[f32]) {
+        let mut state = self.lock();
+        state.last_success = Some(Instant::now());
+        let mut logits = logits.iter();
+        for work in batch {
+            let new: Vec<f32> = logits.by_ref().take(work.slice.pairs.len()).copied().collect();
+            if new.iter().any(|logit| !logit.is_finite()) {
+                state.fail(work.slice.job, RerankError::NonFiniteScore);
+                continue;
+            }
+            let Some(job) = state.jobs.get_mut(&work.slice.job) else { continue }; // given up meanwhile
+            job.logits[work.slice.pairs.clone()].copy_from_slice(&new);
+            job.missing -= new.len();
+            if job.missing == 0
+                && let Some(job) = state.jobs.remove(&work.slice.job)
+            {
+                job.finish();
+            }
+        }
+    }
+
+    /// Answers every request that had pairs in a failed batch.
+    pub(super) fn fail(&self, batch: &[Work], cause: &str) {
+        let mut state = self.lock();
+        for work in batch {
+            state.fail(work.slice.job, RerankError::Internal(anyhow::anyhow!("{cause}")));
+        }
+    }
+
+    /// Refuses new requests; `take` ends when those that wait are done.
+    pub(super) fn close(&self) {
+        self.lock().closed = true;
+        self.arrived.notify_all();
+    }
+
+    pub(super) fn last_success(&self) -> Option<Instant> {
+        self.lock().last_success
+    }
+
+    /// The state stays coherent at every point where a panic could leave the lock, so a poisoned one is used on.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Forgets requests whose client has gone or whose deadline has passed.
+    fn drop_departed(&mut self) {
+        let now = Instant::now();
+        let expired = |job: &Job| job.new.deadline.filter(|deadline| deadline.at <= now);
+        let departed = |job: &Job| job.new.reply.is_closed() || expired(job).is_some();
+        let given_up: Vec<u64> = self.jobs.iter().filter(|(_, job)| departed(job)).map(|(&id, _)| id).collect();
+        for id in given_up {
+            metrics::counter!("rerankd_requests_given_up_total").increment(1);
+            let Some(job) = self.forget(id) else { continue };
+            if let Some(Deadline { seconds, .. }) = expired(&job) {
+                job.new.reply.send(Err(RerankError::Deadline { seconds })).ok(); // the client may have gone too
+            }
+        }
+    }
+
+    fn begin(&mut self, batch: Vec<Slice>) -> Vec<Work> {
+        let now = Instant::now();
+        let work = |slice: Slice| {
+            let job = self.jobs.get_mut(&slice.job)?;
+            job.started.get_or_insert(now);
+            Some(Work { all: Arc::clone(&job.new.pairs), slice })
+        };
+        batch.into_iter().filter_map(work).collect()
+    }
+
+    fn fail(&mut self, id: u64, error: RerankError) {
+        if let Some(job) = self.forget(id) {
+            job.new.reply.send(Err(error)).ok(); // the client may have gone
+        }
+    }
+
+    fn forget(&mut self, id: u64) -> Option<Job> {
+        self.waiting.retain(|waiting| waiting.job != id);
+        self.jobs.remove(&id)
+    }
+}
+
+impl Job {
+    fn finish(self) {
+        let now = Instant::now();
+        let started = self.started.unwrap_or(now);
+        let scores = Scores { logits: self.logits, queued: started - self.arrived, computed: now - started };
+        drop(self.new.permit);
+        self.new.reply.send(Ok(scores)).ok(); // the client may have gone
+    }
+}

@@ -1,0 +1,98 @@
+//! Logs, metrics and progress: shared words that anyone may use.
+
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_subscriber::EnvFilter;
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+static PROMETHEUS: OnceLock<PrometheusHandle> = OnceLock::new();
+
+const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+const TOKENS: [f64; 10] = [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
+
+/// Starts logging to standard error. A second call changes nothing.
+pub fn init_logs(format: LogFormat, filter: &str) {
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    // A log that cannot be written is dropped: the server goes on.
+    let logs = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .log_internal_errors(false)
+        .with_target(false)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+    match format {
+        LogFormat::Text => logs.try_init().ok(),
+        LogFormat::Json => logs.json().flatten_event(true).try_init().ok(),
+    };
+}
+
+/// The process's metrics, collected from the first call on.
+pub fn prometheus() -> &'static PrometheusHandle {
+    PROMETHEUS.get_or_init(|| {
+        let builder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
+            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_tokens".to_owned()), &TOKENS))
+            .expect("the buckets are not empty");
+        let recorder = builder.build_recorder();
+        let handle = recorder.handle();
+        if metrics::set_global_recorder(recorder).is_err() {
+            tracing::warn!("another metrics recorder is installed; /metrics stays empty");
+        }
+        describe();
+        handle
+    })
+}
+
+fn describe() {
+    use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
+    describe_counter!("rerankd_requests_total", "HTTP requests by route and status");
+    describe_histogram!("rerankd_request_seconds", Unit::Seconds, "From a request's header to its answer, by route");
+    describe_counter!("rerankd_tokens_total", Unit::Count, "Tokens computed, by model");
+    describe_histogram!("rerankd_batch_tokens", Unit::Count, "Tokens of a batch, by model");
+    describe_histogram!("rerankd_batch_seconds", Unit::Seconds, "Computing time of a batch, by model");
+    describe_gauge!("rerankd_queue_tokens", Unit::Count, "Tokens admitted and not yet computed, by model");
+    describe_counter!("rerankd_batches_failed_total", "Batches that the backend could not compute, by model");
+    describe_counter!(
+        "rerankd_requests_given_up_total",
+        "Requests dropped from the queue: client gone or deadline passed"
+    );
+    describe_counter!("rerankd_documents_total", "Documents ranked");
+    describe_counter!("rerankd_queries_cut_total", "Queries longer than their share of the window");
+    describe_counter!("rerankd_documents_cut_total", "Documents of which some text was not read");
+    describe_counter!("rerankd_chunks_dropped_total", "Chunks beyond max_chunks_per_doc");
+}
+
+/// A bar over bytes on standard error; silent where that is not a terminal.
+pub fn progress_bytes(total: u64, what: &str) -> ProgressBar {
+    progress(total, what, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+}
+
+/// A bar over things that are counted; silent where standard error is not a terminal.
+pub fn progress_count(total: u64, what: &str) -> ProgressBar {
+    progress(total, what, "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}")
+}
+
+fn progress(total: u64, what: &str, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).expect("a template of ours");
+    let bar = ProgressBar::new(total).with_style(style).with_message(what.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(200));
+    bar
+}
+
+/// A sign of life for work whose length is not known; silent where standard error is not a terminal.
+pub fn progress_spinner(what: &str) -> ProgressBar {
+    progress(0, what, "{spinner} {msg} {elapsed}")
+}

@@ -1,0 +1,105 @@
+//! How a model lays out a query and a document, learnt from its own tokenizer.
+
+use anyhow::{Context, Result, anyhow, ensure};
+use tokenizers::Tokenizer;
+
+use crate::batch::Pair;
+
+/// The special tokens before, between and after a pair's two texts, with everyone's segment ids:
+/// `[CLS] query [SEP] document [SEP]`, `<s> query </s> </s> document </s>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct PairTemplate {
+    before: Segment,
+    query_type: u8,
+    between: Segment,
+    document_type: u8,
+    after: Segment,
+}
+
+/// Special tokens and their segment ids.
+type Segment = Vec<(u32, u8)>;
+
+impl PairTemplate {
+    /// Reads the template off what the tokenizer itself does with a pair, then holds it against a second pair.
+    pub(crate) fn of(tokenizer: &Tokenizer) -> Result<Self> {
+        let ids = |text: &str| -> Result<Vec<u32>> { Ok(encode(tokenizer, text)?) };
+        let (query, document) = (ids("query")?, ids("document")?);
+        let whole = encode_pair(tokenizer, "query", "document")?;
+        let q = find(&whole, &query, 0).context("the tokenizer's pair does not contain the query as it is alone")?;
+        let d = find(&whole, &document, q + query.len())
+            .context("the tokenizer's pair does not contain the document as it is alone")?;
+        let segment = |from: usize, to: usize| whole[from..to].to_vec();
+        let template = Self {
+            before: segment(0, q),
+            query_type: whole[q].1,
+            between: segment(q + query.len(), d),
+            document_type: whole[d].1,
+            after: segment(d + document.len(), whole.len()),
+        };
+        for (query, document) in [("two words", ""), ("a", "some longer text, with 3 marks")] {
+            let expected = encode_pair(tokenizer, query, document)?;
+            let built = template.pair(&ids(query)?, &ids(document)?);
+            let same = built.ids().iter().zip(built.type_ids()).map(|(&id, &t)| (id, t)).eq(expected.iter().copied());
+            ensure!(same, "the tokenizer's pairs follow no fixed template of special tokens");
+        }
+        Ok(template)
+    }
+
+    /// Special tokens in every pair.
+    pub(crate) fn special_tokens(&self) -> usize {
+        self.before.len() + self.between.len() + self.after.len()
+    }
+
+    /// The pair of two texts' ids.
+    pub(crate) fn pair(&self, query: &[u32], document: &[u32]) -> Pair {
+        let tokens = self.special_tokens() + query.len() + document.len();
+        let (mut ids, mut types) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
+        let mut text = |text: &[u32], segment: u8, specials: &Segment| {
+            ids.extend_from_slice(text);
+            types.resize(ids.len(), segment);
+            ids.extend(specials.iter().map(|&(id, _)| id));
+            types.extend(specials.iter().map(|&(_, segment)| segment));
+        };
+        text(&[], 0, &self.before);
+        text(query, self.query_type, &self.between);
+        text(document, self.document_type, &self.after);
+        Pair::new(ids, types)
+    }
+
+    /// The template in the catalogue's words: `[CLS] query [SEP] document [SEP]`.
+    pub(crate) fn format(&self, tokenizer: &Tokenizer) -> String {
+        let specials = |segment: &Segment| {
+            segment
+                .iter()
+                .map(|&(id, _)| tokenizer.id_to_token(id).unwrap_or_else(|| id.to_string()))
+                .collect::<Vec<_>>()
+        };
+        let mut words = specials(&self.before);
+        words.push("query".to_owned());
+        words.extend(specials(&self.between));
+        words.push("document".to_owned());
+        words.extend(specials(&self.after));
+        words.join(" ")
+    }
+}
+
+/// A text's ids, without special tokens.
+pub(crate) fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+    let encoding = tokenizer.encode_fast(text, false).map_err(|e| anyhow!("the tokenizer failed: {e}"))?;
+    Ok(encoding.get_ids().to_vec())
+}
+
+/// The tokenizer's own encoding of a pair.
+fn encode_pair(tokenizer: &Tokenizer, query: &str, document: &str) -> Result<Vec<(u32, u8)>> {
+    let encoding = tokenizer.encode_fast((query, document), true).map_err(|e| anyhow!("the tokenizer failed: {e}"))?;
+    Ok(encoding.get_ids().iter().zip(encoding.get_type_ids()).map(|(&id, &t)| (id, t as u8)).collect())
+}
+
+/// Where `needle` first occurs in `haystack`, from `start` on. An empty needle occurs nowhere: the probe would say nothing.
+fn find(haystack: &[(u32, u8)], needle: &[u32], start: usize) -> Option<usize> {
+    if needle.is_empty() {
+        return None;
+    }
+    (start..=haystack.len().checked_sub(needle.len())?)
+        .find(|&at| haystack[at..at + needle.len()].iter().map(|&(id, _)| id).eq(needle.iter().copied()))
+}
