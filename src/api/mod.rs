@@ -24,7 +24,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 pub use auth::Keys;
 pub use error::ApiError;
 pub use limits::ApiLimits;
-pub use server::{Server, ServerTimes};
+pub use server::{Server, ServerTimes, serve};
 
 use crate::models::Models;
 use limits::BodyBudget;
@@ -63,17 +63,19 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/metrics", get(ops::metrics))
         .fallback(ops::unknown_path);
     for path in RERANK_PATHS {
-        closed = closed.route(path, post(rerank::rerank).fallback(ops::wrong_method));
+        closed = closed.route(path, post(rerank::rerank));
     }
-    // Denied by default: whatever is not merged below asks for a key, unknown paths included.
-    let closed = closed.layer(middleware::from_fn_with_state(Arc::clone(app), auth::require_key));
+    // Denied by default: whatever is not merged below asks for a key, unknown paths and wrong methods included.
+    let closed = closed
+        .method_not_allowed_fallback(ops::wrong_method)
+        .layer(middleware::from_fn_with_state(Arc::clone(app), auth::require_key));
     let open = Router::new()
         .route("/health", get(ops::health))
         .route("/ready", get(ops::ready))
-        .route("/openapi.json", get(openapi::document));
+        .route("/openapi.json", get(openapi::document))
+        .method_not_allowed_fallback(ops::wrong_method);
     let routes = closed
         .merge(open)
-        .method_not_allowed_fallback(ops::wrong_method)
         .layer(CatchPanicLayer::custom(error::from_panic))
         .layer(middleware::from_fn(observe::observe))
         .with_state(Arc::clone(app));

@@ -58,49 +58,52 @@ impl Server {
         self.address
     }
 
-    /// Listens and answers until `stop`, then drains: no new connections, answers to all that were asked, at most `times.drain`.
+    /// Listens: from here on connections wait for [`serve`].
     ///
     /// # Errors
-    /// The address cannot be listened on.
-    pub async fn run(
-        self,
-        app: Arc<App>,
-        max_connections: usize,
-        times: ServerTimes,
-        stop: impl Future<Output = ()>,
-    ) -> Result<()> {
-        let listener = self.socket.listen(BACKLOG)?;
-        let service = TowerToHyperService::new(router(&app));
-        let mut http = http1::Builder::new();
-        http.timer(TokioTimer::new()).header_read_timeout(times.header);
-        let graceful = GracefulShutdown::new();
-        let free = Arc::new(Semaphore::new(max_connections));
-        let mut stop = std::pin::pin!(stop);
-        loop {
-            let (stream, slot) = tokio::select! {
-                accepted = accept(&listener, &free) => accepted,
-                () = &mut stop => break,
-            };
-            let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
-            tokio::spawn(async move {
-                // Errors here are the client's: a broken header, a timeout, a connection that went away.
-                if let Err(error) = connection.await {
-                    tracing::debug!(%error, "connection ended");
-                }
-                drop(slot);
-            });
-        }
-        app.draining.store(true, Relaxed);
-        drop(listener);
-        let until = Instant::now() + times.drain;
-        tracing::info!(seconds = times.drain.as_secs(), "draining");
-        let drained = tokio::time::timeout_at(until.into(), graceful.shutdown()).await;
-        app.models.drained(until).await;
-        match drained {
-            Ok(()) => tracing::info!("drained"),
-            Err(_) => tracing::warn!("the drain's time is over; connections that are still busy are cut"),
-        }
-        Ok(())
+    /// Another process has begun to listen on the address.
+    pub fn listen(self) -> Result<TcpListener> {
+        self.socket.listen(BACKLOG).with_context(|| format!("cannot listen on {}", self.address))
+    }
+}
+
+/// Answers until `stop`, then drains: no new connections, answers to all that were asked, at most `times.drain`.
+pub async fn serve(
+    listener: TcpListener,
+    app: Arc<App>,
+    max_connections: usize,
+    times: ServerTimes,
+    stop: impl Future<Output = ()>,
+) {
+    let service = TowerToHyperService::new(router(&app));
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(times.header);
+    let graceful = GracefulShutdown::new();
+    let free = Arc::new(Semaphore::new(max_connections));
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        let (stream, slot) = tokio::select! {
+            accepted = accept(&listener, &free) => accepted,
+            () = &mut stop => break,
+        };
+        let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
+        tokio::spawn(async move {
+            // Errors here are the client's: a broken header, a timeout, a connection that went away.
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection ended");
+            }
+            drop(slot);
+        });
+    }
+    app.draining.store(true, Relaxed);
+    drop(listener);
+    let until = Instant::now() + times.drain;
+    tracing::info!(seconds = times.drain.as_secs(), "draining");
+    let drained = tokio::time::timeout_at(until.into(), graceful.shutdown()).await;
+    app.models.drained(until).await;
+    match drained {
+        Ok(()) => tracing::info!("drained"),
+        Err(_) => tracing::warn!("the drain's time is over; connections that are still busy are cut"),
     }
 }
 

@@ -1,14 +1,13 @@
 //! `rerankd serve`: load, listen, drain.
 
 use std::future::Future;
-use std::io::Write;
 use std::net::SocketAddr;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Failure;
-use crate::api::{App, Server};
+use crate::api::{self, App, Server};
 use crate::settings::{ServeArgs, ServeSettings};
 use crate::telemetry;
 
@@ -35,9 +34,11 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             settings.models.start(|name, about| tracing::info!(model = name, "{about}"))
         })
         .map_err(Failure::Config)?;
+        let listener = server.listen().map_err(Failure::Config)?;
         announce(&settings, address, &models.iter().next().map(|model| model.name.clone()).unwrap_or_default());
         let app = App::new(models, settings.keys.clone(), settings.limits);
-        server.run(app, settings.max_connections, settings.times, stop).await.map_err(Failure::Other)
+        api::serve(listener, app, settings.max_connections, settings.times, stop).await;
+        Ok(())
     })
 }
 
@@ -63,7 +64,7 @@ fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
     let body = format!(
         r#"{{"model":"{model}","query":"Apple","documents":["apple","banana","fruit","vegetable"],"top_n":4}}"#
     );
-    writeln!(std::io::stderr(), "\nTry it:\n  curl http://{shown}/v1/rerank{key} -d '{body}'\n").ok();
+    tracing::info!("try it: curl http://{shown}/v1/rerank{key} -d '{body}'");
 }
 
 /// Resolves at the first SIGTERM or SIGINT; the second ends the process.

@@ -299,7 +299,8 @@ fn read_header(source: &mut Box<dyn Source>) -> Result<(u64, Metadata)> {
 
 /// Reads `bytes` bytes of little-endian floats, a block at a time: the file's form is never in memory whole.
 fn read_floats(source: &mut dyn Source, dtype: Dtype, bytes: usize) -> Result<Vec<f32>> {
-    let (width, convert): (usize, fn(&[u8], &mut Vec<f32>)) = match dtype {
+    type Convert = fn(&[u8], &mut Vec<f32>);
+    let (width, convert): (usize, Convert) = match dtype {
         Dtype::F64 => (8, |b, out| out.extend(b.as_chunks().0.iter().map(|&v| f64::from_le_bytes(v) as f32))),
         Dtype::F32 => (4, |b, out| out.extend(b.as_chunks().0.iter().map(|&v| f32::from_le_bytes(v)))),
         Dtype::F16 => (2, |b, out| out.extend(b.as_chunks().0.iter().map(|&v| f16::from_le_bytes(v).to_f32()))),

@@ -210,7 +210,7 @@ impl TextEncoder {
             for (document, new) in unit? {
                 let known: &mut Vec<u32> = &mut ids[document];
                 // One token past the reach is kept, to see that there was more.
-                let kept = new.len().min((reach + 1).saturating_sub(known.len()));
+                let kept = new.len().min(reach.saturating_add(1).saturating_sub(known.len()));
                 known.extend_from_slice(&new[..kept]);
                 total += kept;
             }

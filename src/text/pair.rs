@@ -22,7 +22,7 @@ type Segment = Vec<(u32, u8)>;
 impl PairTemplate {
     /// Reads the template off what the tokenizer itself does with a pair, then holds it against a second pair.
     pub(crate) fn of(tokenizer: &Tokenizer) -> Result<Self> {
-        let ids = |text: &str| -> Result<Vec<u32>> { Ok(encode(tokenizer, text)?) };
+        let ids = |text: &str| encode(tokenizer, text);
         let (query, document) = (ids("query")?, ids("document")?);
         let whole = encode_pair(tokenizer, "query", "document")?;
         let q = find(&whole, &query, 0).context("the tokenizer's pair does not contain the query as it is alone")?;

@@ -61,7 +61,8 @@ class Bm25:
 class Scorer:
     def __init__(self, folder):
         self.model = AutoModelForSequenceClassification.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=512)
+        self.tokenizer.deprecation_warnings["Asking-to-pad-a-fast-tokenizer"] = True
 
     @torch.inference_mode()
     def logits(self, pairs, batch=64):

@@ -273,7 +273,7 @@ mod tests {
             (&with(r#""top_n":-1"#), "top_n"),
             (&with(r#""top_n":"3""#), "top_n"),
             (&with(r#""top_n":1.5"#), "top_n"),
-            (&with(r#""top_n":1e400"#), "body"),
+            (&with(r#""top_n":1e400"#), "top_n"),
             (&with(r#""top_n":18446744073709551616"#), "top_n"),
             (&with(r#""overlap_tokens":81"#), "overlap_tokens"),
             (&with(r#""overlap_tokens":-1"#), "overlap_tokens"),

@@ -1,0 +1,243 @@
+//! The real binary: its commands, its exit codes, and a server on a real socket with its signals.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+fn rerankd() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rerankd"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RERANKD_")) {
+        command.env_remove(name);
+    }
+    command.env("HF_HUB_OFFLINE", "1");
+    command
+}
+
+fn model() -> String {
+    common::fixture("xlmr").display().to_string()
+}
+
+fn run(arguments: &[&str], input: &str) -> Output {
+    let mut child =
+        rerankd().args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).ok(); // it may have ended without reading
+    child.wait_with_output().unwrap()
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// A server on a port of the system's choice, ended with the test.
+struct Server {
+    child: Child,
+    stderr: BufReader<ChildStderr>,
+    address: String,
+}
+
+impl Server {
+    fn start(arguments: &[&str]) -> Self {
+        let mut child =
+            rerankd().args(["serve", "--port", "0"]).args(arguments).stderr(Stdio::piped()).spawn().unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut log = String::new();
+        let address = loop {
+            let mut line = String::new();
+            assert!(stderr.read_line(&mut line).unwrap() > 0, "the server ended: {log}");
+            if let Some((_, address)) = line.trim().split_once("listening on http://") {
+                break address.chars().take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':')).collect();
+            }
+            log.push_str(&line);
+        };
+        Self { child, stderr, address }
+    }
+
+    fn connect(&self) -> TcpStream {
+        TcpStream::connect(&self.address).unwrap()
+    }
+
+    /// Sends a request on a connection of its own and reads the whole answer.
+    fn request(&self, text: &str) -> String {
+        let mut stream = self.connect();
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    fn rerank(&self, body: &str) -> String {
+        let length = body.len();
+        self.request(&format!(
+            "POST /v1/rerank HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+        ))
+    }
+
+    fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    fn exit_code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
+    fn rest_of_log(&mut self) -> String {
+        let mut log = String::new();
+        self.stderr.read_to_string(&mut log).unwrap();
+        log
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+#[test]
+fn rank_prints_a_table_and_json() {
+    let table = stdout(&run(&["rank", "--query", "a", "--model", &model(), "-n", "2"], "one\ntwo\nthree\n"));
+    let lines: Vec<&str> = table.lines().collect();
+    assert!(lines.len() == 3 && lines[0].starts_with("rank") && lines[1].starts_with("1 "), "{table}");
+    let json = stdout(&run(&["rank", "--query", "a", "--model", &model(), "--json"], "one\ntwo\nthree\n"));
+    let results: Vec<Value> = json.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(results.len(), 3);
+    let scores: Vec<f64> = results.iter().map(|r| r["relevance_score"].as_f64().unwrap()).collect();
+    assert!(scores.is_sorted_by(|a, b| a >= b));
+    assert!(lines[1].contains(results[0]["text"].as_str().unwrap()));
+}
+
+#[test]
+fn rank_reads_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let files: Vec<String> = ["first", "second"]
+        .iter()
+        .map(|name| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, format!("the {name} document")).unwrap();
+            path.display().to_string()
+        })
+        .collect();
+    let table = stdout(&run(&["rank", "--query", "a", "--model", &model(), &files[0], &files[1]], ""));
+    assert!(files.iter().all(|file| table.contains(file)), "{table}");
+}
+
+#[test]
+fn models_lists_the_catalogue() {
+    let table = stdout(&run(&["models"], ""));
+    assert!(table.contains("BAAI/bge-reranker-v2-m3") && table.contains("1024 of 8192"));
+    let json: Value = serde_json::from_str(&stdout(&run(&["models", "--json"], ""))).unwrap();
+    assert!(json.as_array().unwrap().len() >= 7);
+}
+
+#[test]
+fn mistakes_end_before_the_port_opens_with_their_own_codes() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let model = model();
+    for (arguments, code, named) in [
+        (&["serve", "--prot", "1"][..], 2, "--prot"),
+        (&["serve", "--port", "x"], 2, "--port"),
+        (&["serve", "--model", "nothing"], 78, "BAAI/bge-reranker-v2-m3"),
+        (&["serve", "--model", "."], 78, "no checkpoint here"),
+        (&["serve", "--model", &model, "--window", "9999"], 78, "window"),
+        (&["serve", "--model", &model, "--window", "3"], 78, "window"),
+        (&["serve", "--model", &model, "--device", "abacus"], 78, "abacus"),
+        (&["serve", "--model", &model, "--max-batch-tokens", "0"], 78, "--max-batch-tokens"),
+        (&["serve", "--model", &model, "--port", &port], 78, "--port"),
+        (&["serve", "--model", &model, "--api-key-file", "/dev/null"], 78, "--api-key-file"),
+        (&["serve", "--config", "/nowhere.toml"], 78, "/nowhere.toml"),
+        (&["serve", "--model", &model, "--model", &model], 78, "two models"),
+        (&["rank", "--query", " ", "--model", &model], 1, "--query"),
+        (&["rank", "--query", "a", "--model", &model], 1, "nothing to rank"),
+    ] {
+        let output = run(arguments, "");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
+        assert!(message.contains(named), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn a_server_answers_on_its_socket_and_drains_on_sigterm() {
+    let mut server = Server::start(&["--model", &format!("tiny={}", model()), "--log-format", "json"]);
+    let answer = server.rerank(r#"{"model":"tiny","query":"secret words","documents":["a","b"]}"#);
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("relevance_score"), "{answer}");
+    // An idle connection that is kept alive does not hold the exit.
+    let mut idle = server.connect();
+    idle.write_all(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    idle.read_exact(&mut [0; 15]).unwrap();
+    server.signal("-TERM");
+    assert_eq!(server.exit_code(), Some(0));
+    let log = server.rest_of_log();
+    assert!(!log.contains("secret words"), "no text of a request in the log");
+    let lines: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    assert!(
+        lines.iter().any(|line| line["status"] == 200 && line["route"] == "/v1/rerank" && line["documents"] == 2),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_running_request_is_answered_in_the_drain() {
+    let mut server = Server::start(&["--model", &format!("tiny={}", model())]);
+    let texts = vec![format!("\"{}\"", "word ".repeat(2000)); 20].join(",");
+    let body = format!(r#"{{"model":"tiny","query":"a","documents":[{texts}]}}"#);
+    let mut stream = server.connect();
+    write!(stream, "POST /v1/rerank HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    std::thread::sleep(Duration::from_millis(50)); // so that the request is in, finished or not
+    server.signal("-TERM");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert_eq!(server.exit_code(), Some(0));
+}
+
+#[test]
+fn a_header_that_does_not_come_is_given_up() {
+    let server = Server::start(&["--model", &format!("tiny={}", model()), "--header-timeout", "1"]);
+    let start = Instant::now();
+    let mut slow = server.connect();
+    slow.write_all(b"POST /v1/rerank HTTP/1.1\r\nhost:").unwrap();
+    slow.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let mut answer = String::new();
+    slow.read_to_string(&mut answer).ok(); // closed, with or without a last word
+    assert!(start.elapsed() < Duration::from_secs(30), "the connection is still open");
+    assert!(server.request("GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").contains("ready"));
+}
+
+#[test]
+fn everything_is_also_environment_and_config_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("rerankd.toml");
+    std::fs::write(&config, format!("model = [\"one={0}\", \"two={0}\"]\nmax-documents = 1\nport = 0\n", model()))
+        .unwrap();
+    let mut child = rerankd()
+        .arg("serve")
+        .env("RERANKD_CONFIG", &config)
+        .env("RERANKD_HOST", "0.0.0.0")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut log = String::new();
+    for line in BufReader::new(child.stderr.take().unwrap()).lines() {
+        let line = line.unwrap();
+        log.push_str(&line);
+        if line.contains("curl") {
+            break;
+        }
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(log.contains("listening on http://0.0.0.0:") && log.contains("max_documents=1"), "{log}");
+    assert!(log.contains("\"one\"") && log.contains("\"two\""), "both models are announced: {log}");
+    assert!(log.contains("no --api-key is set"), "an open server beyond loopback warns: {log}");
+}

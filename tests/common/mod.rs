@@ -1,0 +1,81 @@
+//! What several test files need: where the data is, and a model loaded from it.
+
+#![allow(dead_code, reason = "each test file is a crate of its own and uses some of this")]
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use rerankd::loading::download::Hub;
+use rerankd::loading::source::ModelSource;
+use rerankd::loading::{self, DeviceChoice, LoadOptions, LoadedModel};
+use rerankd::text::{Tail, TextLimits};
+use serde::Deserialize;
+
+/// A folder of `tests/fixtures`.
+pub(crate) fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+/// The folder of real models and texts, which is not part of the repository.
+pub(crate) fn test_data() -> Option<PathBuf> {
+    let folder = match std::env::var_os("RERANKD_TEST_DATA") {
+        Some(folder) => PathBuf::from(folder),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/data"),
+    };
+    folder.is_dir().then_some(folder)
+}
+
+/// A file or folder of the real data, or a line that says which test did not run and why.
+pub(crate) fn real(test: &str, name: &str) -> Option<PathBuf> {
+    let path = test_data().map(|folder| folder.join(name)).filter(|path| path.exists());
+    if path.is_none() {
+        eprintln!("SKIPPED {test}: {name} is not in ../shared/data, and RERANKD_TEST_DATA names no folder that has it");
+    }
+    path
+}
+
+/// Limits that cut nothing but what a test is about.
+pub(crate) fn limits(window: usize) -> TextLimits {
+    TextLimits {
+        window,
+        max_query_tokens: None,
+        max_document_chars: 1 << 20,
+        max_request_tokens: 1 << 22,
+        tail: Tail::Short,
+        threads: 2,
+    }
+}
+
+/// Loads a folder as a start of the server does.
+pub(crate) fn load(folder: &Path) -> Result<LoadedModel> {
+    let source = ModelSource::parse(&folder.display().to_string())?;
+    let options = LoadOptions { device: DeviceChoice::Cpu, window: None, limits: limits(0) };
+    loading::load(&source, &Hub::from_env(), options)
+}
+
+/// A paragraph of XQuAD and the questions that it answers.
+#[derive(Deserialize)]
+pub(crate) struct Paragraph {
+    pub(crate) context: String,
+    pub(crate) qas: Vec<Question>,
+}
+
+/// A question of XQuAD.
+#[derive(Deserialize)]
+pub(crate) struct Question {
+    pub(crate) question: String,
+}
+
+/// All paragraphs of an XQuAD file, in its order.
+pub(crate) fn paragraphs(file: &Path) -> Vec<Paragraph> {
+    #[derive(Deserialize)]
+    struct File {
+        data: Vec<Article>,
+    }
+    #[derive(Deserialize)]
+    struct Article {
+        paragraphs: Vec<Paragraph>,
+    }
+    let file: File = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
+    file.data.into_iter().flat_map(|article| article.paragraphs).collect()
+}

@@ -1,0 +1,73 @@
+//! Checkpoints of random weights, of any shape that a config.json describes, in the names that the published ones use.
+//! Speed and plumbing do not depend on the values.
+
+#![allow(unreachable_pub, dead_code, reason = "shared by several test and bench programs, each of which uses a part")]
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use rerankd::loading::config::{Architecture, ModelConfig};
+use serde_json::json;
+
+/// Every tensor of a cross-encoder of this shape.
+fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (c, f) = (config.hidden_size, config.intermediate_size);
+    let (prefix, dense, out) = match config.architecture {
+        Architecture::Bert => ("bert", "bert.pooler.dense", "classifier"),
+        Architecture::Roberta => ("roberta", "classifier.dense", "classifier.out_proj"),
+    };
+    let mut all = vec![
+        (format!("{prefix}.embeddings.word_embeddings.weight"), vec![config.vocab_size, c]),
+        (format!("{prefix}.embeddings.position_embeddings.weight"), vec![config.position_rows, c]),
+        (format!("{prefix}.embeddings.token_type_embeddings.weight"), vec![config.type_vocab_size, c]),
+    ];
+    let mut layer = |name: &str, shape: &[usize]| {
+        all.push((format!("{name}.weight"), shape.to_vec()));
+        all.push((format!("{name}.bias"), shape[..1].to_vec()));
+    };
+    layer(&format!("{prefix}.embeddings.LayerNorm"), &[c]);
+    for i in 0..config.layers {
+        let at = |name: &str| format!("{prefix}.encoder.layer.{i}.{name}");
+        for part in ["query", "key", "value"] {
+            layer(&at(&format!("attention.self.{part}")), &[c, c]);
+        }
+        layer(&at("attention.output.dense"), &[c, c]);
+        layer(&at("attention.output.LayerNorm"), &[c]);
+        layer(&at("intermediate.dense"), &[f, c]);
+        layer(&at("output.dense"), &[c, f]);
+        layer(&at("output.LayerNorm"), &[c]);
+    }
+    layer(dense, &[c, c]);
+    layer(out, &[1, c]);
+    all
+}
+
+/// Writes a bf16 `model.safetensors`: values spread evenly over ±0.05, norms' weights around 1.
+pub fn write_checkpoint(config: &ModelConfig, path: &Path) -> std::io::Result<()> {
+    let tensors = tensors(config);
+    let mut header = json!({});
+    let mut offset = 0;
+    for (name, shape) in &tensors {
+        let end = offset + 2 * shape.iter().product::<usize>();
+        header[name] = json!({"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]});
+        offset = end;
+    }
+    let header = header.to_string();
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(header.as_bytes())?;
+    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+    for (name, shape) in &tensors {
+        let centre = if name.ends_with("LayerNorm.weight") { 1.0 } else { 0.0 };
+        for _ in 0..shape.iter().product::<usize>() {
+            // xorshift64 (Marsaglia 2003)
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            let value = centre + ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.1;
+            file.write_all(&half::bf16::from_f32(value).to_le_bytes())?;
+        }
+    }
+    file.flush()
+}

@@ -1,0 +1,363 @@
+//! The encoder against what others compute: `transformers` stage by stage (`tests/fixtures`), candle's own models, a float64
+//! forward of a real cross-encoder; and against itself, alone and in company.
+//!
+//! What needs real weights looks for them in `../shared/data` or in the folder that `RERANKD_TEST_DATA` names, and says so
+//! where there are none. `RERANKD_FULL_EVAL=1` ranks all questions of XQuAD instead of a sample.
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, IndexOp, Tensor};
+use candle_nn::{Module, VarBuilder, linear};
+use candle_transformers::models::{bert, xlm_roberta};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use rerankd::backend::Backend;
+use rerankd::backend::candle::CandleBackend;
+use rerankd::batch::{Batch, Pair};
+use rerankd::encoder::{Bert, CrossEncoder, Stage};
+use rerankd::loading::config::ModelConfig;
+use rerankd::loading::weights::Weights;
+use rerankd::text::DocumentOptions;
+use serde::Deserialize;
+
+use common::{fixture, load, paragraphs, real};
+
+/// Both sides sum some hundred f32 terms of size 1 in their own order, a few times in a row: they differ by some 1e-6, while
+/// the nearest mistake that still runs (the other GELU) moves a layer by more than 1e-3.
+const STAGE_BOUND: f32 = 1e-4;
+
+/// The same arithmetic through the same kernels, but for products of another shape (one sequence, one weight at a time),
+/// whose sums may be taken in another order.
+const CANDLE_BOUND: f32 = 1e-5;
+
+/// The reference is float64; twelve layers of f32 leave some 1e-5 in a logit of size 10. The task's own bound is wider.
+const REAL_BOUND: f64 = 1e-3;
+
+/// A sigmoid is at most a quarter as steep as its logit, and f32 is precise to 6e-8 there: a few units in the last place of a
+/// logit, should a product's kernel depend on its number of rows.
+const COMPANY_BOUND: f32 = 1e-6;
+
+#[test]
+fn xlmr_equals_transformers_stage_by_stage() {
+    check_stages("xlmr");
+}
+
+#[test]
+fn bert_equals_transformers_stage_by_stage() {
+    check_stages("bert");
+}
+
+#[test]
+fn roberta_equals_transformers_stage_by_stage() {
+    check_stages("roberta");
+}
+
+/// Packs all sequences in one batch and holds each one's rows against its goldens.
+fn check_stages(family: &str) {
+    let golden = Golden::read(family);
+    let config = config(family);
+    let weights = Weights::open(&fixture(family).join("model.safetensors")).unwrap();
+    let encoder = Bert::load(&config, weights, CandleBackend::cpu()).unwrap();
+    let batch = Batch::pack(&golden.pairs);
+    let mut seen = Vec::new();
+    let mut largest = 0f32;
+    encoder
+        .forward(&batch, |stage, backend, buffer| {
+            let values = backend.download(buffer).unwrap();
+            for (sequence, rows) in rows(stage, config.layers, &batch).into_iter().enumerate() {
+                let columns = values.len() / rows.of;
+                let ours = &values[rows.range.start * columns..rows.range.end * columns];
+                let theirs = golden.stage(sequence, stage);
+                let at =
+                    format!("{family}, sequence {sequence} of {} tokens, {stage:?}", golden.pairs[sequence].tokens());
+                assert_eq!(ours.len(), theirs.len(), "{at}");
+                let difference = max_difference(ours, &theirs);
+                assert!(difference <= STAGE_BOUND, "{at}: differs by {difference}");
+                largest = largest.max(difference);
+            }
+            seen.push(stage);
+        })
+        .unwrap();
+    let expected: Vec<Stage> =
+        std::iter::once(Stage::Embeddings).chain((0..config.layers).map(Stage::Layer)).chain([Stage::Logits]).collect();
+    assert_eq!(seen, expected, "{family}");
+    eprintln!("{family}: largest difference from transformers {largest:e}");
+}
+
+/// A sequence's rows in a stage's buffer, and how many rows that buffer has.
+struct Rows {
+    range: Range<usize>,
+    of: usize,
+}
+
+fn rows(stage: Stage, layers: usize, batch: &Batch) -> Vec<Rows> {
+    let first_tokens_only = stage == Stage::Logits || stage == Stage::Layer(layers - 1);
+    let of = if first_tokens_only { batch.sequences() } else { batch.tokens() };
+    let rows = |(sequence, range)| Rows { range: if first_tokens_only { sequence..sequence + 1 } else { range }, of };
+    batch.ranges().enumerate().map(rows).collect()
+}
+
+#[test]
+fn every_checkpoint_format_gives_the_same_bits() {
+    let golden = Golden::read("xlmr");
+    let batch = Batch::pack(&golden.pairs);
+    let logits = |folder: &str| load(&fixture(folder)).unwrap().encoder.score(&batch).unwrap();
+    let expected = logits("xlmr");
+    for folder in ["xlmr-pickle", "xlmr-shards"] {
+        assert_eq!(logits(folder), expected, "{folder}");
+    }
+}
+
+/// candle's own XLM-R takes the activation from config.json, erf or tanh, and counts positions as transformers does.
+#[test]
+fn the_roberta_family_equals_candle_transformers() {
+    for family in ["xlmr", "roberta"] {
+        let config: xlm_roberta::Config = read_json(&fixture(family).join("config.json"));
+        let model = xlm_roberta::XLMRobertaForSequenceClassification::new(1, &config, tensors(family)).unwrap();
+        check_against_candle(family, |ids, types| model.forward(ids, &ids.ones_like().unwrap(), types).unwrap());
+    }
+}
+
+/// candle has BERT without a head for classification, so pooler and classifier are put on it here.
+#[test]
+fn bert_equals_candle_transformers() {
+    let config: bert::Config = read_json(&fixture("bert").join("config.json"));
+    let weights = tensors("bert");
+    let model = bert::BertModel::load(weights.clone(), &config).unwrap();
+    let pooler = linear(config.hidden_size, config.hidden_size, weights.pp("bert.pooler.dense")).unwrap();
+    let classifier = linear(config.hidden_size, 1, weights.pp("classifier")).unwrap();
+    check_against_candle("bert", |ids, types| {
+        let first = model.forward(ids, types, None).unwrap().i((.., 0)).unwrap().contiguous().unwrap();
+        classifier.forward(&pooler.forward(&first).unwrap().tanh().unwrap()).unwrap()
+    });
+}
+
+fn check_against_candle(family: &str, judge: impl Fn(&Tensor, &Tensor) -> Tensor) {
+    let golden = Golden::read(family);
+    let ours = load(&fixture(family)).unwrap().encoder.score(&Batch::pack(&golden.pairs)).unwrap();
+    let mut largest = 0f32;
+    for (pair, ours) in golden.pairs.iter().zip(ours) {
+        let types: Vec<u32> = pair.type_ids().iter().map(|&t| t.into()).collect();
+        let row = |values: &[u32]| Tensor::new(values, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
+        let theirs: f32 = judge(&row(pair.ids()), &row(&types)).flatten_all().unwrap().to_vec1().unwrap()[0];
+        let difference = (ours - theirs).abs();
+        assert!(difference <= CANDLE_BOUND, "{family}, {} tokens: {ours}, candle's own {theirs}", pair.tokens());
+        largest = largest.max(difference);
+    }
+    eprintln!("{family}: largest difference from candle-transformers {largest:e}");
+}
+
+#[test]
+fn a_score_does_not_depend_on_its_company() {
+    let model = load(&fixture("xlmr")).unwrap();
+    // Any ids but the padding's, in as many tokens as the window allows.
+    let sequences = prop::collection::vec(prop::collection::vec(2u32..300, 1..=64), 1..12);
+    let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
+    TestRunner::new(config)
+        .run(&sequences, |sequences| {
+            let pairs: Vec<Pair> =
+                sequences.into_iter().map(|ids| Pair::new(ids.clone(), vec![0; ids.len()])).collect();
+            check_company(model.encoder.as_ref(), &pairs);
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+fn a_real_score_does_not_depend_on_its_company() {
+    let Some(folder) = real("a_real_score_does_not_depend_on_its_company", MINILM) else { return };
+    let model = load(&folder).unwrap();
+    let pairs: Vec<Pair> = rows_of_minilm(&folder).into_iter().map(Row::into_pair).collect();
+    let mut random = Random(1);
+    let mut largest = 0f32;
+    for size in [2, 3, 5, 8] {
+        let company: Vec<Pair> = (0..size).map(|_| pairs[random.below(pairs.len())].clone()).collect();
+        largest = largest.max(check_company(model.encoder.as_ref(), &company));
+    }
+    eprintln!("{MINILM}: largest difference between alone and in company {largest:e}");
+}
+
+/// Scores the pairs together, in the opposite order, and each alone. Gives the largest difference.
+fn check_company(encoder: &dyn CrossEncoder, pairs: &[Pair]) -> f32 {
+    let scores = |pairs: &[&Pair]| -> Vec<f32> {
+        encoder.score(&Batch::pack(pairs.iter().copied())).unwrap().into_iter().map(sigmoid).collect()
+    };
+    let together = scores(&pairs.iter().collect::<Vec<_>>());
+    let mut opposite = scores(&pairs.iter().rev().collect::<Vec<_>>());
+    opposite.reverse();
+    let mut largest = 0f32;
+    for (i, pair) in pairs.iter().enumerate() {
+        let alone = scores(&[pair])[0];
+        for company in [together[i], opposite[i]] {
+            let difference = (alone - company).abs();
+            assert!(
+                difference <= COMPANY_BOUND,
+                "{} tokens: {alone} alone, {company} among {} pairs",
+                pair.tokens(),
+                pairs.len()
+            );
+            largest = largest.max(difference);
+        }
+    }
+    largest
+}
+
+/// The last row's document is longer than the window: the reference cuts it to fit, as our first chunk does.
+#[tokio::test]
+async fn real_rows_have_the_reference_ids_and_logits() {
+    let Some(folder) = real("real_rows_have_the_reference_ids_and_logits", MINILM) else { return };
+    let model = load(&folder).unwrap();
+    let rows = rows_of_minilm(&folder);
+    assert_eq!(rows.len(), 47);
+    let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, max_tokens_per_doc: None };
+    let mut largest = 0f64;
+    for (line, row) in (1..).zip(&rows) {
+        let encoded = model.text.encode(&row.query, [row.text.clone()].into(), first_chunk).await.unwrap();
+        let pair = &encoded.pairs[0];
+        assert_eq!((pair.ids(), pair.type_ids()), (&row.ids[..], &row.type_ids[..]), "row {line}");
+        let logit = f64::from(model.encoder.score(&Batch::pack([pair])).unwrap()[0]);
+        let difference = (logit - row.logit).abs();
+        assert!(difference <= REAL_BOUND, "row {line}: logit {logit}, the reference's {}", row.logit);
+        largest = largest.max(difference);
+    }
+    assert_eq!(rows[46].ids.len(), 512);
+    eprintln!("{MINILM}: largest difference from the float64 reference {largest:e}");
+}
+
+/// Each question against its own paragraph and nine others. This model finds nearly all; a fault in tokenising, pairing or
+/// computing that still gives finite scores brings the share towards one in ten.
+#[tokio::test]
+async fn the_right_paragraph_comes_first() {
+    let test = "the_right_paragraph_comes_first";
+    let (Some(folder), Some(xquad)) = (real(test, MINILM), real(test, "xquad/xquad.en.json")) else { return };
+    let model = load(&folder).unwrap();
+    let paragraphs = paragraphs(&xquad);
+    let questions: Vec<(usize, &str)> = paragraphs
+        .iter()
+        .enumerate()
+        .flat_map(|(i, paragraph)| paragraph.qas.iter().map(move |qa| (i, qa.question.as_str())))
+        .collect();
+    let full = std::env::var_os("RERANKD_FULL_EVAL").is_some_and(|value| value == "1");
+    // A pair costs a tenth of a second on two cores.
+    let step = if full { 1 } else { questions.len() / SAMPLE };
+    let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, max_tokens_per_doc: None };
+    let mut random = Random(1);
+    let (mut found, mut asked) = (0, 0);
+    for &(own, question) in questions.iter().step_by(step) {
+        let mut candidates = vec![own];
+        while candidates.len() < 10 {
+            let other = random.below(paragraphs.len());
+            if !candidates.contains(&other) {
+                candidates.push(other);
+            }
+        }
+        let documents: Arc<[String]> = candidates.iter().map(|&i| paragraphs[i].context.clone()).collect();
+        let encoded = model.text.encode(question, documents, whole).await.unwrap();
+        let logits = model.encoder.score(&Batch::pack(&encoded.pairs)).unwrap();
+        let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| logits[pair]).fold(f32::NEG_INFINITY, f32::max);
+        let scores: Vec<f32> = encoded.documents.iter().map(best).collect();
+        found += usize::from(scores[1..].iter().all(|&other| scores[0] > other));
+        asked += 1;
+    }
+    eprintln!("{MINILM}: recall@1 on XQuAD en, one of ten: {found} of {asked}");
+    assert!(found * 10 >= asked * 9, "recall@1 {found} of {asked}");
+}
+
+const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
+const SAMPLE: usize = 24;
+
+/// A family's pairs and what `transformers` computed for them.
+struct Golden {
+    tensors: HashMap<String, Tensor>,
+    pairs: Vec<Pair>,
+}
+
+impl Golden {
+    fn read(family: &str) -> Self {
+        let tensors = candle_core::safetensors::load(fixture(family).join("golden.safetensors"), &Device::Cpu).unwrap();
+        let integers = |name: String| tensors.get(&name).map(|t| t.to_vec1::<i64>().unwrap());
+        let pairs: Vec<Pair> = (0..)
+            .map_while(|i| Some((integers(format!("{i}.ids"))?, integers(format!("{i}.type_ids"))?)))
+            .map(|(ids, types)| {
+                Pair::new(ids.iter().map(|&id| id as u32).collect(), types.iter().map(|&t| t as u8).collect())
+            })
+            .collect();
+        assert_eq!(pairs.iter().map(Pair::tokens).collect::<Vec<_>>(), [4, 5, 17, 31, 32, 64], "{family}");
+        Self { tensors, pairs }
+    }
+
+    fn stage(&self, sequence: usize, stage: Stage) -> Vec<f32> {
+        let name = match stage {
+            Stage::Embeddings => format!("{sequence}.embeddings"),
+            Stage::Layer(layer) => format!("{sequence}.layer.{layer}"),
+            Stage::Logits => format!("{sequence}.logits"),
+        };
+        self.tensors[&name].flatten_all().unwrap().to_vec1().unwrap()
+    }
+}
+
+/// A line of golden.jsonl.
+#[derive(Deserialize)]
+struct Row {
+    query: String,
+    text: String,
+    ids: Vec<u32>,
+    type_ids: Vec<u8>,
+    logit: f64,
+}
+
+impl Row {
+    fn into_pair(self) -> Pair {
+        Pair::new(self.ids, self.type_ids)
+    }
+}
+
+fn rows_of_minilm(folder: &Path) -> Vec<Row> {
+    let text = fs::read_to_string(folder.join("golden.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+/// splitmix64: the same picks on every machine.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % n as u64) as usize
+    }
+}
+
+fn config(family: &str) -> ModelConfig {
+    ModelConfig::parse(&fs::read_to_string(fixture(family).join("config.json")).unwrap()).unwrap()
+}
+
+/// A family's weights for candle's own models, in f32.
+fn tensors(family: &str) -> VarBuilder<'static> {
+    let file = fixture(family).join("model.safetensors");
+    VarBuilder::from_buffered_safetensors(fs::read(file).unwrap(), DType::F32, &Device::Cpu).unwrap()
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> T {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+/// NaN counts as infinitely far, where `max` would pass over it.
+fn max_difference(ours: &[f32], theirs: &[f32]) -> f32 {
+    ours.iter()
+        .zip(theirs)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |m, d| if d.is_nan() { f32::INFINITY } else { m.max(d) })
+}
+
+fn sigmoid(logit: f32) -> f32 {
+    1.0 / (1.0 + (-logit).exp())
+}

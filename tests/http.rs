@@ -1,0 +1,404 @@
+//! The HTTP contract, with a stub model that a reader can compute in their head.
+
+#[path = "common/stub.rs"]
+mod stub;
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::Request;
+use rerankd::api::{ApiLimits, App, Keys};
+use rerankd::models::Models;
+use rerankd::scheduler::SchedulerLimits;
+use serde_json::{Value, json};
+use stub::{LIMITS, QUEUE, app, app_with, check_error, get, post, rerank, send};
+
+fn body(documents: Value) -> Value {
+    json!({"model": "m", "query": "red apple", "documents": documents})
+}
+
+fn sigmoid(logit: f64) -> f64 {
+    1.0 / (1.0 + (-logit).exp())
+}
+
+#[tokio::test]
+async fn the_example_is_answered_in_the_exact_schema() {
+    let (app, _) = app();
+    let mut request = body(json!(["banana", "apple", "red apple", ""]));
+    request["top_n"] = json!(3);
+    request["return_documents"] = json!(true);
+    let answer = rerank(&app, request).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    let mut found = answer.json();
+    assert!(found["id"].as_str().is_some_and(|id| !id.is_empty()) && found["created"].as_u64() > Some(1_700_000_000));
+    found["id"] = json!("…");
+    found["created"] = json!(1);
+    // [CLS] red apple [SEP] document [SEP]: 5 special and query tokens beside 1, 1, 2 and 0.
+    let tokens = json!({"input_tokens": 24, "output_tokens": 0});
+    let expected = json!({
+        "id": "…",
+        "results": [
+            {"index": 2, "relevance_score": sigmoid(1.0), "document": {"text": "red apple"}},
+            {"index": 1, "relevance_score": 0.5, "document": {"text": "apple"}},
+            {"index": 0, "relevance_score": sigmoid(-1.0), "document": {"text": "banana"}},
+        ],
+        "tokens": tokens,
+        "meta": {
+            "api_version": {"version": "1"},
+            "billed_units": {"input_tokens": 24, "output_tokens": 0, "search_units": 1, "classifications": 0},
+            "tokens": tokens,
+        },
+        "model": "m", "object": "rerank", "created": 1,
+        "usage": {"prompt_tokens": 24, "completion_tokens": 0, "total_tokens": 24},
+    });
+    assert_eq!(found, expected);
+    assert!(answer.headers["server-timing"].to_str().unwrap().starts_with("tokenise;dur="));
+    assert_eq!(answer.headers["x-rerankd-truncated"], "query=0, documents=0, chunks=0");
+}
+
+#[tokio::test]
+async fn ties_keep_the_order_and_documents_are_absent_by_default() {
+    let (app, _) = app();
+    let answer = rerank(&app, body(json!(["x", "y", "apple", "x"]))).await;
+    assert_eq!(answer.order(), [2, 0, 1, 3]);
+    assert!(answer.json()["results"][0].get("document").is_none());
+}
+
+#[tokio::test]
+async fn paths_are_tolerant_and_content_type_is_not_asked() {
+    let (app, _) = app();
+    for path in [
+        "/v1/rerank",
+        "/v2/rerank",
+        "/rerank",
+        "/v1/v1/rerank",
+        "/v1/v2/rerank",
+        "//v1/rerank",
+        "/v1/rerank/",
+        "/v1//rerank//",
+    ] {
+        assert_eq!(post(&app, path, body(json!(["x", "apple"])).to_string()).await.order(), [1, 0], "{path}");
+    }
+}
+
+#[tokio::test]
+async fn a_long_document_scores_as_its_best_chunk() {
+    let (app, watch) = app();
+    let padding = "x ".repeat(300);
+    let answer = rerank(&app, body(json!([format!("{padding} red apple"), "apple", padding]))).await;
+    assert_eq!(answer.order(), [0, 1, 2]);
+    assert_eq!(answer.score(0), sigmoid(1.0));
+    // Room 64 - 2 - 3 = 59, stride 59 - 59 / 4 = 45: 302 tokens make 1 + ceil(243 / 45) = 7 chunks, 300 as many, of which
+    // equal ones are computed once: the first document's first 6 are all x, as are the third's 7.
+    assert_eq!(watch.pairs.load(Ordering::SeqCst), 3);
+    let mut capped = body(json!([format!("{padding} red apple")]));
+    capped["max_chunks_per_doc"] = json!(6);
+    let answer = rerank(&app, capped).await;
+    assert_eq!(answer.score(0), sigmoid(-1.0), "the chunk with the words is the seventh");
+    assert_eq!(answer.headers["x-rerankd-truncated"], "query=0, documents=1, chunks=1");
+}
+
+#[tokio::test]
+async fn a_long_query_is_cut_and_a_long_document_can_be() {
+    let (app, _) = app();
+    let request =
+        json!({"model": "m", "query": format!("{} apple", "red ".repeat(100)), "documents": ["apple", "red"]});
+    let answer = rerank(&app, request).await;
+    assert_eq!(answer.order(), [1, 0], "the word apple is beyond the query's share");
+    assert_eq!(answer.headers["x-rerankd-truncated"], "query=1, documents=0, chunks=0");
+    let mut request = body(json!(["x x apple"]));
+    for field in ["max_chunks_per_doc", "max_tokens_per_doc", "top_n"] {
+        request[field] = json!(i64::MAX);
+    }
+    assert_eq!(rerank(&app, request.clone()).await.score(0), sigmoid(0.0), "no number is too large to be a limit");
+    request["max_tokens_per_doc"] = json!(2);
+    assert_eq!(rerank(&app, request).await.score(0), sigmoid(-1.0));
+}
+
+#[tokio::test]
+async fn each_status_has_its_body() {
+    let limits = ApiLimits { max_documents: 3, max_body_bytes: 100_000, ..LIMITS };
+    let (app, _) = app_with(&[], limits, QUEUE);
+    let answer = rerank(&app, json!({"model": "other", "query": "q", "documents": ["a"]})).await;
+    check_error(&answer, 400, 20012, "invalid_request_error", "Model does not exist. Please check it carefully.");
+    let answer = rerank(&app, json!({"model": "m", "query": " ", "documents": ["a"]})).await;
+    check_error(&answer, 400, 20015, "invalid_request_error", "query: ");
+    let answer = rerank(&app, body(json!(["a", {"text": 1}]))).await;
+    check_error(&answer, 400, 20015, "invalid_request_error", "documents[1]");
+    let answer = rerank(&app, body(json!(["a", "b", "c", "d"]))).await;
+    check_error(&answer, 400, 20015, "invalid_request_error", "has 4 texts, the limit is 3");
+    let answer = post(&app, "/v1/rerank", "{").await;
+    check_error(&answer, 400, 20015, "invalid_request_error", "");
+    let answer = post(&app, "/v1/rerank", vec![b'{', b'"', 0xff, b'"', b'}']).await;
+    check_error(&answer, 400, 20015, "invalid_request_error", "");
+    let answer = get(&app, "/v1/rerank").await;
+    check_error(&answer, 405, 405, "not_found_error", "POST");
+    let answer = post(&app, "/health", "").await;
+    check_error(&answer, 405, 405, "not_found_error", "GET");
+    let answer = get(&app, "/nothing").await;
+    check_error(&answer, 404, 404, "not_found_error", "/v1/rerank");
+    let answer = rerank(&app, body(json!(["x".repeat(100_001)]))).await;
+    check_error(&answer, 413, 413, "request_too_large", "100000 bytes");
+    // 2 documents of 15,000 tokens are 334 chunks each, at most 64 tokens long: over the 20,000 of one request.
+    let answer = rerank(&app, body(json!(["x ".repeat(15_000), "y ".repeat(15_000)]))).await;
+    check_error(&answer, 413, 413, "request_too_large", "the limit is 20000");
+    let request = Request::post("/v1/rerank").header("content-encoding", "gzip").body(Body::from("x")).unwrap();
+    check_error(&send(&app, request).await, 415, 415, "invalid_request_error", "gzip");
+    let answer = rerank(&app, json!({"model": "m", "query": "nan", "documents": ["a"]})).await;
+    check_error(&answer, 500, 500, "api_error", "non_finite_score");
+}
+
+#[tokio::test]
+async fn a_panic_in_the_model_is_one_requests_own() {
+    let (app, _) = app();
+    let answer = rerank(&app, json!({"model": "m", "query": "panic", "documents": ["a"]})).await;
+    check_error(&answer, 500, 500, "api_error", "internal error");
+    assert_eq!(rerank(&app, body(json!(["x", "apple"]))).await.order(), [1, 0]);
+}
+
+#[tokio::test]
+async fn a_declared_length_over_the_limit_is_refused_unread() {
+    let (app, _) = app();
+    let endless = Body::from_stream(futures_util::stream::pending::<Result<Vec<u8>, std::io::Error>>());
+    let request = Request::post("/v1/rerank").header("content-length", "50000000").body(endless).unwrap();
+    check_error(&send(&app, request).await, 413, 413, "request_too_large", "");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_body_that_does_not_come_is_given_up() {
+    let (app, _) = app();
+    let endless = Body::from_stream(futures_util::stream::pending::<Result<Vec<u8>, std::io::Error>>());
+    let answer = post(&app, "/v1/rerank", endless).await;
+    check_error(&answer, 408, 408, "timeout_error", "5 s");
+}
+
+#[tokio::test]
+async fn bodies_share_a_budget() {
+    let limits = ApiLimits { max_inflight_bytes: LIMITS.max_body_bytes, ..LIMITS };
+    let (app, watch) = app_with(&[], limits, QUEUE);
+    let gate = watch.close_gate();
+    let held = tokio::spawn({
+        let app = Arc::clone(&app);
+        async move { rerank(&app, body(json!(["apple"]))).await }
+    });
+    while watch.batches.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    // Without a declared length a body counts as the largest there may be, and a KiB of the budget is taken.
+    let answer =
+        post(&app, "/v1/rerank", Body::from_stream(futures_util::stream::empty::<Result<Vec<u8>, std::io::Error>>()))
+            .await;
+    check_error(&answer, 503, 50505, "overloaded_error", "overloaded");
+    drop(gate);
+    assert_eq!(held.await.unwrap().order(), [0]);
+}
+
+#[tokio::test]
+async fn a_full_queue_refuses_at_once_and_keeps_what_it_has() {
+    let queue = SchedulerLimits { max_queue_tokens: 20, ..QUEUE };
+    let (app, watch) = app_with(&[], LIMITS, queue);
+    let gate = watch.close_gate();
+    let first = tokio::spawn({
+        let app = Arc::clone(&app);
+        async move { rerank(&app, body(json!(["x", "apple"]))).await } // 12 tokens
+    });
+    while watch.batches.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let answer = rerank(&app, body(json!(["x", "y"]))).await;
+    check_error(&answer, 503, 50505, "overloaded_error", "Model service overloaded. Please try again later.");
+    let seconds: u64 = answer.headers["retry-after"].to_str().unwrap().parse().unwrap();
+    assert!((1..=60).contains(&seconds));
+    drop(gate);
+    assert_eq!(first.await.unwrap().order(), [1, 0]);
+    assert_eq!(rerank(&app, body(json!(["x", "apple"]))).await.order(), [1, 0]);
+}
+
+#[tokio::test]
+async fn a_deadline_that_passes_is_a_504_and_its_pairs_are_not_computed() {
+    let limits = ApiLimits { request_deadline_s: 1, ..LIMITS };
+    let (app, watch) = app_with(&[], limits, QUEUE);
+    let gate = watch.close_gate();
+    let request = |app: &Arc<App>| {
+        let app = Arc::clone(app);
+        tokio::spawn(async move { rerank(&app, body(json!(["apple"]))).await })
+    };
+    let first = request(&app);
+    while watch.batches.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    let second = request(&app);
+    for late in [first, second] {
+        check_error(&late.await.unwrap(), 504, 504, "timeout_error", "1 s");
+    }
+    drop(gate);
+    assert_eq!(rerank(&app, body(json!(["x", "apple"]))).await.order(), [1, 0]);
+    assert_eq!(watch.pairs.load(Ordering::SeqCst), 3, "the first request's pair, and the third's two");
+}
+
+#[tokio::test]
+async fn a_departed_clients_pairs_are_dropped() {
+    let (app, watch) = app();
+    let gate = watch.close_gate();
+    let texts: Vec<String> = (0..100).map(|i| "x ".repeat(i % 50 + 1)).collect();
+    let request = tokio::spawn({
+        let app = Arc::clone(&app);
+        async move { rerank(&app, body(json!(texts))).await }
+    });
+    while watch.batches.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    request.abort();
+    assert!(request.await.is_err());
+    drop(gate);
+    assert_eq!(rerank(&app, body(json!(["x", "apple"]))).await.order(), [1, 0]);
+    let computed = watch.pairs.load(Ordering::SeqCst);
+    assert!(computed < 30, "{computed}: one batch of 256 tokens, then the other request's pairs");
+}
+
+#[tokio::test]
+async fn keys_guard_everything_but_health() {
+    let (app, watch) = app_with(&["secret", "other"], LIMITS, QUEUE);
+    let ask = |path: &str, header: Option<(&str, &str)>| {
+        let mut request = Request::post(path);
+        if let Some((name, value)) = header {
+            request = request.header(name, value);
+        }
+        request.body(Body::from(body(json!(["apple"])).to_string())).unwrap()
+    };
+    for path in ["/v1/rerank", "//v1/rerank", "/v1/rerank/", "/v1/models", "/metrics", "/nothing", "/%2fhealth"] {
+        for header in [
+            None,
+            Some(("authorization", "Bearer wrong")),
+            Some(("authorization", "Basic secret")),
+            Some(("x-api-key", "secre")),
+        ] {
+            let answer = send(&app, ask(path, header)).await;
+            check_error(&answer, 401, 401, "authentication_error", "Invalid token");
+            assert_eq!(answer.headers["www-authenticate"], "Bearer");
+        }
+    }
+    assert_eq!(watch.pairs.load(Ordering::SeqCst), 0);
+    for header in [
+        ("authorization", "Bearer secret"),
+        ("authorization", "bearer other"),
+        ("authorization", "secret"),
+        ("x-api-key", "other"),
+    ] {
+        assert_eq!(send(&app, ask("/v1/rerank", Some(header))).await.order(), [0], "{header:?}");
+    }
+    for path in ["/health", "/ready", "/openapi.json"] {
+        assert_eq!(get(&app, path).await.status, 200, "{path}");
+    }
+}
+
+#[tokio::test]
+async fn two_models_answer_with_their_own_scores() {
+    let (one, _) = stub::model("org/one", 0.0, QUEUE);
+    let (two, _) = stub::model("org/two", 2.0, QUEUE);
+    let app = App::new(Models::new(vec![one, two]).unwrap(), Keys::default(), LIMITS);
+    let ask = |model: &str| json!({"model": model, "query": "apple", "documents": ["apple"]});
+    for (model, name, logit) in [
+        ("org/one", "org/one", 0.0),
+        ("org/two", "org/two", 2.0),
+        ("gateway/org/two", "org/two", 2.0),
+        ("ORG/One", "org/one", 0.0),
+    ] {
+        let answer = rerank(&app, ask(model)).await;
+        assert_eq!((answer.score(0), &answer.json()["model"]), (sigmoid(logit), &json!(name)));
+    }
+    for unknown in ["", "three", "org", "org/one/", "../org/one x", "o\r\nne"] {
+        check_error(&rerank(&app, ask(unknown)).await, 400, 20012, "invalid_request_error", "does not exist");
+    }
+    let (again, _) = stub::model("org/one", 0.0, QUEUE);
+    let (other, _) = stub::model("ORG/ONE", 0.0, QUEUE);
+    assert!(Models::new(vec![again, other]).is_err());
+}
+
+#[tokio::test]
+async fn operators_see_models_health_and_numbers() {
+    rerankd::telemetry::prometheus();
+    let (app, _) = app();
+    assert_eq!(rerank(&app, body(json!(["apple"]))).await.order(), [0]);
+    let list = get(&app, "/v1/models").await.json();
+    assert_eq!(list["object"], "list");
+    assert_eq!(
+        (&list["data"][0]["id"], &list["data"][0]["model_type"], &list["data"][0]["max_input_tokens"]),
+        (&json!("m"), &json!("rerank"), &json!(64))
+    );
+    assert_eq!(get(&app, "/v1/models/m").await.json()["id"], "m");
+    check_error(&get(&app, "/v1/models/x/y").await, 404, 404, "not_found_error", "/v1/models");
+    assert_eq!(get(&app, "/health").await.json(), json!({"status": "ok"}));
+    let metrics = get(&app, "/metrics").await.text;
+    for name in [
+        "rerankd_requests_total{route=\"/v1/rerank\",status=\"200\"}",
+        "rerankd_request_seconds_bucket",
+        "rerankd_tokens_total{model=\"m\"}",
+        "rerankd_queue_tokens",
+    ] {
+        assert!(metrics.contains(name), "{name} is missing in\n{metrics}");
+    }
+}
+
+#[tokio::test]
+async fn health_fails_when_the_model_does() {
+    let (app, watch) = app();
+    let gate = watch.close_gate();
+    let stuck = tokio::spawn({
+        let app = Arc::clone(&app);
+        async move { get(&app, "/health").await }
+    });
+    while watch.batches.load(Ordering::SeqCst) == 0 {
+        tokio::task::yield_now().await;
+    }
+    tokio::time::pause();
+    check_error(&stuck.await.unwrap(), 503, 503, "overloaded_error", "m: ");
+    drop(gate);
+}
+
+#[tokio::test]
+async fn the_contract_describes_itself() {
+    let (app, _) = app();
+    let contract = get(&app, "/openapi.json").await.json();
+    assert!(contract["openapi"].as_str().unwrap().starts_with("3."));
+    let responses = contract["paths"]["/v1/rerank"]["post"]["responses"].as_object().unwrap();
+    for status in ["200", "400", "401", "408", "413", "415", "500", "503", "504"] {
+        assert!(responses.contains_key(status), "{status}");
+    }
+}
+
+#[tokio::test]
+async fn a_request_id_is_kept_or_made() {
+    let (app, _) = app();
+    let ask = |id: &str| Request::get("/ready").header("x-request-id", id).body(Body::empty()).unwrap();
+    assert_eq!(send(&app, ask("trace-1")).await.headers["x-request-id"], "trace-1");
+    assert_ne!(send(&app, ask("two words")).await.headers["x-request-id"], "two words");
+    assert_ne!(send(&app, ask(&"x".repeat(200))).await.headers["x-request-id"].len(), 200);
+}
+
+/// A text that is slow to tokenise, and a short request that comes after it: the short one is answered first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pathological_text_does_not_hold_up_others() {
+    let (app, _) = app();
+    for text in [
+        "!".repeat(1_000_000),
+        "😀".repeat(250_000),
+        "a".repeat(1_000_000),
+        "\u{fdfa}".repeat(100_000),
+        "x ".repeat(500_000),
+    ] {
+        let texts = [&text[..]; 1];
+        let slow = tokio::spawn({
+            let (app, request) = (Arc::clone(&app), body(json!(texts)));
+            async move { rerank(&app, request).await }
+        });
+        let quick = rerank(&app, body(json!(["x", "apple"]))).await;
+        assert_eq!(quick.order(), [1, 0]);
+        let slow = slow.await.unwrap();
+        assert!(slow.status == 200 || slow.status == 413, "{}", slow.text);
+    }
+    tokio::time::sleep(Duration::from_millis(1)).await;
+    assert_eq!(get(&app, "/health").await.status, 200);
+}

@@ -1,0 +1,213 @@
+//! Loading by name: a stand-in for the model hub on loopback, and the real binary that downloads from it.
+
+#[path = "common/mod.rs"]
+mod common;
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use sha2::{Digest, Sha256};
+
+/// How the stand-in serves one file.
+#[derive(Clone)]
+struct Served {
+    content: Vec<u8>,
+    etag: String,
+    /// The first answers that carry the content end after this many bytes, as a broken connection would.
+    cut_after: Option<usize>,
+}
+
+/// Answers `/{repository}/resolve/{revision}/{file}` in the way that hub clients rely on, and counts.
+struct Hub {
+    address: String,
+    requests: Arc<AtomicUsize>,
+    tokens: Arc<Mutex<Vec<String>>>,
+}
+
+const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+impl Hub {
+    fn serve(repository: &str, files: HashMap<String, Served>) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = format!("http://{}", listener.local_addr().unwrap());
+        let (requests, tokens) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(Vec::new())));
+        let (count, seen) = (Arc::clone(&requests), Arc::clone(&tokens));
+        let prefix = format!("/{repository}/resolve/");
+        let files = Mutex::new(files);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                count.fetch_add(1, Ordering::SeqCst);
+                answer(stream.unwrap(), &prefix, &files, &seen).ok();
+            }
+        });
+        Self { address, requests, tokens }
+    }
+}
+
+fn answer(
+    mut stream: TcpStream,
+    prefix: &str,
+    files: &Mutex<HashMap<String, Served>>,
+    seen: &Mutex<Vec<String>>,
+) -> std::io::Result<()> {
+    let mut lines = BufReader::new(stream.try_clone()?).lines();
+    let path = lines.next().unwrap()?.split(' ').nth(1).unwrap().to_owned();
+    let mut range_start = None;
+    let mut range_end = None;
+    for line in lines {
+        let line = line?.to_ascii_lowercase();
+        if line.is_empty() {
+            break;
+        }
+        if let Some(range) = line.strip_prefix("range: bytes=") {
+            let (start, end) = range.split_once('-').unwrap();
+            (range_start, range_end) = (start.parse::<usize>().ok(), end.parse::<usize>().ok());
+        }
+        if let Some(token) = line.strip_prefix("authorization: ") {
+            seen.lock().unwrap().push(token.to_owned());
+        }
+    }
+    let mut files = files.lock().unwrap();
+    let name = path.strip_prefix(prefix).and_then(|rest| rest.split_once('/')).map(|(_, file)| file.to_owned());
+    let Some(file) = name.and_then(|name| files.get_mut(&name)) else {
+        return write!(stream, "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    };
+    let all = file.content.len();
+    let start = range_start.unwrap_or(0).min(all);
+    let end = range_end.map_or(all, |end| (end + 1).min(all));
+    write!(
+        stream,
+        "HTTP/1.1 206 Partial Content\r\nx-repo-commit: {COMMIT}\r\netag: \"{}\"\r\ncontent-range: bytes {start}-{}/{all}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n",
+        file.etag,
+        end.saturating_sub(1),
+        end - start
+    )?;
+    let whole = range_end.is_none();
+    let sent = if whole { file.cut_after.take().map_or(end, |cut| (start + cut).min(end)) } else { end };
+    stream.write_all(&file.content[start..sent])
+}
+
+/// The files of a fixture, as a hub would serve them: large ones under their SHA-256.
+fn fixture_files(name: &str) -> HashMap<String, Served> {
+    let serve = |entry: std::io::Result<std::fs::DirEntry>| {
+        let path = entry.unwrap().path();
+        let content = std::fs::read(&path).unwrap();
+        let file = path.file_name().unwrap().to_string_lossy().into_owned();
+        let etag = if file.ends_with(".json") {
+            format!("{:040x}", content.len())
+        } else {
+            format!("{:x}", Sha256::digest(&content))
+        };
+        (file, Served { content, etag, cut_after: None })
+    };
+    std::fs::read_dir(common::fixture(name)).unwrap().map(serve).collect()
+}
+
+/// Runs `rerankd rank` on a model by name, with its own cache.
+fn rank(model: &str, hub: &str, cache: &Path, environment: &[(&str, &str)]) -> Output {
+    let document = common::fixture("README.md");
+    Command::new(env!("CARGO_BIN_EXE_rerankd"))
+        .args(["rank", "--json", "--query", "a query", "--model", model])
+        .arg(document)
+        .env("HF_ENDPOINT", hub)
+        .env("HF_HOME", cache)
+        .env_remove("HF_TOKEN")
+        .env_remove("HF_HUB_OFFLINE")
+        .env_remove("HF_HUB_CACHE")
+        .envs(environment.iter().copied())
+        .output()
+        .unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn blobs(cache: &Path) -> Vec<PathBuf> {
+    let folder = cache.join("models--org--small").join("blobs");
+    let folder = if folder.exists() { folder } else { cache.join("hub/models--org--small/blobs") };
+    std::fs::read_dir(folder).map(|entries| entries.map(|e| e.unwrap().path()).collect()).unwrap_or_default()
+}
+
+#[test]
+fn a_model_is_downloaded_once_and_then_loads_offline() {
+    let hub = Hub::serve("org/small", fixture_files("xlmr"));
+    let cache = tempfile::tempdir().unwrap();
+    let first = rank("org/small", &hub.address, cache.path(), &[("HF_TOKEN", "hf_secret")]);
+    assert!(first.status.success(), "{}", stderr(&first));
+    assert!(
+        hub.tokens.lock().unwrap().iter().all(|token| token == "bearer hf_secret")
+            && !hub.tokens.lock().unwrap().is_empty()
+    );
+    let requests = hub.requests.load(Ordering::SeqCst);
+    for environment in [&[("HF_HUB_OFFLINE", "1")][..], &[]] {
+        let again = rank("org/small", &hub.address, cache.path(), environment);
+        assert!(again.status.success(), "{}", stderr(&again));
+        assert_eq!(again.stdout, first.stdout);
+    }
+    assert_eq!(hub.requests.load(Ordering::SeqCst), requests, "the cache is asked first");
+    let folder = rank(common::fixture("xlmr").to_str().unwrap(), &hub.address, cache.path(), &[]);
+    assert_eq!(folder.stdout, first.stdout, "the same files from their folder");
+}
+
+#[test]
+fn shards_and_pickles_are_found_by_themselves() {
+    for fixture in ["xlmr-shards", "xlmr-pickle"] {
+        let hub = Hub::serve("org/small", fixture_files(fixture));
+        let cache = tempfile::tempdir().unwrap();
+        let output = rank("org/small@v1.0", &hub.address, cache.path(), &[]);
+        assert!(output.status.success(), "{fixture}: {}", stderr(&output));
+    }
+}
+
+#[test]
+fn a_broken_connection_is_resumed() {
+    let mut files = fixture_files("xlmr");
+    files.get_mut("model.safetensors").unwrap().cut_after = Some(1000);
+    let hub = Hub::serve("org/small", files);
+    let cache = tempfile::tempdir().unwrap();
+    let output = rank("org/small", &hub.address, cache.path(), &[]);
+    assert!(output.status.success(), "{}", stderr(&output));
+}
+
+#[test]
+fn what_arrives_damaged_is_never_loaded_nor_kept() {
+    let mut files = fixture_files("xlmr");
+    let weights = files.get_mut("model.safetensors").unwrap();
+    let last = weights.content.len() - 1;
+    weights.content[last] ^= 1;
+    let hub = Hub::serve("org/small", files);
+    let cache = tempfile::tempdir().unwrap();
+    let output = rank("org/small", &hub.address, cache.path(), &[]);
+    assert_eq!(output.status.code(), Some(78));
+    let message = stderr(&output);
+    assert!(message.contains("model.safetensors") && message.contains("SHA-256"), "{message}");
+    assert!(
+        blobs(cache.path()).iter().all(|blob| !std::fs::read(blob).unwrap().windows(8).any(|w| w == b"encoder.")),
+        "the damaged blob is gone"
+    );
+}
+
+#[test]
+fn what_is_not_there_is_named() {
+    let mut files = fixture_files("xlmr");
+    files.remove("model.safetensors");
+    let hub = Hub::serve("org/small", files);
+    let cache = tempfile::tempdir().unwrap();
+    for (model, environment, named) in [
+        ("org/small", &[][..], "model.safetensors, model.safetensors.index.json, pytorch_model.bin"),
+        ("org/other", &[], "config.json"),
+        ("org/never-seen", &[("HF_HUB_OFFLINE", "1")], "HF_HUB_OFFLINE"),
+    ] {
+        let output = rank(model, &hub.address, cache.path(), environment);
+        assert_eq!(output.status.code(), Some(78), "{model}");
+        assert!(stderr(&output).contains(named), "{model}: {}", stderr(&output));
+    }
+    let output = rank("org/small", "http://127.0.0.1:9", tempfile::tempdir().unwrap().path(), &[]);
+    assert!(stderr(&output).contains("HF_ENDPOINT"), "{}", stderr(&output));
+}
