@@ -8,6 +8,7 @@
 //! - [`scheduler`]: who runs what, when.
 //! - [`encoder`]: the graphs, generic over [`backend`]: the only place that computes.
 //! - [`loading`]: names to files to checked weights, once, at start.
+//! - [`eval`]: how good a ranking is: topics, measures, BM25.
 //! - [`batch`], [`error`], [`telemetry`]: words that anyone uses and that use no one.
 //!
 //! Absent on purpose: padding, anywhere; timers in the scheduler; I/O below `loading`; a clock in `scheduler/plan.rs`;
@@ -21,6 +22,7 @@ pub mod batch;
 pub mod cli;
 pub mod encoder;
 pub mod error;
+pub mod eval;
 pub mod loading;
 pub mod models;
 pub mod rerank;

@@ -93,6 +93,17 @@ impl Models {
             .ok_or_else(|| RerankError::UnknownModel { model: name.chars().take(128).collect() })
     }
 
+    /// The model that a request names, or the first one where its dialect has no place for a name.
+    ///
+    /// # Errors
+    /// [`RerankError::UnknownModel`]
+    pub fn choose(&self, name: Option<&str>) -> Result<&Model, RerankError> {
+        match (name, self.0.first()) {
+            (None, Some(first)) => Ok(first),
+            (name, _) => self.find(name.unwrap_or_default()),
+        }
+    }
+
     /// All of them, in the order of the command line.
     pub fn iter(&self) -> impl Iterator<Item = &Model> {
         self.0.iter()

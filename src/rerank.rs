@@ -11,8 +11,8 @@ use crate::text::{Cut, DocumentOptions, EncodedRequest};
 /// A request that has been checked: nothing later finds fault with its form.
 #[derive(Debug, Clone)]
 pub struct RerankRequest {
-    /// A served model's name or alias.
-    pub model: String,
+    /// A served model's name or alias; the first one without it.
+    pub model: Option<String>,
     /// What the documents are ranked for; not empty.
     pub query: String,
     /// At least one.
@@ -67,7 +67,7 @@ pub struct Timings {
 /// # Errors
 /// An unknown model, too much work, a queue over its budget, a deadline that passed, a model that failed.
 pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, RerankError> {
-    let model = models.find(&request.model)?;
+    let model = models.choose(request.model.as_deref())?;
     let start = Instant::now();
     let encoded = model.text.encode(&request.query, Arc::clone(&request.documents), request.options).await?;
     let tokenise = start.elapsed();

@@ -12,7 +12,7 @@ use clap::{Args, Command, ValueEnum};
 
 use crate::api::{ApiLimits, Keys, ServerTimes};
 use crate::loading::download::Hub;
-use crate::loading::source::ModelSource;
+use crate::loading::source::{BUILTIN, ModelSource};
 use crate::loading::{self, DeviceChoice, LoadOptions};
 use crate::models::{Model, Models};
 use crate::scheduler::SchedulerLimits;
@@ -137,7 +137,7 @@ pub struct ServeArgs {
     )]
     pub request_timeout: u64,
 
-    /// For a request's header to arrive
+    /// For a request's header to arrive; also how long an idle connection is kept
     #[arg(long, value_name = "SECONDS", default_value_t = 10, env = "RERANKD_HEADER_TIMEOUT", help_heading = "Limits")]
     pub header_timeout: u64,
 
@@ -221,6 +221,11 @@ pub struct ServeSettings {
 }
 
 impl ModelArgs {
+    /// Threads that compute: what was asked for, or the processors that this process may use (cgroup quotas count).
+    pub fn threads(&self) -> usize {
+        self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
+    }
+
     /// What was typed -> what it means here.
     ///
     /// # Errors
@@ -235,9 +240,14 @@ impl ModelArgs {
         ] {
             ensure!(value != Some(0), "{flag} is 0; expected at least 1");
         }
-        let threads = self.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
-        let asked: Vec<&str> = self.models.iter().map(String::as_str).filter(|model| !model.is_empty()).collect();
-        ensure!(!asked.is_empty(), "no model is given; `rerankd models` lists some, --model takes one");
+        let threads = self.threads();
+        let mut asked: Vec<&str> = self.models.iter().map(String::as_str).filter(|model| !model.is_empty()).collect();
+        if asked.is_empty() {
+            tracing::info!(
+                "no --model is given: loading {BUILTIN}, which is built in and good for trying; `rerankd models` lists better ones"
+            );
+            asked.push(BUILTIN);
+        }
         let sources = asked.into_iter().map(ModelSource::parse).collect::<Result<_>>()?;
         let tail = match self.tail {
             TailArg::Aligned => Tail::Aligned,
@@ -304,8 +314,6 @@ impl ModelSettings {
     /// # Errors
     /// Anything about the models' files; two models of one name.
     pub fn start(&self, mut report: impl FnMut(&str, &str)) -> Result<Models> {
-        // candle's matrix products run on rayon's global pool. A second call in one process keeps the first pool.
-        rayon::ThreadPoolBuilder::new().num_threads(self.threads).build_global().ok();
         let mut models = Vec::with_capacity(self.sources.len());
         for source in &self.sources {
             let loaded =

@@ -3,6 +3,9 @@
 #[path = "common/mod.rs"]
 mod common;
 
+#[path = "common/random.rs"]
+mod random;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
@@ -240,4 +243,33 @@ fn everything_is_also_environment_and_config_file() {
     assert!(log.contains("listening on http://0.0.0.0:") && log.contains("max_documents=1"), "{log}");
     assert!(log.contains("\"one\"") && log.contains("\"two\""), "both models are announced: {log}");
     assert!(log.contains("no --api-key is set"), "an open server beyond loopback warns: {log}");
+}
+
+/// The real shape, tokenizer and config of bge-reranker-v2-m3 with random weights: 1.1 GB on disk, 2.3 GB in memory.
+#[test]
+fn the_largest_model_starts_and_answers() {
+    let test = "the_largest_model_starts_and_answers";
+    if std::env::var_os("RERANKD_SLOW_TESTS").is_none() {
+        eprintln!("SKIPPED {test}: set RERANKD_SLOW_TESTS=1 to run it; it writes 1.1 GB");
+        return;
+    }
+    let Some(real) = common::real(test, "bge-reranker-v2-m3") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "tokenizer.json"] {
+        std::fs::copy(real.join(file), folder.path().join(file)).unwrap();
+    }
+    let config = std::fs::read_to_string(real.join("config.json")).unwrap();
+    let config = rerankd::loading::config::ModelConfig::parse(&config).unwrap();
+    random::write_checkpoint(&config, &folder.path().join("model.safetensors")).unwrap();
+    let model = format!("BAAI/bge-reranker-v2-m3={}", folder.path().display());
+    let server = Server::start(&["--model", &model]);
+    let answer = server.rerank(
+        r#"{"model":"BAAI/bge-reranker-v2-m3","query":"苹果","documents":["apple","香蕉","fruit","vegetable"],"top_n":4}"#,
+    );
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let body: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    assert_eq!(body["results"].as_array().unwrap().len(), 4);
+    let memory = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap_or_default();
+    let line = |name: &str| memory.lines().find(|line| line.starts_with(name)).unwrap_or("unknown").to_owned();
+    eprintln!("{} {}", line("VmRSS"), line("VmHWM"));
 }

@@ -16,7 +16,7 @@ use candle_core::{DType, Device, IndexOp, Tensor};
 use candle_nn::{Module, VarBuilder, linear};
 use candle_transformers::models::{bert, xlm_roberta};
 use proptest::prelude::*;
-use proptest::test_runner::TestRunner;
+use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use rerankd::backend::Backend;
 use rerankd::backend::candle::CandleBackend;
 use rerankd::batch::{Batch, Pair};
@@ -28,20 +28,17 @@ use serde::Deserialize;
 
 use common::{fixture, load, paragraphs, real};
 
-/// Both sides sum some hundred f32 terms of size 1 in their own order, a few times in a row: they differ by some 1e-6, while
-/// the nearest mistake that still runs (the other GELU) moves a layer by more than 1e-3.
-const STAGE_BOUND: f32 = 1e-4;
+/// Both sides sum some hundred f32 terms of size 1 in their own order, a few times in a row: measured, they part by 9e-6. The
+/// nearest mistakes that still run are another epsilon, which moves a layer by 1e-4, and the other GELU, by 7e-4.
+const STAGE_BOUND: f32 = 5e-5;
 
 /// The same arithmetic through the same kernels, but for products of another shape (one sequence, one weight at a time),
 /// whose sums may be taken in another order.
 const CANDLE_BOUND: f32 = 1e-5;
 
-/// The reference is float64; twelve layers of f32 leave some 1e-5 in a logit of size 10. The task's own bound is wider.
+/// The reference is float64. Twelve layers of f32 leave 5e-6 in a logit of size 10, measured; the bound has room for any order
+/// of summation and is a thousandth of what tells two documents apart.
 const REAL_BOUND: f64 = 1e-3;
-
-/// A sigmoid is at most a quarter as steep as its logit, and f32 is precise to 6e-8 there: a few units in the last place of a
-/// logit, should a product's kernel depend on its number of rows.
-const COMPANY_BOUND: f32 = 1e-6;
 
 #[test]
 fn xlmr_equals_transformers_stage_by_stage() {
@@ -159,7 +156,8 @@ fn a_score_does_not_depend_on_its_company() {
     // Any ids but the padding's, in as many tokens as the window allows.
     let sequences = prop::collection::vec(prop::collection::vec(2u32..300, 1..=64), 1..12);
     let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
-    TestRunner::new(config)
+    // The same cases on every run, so that a failure comes back.
+    TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha))
         .run(&sequences, |sequences| {
             let pairs: Vec<Pair> =
                 sequences.into_iter().map(|ids| Pair::new(ids.clone(), vec![0; ids.len()])).collect();
@@ -174,38 +172,38 @@ fn a_real_score_does_not_depend_on_its_company() {
     let Some(folder) = real("a_real_score_does_not_depend_on_its_company", MINILM) else { return };
     let model = load(&folder).unwrap();
     let pairs: Vec<Pair> = rows_of_minilm(&folder).into_iter().map(Row::into_pair).collect();
-    let mut random = Random(1);
-    let mut largest = 0f32;
-    for size in [2, 3, 5, 8] {
-        let company: Vec<Pair> = (0..size).map(|_| pairs[random.below(pairs.len())].clone()).collect();
-        largest = largest.max(check_company(model.encoder.as_ref(), &company));
+    // The shortest with the longest, which fills the window; and lengths as they come.
+    for rows in [&[1, 46, 6][..], &[0, 20, 3, 36, 7]] {
+        let company: Vec<Pair> = rows.iter().map(|&row| pairs[row].clone()).collect();
+        check_company(model.encoder.as_ref(), &company);
     }
-    eprintln!("{MINILM}: largest difference between alone and in company {largest:e}");
 }
 
-/// Scores the pairs together, in the opposite order, and each alone. Gives the largest difference.
-fn check_company(encoder: &dyn CrossEncoder, pairs: &[Pair]) -> f32 {
-    let scores = |pairs: &[&Pair]| -> Vec<f32> {
-        encoder.score(&Batch::pack(pairs.iter().copied())).unwrap().into_iter().map(sigmoid).collect()
-    };
-    let together = scores(&pairs.iter().collect::<Vec<_>>());
-    let mut opposite = scores(&pairs.iter().rev().collect::<Vec<_>>());
+/// Scores the pairs together, in the opposite order, and each alone: the same logits, bit for bit.
+///
+/// They are the same because the candle backend keeps products of one row and of one column, for which gemm has kernels of
+/// their own, in the company of others (`backend/candle.rs`).
+fn check_company(encoder: &dyn CrossEncoder, pairs: &[Pair]) {
+    let logits = |pairs: &[&Pair]| encoder.score(&Batch::pack(pairs.iter().copied())).unwrap();
+    let together = logits(&pairs.iter().collect::<Vec<_>>());
+    let mut opposite = logits(&pairs.iter().rev().collect::<Vec<_>>());
     opposite.reverse();
-    let mut largest = 0f32;
     for (i, pair) in pairs.iter().enumerate() {
-        let alone = scores(&[pair])[0];
-        for company in [together[i], opposite[i]] {
-            let difference = (alone - company).abs();
-            assert!(
-                difference <= COMPANY_BOUND,
-                "{} tokens: {alone} alone, {company} among {} pairs",
-                pair.tokens(),
-                pairs.len()
-            );
-            largest = largest.max(difference);
-        }
+        let alone = logits(&[pair])[0];
+        let (tokens, all) = (pair.tokens(), pairs.len());
+        assert_eq!(
+            alone.to_bits(),
+            together[i].to_bits(),
+            "{tokens} tokens: {alone} alone, {} among {all} pairs",
+            together[i]
+        );
+        assert_eq!(
+            alone.to_bits(),
+            opposite[i].to_bits(),
+            "{tokens} tokens: {alone} alone, {} among {all} pairs",
+            opposite[i]
+        );
     }
-    largest
 }
 
 /// The last row's document is longer than the window: the reference cuts it to fit, as our first chunk does.
@@ -244,7 +242,7 @@ async fn the_right_paragraph_comes_first() {
         .flat_map(|(i, paragraph)| paragraph.qas.iter().map(move |qa| (i, qa.question.as_str())))
         .collect();
     let full = std::env::var_os("RERANKD_FULL_EVAL").is_some_and(|value| value == "1");
-    // A pair costs a tenth of a second on two cores.
+    // A question costs 1,900 tokens: some four seconds on two cores that others use too.
     let step = if full { 1 } else { questions.len() / SAMPLE };
     let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, max_tokens_per_doc: None };
     let mut random = Random(1);
@@ -270,7 +268,7 @@ async fn the_right_paragraph_comes_first() {
 }
 
 const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
-const SAMPLE: usize = 24;
+const SAMPLE: usize = 10;
 
 /// A family's pairs and what `transformers` computed for them.
 struct Golden {
@@ -356,8 +354,4 @@ fn max_difference(ours: &[f32], theirs: &[f32]) -> f32 {
         .zip(theirs)
         .map(|(a, b)| (a - b).abs())
         .fold(0.0, |m, d| if d.is_nan() { f32::INFINITY } else { m.max(d) })
-}
-
-fn sigmoid(logit: f32) -> f32 {
-    1.0 / (1.0 + (-logit).exp())
 }

@@ -66,6 +66,16 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "Invalid token")
     }
 
+    /// The HTTP status.
+    pub(super) fn status(&self) -> StatusCode {
+        self.status
+    }
+
+    /// What is wrong, and the way out.
+    pub(super) fn message(&self) -> &str {
+        &self.message
+    }
+
     fn kind(&self) -> &'static str {
         match self.status.as_u16() {
             401 | 403 => "authentication_error",

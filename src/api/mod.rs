@@ -29,8 +29,20 @@ pub use server::{Server, ServerTimes, serve};
 use crate::models::Models;
 use limits::BodyBudget;
 
-/// Paths on which requests in the `documents` shape are answered. SDKs that are given a base with `/v1` double it.
-const RERANK_PATHS: [&str; 5] = ["/v1/rerank", "/v2/rerank", "/rerank", "/v1/v1/rerank", "/v1/v2/rerank"];
+/// Paths that rank. Each takes every dialect; SDKs that are given a base with `/v1` double it.
+const RERANK_PATHS: [&str; 11] = [
+    "/v1/rerank",
+    "/v2/rerank",
+    "/rerank",
+    "/v1/v1/rerank",
+    "/v1/v2/rerank",
+    "/v1/reranking",
+    "/reranking",
+    "/v1/v1/reranking",
+    "/v1/ranking",
+    "/ranking",
+    "/v1/v1/ranking",
+];
 
 /// What every handler sees.
 #[derive(Debug)]
@@ -60,6 +72,9 @@ pub fn router(app: &Arc<App>) -> Router {
     let mut closed = Router::new()
         .route("/v1/models", get(ops::models))
         .route("/v1/models/{*id}", get(ops::model))
+        .route("/v1/v1/models", get(ops::models))
+        .route("/info", get(ops::info))
+        .route("/v1/info", get(ops::info))
         .route("/metrics", get(ops::metrics))
         .fallback(ops::unknown_path);
     for path in RERANK_PATHS {
@@ -72,10 +87,13 @@ pub fn router(app: &Arc<App>) -> Router {
     let open = Router::new()
         .route("/health", get(ops::health))
         .route("/ready", get(ops::ready))
+        .route("/v1/cluster/auth", get(ops::cluster_auth))
+        .route("/", get(openapi::front))
         .route("/openapi.json", get(openapi::document))
         .method_not_allowed_fallback(ops::wrong_method);
     let routes = closed
         .merge(open)
+        .merge(openapi::page())
         .layer(CatchPanicLayer::custom(error::from_panic))
         .layer(middleware::from_fn(observe::observe))
         .with_state(Arc::clone(app));
@@ -83,10 +101,10 @@ pub fn router(app: &Arc<App>) -> Router {
     Router::new().fallback_service(routes.map_request(tidy_path))
 }
 
-/// `//v1/rerank/` is `/v1/rerank`: people join base URLs and paths in every way.
+/// `//v1/rerank/` is `/v1/rerank`: people join base URLs and paths in every way. `/docs/` is a folder of files and stays one.
 fn tidy_path(mut request: Request) -> Request {
     let path = request.uri().path();
-    if path.contains("//") || (path.len() > 1 && path.ends_with('/')) {
+    if path.contains("//") || (path.len() > 1 && path.ends_with('/') && path != "/docs/") {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();
         let query = request.uri().query().map(|query| format!("?{query}")).unwrap_or_default();
         if let Ok(uri) = format!("/{}{query}", parts.join("/")).parse::<Uri>() {

@@ -1,29 +1,141 @@
-//! The contract, generated from the types that implement it.
+//! The contract, generated from the types that implement it, and a page that shows it.
 
 use axum::Json;
-use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::{Modify, OpenApi};
+use axum::response::Redirect;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::{Modify, OpenApi, ToSchema};
+use utoipa_swagger_ui::SwaggerUi;
 
-use super::{ops, rerank};
+use super::dialect::{documents, input, passages, texts};
+use super::error::ErrorBody;
+use super::ops;
 
 #[derive(OpenApi)]
 #[openapi(
     info(title = "rerankd", description = "Ranks documents by their relevance to a query."),
-    paths(rerank::rerank, ops::models, ops::model, ops::health, ops::ready, ops::metrics),
-    modifiers(&Key)
+    paths(
+        v1_rerank, rerank, v1_reranking, v1_ranking,
+        ops::models, ops::model, ops::info, ops::cluster_auth, ops::health, ops::ready, ops::metrics
+    ),
+    modifiers(&Keys)
 )]
 struct Contract;
 
-struct Key;
+struct Keys;
 
-impl Modify for Key {
+impl Modify for Keys {
     fn modify(&self, contract: &mut utoipa::openapi::OpenApi) {
+        let components = contract.components.get_or_insert_default();
         let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
-        contract.components.get_or_insert_default().add_security_scheme("key", SecurityScheme::Http(bearer));
+        components.add_security_scheme("key", SecurityScheme::Http(bearer));
+        let header = ApiKey::Header(ApiKeyValue::new("x-api-key"));
+        components.add_security_scheme("x-api-key", SecurityScheme::ApiKey(header));
     }
 }
 
 /// The OpenAPI document.
-pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
-    Json(Contract::openapi())
+pub(super) fn contract() -> utoipa::openapi::OpenApi {
+    Contract::openapi()
 }
+
+/// `/docs`: the contract as a page to read and try, from files in the binary.
+pub(super) fn page() -> SwaggerUi {
+    SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json"))
+}
+
+/// A person who opens the server in a browser wants to read something.
+pub(super) async fn front() -> Redirect {
+    Redirect::temporary("/docs")
+}
+
+/// The OpenAPI document, served.
+pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
+    Json(contract())
+}
+
+/// What a rerank path takes; the name of the list tells the dialect.
+#[derive(ToSchema)]
+#[schema(as = AnyRerankBody)]
+#[serde(untagged)]
+#[allow(dead_code, reason = "describes the wire, is never built")]
+enum AnyBody {
+    Documents(documents::RerankBody),
+    Texts(texts::TextsBody),
+}
+
+/// What it answers.
+#[derive(ToSchema)]
+#[schema(as = AnyRerankAnswer)]
+#[serde(untagged)]
+#[allow(dead_code, reason = "describes the wire, is never built")]
+enum AnyAnswer {
+    Documents(documents::RerankAnswer),
+    Texts(Vec<texts::TextsRank>),
+}
+
+/// How it refuses.
+#[derive(ToSchema)]
+#[schema(as = AnyRerankError)]
+#[serde(untagged)]
+#[allow(dead_code, reason = "describes the wire, is never built")]
+enum AnyError {
+    Documents(ErrorBody),
+    Texts(texts::TextsError),
+}
+
+/// Describes one rerank path: its body, its answer and its errors. The handler is `rerank::rerank` for all of them.
+macro_rules! rerank_path {
+    ($name:ident, $path:literal, $summary:literal, $body:ty, $answer:ty, $error:ty) => {
+        #[doc = $summary]
+        #[utoipa::path(
+            post, path = $path, request_body = $body,
+            responses(
+                (status = 200, description = "Best first", body = $answer),
+                (status = 400, description = "A field is wrong (code 20015), or the model unknown (20012)", body = $error),
+                (status = 401, description = "No key, or a wrong one", body = ErrorBody),
+                (status = 408, description = "The body did not arrive in time", body = ErrorBody),
+                (status = 413, description = "The body, or the work it asks for, is over the limit", body = $error),
+                (status = 415, description = "A compressed body", body = ErrorBody),
+                (status = 500, description = "A fault of the server", body = $error),
+                (status = 503, description = "Too much is waiting (code 50505); see Retry-After", body = $error),
+                (status = 504, description = "The deadline passed first", body = $error),
+            ),
+            security(("key" = []), ("x-api-key" = []))
+        )]
+        #[allow(dead_code, reason = "describes the wire, is never called")]
+        fn $name() {}
+    };
+}
+
+rerank_path!(
+    v1_rerank,
+    "/v1/rerank",
+    "Ranks documents: SiliconFlow, Cohere, Jina, Voyage and most others.",
+    AnyBody,
+    AnyAnswer,
+    AnyError
+);
+rerank_path!(
+    rerank,
+    "/rerank",
+    "Ranks texts as text-embeddings-inference does, or documents as /v1/rerank.",
+    AnyBody,
+    AnyAnswer,
+    AnyError
+);
+rerank_path!(
+    v1_reranking,
+    "/v1/reranking",
+    "Ranks an input list as Mixedbread does.",
+    input::InputBody,
+    input::InputAnswer,
+    ErrorBody
+);
+rerank_path!(
+    v1_ranking,
+    "/v1/ranking",
+    "Ranks passages as NVIDIA NIM does.",
+    passages::PassagesBody,
+    passages::PassagesAnswer,
+    ErrorBody
+);

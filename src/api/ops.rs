@@ -97,6 +97,35 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiEr
     Ok(Json(json!({"status": "ready"})).into_response())
 }
 
+/// What text-embeddings-inference's clients ask before they send texts: the first model and the limits.
+#[utoipa::path(get, path = "/info", responses((status = 200, description = "The first model and the limits", content_type = "application/json"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
+pub(super) async fn info(State(app): State<Arc<App>>) -> Json<serde_json::Value> {
+    let model = app.models.iter().next();
+    let labels = json!({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}});
+    Json(json!({
+        "model_id": model.map(|model| &model.name),
+        "model_sha": null,
+        "model_dtype": "float32",
+        "model_type": {"reranker": labels},
+        "max_concurrent_requests": app.limits.max_inflight_bytes / 1024,
+        "max_input_length": model.map(|model| model.text.window()),
+        "max_batch_tokens": model.map(|model| model.scheduler.max_batch_tokens()),
+        "max_batch_requests": null,
+        "max_client_batch_size": app.limits.max_documents,
+        "auto_truncate": true,
+        "tokenization_workers": std::thread::available_parallelism().map_or(1, usize::from),
+        "version": env!("CARGO_PKG_VERSION"),
+        "sha": null,
+        "docker_label": null,
+    }))
+}
+
+/// Whether keys are asked for: Xinference's client sends its key only where this says so.
+#[utoipa::path(get, path = "/v1/cluster/auth", responses((status = 200, description = "auth: whether keys are asked for", content_type = "application/json")))]
+pub(super) async fn cluster_auth(State(app): State<Arc<App>>) -> Json<serde_json::Value> {
+    Json(json!({"auth": !app.keys.is_open()}))
+}
+
 /// Numbers for Prometheus.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, description = "Prometheus text format", content_type = "text/plain"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn metrics() -> Response {
@@ -107,7 +136,8 @@ pub(super) async fn metrics() -> Response {
 /// A path that does not exist, with those that do.
 pub(super) async fn unknown_path(request: Request) -> ApiError {
     let path: String = request.uri().path().chars().take(100).collect();
-    let exist = format!("POST {}; GET /v1/models, /health, /ready, /metrics, /openapi.json", RERANK_PATHS.join(", "));
+    let exist =
+        format!("POST {}; GET /v1/models, /info, /health, /ready, /metrics, /openapi.json", RERANK_PATHS.join(", "));
     ApiError::new(StatusCode::NOT_FOUND, format!("{path:?} does not exist; these do: {exist}"))
 }
 

@@ -1,52 +1,42 @@
-//! The handler: body -> dialect -> ranking -> dialect.
+//! The handler of every rerank path: body -> dialect -> ranking -> dialect.
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::{Request, State};
 use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
 
-use super::dialect::documents::{self, RerankBody};
+use super::App;
+use super::dialect::{Asked, Dialect};
 use super::observe::{Facts, RequestId};
-use super::{ApiError, App};
 use crate::error::RerankError;
 use crate::rerank::{Ranking, rerank as rank};
 use crate::scheduler::Deadline;
 
-/// Ranks documents by their relevance to a query.
-#[utoipa::path(
-    post,
-    path = "/v1/rerank",
-    request_body = RerankBody,
-    responses(
-        (status = 200, description = "The documents, best first", body = documents::RerankAnswer),
-        (status = 400, description = "A field is wrong (code 20015), or the model unknown (20012)", body = super::error::ErrorBody),
-        (status = 401, description = "No key, or a wrong one", body = super::error::ErrorBody),
-        (status = 408, description = "The body did not arrive in time", body = super::error::ErrorBody),
-        (status = 413, description = "The body, or the work it asks for, is over the limit", body = super::error::ErrorBody),
-        (status = 415, description = "A compressed body", body = super::error::ErrorBody),
-        (status = 500, description = "A fault of the server's", body = super::error::ErrorBody),
-        (status = 503, description = "Too much is waiting (code 50505); see Retry-After", body = super::error::ErrorBody),
-        (status = 504, description = "The deadline passed first", body = super::error::ErrorBody),
-    ),
-    security(("key" = []))
-)]
-pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Result<Response, ApiError> {
-    let id = request.extensions().get::<RequestId>().cloned();
-    let body = app.bodies.read(request, &app.limits).await?;
+/// Ranks documents by their relevance to a query, in the caller's dialect.
+pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Response {
+    let id = request.extensions().get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
+    let body = match app.bodies.read(request, &app.limits).await {
+        Ok(body) => body,
+        Err(error) => return error.into_response(),
+    };
+    let dialect = Dialect::of(&body.bytes);
+    match answer(&app, dialect, &body.bytes, id).await {
+        Ok(response) => response,
+        Err(error) => dialect.refuse(error.into()),
+    }
+}
+
+async fn answer(app: &App, dialect: Dialect, body: &[u8], id: String) -> Result<Response, RerankError> {
     let deadline = Deadline::after(app.limits.request_deadline_s);
-    let parsed = documents::parse(&body.bytes, app.limits.max_documents)?;
-    let return_documents = parsed.return_documents;
-    let mut request = parsed.request;
+    let Asked { mut request, write } = dialect.parse(body, app.limits.max_documents)?;
     request.deadline = Some(deadline);
-    let texts = Arc::clone(&request.documents);
+    let documents = request.documents.len();
     let ranked = tokio::time::timeout_at(deadline.at.into(), rank(&app.models, request)).await;
     let ranking = ranked.unwrap_or(Err(RerankError::Deadline { seconds: deadline.seconds }))?;
-    count(&ranking, texts.len());
-    let answer = documents::answer(&ranking, id.map(|id| id.0), return_documents.then_some(&texts));
-    let mut response = Json(answer).into_response();
-    response.extensions_mut().insert(Facts { documents: texts.len(), tokens: ranking.tokens });
+    count(&ranking, documents);
+    let mut response = write(&ranking, id);
+    response.extensions_mut().insert(Facts { documents, tokens: ranking.tokens });
     add_headers(&mut response, &ranking);
     Ok(response)
 }

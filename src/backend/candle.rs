@@ -32,7 +32,7 @@ pub struct Embeddings {
     norm: Norm,
 }
 
-/// A linear layer as candle tensors: `[outputs, inputs]` and `[outputs]`.
+/// A linear layer as candle tensors: W^T, `[inputs, outputs]`, contiguous, and the bias, `[outputs]`.
 #[derive(Debug)]
 pub struct Linear {
     weight: Tensor,
@@ -108,7 +108,7 @@ impl Backend for CandleBackend {
     }
 
     fn linear(&self, weight: HostTensor, bias: HostTensor) -> Result<Linear, BackendError> {
-        Ok(Linear { weight: self.upload(weight)?, bias: self.upload(bias)? })
+        Ok(Linear { weight: self.upload(weight)?.t()?.contiguous()?, bias: self.upload(bias)? })
     }
 
     fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
@@ -133,9 +133,9 @@ impl Backend for CandleBackend {
         x: &Tensor,
         epilogue: Epilogue<'_, Tensor>,
     ) -> Result<Tensor, BackendError> {
-        let weight = weights.weight.narrow(0, outputs.start, outputs.len())?;
+        let weight = weights.weight.narrow(1, outputs.start, outputs.len())?;
         let bias = weights.bias.narrow(0, outputs.start, outputs.len())?;
-        let y = x.matmul(&weight.t()?)?.broadcast_add(&bias)?;
+        let y = product(x, &weight)?.broadcast_add(&bias)?;
         Ok(match epilogue {
             Epilogue::Bias => y,
             Epilogue::Activation(Activation::Gelu) => y.gelu_erf()?,
@@ -185,6 +185,20 @@ impl Backend for CandleBackend {
     fn download(&self, x: &Tensor) -> Result<Vec<f32>, BackendError> {
         Ok(x.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
+}
+
+/// `x W^T`, each row of it the same bits whatever rows are beside it.
+///
+/// gemm, below candle, has other kernels for a product of one row and for one of one column, which sum in another order.
+/// So a lone row is multiplied beside its copy, and a lone column is a sum of products.
+fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+    if weight.dim(1)? == 1 {
+        return x.broadcast_mul(&weight.t()?)?.sum_keepdim(D::Minus1);
+    }
+    if x.dim(0)? == 1 {
+        return Tensor::cat(&[x, x], 0)?.matmul(weight)?.narrow(0, 0, 1);
+    }
+    x.matmul(weight)
 }
 
 impl From<candle_core::Error> for BackendError {

@@ -1,18 +1,20 @@
 //! The command line: one file per command, and the exit codes in one place.
 
 mod download;
+mod eval;
 mod models;
 mod rank;
 mod serve;
 
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::anyhow;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::settings::{CommonArgs, with_config_file};
+use crate::settings::{CommonArgs, ModelArgs, with_config_file};
 use crate::telemetry;
 
 /// A self-hosted reranking server: the best documents for a query, by a cross-encoder on your own machine
@@ -37,6 +39,8 @@ enum Command {
     Serve(serve::Args),
     /// Rank files, or lines of standard input, against one query
     Rank(rank::Args),
+    /// Measure how well models rank, beside BM25
+    Eval(eval::Args),
     /// List the models known by name
     Models(models::Args),
     /// Download models into the cache, to serve them offline later
@@ -92,12 +96,43 @@ fn config_path(arguments: &[std::ffi::OsString]) -> Option<PathBuf> {
 /// Whatever ends it early.
 pub fn run(cli: Cli) -> Result<(), Failure> {
     telemetry::init_logs(cli.common.log_format, &cli.common.log);
+    if let Some(models) = cli.command.models() {
+        set_candle_threads(models.threads())?;
+    }
     match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Rank(args) => rank::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Models(args) => models::run(&args),
         Command::Download(args) => download::run(&args),
     }
+}
+
+impl Command {
+    /// The models that the command computes with.
+    fn models(&self) -> Option<&ModelArgs> {
+        match self {
+            Self::Serve(args) => Some(&args.serve.models),
+            Self::Rank(args) => Some(&args.models),
+            Self::Eval(args) => Some(&args.models),
+            Self::Models(_) | Self::Download(_) => None,
+        }
+    }
+}
+
+/// candle asks the environment alone how many threads to use, and by default takes every core of the host, whatever a
+/// container's quota. A running process can change its environment only through unsafe code, so it starts itself again.
+fn set_candle_threads(threads: usize) -> Result<(), Failure> {
+    const VARIABLE: &str = "RAYON_NUM_THREADS";
+    let wanted = threads.max(1).to_string();
+    if std::env::var(VARIABLE).is_ok_and(|set| set == wanted) {
+        return Ok(());
+    }
+    let mut arguments = std::env::args_os();
+    let program = std::env::current_exe().map_err(|error| Failure::Other(error.into()))?;
+    let mut again = std::process::Command::new(program);
+    again.arg0(arguments.next().unwrap_or_default()).args(arguments).env(VARIABLE, wanted);
+    Err(Failure::Other(anyhow!(again.exec()).context("cannot start again with the thread count set")))
 }
 
 impl Failure {
@@ -157,7 +192,7 @@ mod tests {
     #[test]
     fn every_flag_has_its_environment_variable() {
         let command = Cli::command();
-        for sub in ["serve", "rank"] {
+        for sub in ["serve", "rank", "eval"] {
             for arg in command.find_subcommand(sub).unwrap().get_arguments().filter(|arg| arg.get_env().is_some()) {
                 let long = arg.get_long().expect("flags with a variable have a name");
                 assert_eq!(arg.get_env().unwrap(), &*format!("RERANKD_{}", long.to_uppercase().replace('-', "_")));

@@ -38,7 +38,9 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             "name": entry.name, "aliases": entry.aliases, "cached": cached, "architecture": entry.architecture,
             "parameters": entry.parameters, "download": entry.download, "licence": entry.licence,
             "window": entry.window.default, "max_window": entry.window.max,
-            "repository": entry.hub.repository, "revision": entry.hub.revision, "choose_when": entry.choose_when,
+            "repository": entry.hub.as_ref().map(|hub| &hub.repository),
+            "revision": entry.hub.as_ref().map(|hub| &hub.revision),
+            "choose_when": entry.choose_when,
         }));
     }
     if args.json {

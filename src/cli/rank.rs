@@ -26,13 +26,13 @@ pub(super) struct Args {
     #[arg(short = 'n', long, value_name = "N")]
     top_n: Option<usize>,
     /// Tokens that neighbouring chunks of a long document share
-    #[arg(long, value_name = "TOKENS", default_value_t = 80)]
-    overlap_tokens: usize,
+    #[arg(long, value_name = "TOKENS", default_value_t = 80, value_parser = clap::value_parser!(u8).range(..=80))]
+    overlap_tokens: u8,
     /// Print JSON, one object a result
     #[arg(long)]
     json: bool,
     #[command(flatten)]
-    models: ModelArgs,
+    pub(super) models: ModelArgs,
 }
 
 struct Documents {
@@ -44,16 +44,15 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
     let documents = documents(args).map_err(Failure::Other)?;
     let models = settings.start(|name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::Config)?;
-    let model = models.iter().next().map(|model| model.name.clone()).unwrap_or_default();
     let request = RerankRequest {
-        model,
+        model: None,
         query: args.query.clone(),
         documents: documents.texts.clone().into(),
         top_n: args.top_n,
         options: DocumentOptions {
-            overlap_tokens: args.overlap_tokens.min(80),
+            overlap_tokens: usize::from(args.overlap_tokens),
             max_chunks_per_doc: usize::MAX,
-            max_tokens_per_doc: None,
+            ..DocumentOptions::default()
         },
         deadline: None,
     };

@@ -23,9 +23,14 @@ pub struct ModelSource {
     pub place: Place,
 }
 
+/// The model that is part of the binary, served when no other is asked for.
+pub const BUILTIN: &str = "rerankd-mini";
+
 /// Where a model's files are.
 #[derive(Debug, Clone)]
 pub enum Place {
+    /// The binary itself.
+    Builtin,
     /// A folder with config.json, tokenizer.json and a checkpoint.
     Folder(PathBuf),
     /// A repository on the hub, and the checkpoint to take if that is known.
@@ -81,13 +86,14 @@ impl ModelSource {
             None => (model, None),
         };
         if let Some(entry) = catalogue::find(repository) {
-            let revision = revision.unwrap_or_else(|| entry.hub.revision.clone());
-            let at = Revision { repository: entry.hub.repository.clone(), revision };
-            return Ok(Self {
-                name: entry.name.clone(),
-                entry: Some(entry),
-                place: Place::Hub(at, Some(&entry.hub.weights)),
-            });
+            let place = match &entry.hub {
+                None => Place::Builtin,
+                Some(hub) => {
+                    let revision = revision.unwrap_or_else(|| hub.revision.clone());
+                    Place::Hub(Revision { repository: hub.repository.clone(), revision }, Some(&hub.weights))
+                }
+            };
+            return Ok(Self { name: entry.name.clone(), entry: Some(entry), place });
         }
         if is_hub_name(repository) {
             let at =
@@ -104,7 +110,7 @@ impl ModelSource {
     /// Whether everything that loading needs is on this machine already.
     pub fn is_cached(&self, hub: &Hub) -> bool {
         match &self.place {
-            Place::Folder(_) => true,
+            Place::Builtin | Place::Folder(_) => true,
             Place::Hub(at, weights) => {
                 let weights = weights.map_or(WEIGHT_FILES.to_vec(), |file| vec![file]);
                 ["config.json", "tokenizer.json"].iter().all(|file| hub.cached(at, file).is_some())
@@ -119,9 +125,22 @@ impl ModelSource {
     /// A file that is missing or cannot be had, by name.
     pub fn files(&self, hub: &Hub) -> Result<ModelFiles> {
         match &self.place {
+            Place::Builtin => Ok(builtin_files()),
             Place::Folder(folder) => folder_files(folder),
             Place::Hub(at, weights) => hub_files(hub, at, *weights),
         }
+    }
+}
+
+fn builtin_files() -> ModelFiles {
+    let inside = |file: &str| format!("models/mini/{file} in the binary");
+    ModelFiles {
+        config: (include_str!("../../models/mini/config.json").to_owned(), inside("config.json")),
+        tokenizer: (include_bytes!("../../models/mini/tokenizer.json").as_slice().into(), inside("tokenizer.json")),
+        weights: WeightsFile::Bytes(
+            "models/mini/model.safetensors in the binary",
+            include_bytes!("../../models/mini/model.safetensors"),
+        ),
     }
 }
 

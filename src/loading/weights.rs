@@ -7,6 +7,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -93,8 +94,8 @@ impl Weights {
             let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
             Self::from_checkpoints(vec![Checkpoint::safetensors(path.display().to_string(), Box::new(file))?])
         } else {
-            let tensors = PthTensors::new(path, None)
-                .map_err(|e| anyhow!("{}: not a PyTorch checkpoint: {e}", path.display()))?;
+            let tensors = without_panic(|| PthTensors::new(path, None))
+                .with_context(|| format!("{}: not a PyTorch checkpoint", path.display()))?;
             ensure!(
                 !tensors.tensor_infos().is_empty(),
                 "{}: no tensors found in this PyTorch checkpoint",
@@ -264,7 +265,7 @@ impl Checkpoint {
     /// The tensor's values and its size in the file.
     fn read(&mut self, name: &str) -> Result<(Vec<f32>, u64)> {
         let tensor = match &mut self.content {
-            Content::Pickle(tensors) => tensors.get(name)?.context("vanished from the file")?,
+            Content::Pickle(tensors) => without_panic(|| tensors.get(name))?.context("vanished from the file")?,
             Content::Safetensors { source, data_start, metadata } => {
                 let info = metadata.info(name).context("vanished from the header")?;
                 let (start, end) = info.data_offsets;
@@ -277,6 +278,12 @@ impl Checkpoint {
         let bytes = (tensor.elem_count() * tensor.dtype().size_in_bytes()) as u64;
         Ok((tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?, bytes))
     }
+}
+
+/// candle's pickle reader runs no code, but some damaged files make it panic.
+fn without_panic<T>(read: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
+    let outcome = catch_unwind(AssertUnwindSafe(read));
+    Ok(outcome.map_err(|_| anyhow!("its pickle is damaged"))??)
 }
 
 /// Reads the header and holds it against the length of the file, so that a cut file is found before anything is computed.

@@ -97,6 +97,11 @@ impl Scheduler {
         answer.await.map_err(|_| RerankError::Internal(anyhow::anyhow!("the worker ended without an answer")))?
     }
 
+    /// Tokens of one batch.
+    pub fn max_batch_tokens(&self) -> usize {
+        self.queue.max_batch_tokens()
+    }
+
     /// When a batch last came back with scores.
     pub fn last_success(&self) -> Option<Instant> {
         self.queue.last_success()

@@ -65,6 +65,10 @@ impl Queue {
         Self { max_batch_tokens, state: Mutex::default(), arrived: Condvar::new() }
     }
 
+    pub(super) fn max_batch_tokens(&self) -> usize {
+        self.max_batch_tokens
+    }
+
     /// Puts a request in the queue.
     pub(super) fn push(&self, new: NewJob) -> Result<(), RerankError> {
         let mut state = self.lock();

@@ -28,6 +28,12 @@ use crate::error::RerankError;
 /// The smallest window that leaves room for a query and a document beside the special tokens.
 const MIN_WINDOW: usize = 16;
 
+/// Chunks of a document that are scored unless the request says otherwise.
+pub const DEFAULT_MAX_CHUNKS: usize = 1024;
+
+/// The most, and the default, that neighbouring chunks can be asked to share.
+pub const MAX_OVERLAP_TOKENS: usize = 80;
+
 /// What bounds a request's text.
 #[derive(Debug, Clone, Copy)]
 pub struct TextLimits {
@@ -54,6 +60,12 @@ pub struct DocumentOptions {
     pub max_chunks_per_doc: usize,
     /// Tokens of a document that are read.
     pub max_tokens_per_doc: Option<usize>,
+}
+
+impl Default for DocumentOptions {
+    fn default() -> Self {
+        Self { overlap_tokens: MAX_OVERLAP_TOKENS, max_chunks_per_doc: DEFAULT_MAX_CHUNKS, max_tokens_per_doc: None }
+    }
 }
 
 /// A request's work: each distinct pair once, and which pairs each document's score is the maximum of.

@@ -36,6 +36,10 @@ impl PairTemplate {
             document_type: whole[d].1,
             after: segment(d + document.len(), whole.len()),
         };
+        ensure!(
+            template.special_tokens() > 0,
+            "the tokenizer puts no special tokens around a pair; it is not a cross-encoder's"
+        );
         for (query, document) in [("two words", ""), ("a", "some longer text, with 3 marks")] {
             let expected = encode_pair(tokenizer, query, document)?;
             let built = template.pair(&ids(query)?, &ids(document)?);

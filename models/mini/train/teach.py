@@ -1,6 +1,6 @@
 """Lets the teacher (ms-marco-MiniLM-L-12-v2) score English groups: the gold cut, hard negatives and a random one.
 
-    python teach.py TEACHER_DIR TOKENIZER_JSON --groups 2200
+    python teach.py TEACHER_DIR TOKENIZER_DIR --groups 1600
 
 The teacher is many times larger than the student, so this is a budget question: passages are cut to at most 80 of
 the student's tokens. Linear layers run in int8, which the teacher's published weights came in anyway.
@@ -15,12 +15,12 @@ GENERAL = ("question", "question", "question", "keywords", "title")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("teacher"), parser.add_argument("--groups", type=int, default=2200)
+    parser.add_argument("teacher"), parser.add_argument("tokenizer_dir"), parser.add_argument("--groups", type=int, default=1600)
     args = parser.parse_args()
     torch.set_num_threads(2)
     data = pickle.load(open(f"{WORK}/groups.pkl", "rb"))
     rows = [json.loads(line) for line in open(f"{WORK}/passages.jsonl")]
-    groups = Groups(21)
+    groups = Groups(21, args.tokenizer_dir)
     rng = random.Random(22)
     general = {"wiki-summaries", "wiki-pages", "news", "factbook", "anarchism", "foldoc"}
     english = [g for g in groups.train if g["lang"] == "en" and g["kind"] in GENERAL and rows[g["positive"]]["source"] in general

@@ -4,25 +4,31 @@ Loss over a group's logits: cross-entropy of the softmax (gold first), a small b
 sensible place, and, where the teacher has scored the group, the divergence from the teacher's softmax.
 A passage is a random cut around the key sentence, and every document of a group is cut to the same length, so that
 length tells nothing. Document positions are often moved up by a random gap: short cuts then train all positions.
+
+Two processes of one thread each average their gradients once a step. On a machine that others use too, that loses less
+than two threads that wait for each other in every matrix product.
 """
-import argparse, json, math, os, pickle, random, shutil, sys, time
-import numpy as np, torch, torch.nn.functional as F
+import argparse, json, math, os, pickle, random, shutil, tempfile, time
+import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from transformers import XLMRobertaForSequenceClassification
 import evaluate, initialise
 
 WORK = os.environ.get("MINI_WORK", "./work")
-NEGATIVES, TOKEN_BUDGET, HELD_OUT = 5, 8000, 240
+NEGATIVES, TOKEN_BUDGET, HELD_OUT = 5, 4000, 240     # the budget is that of one process and step
 
 
 class Groups:
-    def __init__(self, seed):
+    def __init__(self, seed, tokenizer_dir, rank=0, processes=1, word_share=.06):
+        self.word_share = word_share
         data = pickle.load(open(f"{WORK}/groups.pkl", "rb"))
         self.tokens, self.words, self.by_lang = data["tokens"], data["words"], data["by_lang"]
         self.tokens = [t.astype(np.int32) for t in self.tokens]
-        self.held_out, self.train = data["groups"][:HELD_OUT], data["groups"][HELD_OUT:]
+        self.held_out, self.train = data["groups"][:HELD_OUT], data["groups"][HELD_OUT:][rank::processes]
         path = f"{WORK}/teacher.pkl"
+        pieces = json.load(open(f"{tokenizer_dir}/tokenizer.json"))["model"]["vocab"]
+        self.han_words = [i for i, (p, _) in enumerate(pieces) if len(p) > 1 and all("\u4e00" <= c <= "\u9fff" for c in p)]
         self.taught = pickle.load(open(path, "rb")) if os.path.exists(path) else []
-        self.rng, self.at = random.Random(seed), 0
+        self.rng, self.at = random.Random(seed + rank), 0
 
     def cut(self, passage, length, rng, key=None):
         ids = self.tokens[passage]
@@ -62,13 +68,19 @@ class Groups:
             self.at += 1
         return out
 
+    def chinese_word(self):
+        """A word against other words, alone or within two neighbours."""
+        words = self.rng.sample(self.han_words, NEGATIVES + 1)
+        around = self.rng.choice([[], [], self.rng.sample(self.han_words, 2)])
+        return [words[0]], [around[:1] + [w] + around[1:] for w in words]
+
     def batch(self, progress):
         """Returns queries, documents (six a query) and teacher scores (or None)."""
         rng, dice = self.rng, self.rng.random()
-        if dice < .06:
-            picked = rng.sample(self.words, 60)
+        if dice < self.word_share:
+            picked = rng.sample(self.words, 40) + [self.chinese_word() for _ in range(20)]
             return [q for q, _ in picked], [d for _, docs in picked for d in docs], None
-        if self.taught and dice < .06 + .22:
+        if self.taught and dice < self.word_share + .22:
             length = rng.choice([32, 64, 100])
             n = TOKEN_BUDGET // (6 * (min(length, 90) + 14))
             picked = rng.sample(self.taught, n)
@@ -165,14 +177,23 @@ def main():
     parser.add_argument("--minutes", type=float, default=60, help="the schedule follows the clock, whatever else the machine does")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--plain", action="store_true", help="start from transformers' own random weights")
-    parser.add_argument("--start", help="state dict to go on from")
-    parser.add_argument("--begin", type=float, default=0, help="where in the length curriculum to begin, 0 to 1")
-    parser.add_argument("--xquad", help="folder, for a line of evaluation now and then")
-    parser.add_argument("--every", type=float, default=9, help="minutes between checkpoints")
+    parser.add_argument("--start", help="state dict to go on from, with a fresh optimizer")
+    parser.add_argument("--begin", type=float, default=0, help="where in the schedule to begin, 0 to 1")
+    parser.add_argument("--end", type=float, default=1, help="and where to end")
+    parser.add_argument("--word-share", type=float, default=.06, help="steps that train one-word queries on one-word documents")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--plain", action="store_true", help="start from transformers' own random weights, for comparison")
+    parser.add_argument("--xquad", help="folder, for a line of evaluation at each checkpoint")
+    parser.add_argument("--every", type=float, default=12, help="minutes between checkpoints")
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    groups = Groups(args.seed)
+    store = tempfile.mktemp(dir=WORK)
+    torch.multiprocessing.spawn(train, (args, store), args.processes)
+
+
+def train(rank, args, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=args.processes)
+    groups = Groups(args.seed, args.tokenizer_dir, rank, args.processes, args.word_share)
     if args.plain:
         model = initialise.initial_model(None, None, structured=False)
     else:
@@ -180,36 +201,51 @@ def main():
         model.load_state_dict(torch.load(args.start or f"{WORK}/initial.pt"))
     model.set_attn_implementation("sdpa")
     model.train()
-    no_decay = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([dict(params=[p for p in model.parameters() if p.ndim > 1], weight_decay=.01),
-                                   dict(params=no_decay, weight_decay=0)], lr=args.lr, betas=(.9, .98), fused=True)
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(groups.train)} groups, {len(groups.taught)} with teacher scores", flush=True)
-    print("held-out recall@1 before training", held_out_recall(model, groups), flush=True)
-    began, losses, hits, tokens, n_groups = time.time(), [], [], 0, 0
-    saved, step = began, 0
-    while (fraction := (time.time() - began) / 60 / args.minutes) < 1:
-        progress = args.begin + (1 - args.begin) * fraction
-        rate = args.lr * min((step + 1) / 40, .02 + .98 * .5 * (1 + math.cos(math.pi * fraction)))
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW([dict(params=[p for p in parameters if p.ndim > 1], weight_decay=.01),
+                                   dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0)], lr=args.lr, betas=(.9, .98), fused=True)
+    if rank == 0:
+        print(f"{sum(p.numel() for p in parameters)} parameters, {args.processes} x {len(groups.train)} groups, {len(groups.taught)} with teacher scores", flush=True)
+    began = saved = time.time()
+    window, groups_seen, tokens_seen, step = [], 0, 0, 0
+    while True:
+        clock = torch.tensor([(time.time() - began) / 60 / args.minutes, time.time() - saved])
+        dist.broadcast(clock, 0)
+        if clock[0] >= 1:
+            break
+        progress = args.begin + (args.end - args.begin) * clock[0].item()
+        rate = args.lr * min((step + 1) / 30, .02 + .98 * .5 * (1 + math.cos(math.pi * progress)))
         for part in optimizer.param_groups:
             part["lr"] = rate
         queries, documents, teacher = groups.batch(progress)
-        scores = logits(model, queries, documents, groups.rng, shift=.5 if progress < .75 else .2)
+        scores = logits(model, queries, documents, groups.rng, shift=0 if len(documents[0]) < 4 else .5 if progress < .75 else .2)
         loss = group_loss(scores, teacher)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        hit = (scores[:, 0] > scores[:, 1:].max(1)[0]).float().mean()
+        tokens = sum(map(len, documents)) + 6 * sum(map(len, queries)) + 4 * len(documents)
+        numbers = torch.tensor([loss.item(), hit.item(), len(queries), tokens])
+        flat = torch.cat([p.grad.flatten() for p in parameters] + [numbers])
+        dist.all_reduce(flat)
+        flat /= args.processes
+        for p, grad in zip(parameters, flat.split([p.numel() for p in parameters] + [4])):
+            p.grad = grad.view_as(p)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         step += 1
-        losses.append(loss.item()), hits.append((scores[:, 0] > scores[:, 1:].max(1)[0]).float().mean().item())
-        tokens += sum(map(len, documents)) + 6 * sum(map(len, queries)) + 4 * len(documents)
-        n_groups += len(queries)
-        if step % 20 == 0:
-            print(f"step {step} at {progress:.3f} lr {rate:.1e} loss {np.mean(losses[-20:]):.3f} recall@1 {np.mean(hits[-20:]):.3f} groups {n_groups} "
-                  f"tokens {tokens / 1e6:.2f}M {tokens / (time.time() - began):.0f}/s {time.time() - began:.0f} s", flush=True)
-        if time.time() - saved > 60 * args.every:
-            checkpoint(model, groups, args, step)
+        window.append(flat[-4:-2].tolist())
+        groups_seen, tokens_seen = groups_seen + flat[-2].item() * args.processes, tokens_seen + flat[-1].item() * args.processes
+        if rank == 0 and step % 20 == 0:
+            loss, hit = np.mean(window[-20:], axis=0)
+            print(f"step {step} at {progress:.3f} lr {rate:.1e} loss {loss:.3f} recall@1 {hit:.3f} groups {groups_seen:.0f} "
+                  f"tokens {tokens_seen / 1e6:.2f}M {tokens_seen / (time.time() - began):.0f}/s {time.time() - began:.0f} s", flush=True)
+        if clock[1] > 60 * args.every:
             saved = time.time()
-    checkpoint(model, groups, args, step)
+            if rank == 0:
+                checkpoint(model, groups, args, step)
+    if rank == 0:
+        checkpoint(model, groups, args, step)
+    dist.destroy_process_group()
 
 
 def checkpoint(model, groups, args, step):

@@ -1,27 +1,24 @@
-//! The `documents` shape: the vendor's own `/v1/rerank`, and the superset of it that most clients speak.
+//! The `documents` shape: the vendor's own `/v1/rerank`, and the superset of it that most clients speak (Cohere, Jina, vLLM,
+//! Infinity, Xinference, Together, and Voyage, whose `data` is added when the request has one of Voyage's own fields).
 
-use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use axum::Json;
+use axum::response::IntoResponse;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use uuid::Uuid;
 
-use super::fields::{Documents, flag, whole};
+use super::Asked;
+use super::fields::{self, Documents, flag, in_range, whole};
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
-use crate::text::DocumentOptions;
-
-/// Chunks of a document that are scored unless the request says otherwise.
-pub(crate) const DEFAULT_MAX_CHUNKS: usize = 1024;
-
-/// The most, and the default, that neighbouring chunks can be asked to share.
-pub(crate) const MAX_OVERLAP_TOKENS: i64 = 80;
+use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
 
 /// A request. Unknown fields are ignored; every optional field may be null.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({
-    "model": "BAAI/bge-reranker-v2-m3", "query": "Apple", "documents": ["apple", "banana", "fruit", "vegetable"], "top_n": 4
+    "model": "rerankd-mini", "query": "Apple", "documents": ["apple", "banana", "fruit", "vegetable"], "top_n": 4
 }))]
 pub(crate) struct RerankBody {
     /// A served model's name or alias.
@@ -29,14 +26,26 @@ pub(crate) struct RerankBody {
     /// What the documents are ranked for; not empty. Longer than its share of the window, it is cut.
     query: String,
     /// Texts, or objects with a `text`; at least one. A long one is cut into chunks, and its best chunk counts.
-    #[schema(value_type = Vec<String>, min_items = 1)]
+    #[schema(schema_with = fields::documents_schema)]
     documents: Documents,
+    /// For documents that are objects: the fields that make up their text, in this order; `text` without it.
+    #[serde(default)]
+    rank_fields: Option<Vec<String>>,
     /// Results wanted, best first; all without it.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     top_n: Option<i64>,
+    /// Voyage's `top_n`.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1)]
+    top_k: Option<i64>,
+    /// Voyage's; long documents are cut into chunks whatever it says.
+    #[serde(default)]
+    #[schema(value_type = Option<bool>)]
+    truncation: Option<IgnoredAny>,
     /// Whether results carry their document's text.
     #[serde(default, deserialize_with = "flag")]
+    #[schema(schema_with = fields::flag_schema)]
     return_documents: Option<bool>,
     /// Chunks of a document that are scored; 1024 without it.
     #[serde(default, deserialize_with = "whole", alias = "max_chunk_per_doc")]
@@ -52,68 +61,34 @@ pub(crate) struct RerankBody {
     max_tokens_per_doc: Option<i64>,
 }
 
-/// A checked request, and what only its answer needs.
-#[derive(Debug)]
-pub(crate) struct Parsed {
-    pub(crate) request: RerankRequest,
-    pub(crate) return_documents: bool,
-}
-
 /// Reads and checks a body.
-///
-/// # Errors
-/// [`RerankError::Invalid`], naming the field.
-pub(crate) fn parse(body: &[u8], max_documents: usize) -> Result<Parsed, RerankError> {
-    // serde would read an array as the fields in their order.
-    if body.trim_ascii_start().first() != Some(&b'{') {
-        return Err(RerankError::invalid("body", "expected a JSON object with model, query and documents"));
-    }
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let raw: RerankBody = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let path = error.path().to_string();
-        RerankError::invalid(if path == "." { "body".to_owned() } else { path }, error.inner().to_string())
-    })?;
-    json.end().map_err(|error| RerankError::invalid("body", error.to_string()))?;
-    check(raw, max_documents)
-}
-
-fn check(raw: RerankBody, max_documents: usize) -> Result<Parsed, RerankError> {
-    if raw.query.trim().is_empty() {
-        return Err(RerankError::invalid("query", "is empty; give the text to rank for"));
-    }
-    let documents = raw.documents.0;
-    if documents.is_empty() {
-        return Err(RerankError::invalid("documents", "is empty; give at least one text"));
-    }
-    if documents.len() > max_documents {
-        let problem = format!("has {} texts, the limit is {max_documents}; send several requests", documents.len());
-        return Err(RerankError::invalid("documents", problem));
-    }
+pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
+    let body: RerankBody = fields::json(body)?;
+    let defaults = DocumentOptions::default();
     let options = DocumentOptions {
-        overlap_tokens: in_range("overlap_tokens", raw.overlap_tokens, 0, MAX_OVERLAP_TOKENS)?
-            .unwrap_or(MAX_OVERLAP_TOKENS as usize),
-        max_chunks_per_doc: in_range("max_chunks_per_doc", raw.max_chunks_per_doc, 1, i64::MAX)?
-            .unwrap_or(DEFAULT_MAX_CHUNKS),
-        max_tokens_per_doc: in_range("max_tokens_per_doc", raw.max_tokens_per_doc, 1, i64::MAX)?,
+        overlap_tokens: in_range("overlap_tokens", body.overlap_tokens, 0, MAX_OVERLAP_TOKENS as i64)?
+            .unwrap_or(defaults.overlap_tokens),
+        max_chunks_per_doc: in_range("max_chunks_per_doc", body.max_chunks_per_doc, 1, i64::MAX)?
+            .unwrap_or(defaults.max_chunks_per_doc),
+        max_tokens_per_doc: in_range("max_tokens_per_doc", body.max_tokens_per_doc, 1, i64::MAX)?,
     };
+    let top_n = in_range("top_n", body.top_n, 1, i64::MAX)?;
+    let top_k = in_range("top_k", body.top_k, 1, i64::MAX)?;
     let request = RerankRequest {
-        model: raw.model,
-        query: raw.query,
-        documents: documents.into(),
-        top_n: in_range("top_n", raw.top_n, 1, i64::MAX)?,
+        model: Some(body.model),
+        query: fields::query(body.query)?,
+        documents: body.documents.texts("documents", body.rank_fields.as_deref(), max_documents)?,
+        top_n: top_n.or(top_k),
         options,
         deadline: None,
     };
-    Ok(Parsed { request, return_documents: raw.return_documents.unwrap_or(false) })
-}
-
-fn in_range(field: &str, value: Option<i64>, min: i64, max: i64) -> Result<Option<usize>, RerankError> {
-    let Some(value) = value else { return Ok(None) };
-    if (min..=max).contains(&value) {
-        return Ok(usize::try_from(value).ok());
-    }
-    let allowed = if max == i64::MAX { format!("at least {min}") } else { format!("{min} to {max}") };
-    Err(RerankError::invalid(field, format!("is {value}; expected {allowed}")))
+    let texts = body.return_documents.unwrap_or(false).then(|| request.documents.clone());
+    let for_voyage = body.top_k.is_some() || body.truncation.is_some();
+    let write = move |ranking: &Ranking, id: String| {
+        let text = |index: usize| texts.as_ref().map(|texts| texts[index].clone());
+        Json(answer(ranking, id, text, for_voyage)).into_response()
+    };
+    Ok(Asked { request, write: Box::new(write) })
 }
 
 /// The answer.
@@ -123,6 +98,10 @@ pub(crate) struct RerankAnswer {
     id: String,
     /// Best first.
     results: Vec<AnswerResult>,
+    /// The results again, in Voyage's words, where the request was in Voyage's words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    data: Option<Vec<VoyageResult>>,
     tokens: AnswerTokens,
     meta: Meta,
     /// The served model's name.
@@ -151,6 +130,17 @@ pub(crate) struct AnswerResult {
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct AnswerDocument {
     text: String,
+}
+
+/// One document, in Voyage's words.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct VoyageResult {
+    index: usize,
+    relevance_score: f64,
+    /// Its text, where the request asked for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    document: Option<String>,
 }
 
 /// Tokens that the model read, over all chunks.
@@ -192,28 +182,43 @@ pub(crate) struct Usage {
     total_tokens: usize,
 }
 
-/// Writes the answer; with `texts`, each result carries its document.
-pub(crate) fn answer(ranking: &Ranking, id: Option<String>, texts: Option<&Arc<[String]>>) -> RerankAnswer {
-    let input = ranking.tokens;
-    let tokens = AnswerTokens { input_tokens: input, output_tokens: 0 };
-    let result = |ranked: &crate::rerank::Ranked| AnswerResult {
+impl Usage {
+    pub(super) fn of(ranking: &Ranking) -> Self {
+        Self { prompt_tokens: ranking.tokens, completion_tokens: 0, total_tokens: ranking.tokens }
+    }
+}
+
+fn answer(ranking: &Ranking, id: String, text: impl Fn(usize) -> Option<String>, for_voyage: bool) -> RerankAnswer {
+    let tokens = AnswerTokens { input_tokens: ranking.tokens, output_tokens: 0 };
+    let results = ranking.results.iter().map(|ranked| AnswerResult {
         index: ranked.index,
         relevance_score: ranked.score,
-        document: texts.map(|texts| AnswerDocument { text: texts[ranked.index].clone() }),
-    };
+        document: text(ranked.index).map(|text| AnswerDocument { text }),
+    });
+    let data = ranking.results.iter().map(|ranked| VoyageResult {
+        index: ranked.index,
+        relevance_score: ranked.score,
+        document: text(ranked.index),
+    });
     RerankAnswer {
-        id: id.unwrap_or_else(|| Uuid::now_v7().to_string()),
-        results: ranking.results.iter().map(result).collect(),
+        id,
+        results: results.collect(),
+        data: for_voyage.then(|| data.collect()),
         tokens,
         meta: Meta {
             api_version: ApiVersion { version: "1" },
-            billed_units: BilledUnits { input_tokens: input, output_tokens: 0, search_units: 1, classifications: 0 },
+            billed_units: BilledUnits {
+                input_tokens: ranking.tokens,
+                output_tokens: 0,
+                search_units: 1,
+                classifications: 0,
+            },
             tokens,
         },
         model: ranking.model.clone(),
         object: "rerank",
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-        usage: Usage { prompt_tokens: input, completion_tokens: 0, total_tokens: input },
+        usage: Usage::of(ranking),
     }
 }
 
@@ -222,7 +227,7 @@ mod tests {
     use super::*;
 
     fn error(body: &str) -> String {
-        parse(body.as_bytes(), 3).unwrap_err().to_string()
+        parse(body.as_bytes(), 3).err().expect(body).to_string()
     }
 
     fn with(field: &str) -> String {
@@ -238,13 +243,11 @@ mod tests {
             r#"{"model":"m","query":"q","documents":[""],"kwargs":"{}","priority":[[1]],"max_chunk_per_doc":4}"#,
             "\n {\"model\":\"m\",\"query\":\"\\ud83d\\ude00 \\u0000\",\"documents\":[\"\\u0000\"]} \n",
         ] {
-            parse(body.as_bytes(), 3).unwrap_or_else(|e| panic!("{body}: {e}"));
+            assert!(parse(body.as_bytes(), 3).is_ok(), "{body}");
         }
-        let parsed = parse(with(r#""top_n":99,"return_documents":"True","overlap_tokens":0"#).as_bytes(), 3).unwrap();
-        assert_eq!(
-            (parsed.request.top_n, parsed.return_documents, parsed.request.options.overlap_tokens),
-            (Some(99), true, 0)
-        );
+        let body = with(r#""top_n":99,"return_documents":"True","overlap_tokens":0"#);
+        let Ok(parsed) = parse(body.as_bytes(), 3) else { panic!("{body}") };
+        assert_eq!((parsed.request.top_n, parsed.request.options.overlap_tokens), (Some(99), 0));
     }
 
     /// F1 to F12 and F17 to F19 of the fault list: each names what is wrong.

@@ -1,0 +1,63 @@
+//! The `passages` shape of NVIDIA NIM: raw logits, best first.
+
+use axum::Json;
+use axum::response::IntoResponse;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Asked;
+use super::documents::Usage;
+use super::fields::{self, Document, Documents};
+use crate::error::RerankError;
+use crate::rerank::{Ranking, RerankRequest};
+use crate::text::DocumentOptions;
+
+/// A request. `truncate` is ignored: a long passage is cut into chunks, and its best chunk counts.
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"model": "rerankd-mini", "query": {"text": "Apple"}, "passages": [{"text": "apple"}, {"text": "banana"}]}))]
+pub(crate) struct PassagesBody {
+    /// A served model's name; the first one without it.
+    #[serde(default)]
+    model: Option<String>,
+    /// What the passages are ranked for; not empty.
+    #[schema(schema_with = fields::document_schema)]
+    query: Document,
+    /// At least one.
+    #[schema(schema_with = fields::documents_schema)]
+    passages: Documents,
+}
+
+/// The answer.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct PassagesAnswer {
+    /// Best first.
+    rankings: Vec<PassageRank>,
+    usage: Usage,
+}
+
+/// One passage.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct PassageRank {
+    /// Its place in the request.
+    index: usize,
+    /// The model's own number.
+    logit: f32,
+}
+
+pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
+    let body: PassagesBody = fields::json(body)?;
+    let request = RerankRequest {
+        model: body.model,
+        query: fields::query(body.query.text("query", None)?)?,
+        documents: body.passages.texts("passages", None, max_documents)?,
+        top_n: None,
+        options: DocumentOptions::default(),
+        deadline: None,
+    };
+    let write = |ranking: &Ranking, _id: String| {
+        let rank = |ranked: &crate::rerank::Ranked| PassageRank { index: ranked.index, logit: ranked.logit };
+        let answer = PassagesAnswer { rankings: ranking.results.iter().map(rank).collect(), usage: Usage::of(ranking) };
+        Json(answer).into_response()
+    };
+    Ok(Asked { request, write: Box::new(write) })
+}

@@ -1,0 +1,97 @@
+//! The `texts` shape of text-embeddings-inference: a bare array, best first.
+
+use axum::Json;
+use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::Asked;
+use super::fields::{self, Documents, flag, in_range, whole};
+use crate::api::ApiError;
+use crate::error::RerankError;
+use crate::rerank::{Ranking, RerankRequest};
+use crate::text::DocumentOptions;
+
+/// A request. `truncate` and `truncation_direction` are ignored: a long text is cut into chunks, and its best chunk counts.
+#[derive(Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"query": "Apple", "texts": ["apple", "banana", "fruit", "vegetable"]}))]
+pub(crate) struct TextsBody {
+    /// What the texts are ranked for; not empty.
+    query: String,
+    /// At least one.
+    #[schema(schema_with = fields::documents_schema)]
+    texts: Documents,
+    /// A served model's name; the first one without it.
+    #[serde(default)]
+    model: Option<String>,
+    /// Results wanted; all without it. LiteLLM sends it.
+    #[serde(default, deserialize_with = "whole")]
+    #[schema(minimum = 1)]
+    top_n: Option<i64>,
+    /// Whether scores are the model's logits, not their sigmoid.
+    #[serde(default, deserialize_with = "flag")]
+    #[schema(schema_with = fields::flag_schema)]
+    raw_scores: Option<bool>,
+    /// Whether results carry their texts.
+    #[serde(default, deserialize_with = "flag")]
+    #[schema(schema_with = fields::flag_schema)]
+    return_text: Option<bool>,
+}
+
+/// One text.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct TextsRank {
+    /// Its place in the request.
+    index: usize,
+    score: f64,
+    /// The text, where the request asked for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    text: Option<String>,
+}
+
+/// The body of every error.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct TextsError {
+    error: String,
+    /// `Validation`, `Overloaded` or `Backend`.
+    error_type: &'static str,
+}
+
+pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
+    let body: TextsBody = fields::json(body)?;
+    let request = RerankRequest {
+        model: body.model,
+        query: fields::query(body.query)?,
+        documents: body.texts.texts("texts", None, max_documents)?,
+        top_n: in_range("top_n", body.top_n, 1, i64::MAX)?,
+        options: DocumentOptions::default(),
+        deadline: None,
+    };
+    let texts = body.return_text.unwrap_or(false).then(|| request.documents.clone());
+    let raw = body.raw_scores.unwrap_or(false);
+    let write = move |ranking: &Ranking, _id: String| {
+        let rank = |ranked: &crate::rerank::Ranked| TextsRank {
+            index: ranked.index,
+            score: if raw { f64::from(ranked.logit) } else { ranked.score },
+            text: texts.as_ref().map(|texts| texts[ranked.index].clone()),
+        };
+        Json(ranking.results.iter().map(rank).collect::<Vec<_>>()).into_response()
+    };
+    Ok(Asked { request, write: Box::new(write) })
+}
+
+pub(super) fn refuse(error: ApiError) -> Response {
+    let error_type = match error.status().as_u16() {
+        429 | 503 => "Overloaded",
+        500.. => "Backend",
+        _ => "Validation",
+    };
+    let message = error.message().to_owned();
+    let mut response = error.into_response();
+    let (status, body) = (response.status(), Json(TextsError { error: message, error_type }));
+    let rewritten = (status, body).into_response();
+    response.headers_mut().remove(axum::http::header::CONTENT_LENGTH);
+    *response.body_mut() = rewritten.into_body();
+    response
+}

@@ -1,0 +1,359 @@
+//! Topics: a query, its candidate documents and what is known of their relevance, in the forms that the field publishes.
+//!
+//! - `.jsonl`, one topic a line: `{"query", "documents": [...], "relevance": [...]}`, or `{"query", "positive": [...], "negative": [...]}`.
+//! - a folder in BEIR's form: `corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`; candidates from a TREC run file, or BM25's best.
+//! - `.json` in SQuAD's form: each question's own paragraph is relevant, against others of the file.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::bm25::Bm25;
+
+/// A query and its candidates.
+#[derive(Debug, Clone)]
+pub struct Topic {
+    /// The query's name.
+    pub id: String,
+    /// Its text.
+    pub query: String,
+    /// The candidates' texts, in the order that BM25 or the run file gave them, or shuffled.
+    pub documents: Vec<String>,
+    /// Relevance of each candidate; 0 is not relevant.
+    pub relevance: Vec<u32>,
+    /// Relevances of all documents that are known to be relevant, candidates or not.
+    pub relevant: Vec<u32>,
+}
+
+/// How candidates are found where the file does not name them.
+#[derive(Debug, Clone, Default)]
+pub struct TopicOptions {
+    /// BEIR: a TREC run file (`topic Q0 document rank score tag`) instead of BM25's best.
+    pub run: Option<PathBuf>,
+    /// BEIR: candidates of a topic.
+    pub candidates: usize,
+    /// SQuAD: other paragraphs beside a question's own.
+    pub negatives: usize,
+    /// SQuAD: the paragraphs that BM25 likes best, not random ones.
+    pub hard: bool,
+    /// Of the random choices.
+    pub seed: u64,
+    /// Topics at most, spread evenly over the file.
+    pub limit: Option<usize>,
+}
+
+/// Reads the topics of a file or folder.
+///
+/// # Errors
+/// A file that is missing or not in its form, by name and line; no topic in it.
+pub fn read(path: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
+    let mut topics = if path.is_dir() {
+        beir(path, options)
+    } else if path.extension().is_some_and(|extension| extension == "json") {
+        squad(path, options)
+    } else {
+        jsonl(path)
+    }?;
+    ensure!(!topics.is_empty(), "{}: there is no topic in it", path.display());
+    if let Some(limit) = options.limit.filter(|&limit| limit < topics.len()) {
+        let all = topics.len();
+        let kept: HashSet<usize> = (0..limit).map(|i| i * all / limit).collect();
+        let mut place = 0..all;
+        topics.retain(|_| place.next().is_some_and(|i| kept.contains(&i)));
+    }
+    Ok(topics)
+}
+
+#[derive(Deserialize)]
+struct Line {
+    #[serde(default, alias = "_id")]
+    id: Option<String>,
+    query: String,
+    #[serde(default)]
+    documents: Vec<String>,
+    #[serde(default)]
+    relevance: Vec<u32>,
+    #[serde(default)]
+    positive: Vec<String>,
+    #[serde(default)]
+    negative: Vec<String>,
+}
+
+fn jsonl(path: &Path) -> Result<Vec<Topic>> {
+    let lines: Vec<Line> = json_lines(path)?;
+    let topic = |(number, line): (usize, Line)| {
+        let Line { id, query, mut documents, mut relevance, positive, negative } = line;
+        ensure!(
+            documents.len() == relevance.len(),
+            "{}: line {}: {} documents and {} relevances",
+            path.display(),
+            number + 1,
+            documents.len(),
+            relevance.len()
+        );
+        relevance.extend(positive.iter().map(|_| 1).chain(negative.iter().map(|_| 0)));
+        documents.extend(positive.into_iter().chain(negative));
+        ensure!(!documents.is_empty(), "{}: line {}: no documents", path.display(), number + 1);
+        let relevant = relevance.iter().copied().filter(|&relevance| relevance > 0).collect();
+        Ok(Topic { id: id.unwrap_or_else(|| (number + 1).to_string()), query, documents, relevance, relevant })
+    };
+    lines.into_iter().enumerate().map(topic).collect()
+}
+
+#[derive(Deserialize)]
+struct BeirText {
+    #[serde(rename = "_id")]
+    id: String,
+    #[serde(default)]
+    title: String,
+    text: String,
+}
+
+fn beir(folder: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
+    let corpus: Vec<BeirText> = json_lines(&folder.join("corpus.jsonl"))?;
+    let queries: Vec<BeirText> = json_lines(&folder.join("queries.jsonl"))?;
+    let qrels = qrels(&folder.join("qrels/test.tsv"))?;
+    let texts: Vec<String> =
+        corpus.iter().map(|text| format!("{} {}", text.title, text.text).trim().to_owned()).collect();
+    let places: HashMap<&str, usize> = corpus.iter().enumerate().map(|(i, text)| (text.id.as_str(), i)).collect();
+    let run = options.run.as_deref().map(read_run).transpose()?;
+    let index = run.is_none().then(|| Bm25::new(&texts.iter().map(String::as_str).collect::<Vec<_>>()));
+    let mut topics = Vec::new();
+    for query in queries {
+        let Some(judged) = qrels.get(&query.id) else { continue };
+        let candidates: Vec<usize> = match (&run, &index) {
+            (Some(run), _) => {
+                run.get(&query.id).into_iter().flatten().filter_map(|id| places.get(id.as_str()).copied()).collect()
+            }
+            (None, Some(index)) => index.best(&query.text, options.candidates),
+            (None, None) => Vec::new(),
+        };
+        if candidates.is_empty() {
+            continue; // nothing to rerank, by the run's or BM25's own fault
+        }
+        let relevance = candidates
+            .iter()
+            .take(options.candidates)
+            .map(|&i| judged.get(&corpus[i].id).copied().unwrap_or(0))
+            .collect();
+        topics.push(Topic {
+            id: query.id,
+            query: query.text,
+            documents: candidates.iter().take(options.candidates).map(|&i| texts[i].clone()).collect(),
+            relevance,
+            relevant: judged.values().copied().filter(|&relevance| relevance > 0).collect(),
+        });
+    }
+    Ok(topics)
+}
+
+/// `query-id corpus-id score`, with tabs and a header line, or TREC's four columns.
+fn qrels(path: &Path) -> Result<HashMap<String, BTreeMap<String, u32>>> {
+    let mut all: HashMap<String, BTreeMap<String, u32>> = HashMap::new();
+    for (number, line) in lines(path)?.into_iter().enumerate() {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        let (topic, document, relevance) = match columns[..] {
+            [topic, document, relevance] | [topic, _, document, relevance] => (topic, document, relevance),
+            [] => continue,
+            _ => bail!("{}: line {}: expected query-id, corpus-id and score", path.display(), number + 1),
+        };
+        match relevance.parse::<i64>() {
+            Ok(relevance) => {
+                all.entry(topic.to_owned())
+                    .or_default()
+                    .insert(document.to_owned(), u32::try_from(relevance).unwrap_or(0));
+            }
+            Err(_) if number == 0 => {} // the header
+            Err(_) => bail!("{}: line {}: {relevance:?} is not a relevance", path.display(), number + 1),
+        }
+    }
+    Ok(all)
+}
+
+/// Documents of each topic, best first.
+fn read_run(path: &Path) -> Result<HashMap<String, Vec<String>>> {
+    let mut all: HashMap<String, Vec<(f64, String)>> = HashMap::new();
+    for (number, line) in lines(path)?.into_iter().enumerate() {
+        let columns: Vec<&str> = line.split_whitespace().collect();
+        let [topic, _, document, _, score, ..] = columns[..] else {
+            bail!("{}: line {}: expected topic Q0 document rank score tag", path.display(), number + 1)
+        };
+        let score = score
+            .parse()
+            .with_context(|| format!("{}: line {}: {score:?} is not a score", path.display(), number + 1))?;
+        all.entry(topic.to_owned()).or_default().push((score, document.to_owned()));
+    }
+    let sorted = |mut found: Vec<(f64, String)>| {
+        found.sort_by(|a, b| b.0.total_cmp(&a.0));
+        found.into_iter().map(|(_, document)| document).collect()
+    };
+    Ok(all.into_iter().map(|(topic, found)| (topic, sorted(found))).collect())
+}
+
+#[derive(Deserialize)]
+struct Squad {
+    data: Vec<SquadArticle>,
+}
+
+#[derive(Deserialize)]
+struct SquadArticle {
+    paragraphs: Vec<SquadParagraph>,
+}
+
+#[derive(Deserialize)]
+struct SquadParagraph {
+    context: String,
+    qas: Vec<SquadQuestion>,
+}
+
+#[derive(Deserialize)]
+struct SquadQuestion {
+    id: String,
+    question: String,
+}
+
+fn squad(path: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let file: Squad =
+        serde_json::from_str(&text).with_context(|| format!("{}: not in SQuAD's form", path.display()))?;
+    let paragraphs: Vec<SquadParagraph> = file.data.into_iter().flat_map(|article| article.paragraphs).collect();
+    let texts: Vec<&str> = paragraphs.iter().map(|paragraph| paragraph.context.as_str()).collect();
+    ensure!(
+        texts.len() > options.negatives,
+        "{}: {} paragraphs, and {} negatives asked for",
+        path.display(),
+        texts.len(),
+        options.negatives
+    );
+    let index = options.hard.then(|| Bm25::new(&texts));
+    let mut random = fastrand::Rng::with_seed(options.seed);
+    let mut topics = Vec::new();
+    for (own, paragraph) in paragraphs.iter().enumerate() {
+        for question in &paragraph.qas {
+            let mut others: Vec<usize> = match &index {
+                Some(index) => index.best(&question.question, options.negatives + 1),
+                None => Vec::new(),
+            };
+            others.retain(|&other| other != own);
+            while others.len() < options.negatives {
+                let other = random.usize(..texts.len());
+                if other != own && !others.contains(&other) {
+                    others.push(other);
+                }
+            }
+            let mut candidates = others;
+            candidates.truncate(options.negatives);
+            candidates.push(own);
+            random.shuffle(&mut candidates);
+            topics.push(Topic {
+                id: question.id.clone(),
+                query: question.question.clone(),
+                documents: candidates.iter().map(|&i| texts[i].to_owned()).collect(),
+                relevance: candidates.iter().map(|&i| u32::from(i == own)).collect(),
+                relevant: vec![1],
+            });
+        }
+    }
+    Ok(topics)
+}
+
+fn lines(path: &Path) -> Result<Vec<String>> {
+    let file = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    BufReader::new(file)
+        .lines()
+        .collect::<std::io::Result<_>>()
+        .with_context(|| format!("{}: not text in UTF-8", path.display()))
+}
+
+fn json_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let parse = |(number, line): (usize, String)| {
+        serde_json::from_str(&line).with_context(|| format!("{}: line {}", path.display(), number + 1))
+    };
+    lines(path)?.into_iter().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(parse).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, text).unwrap();
+        }
+        folder
+    }
+
+    fn options() -> TopicOptions {
+        TopicOptions { candidates: 2, negatives: 1, seed: 7, ..TopicOptions::default() }
+    }
+
+    #[test]
+    fn lines_of_json_in_both_forms() {
+        let text = "{\"query\":\"q\",\"documents\":[\"a\",\"b\"],\"relevance\":[0,2]}\n\n{\"id\":\"x\",\"query\":\"r\",\"positive\":[\"c\"],\"negative\":[\"d\",\"e\"]}\n";
+        let folder = written(&[("t.jsonl", text), ("bad.jsonl", "{\"query\":\"q\",\"documents\":[\"a\"]}\n")]);
+        let topics = read(&folder.path().join("t.jsonl"), &options()).unwrap();
+        assert_eq!((topics[0].relevance.clone(), topics[0].relevant.clone()), (vec![0, 2], vec![2]));
+        assert_eq!(
+            (topics[1].id.as_str(), topics[1].documents.len(), topics[1].relevance.clone()),
+            ("x", 3, vec![1, 0, 0])
+        );
+        let error = read(&folder.path().join("bad.jsonl"), &options()).unwrap_err().to_string();
+        assert!(error.contains("line 1: 1 documents and 0 relevances"), "{error}");
+    }
+
+    #[test]
+    fn beir_folders_with_bm25_or_a_run() {
+        let corpus = "{\"_id\":\"d1\",\"title\":\"Apples\",\"text\":\"red fruit\"}\n{\"_id\":\"d2\",\"title\":\"\",\"text\":\"a green pear\"}\n{\"_id\":\"d3\",\"text\":\"stone\"}\n";
+        let queries = "{\"_id\":\"q1\",\"text\":\"green apples\"}\n{\"_id\":\"q2\",\"text\":\"unjudged\"}\n";
+        let qrels = "query-id\tcorpus-id\tscore\nq1\td2\t1\nq1\td3\t2\n";
+        let folder = written(&[
+            ("corpus.jsonl", corpus),
+            ("queries.jsonl", queries),
+            ("qrels/test.tsv", qrels),
+            ("run", "q1 Q0 d3 2 0.5 x\nq1 Q0 d1 1 0.9 x\n"),
+        ]);
+        let topics = read(folder.path(), &options()).unwrap();
+        assert_eq!(topics.len(), 1);
+        assert_eq!((topics[0].documents.len(), topics[0].relevant.clone()), (2, vec![1, 2]));
+        let run = TopicOptions { run: Some(folder.path().join("run")), ..options() };
+        let topics = read(folder.path(), &run).unwrap();
+        assert_eq!(
+            (topics[0].documents.clone(), topics[0].relevance.clone()),
+            (vec!["Apples red fruit".to_owned(), "stone".to_owned()], vec![0, 2])
+        );
+    }
+
+    #[test]
+    fn squad_questions_against_other_paragraphs() {
+        let paragraph = |i: usize| {
+            format!(
+                "{{\"context\":\"word{i} text\",\"qas\":[{{\"id\":\"{i}\",\"question\":\"what is word{i} text\"}}]}}"
+            )
+        };
+        let text =
+            format!("{{\"data\":[{{\"paragraphs\":[{}]}}]}}", (0..20).map(paragraph).collect::<Vec<_>>().join(","));
+        let folder = written(&[("s.json", &text)]);
+        for hard in [false, true] {
+            let options = TopicOptions { negatives: 9, hard, ..options() };
+            let topics = read(&folder.path().join("s.json"), &options).unwrap();
+            assert_eq!(topics.len(), 20);
+            for (i, topic) in topics.iter().enumerate() {
+                assert_eq!(topic.documents.iter().collect::<HashSet<_>>().len(), 10);
+                let gold = topic.relevance.iter().position(|&r| r == 1).unwrap();
+                assert_eq!(topic.documents[gold], format!("word{i} text"));
+            }
+            assert!(topics.iter().any(|topic| topic.relevance[0] == 0), "the gold paragraph has no place of its own");
+        }
+        let few = TopicOptions { limit: Some(5), negatives: 9, ..options() };
+        let ids: Vec<String> = read(&folder.path().join("s.json"), &few).unwrap().into_iter().map(|t| t.id).collect();
+        assert_eq!(ids, ["0", "4", "8", "12", "16"]);
+    }
+}

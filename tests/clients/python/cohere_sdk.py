@@ -1,0 +1,40 @@
+"""Cohere's own SDK, both of its clients, and their asynchronous twin."""
+
+import asyncio
+
+import cohere
+from cohere.errors import BadRequestError, ServiceUnavailableError, UnauthorizedError
+from seed import DOCUMENTS, QUERY, check
+
+ERRORS = {"wrong_key": UnauthorizedError, "unknown_model": BadRequestError, "overload": ServiceUnavailableError}
+
+
+def settings(server):
+    return {"api_key": server.key, "base_url": server.url, "max_retries": 0}
+
+
+def question(model, top_n):
+    return {"model": model, "query": QUERY, "documents": DOCUMENTS, "top_n": top_n}
+
+
+def v1(server, model, top_n, texts):
+    answer = cohere.Client(**settings(server)).rerank(**question(model, top_n), return_documents=texts)
+    return [(one.index, one.relevance_score, one.document.text if texts else None) for one in answer.results]
+
+
+def v2(server, model, top_n, texts):
+    answer = cohere.ClientV2(**settings(server)).rerank(**question(model, top_n), max_tokens_per_doc=4096)
+    return [(one.index, one.relevance_score, None) for one in answer.results]
+
+
+def v2_async(server, model, top_n, texts):
+    async def ask():
+        return await cohere.AsyncClientV2(**settings(server)).rerank(**question(model, top_n))
+
+    return [(one.index, one.relevance_score, None) for one in asyncio.run(ask()).results]
+
+
+NO_TEXTS = {"return_documents": "v2 has no such parameter"}
+check("cohere.Client", "cohere", v1, **ERRORS)
+check("cohere.ClientV2", "cohere", v2, **ERRORS, not_offered=NO_TEXTS)
+check("cohere.AsyncClientV2", "cohere", v2_async, **ERRORS, not_offered=NO_TEXTS)

@@ -1,0 +1,34 @@
+"""The `rerankers` package with its hosted providers, each at a URL of ours."""
+
+from rerankers import Reranker
+from seed import DOCUMENTS, QUERY, check
+
+
+def provider(name, path):
+    def rank(server, model, top_n, texts):
+        ranker = Reranker(model, model_type="APIRanker", api_provider=name, api_key=server.key, url=server.url + path)
+        ranked = ranker.rank(QUERY, DOCUMENTS, doc_ids=list(range(len(DOCUMENTS))))
+        results = ranked.results if top_n is None else ranked.top_k(top_n)
+        return [(one.doc_id, one.score, one.text) for one in results]
+
+    return rank
+
+
+# It never looks at the status: an error is a dictionary without the key that it reads results from.
+NO_KEY = (KeyError, TypeError)
+for name, path in (
+    ("cohere", "/v1/rerank"),
+    ("jina", "/v1/rerank"),
+    ("voyage", "/v1/rerank"),
+    ("mixedbread.ai", "/v1/reranking"),
+    ("text-embeddings-inference", "/rerank"),
+):
+    check(
+        f"rerankers ({name})",
+        "rerankers",
+        provider(name, path),
+        wrong_key=NO_KEY,
+        unknown_model=NO_KEY,
+        overload=NO_KEY,
+        not_offered=None,
+    )

@@ -1,0 +1,137 @@
+"""The seed question, and what every client must make of it.
+
+A client's file defines `rank(server, model, top_n, texts)`, which asks through the client and returns (index, score, text or None)
+for each result, in the client's order. `check` runs it against the three servers of `../run` and prints one line of JSON.
+"""
+
+import json
+import math
+import os
+import sys
+import time
+import urllib.request
+from importlib.metadata import version
+from typing import NamedTuple
+
+QUERY = "Apple"
+DOCUMENTS = ["apple", "banana", "fruit", "vegetable"]
+MODEL = "rerankd-mini"
+UNKNOWN_MODEL = "no-such-model"
+
+# Scores travel as JSON numbers; a few clients hold them as 32-bit floats. The logit of a score near 1 loses another digit or two.
+SCORE_TOLERANCE = 1e-5
+LOGIT_TOLERANCE = 1e-3
+
+
+class Server(NamedTuple):
+    url: str
+    key: str
+
+
+OPEN = Server(os.environ["RERANKD_OPEN"], "any-key-at-all")
+CLOSED = Server(os.environ["RERANKD_CLOSED"], os.environ["RERANKD_KEY"])
+WRONG_KEY = Server(CLOSED.url, "a-wrong-key")
+BUSY = Server(os.environ["RERANKD_BUSY"], "any-key-at-all")
+
+
+def stay_on_this_machine(event, args):
+    """Telemetry, price lists, hubs: a client that wants them here has not been pointed at the server."""
+    if event == "socket.getaddrinfo":
+        host = args[0]
+    elif event == "socket.connect" and isinstance(args[1], tuple):
+        host = args[1][0]
+    else:
+        return
+    if host not in (None, "", b"", "localhost", b"localhost", "127.0.0.1", b"127.0.0.1", "::1", b"::1"):
+        raise OSError(f"this test leaves the machine: {host!r}")
+
+
+sys.addaudithook(stay_on_this_machine)
+
+# Not every client's retries can be turned off, and they sleep as long as the overloaded server's Retry-After says.
+real_sleep = time.sleep
+time.sleep = lambda seconds: real_sleep(min(seconds, 0.01))
+
+
+def ask_plainly(server):
+    """The answer without any client in between: [(index, score)], best first."""
+    body = json.dumps({"model": MODEL, "query": QUERY, "documents": DOCUMENTS}).encode()
+    with urllib.request.urlopen(urllib.request.Request(server.url + "/v1/rerank", body), timeout=60) as answer:
+        return [(result["index"], result["relevance_score"]) for result in json.load(answer)["results"]]
+
+
+EXPECTED = ask_plainly(OPEN)
+
+
+def check(client, package, rank, *, wrong_key, unknown_model, overload, logits=False, keyless=False, not_offered=None):
+    """Runs every check of one client.
+
+    `wrong_key`, `unknown_model`, `overload`: the exception that a user of the client would catch, or several.
+    `logits`: the dialect answers raw logits in place of scores.
+    `keyless`: it has no way to send a key, so it works with an open server only.
+    `not_offered`: checks that the client has no way to ask for, with the reason.
+    """
+
+    def success():
+        for server in (OPEN,) if keyless else (OPEN, CLOSED):
+            compare(rank(server, MODEL, None, False), EXPECTED, logits)
+
+    def top_n():
+        compare(rank(OPEN, MODEL, 2, False), EXPECTED[:2], logits)
+
+    def return_documents():
+        results = rank(OPEN, MODEL, None, True)
+        compare(results, EXPECTED, logits)
+        for index, _, text in results:
+            assert text == DOCUMENTS[index], f"document {index} came back as {text!r}"
+
+    checks = {
+        "success": success,
+        "top_n": top_n,
+        "return_documents": return_documents,
+        "wrong key": lambda: raises(wrong_key, lambda: rank(WRONG_KEY, MODEL, None, False)),
+        "unknown model": lambda: raises(unknown_model, lambda: rank(OPEN, UNKNOWN_MODEL, None, False)),
+        "overload": lambda: raises(overload, lambda: rank(BUSY, MODEL, None, False), attempts=5),
+    }
+    cells = {}
+    for name, run in checks.items():
+        if name in (not_offered or {}):
+            cells[name] = {"state": "n/a", "note": not_offered[name]}
+            continue
+        try:
+            cells[name] = {"state": "ok", "note": run() or ""}
+        except Exception as error:  # whatever a client throws is a row of the table, not the end of it
+            cells[name] = {"state": "FAIL", "note": f"{type(error).__name__}: {error}"}
+    print(json.dumps({"client": client, "version": f"{package} {version(package)}", "cells": cells}), flush=True)
+
+
+def not_possible(client, package, reason):
+    """A client that cannot be pointed at a server: a row that says why."""
+    cell = {"state": "n/a", "note": reason}
+    print(json.dumps({"client": client, "version": f"{package} {version(package)}", "cells": {"success": cell}}), flush=True)
+
+
+def compare(results, expected, logits):
+    got = [(index, score) for index, score, _ in results]
+    assert [index for index, _ in got] == [index for index, _ in expected], f"got {got}, expected {expected}"
+    for (_, score), (_, plain) in zip(got, expected):
+        wanted, tolerance = (math.log(plain / (1 - plain)), LOGIT_TOLERANCE) if logits else (plain, SCORE_TOLERANCE)
+        assert abs(score - wanted) <= tolerance, f"score {score}, expected {wanted}"
+        assert logits or 0 <= score <= 1, f"score {score}"
+
+
+def raises(expected, ask, attempts=1):
+    """The name of the exception that `ask` ends in. Several attempts, because between two of the requests that keep the
+    busy server busy there is a moment in which another one fits in."""
+    for _ in range(attempts):
+        try:
+            answer = ask()
+        except expected as error:
+            return qualified_name(type(error))
+        real_sleep(0.3)
+    raise AssertionError(f"no exception, but {answer!r}")
+
+
+def qualified_name(kind):
+    package = kind.__module__.split(".")[0]
+    return kind.__name__ if package == "builtins" else f"{package}.{kind.__name__}"

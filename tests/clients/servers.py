@@ -1,0 +1,119 @@
+"""The three servers that clients are driven against: an open one, one with a key, one that has more to do than it can."""
+
+import json
+import os
+import random
+import re
+import string
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+
+KEY = "a-right-key"
+
+# The name that clients ask for, whatever the model.
+MODEL = "rerankd-mini"
+
+# One request of 100 000 random words keeps the built-in model busy for a minute, and a larger one for the whole run.
+BUSY_DOCUMENTS = 1000
+BUSY_WORDS = 100
+
+
+class Servers:
+    """Started on entering, stopped on leaving."""
+
+    def __init__(self, binary, model, log_folder):
+        self.binary = binary
+        self.model = f"{MODEL}={model}" if model else MODEL
+        self.log_folder = log_folder
+        self.running = []
+        self.stopping = threading.Event()
+        self.urls = {}
+
+    def __enter__(self):
+        try:
+            self.urls["OPEN"] = self.start("open")
+            self.urls["CLOSED"] = self.start("closed", "--api-key", KEY)
+            # Lowest priority and one thread: it computes all the time and must not take the processor from the others.
+            limits = ["--max-queue-tokens", "1", "--threads", "1", "--request-timeout", "3600"]
+            self.urls["BUSY"] = self.start("busy", *limits, niceness=19)
+            self.keep_busy(self.urls["BUSY"])
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.stopping.set()
+        for process in self.running:
+            process.kill()
+        for process in self.running:
+            process.wait()
+
+    def start(self, name, *flags, niceness=0):
+        log = self.log_folder / f"server-{name}.log"
+        command = [self.binary, "serve", "--model", self.model, "--host", "127.0.0.1", "--port", "0", *flags]
+        # A developer's own RERANKD_PORT and the like would change what is tested.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("RERANKD_")}
+        environment["HF_HUB_OFFLINE"] = "1"
+        with open(log, "w") as output:
+            process = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, env=environment, preexec_fn=lambda: os.nice(niceness)
+            )
+        self.running.append(process)
+        return wait_until_ready(process, log)
+
+    def keep_busy(self, url):
+        random_word = random.Random(7)
+        words = ["".join(random_word.choices(string.ascii_lowercase, k=6)) for _ in range(BUSY_DOCUMENTS * BUSY_WORDS)]
+        documents = [" ".join(words[i::BUSY_DOCUMENTS]) for i in range(BUSY_DOCUMENTS)]
+        body = question("busy", documents)
+        threading.Thread(target=self.send_again_and_again, args=(url, body), daemon=True).start()
+        wait_for(lambda: post(url, question("q", ["d"])) == 503, "the busy server refuses nothing")
+
+    def send_again_and_again(self, url, body):
+        """Between two requests there is a moment, while the next is read, in which the server is not busy."""
+        while not self.stopping.is_set():
+            try:
+                post(url, body)
+            except OSError:
+                pass  # the server is being stopped
+
+
+def question(query, documents):
+    return json.dumps({"model": MODEL, "query": query, "documents": documents}).encode()
+
+
+def wait_until_ready(process, log):
+    """The address in the log's line `listening on ...`, written once the models are loaded."""
+    found = None
+
+    def listening():
+        nonlocal found
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended with {process.returncode}:\n{log.read_text()}")
+        found = re.search(r"listening on (http://\S+)", log.read_text())
+        return found
+
+    wait_for(listening, f"the server is not up; see {log.name}")
+    return found.group(1)
+
+
+def post(url, body):
+    """The status."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + "/v1/rerank", body), timeout=3600) as answer:
+            answer.read()
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def wait_for(condition, problem, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise SystemExit(problem)
+        time.sleep(0.05)

@@ -1,0 +1,355 @@
+//! Lies in a model's files: each is an error that names the file, the tensor and what was expected, and none is a panic.
+//!
+//! Every case is a copy of a fixture with one thing wrong, loaded as a start of the server loads it.
+
+mod common;
+
+use std::collections::HashMap;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+
+use candle_core::{DType, Device, Tensor};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use common::{fixture, load};
+
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+const PICKLE: &str = "pytorch_model.bin";
+const SHARD: &str = "model-00001-of-00002.safetensors";
+const KEY: &str = "roberta.encoder.layer.1.attention.self.key.weight";
+const WORDS: &str = "roberta.embeddings.word_embeddings.weight";
+
+#[test]
+fn an_undamaged_copy_loads() {
+    for name in ["xlmr", "xlmr-pickle", "xlmr-shards", "bert", "roberta"] {
+        load(Model::copy(name).folder.path()).unwrap();
+    }
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    for (file, says) in [
+        ("config.json", "config.json"),
+        ("tokenizer.json", "tokenizer.json"),
+        (WEIGHTS, "expected one of model.safetensors, model.safetensors.index.json, pytorch_model.bin"),
+    ] {
+        let model = Model::copy("xlmr");
+        fs::remove_file(model.path(file)).unwrap();
+        model.check_refused(file, &[says]);
+    }
+}
+
+#[test]
+fn tensors_that_lie_are_named() {
+    type Tensors = HashMap<String, Tensor>;
+    type Lie = (&'static str, fn(&mut Tensors), &'static [&'static str]);
+    let lies: [Lie; 8] = [
+        ("missing", |t| drop(t.remove(KEY)), &[KEY, "missing", "[64, 64]"]),
+        (
+            "extra",
+            |t| drop(t.insert("roberta.encoder.layer.3.output.dense.bias".into(), t[KEY].clone())),
+            &["roberta.encoder.layer.3.output.dense.bias", "no place"],
+        ),
+        (
+            "a row less than the vocabulary",
+            |t| drop(t.insert(WORDS.into(), t[WORDS].narrow(0, 0, 299).unwrap())),
+            &[WORDS, "[299, 64]", "[300, 64]"],
+        ),
+        (
+            "transposed",
+            |t| {
+                let name = "roberta.encoder.layer.0.output.dense.weight";
+                let transposed = t[name].t().unwrap().contiguous().unwrap();
+                t.insert(name.into(), transposed);
+            },
+            &["roberta.encoder.layer.0.output.dense.weight", "[128, 64]", "[64, 128]"],
+        ),
+        (
+            "two labels in the weights",
+            |t| {
+                let name = "classifier.out_proj.weight";
+                let twice = Tensor::cat(&[&t[name], &t[name]], 0).unwrap();
+                t.insert(name.into(), twice);
+            },
+            &["classifier.out_proj.weight", "[2, 64]", "[1, 64]"],
+        ),
+        ("a NaN", |t| spoil(t, f32::NAN), &[KEY, "NaN", "element 77"]),
+        ("an infinity", |t| spoil(t, f32::NEG_INFINITY), &[KEY, "-inf", "element 77"]),
+        (
+            "integers",
+            |t| drop(t.insert(KEY.into(), t[KEY].to_dtype(DType::I64).unwrap())),
+            &[KEY, "I64", "F64, F32, F16 and BF16"],
+        ),
+    ];
+    for (what, lie, says) in lies {
+        let model = Model::copy("xlmr");
+        let mut tensors = candle_core::safetensors::load(model.path(WEIGHTS), &Device::Cpu).unwrap();
+        lie(&mut tensors);
+        candle_core::safetensors::save(&tensors, model.path(WEIGHTS)).unwrap();
+        model.check_refused(what, &[&[WEIGHTS], says].concat());
+    }
+}
+
+#[test]
+fn weights_of_another_architecture_are_refused() {
+    let model = Model::copy("xlmr");
+    fs::copy(fixture("bert").join(WEIGHTS), model.path(WEIGHTS)).unwrap();
+    model.check_refused("BERT's weights", &[WEIGHTS, WORDS, "missing"]);
+}
+
+/// Every byte of the prefix, a sample of the header and of the data, and the places where one becomes the other.
+#[test]
+fn a_safetensors_file_that_is_cut_anywhere_is_refused() {
+    let model = Model::copy("bert");
+    let whole = fs::read(model.path(WEIGHTS)).unwrap();
+    let data_start = 8 + header_bytes(&whole);
+    let edges = [data_start - 1, data_start, data_start + 1, whole.len() - 1];
+    for length in (0..10).chain((10..whole.len()).step_by(997)).chain(edges) {
+        fs::write(model.path(WEIGHTS), &whole[..length]).unwrap();
+        model.check_refused(
+            &format!("cut at {length} of {}", whole.len()),
+            &[WEIGHTS, "not a complete safetensors file"],
+        );
+    }
+}
+
+#[test]
+fn a_trailing_byte_is_refused() {
+    let model = Model::copy("bert");
+    let mut bytes = fs::read(model.path(WEIGHTS)).unwrap();
+    let described = bytes.len();
+    bytes.push(0);
+    fs::write(model.path(WEIGHTS), &bytes).unwrap();
+    let (found, described) = (format!("{} bytes", described + 1), described.to_string());
+    model.check_refused("a byte more", &[WEIGHTS, &found, &described]);
+}
+
+/// None of these may be believed long enough to ask for the memory.
+#[test]
+fn a_header_that_claims_impossible_lengths_is_refused() {
+    let model = Model::copy("bert");
+    let whole = fs::read(model.path(WEIGHTS)).unwrap();
+    let true_length = header_bytes(&whole) as u64;
+    for claim in [0, 1, true_length - 1, true_length + 1, whole.len() as u64, 1 << 32, 1 << 63, u64::MAX] {
+        let mut bytes = whole.clone();
+        bytes[..8].copy_from_slice(&claim.to_le_bytes());
+        fs::write(model.path(WEIGHTS), &bytes).unwrap();
+        model.check_refused(&format!("a header of {claim} bytes"), &[WEIGHTS]);
+    }
+}
+
+#[test]
+fn a_header_that_describes_nonsense_is_refused() {
+    let name = "bert.encoder.layer.0.output.dense.weight";
+    type Lie = (&'static str, &'static str, fn(u64, u64) -> Value);
+    let lies: [Lie; 9] = [
+        ("overlaps its neighbour", "data_offsets", |start, end| json!([start - 2, end - 2])),
+        ("leaves a gap", "data_offsets", |start, end| json!([start + 2, end])),
+        ("ends before it starts", "data_offsets", |start, end| json!([end, start])),
+        ("ends beyond the file", "data_offsets", |start, _| json!([start, 1u64 << 40])),
+        ("ends beyond all numbers", "data_offsets", |start, _| json!([start, u64::MAX])),
+        ("starts before the file", "data_offsets", |_, end| json!([-1, end])),
+        ("has more elements than there are numbers", "shape", |_, _| json!([1u64 << 63, 1u64 << 63])),
+        ("has fewer elements than bytes", "shape", |_, _| json!([32, 63])),
+        ("is of an unknown type", "dtype", |_, _| json!("F31")),
+    ];
+    for (what, field, lie) in lies {
+        let model = Model::copy("bert");
+        let bytes = fs::read(model.path(WEIGHTS)).unwrap();
+        let (header, data) = bytes[8..].split_at(header_bytes(&bytes));
+        let mut header: Value = serde_json::from_slice(header).unwrap();
+        let offsets = header[name]["data_offsets"].clone();
+        header[name][field] = lie(offsets[0].as_u64().unwrap(), offsets[1].as_u64().unwrap());
+        let header = serde_json::to_vec(&header).unwrap();
+        let lying = [&(header.len() as u64).to_le_bytes(), &header[..], data].concat();
+        fs::write(model.path(WEIGHTS), lying).unwrap();
+        model.check_refused(&format!("a tensor that {what}"), &[WEIGHTS]);
+    }
+}
+
+#[test]
+fn a_config_that_does_not_fit_is_refused() {
+    let changes: [(&str, Value, &[&str]); 9] = [
+        ("id2label", json!({"0": "NO", "1": "YES"}), &["config.json", "2 labels", "id2label"]),
+        ("model_type", json!("gpt2"), &["config.json", "gpt2", "xlm-roberta"]),
+        ("hidden_size", json!(32), &[WEIGHTS, WORDS, "[300, 64]", "[300, 32]"]),
+        ("num_hidden_layers", json!(4), &[WEIGHTS, "roberta.encoder.layer.3.", "missing"]),
+        ("num_hidden_layers", json!(2), &[WEIGHTS, "roberta.encoder.layer.2.", "no place"]),
+        ("max_position_embeddings", json!(514), &[WEIGHTS, "position_embeddings", "[66, 64]", "[514, 64]"]),
+        ("pad_token_id", json!(65), &["config.json", "pad_token_id 65"]),
+        // The embedding has fewer rows than the tokenizer has ids: one of them would read beyond it.
+        ("vocab_size", json!(184), &["tokenizer.json", "184"]),
+        ("vocab_size", json!(301), &[WEIGHTS, WORDS, "[300, 64]", "[301, 64]"]),
+    ];
+    for (field, value, says) in changes {
+        let model = Model::copy("xlmr");
+        let mut config: Value = serde_json::from_slice(&fs::read(model.path("config.json")).unwrap()).unwrap();
+        config[field] = value.clone();
+        fs::write(model.path("config.json"), config.to_string()).unwrap();
+        model.check_refused(&format!("{field} = {value}"), says);
+    }
+}
+
+#[test]
+fn what_is_no_json_is_refused_by_name() {
+    for file in ["config.json", "tokenizer.json"] {
+        for content in [&b""[..], b"{", b"null", b"[]", b"{}", b"\xff\xfe\x00"] {
+            let model = Model::copy("xlmr");
+            fs::write(model.path(file), content).unwrap();
+            model.check_refused(&format!("{file} holds {content:?}"), &[file]);
+        }
+    }
+}
+
+#[test]
+fn a_shard_index_that_lies_is_refused() {
+    let index = |shard: &str| json!({"weight_map": {WORDS: shard, KEY: SHARD}}).to_string();
+    let outside = |shard: &str| (index(shard), vec![INDEX.to_owned(), format!("{shard:?}")]);
+    let cases = [
+        outside("../xlmr/model.safetensors"),
+        outside("/etc/hostname"),
+        outside("below/model.safetensors"),
+        outside("./model.safetensors"),
+        outside(".."),
+        outside(""),
+        (index("model-00003-of-00002.safetensors"), vec![INDEX.into(), "model-00003-of-00002.safetensors".into()]),
+        (index("config.json"), vec!["config.json".into(), "not a complete safetensors file".into()]),
+        // This tensor is in the other shard.
+        (json!({"weight_map": {KEY: SHARD, WORDS: other_shard()}}).to_string(), vec![INDEX.into(), "is not in".into()]),
+        (json!({"weight_map": {}}).to_string(), vec!["missing".into()]),
+        ("{}".into(), vec![INDEX.into(), "not a shard index".into()]),
+        ("".into(), vec![INDEX.into(), "not a shard index".into()]),
+    ];
+    for (content, says) in cases {
+        let model = Model::copy("xlmr-shards");
+        fs::write(model.path(INDEX), &content).unwrap();
+        model.check_refused(&content, &says.iter().map(String::as_str).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn a_tensor_in_two_shards_is_refused() {
+    let model = Model::copy("xlmr-shards");
+    fs::copy(model.path(SHARD), model.path(&other_shard())).unwrap();
+    model.check_refused("the same shard twice", &["is in", SHARD, &other_shard()]);
+}
+
+/// Without a checkpoint inside, in every form that a damaged download takes.
+#[test]
+fn a_pytorch_file_without_a_checkpoint_is_refused() {
+    let model = Model::copy("xlmr-pickle");
+    let check = |what: &str, bytes: &[u8]| {
+        fs::write(model.path(PICKLE), bytes).unwrap();
+        model.check_refused(what, &[PICKLE]);
+    };
+    check("empty", b"");
+    check("a page of HTML", b"<!doctype html><title>Not found</title>");
+    check("a pickle without a zip", b"\x80\x02}q\x00.");
+    check("a zip without entries", b"PK\x05\x06\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0");
+    let mut noise = 1u64;
+    for length in [1, 2, 22, 23, 100, 4096, 70_000] {
+        let bytes: Vec<u8> = (0..length).map(|_| next(&mut noise)).collect();
+        check(&format!("{length} bytes of noise"), &bytes);
+        check(&format!("{length} bytes of noise after a zip's mark"), &[b"PK\x03\x04", &bytes[..]].concat());
+    }
+}
+
+#[test]
+fn a_pytorch_file_that_is_cut_anywhere_is_refused() {
+    let model = Model::copy("xlmr-pickle");
+    let whole = fs::read(model.path(PICKLE)).unwrap();
+    for length in (0..whole.len()).step_by(4999).chain([whole.len() - 23, whole.len() - 1]) {
+        fs::write(model.path(PICKLE), &whole[..length]).unwrap();
+        model.check_refused(&format!("cut at {length} of {}", whole.len()), &[PICKLE]);
+    }
+}
+
+/// A changed byte may be a changed weight, which nobody can see. All that is promised is an answer.
+#[test]
+fn a_changed_byte_in_a_pytorch_file_never_panics() {
+    let model = Model::copy("xlmr-pickle");
+    let whole = fs::read(model.path(PICKLE)).unwrap();
+    // The pickle's program comes first and the zip's directory last; between them are weights.
+    let (program, directory) = (0..14_000, whole.len() - 10_000..whole.len());
+    let mut noise = 1u64;
+    for at in program.step_by(97).chain(directory.step_by(89)) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= next(&mut noise) | 1;
+        fs::write(model.path(PICKLE), &bytes).unwrap();
+        let answer = catch_unwind(AssertUnwindSafe(|| load(model.folder.path()).map(drop)));
+        assert!(answer.is_ok(), "byte {at} changed from {} to {}: loading panicked", whole[at], bytes[at]);
+    }
+}
+
+/// Two single bytes on which candle 0.11.1's own reader panics, found by changing every byte of this file.
+#[test]
+fn what_panics_in_candle_s_pickle_reader_is_refused() {
+    let whole = fs::read(fixture("xlmr-pickle").join(PICKLE)).unwrap();
+    let find = |pattern: &[u8]| whole.windows(pattern.len()).position(|window| window == pattern).unwrap();
+    for (what, at, opcode) in [
+        // BININT1 64, a storage's size, becomes PROTO 64: the storage's tuple is one short.
+        ("a storage of four fields", find(b"h\x06K@tq") + 2, 0x80),
+        // BINPUT 17 becomes LONG1 of 17 bytes, shifted out of an i64. This one panics where overflow is checked.
+        ("an integer of 17 bytes", find(b"\x86q\x11") + 1, 0x8a),
+    ] {
+        let model = Model::copy("xlmr-pickle");
+        let mut bytes = whole.clone();
+        bytes[at] = opcode;
+        fs::write(model.path(PICKLE), &bytes).unwrap();
+        model.check_refused(what, &[PICKLE]);
+    }
+}
+
+/// A copy of a fixture, for one test to damage.
+struct Model {
+    folder: TempDir,
+}
+
+impl Model {
+    fn copy(name: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        for entry in fs::read_dir(fixture(name)).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+        }
+        Self { folder }
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.folder.path().join(file)
+    }
+
+    /// Loads the model, which must fail in words that contain each of `says`.
+    fn check_refused(&self, what: &str, says: &[&str]) {
+        let error = match load(self.folder.path()) {
+            Ok(_) => panic!("{what}: the model was loaded"),
+            Err(error) => format!("{error:#}"),
+        };
+        for expected in says {
+            assert!(error.contains(expected), "{what}: the error does not say {expected:?}: {error}");
+        }
+    }
+}
+
+fn other_shard() -> String {
+    SHARD.replacen('1', "2", 1)
+}
+
+fn spoil(tensors: &mut HashMap<String, Tensor>, value: f32) {
+    let mut values = tensors[KEY].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    values[77] = value;
+    tensors.insert(KEY.into(), Tensor::from_vec(values, tensors[KEY].shape(), &Device::Cpu).unwrap());
+}
+
+fn header_bytes(file: &[u8]) -> usize {
+    u64::from_le_bytes(file[..8].try_into().unwrap()).try_into().unwrap()
+}
+
+/// The next byte of a linear congruential generator: noise, the same on every machine.
+fn next(state: &mut u64) -> u8 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*state >> 56) as u8
+}

@@ -1,0 +1,209 @@
+//! Texts to ids, with the real tokenizers of bge-reranker-v2-m3 (Unigram) and ms-marco-MiniLM-L-12-v2 (WordPiece): a pair's ids
+//! are those that the tokenizer itself gives a pair, and a long document's slices join to the ids of the whole.
+//!
+//! The real files are looked for in `../shared/data` or in the folder that `RERANKD_TEST_DATA` names; a test that finds none
+//! says so. What fixtures can show is shown with them.
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use rerankd::batch::Pair;
+use rerankd::loading::config::ModelConfig;
+use rerankd::text::{DocumentOptions, TextEncoder};
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use common::{fixture, limits, paragraphs, real};
+
+const BGE: &str = "bge-reranker-v2-m3";
+const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
+
+/// Texts that tokenizers have stumbled over.
+const AWKWARD: [&str; 22] = [
+    "",
+    " ",
+    "a",
+    "中",
+    "?",
+    "  leading and trailing  ",
+    "many     spaces\t\ttabs\n\nand\r\nlines",
+    "\n",
+    "👩‍👩‍👧‍👦 family, 🇫🇷 flag, 👍🏽 skin",
+    "e\u{301}te\u{301} cafe\u{301} n\u{303}",
+    "\u{301}starts with a combining mark",
+    "שלום עולם, مرحبا بالعالم",
+    "ﬁligree ① ½ Ⅷ ＡＢＣ ㎏",
+    "zero\u{200b}width\u{200d}joiners\u{feff}",
+    "no\u{a0}break\u{3000}ideographic\u{2003}em",
+    "control\u{0}\u{7}\u{1b}[31m",
+    "private \u{e000} \u{10ffff} \u{fffd}",
+    "the end</s>",
+    "<s> </s></s> <pad> <mask> <unk>",
+    "[CLS] [SEP] [PAD] [MASK] [UNK]",
+    "▁already ▁meta ##piece",
+    "https://example.org/?q=a%20b&x=[1,2]#top 3.14159e-10",
+];
+
+#[test]
+fn bge_pairs_are_the_tokenizer_s_own() {
+    check_real_pairs("bge_pairs_are_the_tokenizer_s_own", BGE);
+}
+
+#[test]
+fn minilm_pairs_are_the_tokenizer_s_own() {
+    check_real_pairs("minilm_pairs_are_the_tokenizer_s_own", MINILM);
+}
+
+/// Every paragraph of XQuAD in two languages, with one of its questions and with an awkward one; every two awkward texts.
+fn check_real_pairs(test: &str, model: &str) {
+    let Some(texts) = real(test, model).map(|folder| Texts::read(&folder)) else { return };
+    for language in ["en", "zh"] {
+        let Some(xquad) = real(test, &format!("xquad/xquad.{language}.json")) else { return };
+        for (i, paragraph) in paragraphs(&xquad).iter().enumerate() {
+            texts.check_pair(&paragraph.qas[0].question, &paragraph.context);
+            texts.check_pair(AWKWARD[i % AWKWARD.len()], &paragraph.context);
+        }
+    }
+    texts.check_awkward_pairs();
+    for long in ["word ".repeat(20_000), "x".repeat(100_000), "漢".repeat(100_000), "!".repeat(100_000)] {
+        texts.check_pair("long?", &long);
+    }
+}
+
+#[test]
+fn fixture_pairs_are_the_tokenizer_s_own() {
+    for family in ["xlmr", "bert", "roberta"] {
+        Texts::read(&fixture(family)).check_awkward_pairs();
+    }
+}
+
+/// A tokenizer.json may pad every pair to its window and cut it there, as MiniLM's does. Neither may reach a pair.
+#[test]
+fn padding_and_truncation_of_the_file_are_cleared() {
+    let file = fixture("bert").join("tokenizer.json");
+    let written: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
+    assert!(written["padding"].is_object() && written["truncation"].is_object(), "the fixture shows nothing any more");
+    let texts = Texts::read(&fixture("bert"));
+    assert_eq!(texts.encoder.pair("apple", "tree").unwrap().tokens(), 5);
+    assert_eq!(texts.encoder.pair("apple", &"tree ".repeat(200)).unwrap().tokens(), 204);
+}
+
+#[tokio::test]
+async fn bge_slices_join_to_the_whole() {
+    check_slices("bge_slices_join_to_the_whole", BGE).await;
+}
+
+#[tokio::test]
+async fn minilm_slices_join_to_the_whole() {
+    check_slices("minilm_slices_join_to_the_whole", MINILM).await;
+}
+
+/// Real paragraphs, joined to long documents in three ways, then without a space anywhere.
+async fn check_slices(test: &str, model: &str) {
+    let Some(texts) = real(test, model).map(|folder| Texts::read(&folder)) else { return };
+    for language in ["en", "zh"] {
+        let Some(xquad) = real(test, &format!("xquad/xquad.{language}.json")) else { return };
+        let paragraphs: Vec<String> = paragraphs(&xquad).into_iter().map(|paragraph| paragraph.context).collect();
+        for joint in ["", " ", "\n"] {
+            let document: String = paragraphs.join(joint).chars().take(LONG).collect();
+            let (sliced, whole) = texts.sliced_and_whole(&document).await;
+            let what = format!("{model}, {language}, joined with {joint:?}");
+            assert!(sliced == whole, "{}", texts.first_difference(&what, &sliced, &whole));
+        }
+        if language == "zh" {
+            let document: String = paragraphs.concat().chars().filter(|c| !c.is_whitespace()).take(LONG).collect();
+            texts.check_without_spaces(&document).await;
+        }
+    }
+}
+
+/// Four slices and their three seams.
+const LONG: usize = 60_000;
+
+/// A model's tokenizer, as ours and as it is.
+struct Texts {
+    encoder: TextEncoder,
+    tokenizer: Tokenizer,
+}
+
+impl Texts {
+    fn read(folder: &Path) -> Self {
+        let json = fs::read(folder.join("tokenizer.json")).unwrap();
+        let config = ModelConfig::parse(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
+        let mut tokenizer = Tokenizer::from_bytes(&json).unwrap();
+        tokenizer.with_padding(None).with_truncation(None).unwrap();
+        let encoder = TextEncoder::new(&json, config.vocab_size, limits(config.max_window())).unwrap();
+        Self { encoder, tokenizer }
+    }
+
+    fn check_awkward_pairs(&self) {
+        for query in AWKWARD {
+            for document in AWKWARD {
+                self.check_pair(query, document);
+            }
+        }
+    }
+
+    fn check_pair(&self, query: &str, document: &str) {
+        let ours = self.encoder.pair(query, document).unwrap();
+        let theirs = self.tokenizer.encode((query, document), true).unwrap();
+        let theirs = Pair::new(
+            theirs.get_ids().to_vec(),
+            theirs.get_type_ids().iter().map(|&t| u8::try_from(t).unwrap()).collect(),
+        );
+        let start = |text: &str| text.chars().take(60).collect::<String>();
+        assert!(
+            ours == theirs,
+            "{:?} with {:?}: {}; type ids equal: {}",
+            start(query),
+            start(document),
+            self.first_difference("ids", ours.ids(), theirs.ids()),
+            ours.type_ids() == theirs.type_ids()
+        );
+    }
+
+    /// Seams lie after punctuation, where WordPiece cuts anyway. Unigram's Metaspace puts its mark before every text and thus
+    /// before every slice: one `▁` more at each seam, and nothing else.
+    async fn check_without_spaces(&self, document: &str) {
+        let (sliced, whole) = self.sliced_and_whole(document).await;
+        let mark = self.tokenizer.token_to_id("▁");
+        let mut expected = whole.iter().peekable();
+        let mut marks = 0;
+        for &id in &sliced {
+            if expected.next_if(|&&next| next == id).is_none() {
+                assert!(Some(id) == mark, "{}", self.first_difference("without spaces", &sliced, &whole));
+                marks += 1;
+            }
+        }
+        assert!(expected.next().is_none() && marks <= 3, "{marks} marks more, {} ids less", expected.count());
+    }
+
+    async fn sliced_and_whole(&self, document: &str) -> (Vec<u32>, Vec<u32>) {
+        (self.sliced(document).await, self.encoder.token_ids(document).unwrap())
+    }
+
+    /// A document's ids as a request gets them: cut into slices, tokenised apart, chunked without overlap, and joined here.
+    async fn sliced(&self, document: &str) -> Vec<u32> {
+        let options =
+            DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: usize::MAX >> 1, max_tokens_per_doc: None };
+        let encoded = self.encoder.encode("query", [document.to_owned()].into(), options).await.unwrap();
+        assert_eq!((encoded.cut.documents, encoded.cut.chunks), (0, 0));
+        // In both families one special token follows the document.
+        let before = self.encoder.pair("query", "").unwrap().tokens() - 1;
+        let chunks = encoded.documents[0].iter().map(|&pair| encoded.pairs[pair].ids());
+        chunks.flat_map(|ids| &ids[before..ids.len() - 1]).copied().collect()
+    }
+
+    /// Where two rows of ids part, with the tokens around that place.
+    fn first_difference(&self, what: &str, ours: &[u32], theirs: &[u32]) -> String {
+        let at = ours.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+        let around = |ids: &[u32]| -> Vec<String> {
+            let shown = &ids[at.saturating_sub(4)..ids.len().min(at + 4)];
+            shown.iter().map(|&id| self.tokenizer.id_to_token(id).unwrap_or_else(|| id.to_string())).collect()
+        };
+        let (n, m) = (ours.len(), theirs.len());
+        format!("{what}: {n} ids, expected {m}; they part at {at}: {:?}, expected {:?}", around(ours), around(theirs))
+    }
+}
