@@ -63,11 +63,12 @@ async fn voyage() {
         {"index": 2, "relevance_score": 0.5, "document": "apple"},
     ]);
     assert_eq!(answer.json()["data"], expected);
-    assert_eq!(answer.json()["usage"]["total_tokens"], 19);
+    assert_eq!((&answer.json()["usage"]["total_tokens"], &answer.json()["object"]), (&json!(19), &json!("list")));
     let plain =
         rerank(&app, json!({"model": "m", "query": "apple", "documents": ["x"], "top_k": null, "truncation": null}))
             .await;
     assert!(plain.json().get("data").is_none(), "only where it was asked in Voyage's words");
+    assert_eq!(plain.json()["object"], "rerank");
     check_error(
         &rerank(&app, json!({"model": "m", "query": "q", "documents": ["x"], "top_k": 0})).await,
         400,
@@ -101,7 +102,7 @@ async fn mixedbread() {
 async fn nvidia() {
     let (app, _) = app();
     let request = json!({"model": "m", "query": {"text": "red apple"}, "passages": [{"text": "x"}, {"text": "red apple"}], "truncate": "END"});
-    for path in ["/v1/ranking", "/ranking"] {
+    for path in ["/v1/ranking", "/ranking", "/v1/retrieval/nvidia/some-model/reranking"] {
         let found = post(&app, path, request.to_string()).await.json();
         assert_eq!(found["rankings"], json!([{"index": 1, "logit": 1.0}, {"index": 0, "logit": -1.0}]));
     }

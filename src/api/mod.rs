@@ -30,7 +30,7 @@ use crate::models::Models;
 use limits::BodyBudget;
 
 /// Paths that rank. Each takes every dialect; SDKs that are given a base with `/v1` double it.
-const RERANK_PATHS: [&str; 11] = [
+const RERANK_PATHS: [&str; 12] = [
     "/v1/rerank",
     "/v2/rerank",
     "/rerank",
@@ -42,6 +42,7 @@ const RERANK_PATHS: [&str; 11] = [
     "/v1/ranking",
     "/ranking",
     "/v1/v1/ranking",
+    "/v1/retrieval/{*model}",
 ];
 
 /// What every handler sees.

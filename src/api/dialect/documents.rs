@@ -41,7 +41,7 @@ pub(crate) struct RerankBody {
     top_k: Option<i64>,
     /// Voyage's; long documents are cut into chunks whatever it says.
     #[serde(default)]
-    #[schema(value_type = Option<bool>)]
+    #[schema(value_type = serde_json::Value)]
     truncation: Option<IgnoredAny>,
     /// Whether results carry their document's text.
     #[serde(default, deserialize_with = "flag")]
@@ -106,7 +106,7 @@ pub(crate) struct RerankAnswer {
     meta: Meta,
     /// The served model's name.
     model: String,
-    /// Always `rerank`.
+    /// `rerank`, or `list` where the request was in Voyage's words: each one's clients refuse the other.
     object: &'static str,
     /// Seconds since 1970.
     created: u64,
@@ -216,7 +216,7 @@ fn answer(ranking: &Ranking, id: String, text: impl Fn(usize) -> Option<String>,
             tokens,
         },
         model: ranking.model.clone(),
-        object: "rerank",
+        object: if for_voyage { "list" } else { "rerank" },
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         usage: Usage::of(ranking),
     }

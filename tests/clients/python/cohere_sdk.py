@@ -1,6 +1,7 @@
 """Cohere's own SDK, both of its clients, and their asynchronous twin."""
 
 import asyncio
+from functools import partial
 
 import cohere
 from cohere.errors import BadRequestError, ServiceUnavailableError, UnauthorizedError
@@ -9,8 +10,8 @@ from seed import DOCUMENTS, QUERY, check
 ERRORS = {"wrong_key": UnauthorizedError, "unknown_model": BadRequestError, "overload": ServiceUnavailableError}
 
 
-def settings(server):
-    return {"api_key": server.key, "base_url": server.url, "max_retries": 0}
+def settings(server, path=""):
+    return {"api_key": server.key, "base_url": server.url + path, "max_retries": 0}
 
 
 def question(model, top_n):
@@ -22,8 +23,8 @@ def v1(server, model, top_n, texts):
     return [(one.index, one.relevance_score, one.document.text if texts else None) for one in answer.results]
 
 
-def v2(server, model, top_n, texts):
-    answer = cohere.ClientV2(**settings(server)).rerank(**question(model, top_n), max_tokens_per_doc=4096)
+def v2(server, model, top_n, texts, path=""):
+    answer = cohere.ClientV2(**settings(server, path)).rerank(**question(model, top_n), max_tokens_per_doc=4096)
     return [(one.index, one.relevance_score, None) for one in answer.results]
 
 
@@ -37,4 +38,7 @@ def v2_async(server, model, top_n, texts):
 NO_TEXTS = {"return_documents": "v2 has no such parameter"}
 check("cohere.Client", "cohere", v1, **ERRORS)
 check("cohere.ClientV2", "cohere", v2, **ERRORS, not_offered=NO_TEXTS)
+for path in ("/v1", "/v2", "/"):
+    # The SDK adds the version itself; those who add it too are served all the same.
+    check(f"cohere.ClientV2, base URL with {path}", "cohere", partial(v2, path=path), **ERRORS, not_offered=NO_TEXTS)
 check("cohere.AsyncClientV2", "cohere", v2_async, **ERRORS, not_offered=NO_TEXTS)

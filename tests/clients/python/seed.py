@@ -18,6 +18,9 @@ DOCUMENTS = ["apple", "banana", "fruit", "vegetable"]
 MODEL = "rerankd-mini"
 UNKNOWN_MODEL = "no-such-model"
 
+# What the server says of each error, and users should read.
+MESSAGES = {"wrong key": "Invalid token", "unknown model": "Model does not exist", "overload": "overloaded"}
+
 # Scores travel as JSON numbers; a few clients hold them as 32-bit floats. The logit of a score near 1 loses another digit or two.
 SCORE_TOLERANCE = 1e-5
 LOGIT_TOLERANCE = 1e-3
@@ -89,9 +92,9 @@ def check(client, package, rank, *, wrong_key, unknown_model, overload, logits=F
         "success": success,
         "top_n": top_n,
         "return_documents": return_documents,
-        "wrong key": lambda: raises(wrong_key, lambda: rank(WRONG_KEY, MODEL, None, False)),
-        "unknown model": lambda: raises(unknown_model, lambda: rank(OPEN, UNKNOWN_MODEL, None, False)),
-        "overload": lambda: raises(overload, lambda: rank(BUSY, MODEL, None, False), attempts=5),
+        "wrong key": lambda: raises(wrong_key, "wrong key", lambda: rank(WRONG_KEY, MODEL, None, False)),
+        "unknown model": lambda: raises(unknown_model, "unknown model", lambda: rank(OPEN, UNKNOWN_MODEL, None, False)),
+        "overload": lambda: raises(overload, "overload", lambda: rank(BUSY, MODEL, None, False)),
     }
     cells = {}
     for name, run in checks.items():
@@ -120,14 +123,15 @@ def compare(results, expected, logits):
         assert logits or 0 <= score <= 1, f"score {score}"
 
 
-def raises(expected, ask, attempts=1):
-    """The name of the exception that `ask` ends in. Several attempts, because between two of the requests that keep the
-    busy server busy there is a moment in which another one fits in."""
-    for _ in range(attempts):
+def raises(expected, problem, ask):
+    """The name of the exception that `ask` ends in, and whether it tells what the server said. Several attempts, because between
+    two of the requests that keep the busy server busy there is a moment in which another one fits in."""
+    for _ in range(5 if problem == "overload" else 1):
         try:
             answer = ask()
         except expected as error:
-            return qualified_name(type(error))
+            told = MESSAGES[problem] in f"{error} {vars(error)}"
+            return qualified_name(type(error)) + ("" if told else " (keeps our message to itself)")
         real_sleep(0.3)
     raise AssertionError(f"no exception, but {answer!r}")
 
