@@ -6,21 +6,16 @@ mod common;
 #[path = "common/random.rs"]
 mod random;
 
+#[path = "common/server.rs"]
+mod server;
+
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::net::TcpListener;
+use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-
-fn rerankd() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_rerankd"));
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RERANKD_")) {
-        command.env_remove(name);
-    }
-    command.env("HF_HUB_OFFLINE", "1");
-    command
-}
+use server::{Server, rerankd};
 
 fn model() -> String {
     common::fixture("xlmr").display().to_string()
@@ -36,73 +31,6 @@ fn run(arguments: &[&str], input: &str) -> Output {
 fn stdout(output: &Output) -> String {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout.clone()).unwrap()
-}
-
-/// A server on a port of the system's choice, ended with the test.
-struct Server {
-    child: Child,
-    stderr: BufReader<ChildStderr>,
-    address: String,
-}
-
-impl Server {
-    fn start(arguments: &[&str]) -> Self {
-        let mut child =
-            rerankd().args(["serve", "--port", "0"]).args(arguments).stderr(Stdio::piped()).spawn().unwrap();
-        let mut stderr = BufReader::new(child.stderr.take().unwrap());
-        let mut log = String::new();
-        let address = loop {
-            let mut line = String::new();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "the server ended: {log}");
-            if let Some((_, address)) = line.trim().split_once("listening on http://") {
-                break address.chars().take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':')).collect();
-            }
-            log.push_str(&line);
-        };
-        Self { child, stderr, address }
-    }
-
-    fn connect(&self) -> TcpStream {
-        TcpStream::connect(&self.address).unwrap()
-    }
-
-    /// Sends a request on a connection of its own and reads the whole answer.
-    fn request(&self, text: &str) -> String {
-        let mut stream = self.connect();
-        stream.write_all(text.as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
-    }
-
-    fn rerank(&self, body: &str) -> String {
-        let length = body.len();
-        self.request(&format!(
-            "POST /v1/rerank HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
-        ))
-    }
-
-    fn signal(&self, name: &str) {
-        let status = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
-        assert!(status.success());
-    }
-
-    fn exit_code(&mut self) -> Option<i32> {
-        self.child.wait().unwrap().code()
-    }
-
-    fn rest_of_log(&mut self) -> String {
-        let mut log = String::new();
-        self.stderr.read_to_string(&mut log).unwrap();
-        log
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
 }
 
 #[test]
@@ -272,4 +200,17 @@ fn the_largest_model_starts_and_answers() {
     let memory = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap_or_default();
     let line = |name: &str| memory.lines().find(|line| line.starts_with(name)).unwrap_or("unknown").to_owned();
     eprintln!("{} {}", line("VmRSS"), line("VmHWM"));
+}
+
+#[test]
+fn two_models_are_served_at_once_each_with_its_own_scores() {
+    let tiny = format!("tiny={}", model());
+    let ask = |model: &str| format!(r#"{{"model":"{model}","query":"Apple","documents":["apple","banana"]}}"#);
+    let alone = |argument: &str, name: &str| Server::start(&["--model", argument]).scores(&ask(name));
+    let both = Server::start(&["--model", &tiny, "--model", "rerankd-mini"]);
+    let (first, second) = (both.scores(&ask("tiny")), both.scores(&ask("rerankd-mini")));
+    assert_ne!(first, second);
+    assert_eq!((first, second), (alone(&tiny, "tiny"), alone("rerankd-mini", "rerankd-mini")));
+    let unknown = both.rerank(&ask("neither"));
+    assert!(unknown.starts_with("HTTP/1.1 400") && unknown.contains("20012"), "{unknown}");
 }

@@ -3,6 +3,9 @@
 #[path = "common/mod.rs"]
 mod common;
 
+#[path = "common/server.rs"]
+mod server;
+
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -153,6 +156,22 @@ fn a_model_is_downloaded_once_and_then_loads_offline() {
     assert_eq!(hub.requests.load(Ordering::SeqCst), requests, "the cache is asked first");
     let folder = rank(common::fixture("xlmr").to_str().unwrap(), &hub.address, cache.path(), &[]);
     assert_eq!(folder.stdout, first.stdout, "the same files from their folder");
+}
+
+#[test]
+fn a_server_downloads_its_model_and_then_starts_offline() {
+    let hub = Hub::serve("org/small", fixture_files("xlmr"));
+    let cache = tempfile::tempdir().unwrap();
+    let home = cache.path().to_str().unwrap();
+    let body = r#"{"model":"org/small","query":"a query","documents":["one","two"]}"#;
+    let start = |offline: &str| {
+        let environment = [("HF_ENDPOINT", hub.address.as_str()), ("HF_HOME", home), ("HF_HUB_OFFLINE", offline)];
+        server::Server::start_in(&["--model", "org/small"], &environment).scores(body)
+    };
+    let online = start("0");
+    let requests = hub.requests.load(Ordering::SeqCst);
+    assert_eq!(start("1"), online);
+    assert_eq!(hub.requests.load(Ordering::SeqCst), requests);
 }
 
 #[test]

@@ -4,7 +4,7 @@ Everything is read from package files unpacked by fetch.sh; nothing is downloade
 eight-word run with the evaluation set (XQuAD) are dropped with their whole document, because some of our
 encyclopedic text and XQuAD were both cut from Wikipedia.
 """
-import bz2, glob, gzip, html, json, os, random, re, subprocess, sys
+import bz2, functools, glob, gzip, html, json, os, random, re
 
 WORK = os.environ.get("MINI_WORK", "./work")
 DEB, PY, NPM = f"{WORK}/deb", f"{WORK}/pypi", f"{WORK}/npm"
@@ -51,7 +51,7 @@ def man_pages(pattern):
 def dict_entries(base):
     """dictd: an index of headword, offset and length in base 64, and the definitions compressed."""
     digits = {c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
-    number = lambda s: __import__("functools").reduce(lambda n, c: n * 64 + digits[c], s, 0)
+    number = lambda s: functools.reduce(lambda n, c: n * 64 + digits[c], s, 0)
     with gzip.open(base + ".dict.dz") as f:
         data = f.read()
     for line in read(base + ".index").split("\n"):
@@ -125,10 +125,6 @@ def debian_packages():
             if name and desc and len(desc[2]) > 120:
                 blocks = [squeeze(b) for b in desc[2].split("\n .\n")]
                 yield "deb:" + name[1], desc[1], [b for b in blocks if "This package" not in b[:16]]
-
-
-def lines(path, title=""):
-    yield path, title, [squeeze(b) for b in re.split(r"\n\s*\n", read(path))]
 
 
 def peoples_daily():

@@ -1,4 +1,4 @@
-"""XQuAD, question against the gold paragraph and 9 others, and a few everyday examples.
+"""XQuAD: question against the gold paragraph and 9 others, and a few everyday examples.
 
     python evaluate.py MODEL_DIR XQUAD_DIR [--questions 300] [--teacher TEACHER_DIR]
 

@@ -3,9 +3,9 @@
 There is no word-start marker: text is split at spaces and punctuation, so "apple" is the same piece wherever it
 stands, and a Chinese word is the same piece in mid-sentence and behind a comma. A matcher wants exactly that.
 """
-import collections, json, os, random, re, sys
+import collections, json, os, random, sys
 import jieba
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 WORK, OUT = os.environ.get("MINI_WORK", "./work"), sys.argv[1]
 VOCABULARY, HAN_CHARACTERS, OTHER_CHARACTERS = 16000, 4000, 140

@@ -1,0 +1,110 @@
+//! The real binary, as a server on a real socket.
+
+#![allow(unreachable_pub, dead_code, reason = "shared by several test programs, each of which uses a part")]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, ChildStderr, Command, Stdio};
+
+use serde_json::Value;
+
+/// The binary, without settings or a network that the test did not ask for.
+pub fn rerankd() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_rerankd"));
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RERANKD_")) {
+        command.env_remove(name);
+    }
+    command.env("HF_HUB_OFFLINE", "1");
+    command
+}
+
+/// A server on a port of the system's choice, ended with the test.
+pub struct Server {
+    pub child: Child,
+    stderr: BufReader<ChildStderr>,
+    address: String,
+}
+
+impl Server {
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::start_in(arguments, &[])
+    }
+
+    /// The same with environment variables.
+    pub fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        let mut child = rerankd()
+            .args(["serve", "--port", "0"])
+            .args(arguments)
+            .envs(environment.iter().copied())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stderr = BufReader::new(child.stderr.take().unwrap());
+        let mut log = String::new();
+        let address = loop {
+            let mut line = String::new();
+            assert!(stderr.read_line(&mut line).unwrap() > 0, "the server ended: {log}");
+            if let Some((_, address)) = line.trim().split_once("listening on http://") {
+                break address.chars().take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':')).collect();
+            }
+            log.push_str(&line);
+        };
+        Self { child, stderr, address }
+    }
+
+    pub fn connect(&self) -> TcpStream {
+        TcpStream::connect(&self.address).unwrap()
+    }
+
+    /// Sends a request on a connection of its own and reads the whole answer.
+    pub fn request(&self, text: &str) -> String {
+        let mut stream = self.connect();
+        stream.write_all(text.as_bytes()).unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
+    }
+
+    pub fn rerank(&self, body: &str) -> String {
+        let length = body.len();
+        self.request(&format!(
+            "POST /v1/rerank HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+        ))
+    }
+
+    /// The scores of an answer, in the request's order of documents.
+    pub fn scores(&self, body: &str) -> Vec<f64> {
+        let answer = self.rerank(body);
+        let json: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        let mut results: Vec<(u64, f64)> = json["results"]
+            .as_array()
+            .unwrap_or_else(|| panic!("{answer}"))
+            .iter()
+            .map(|result| (result["index"].as_u64().unwrap(), result["relevance_score"].as_f64().unwrap()))
+            .collect();
+        results.sort_by_key(|&(index, _)| index);
+        results.into_iter().map(|(_, score)| score).collect()
+    }
+
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
+        assert!(status.success());
+    }
+
+    pub fn exit_code(&mut self) -> Option<i32> {
+        self.child.wait().unwrap().code()
+    }
+
+    pub fn rest_of_log(&mut self) -> String {
+        let mut log = String::new();
+        self.stderr.read_to_string(&mut log).unwrap();
+        log
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}

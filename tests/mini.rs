@@ -1,0 +1,79 @@
+//! The built-in model, through the real binary: what a newcomer sees first must make sense.
+
+mod common;
+
+use std::process::{Command, Stdio};
+
+use serde_json::Value;
+
+/// Runs the binary with nothing but the model that is in it.
+fn rerankd(arguments: &[&str], input: &str) -> String {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_rerankd"))
+        .args(arguments)
+        .env("HF_HUB_OFFLINE", "1")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes()).ok(); // it may not read any
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The documents in the model's order, with their scores.
+fn ranked(query: &str, documents: &[&str]) -> Vec<(String, f64)> {
+    let lines = rerankd(&["rank", "--json", "--query", query], &documents.join("\n"));
+    let result = |line: &str| {
+        let result: Value = serde_json::from_str(line).unwrap();
+        (result["text"].as_str().unwrap().to_owned(), result["relevance_score"].as_f64().unwrap())
+    };
+    lines.lines().map(result).collect()
+}
+
+#[test]
+fn the_seed_question_is_answered_with_sense() {
+    let order = ranked("Apple", &["banana", "vegetable", "apple", "fruit"]);
+    assert_eq!(order[0].0, "apple", "{order:?}");
+    assert!(order[0].1 > 2.0 * order[1].1, "apple is clearly first: {order:?}");
+}
+
+#[test]
+fn everyday_questions_find_their_sentences() {
+    for (query, best, others) in [
+        (
+            "What is the capital of France?",
+            "Paris is the capital and largest city of France.",
+            ["Bananas are rich in potassium.", "The committee meets every Tuesday.", "Berlin lies on the river Spree."],
+        ),
+        (
+            "how to install a package with apt",
+            "Use apt install followed by the name of the package to install it.",
+            ["The river floods every spring.", "Painting in oil needs patience.", "A violin has four strings."],
+        ),
+        (
+            "北京有多少人口",
+            "北京市常住人口超过两千万人。",
+            ["苹果是一种水果。", "这本书介绍了绘画的历史。", "他在河边钓鱼。"],
+        ),
+    ] {
+        let documents = [others[0], others[1], best, others[2]];
+        let order = ranked(query, &documents);
+        assert_eq!(order[0].0, best, "{query}: {order:?}");
+    }
+}
+
+/// A sample of what `rerankd eval` measures; the model card has the whole.
+#[test]
+fn xquad_paragraphs_are_found() {
+    let test = "xquad_paragraphs_are_found";
+    for (file, floor) in [("xquad/xquad.en.json", 0.8), ("xquad/xquad.zh.json", 0.7)] {
+        let Some(path) = common::real(test, file) else { return };
+        let table = rerankd(&["eval", path.to_str().unwrap(), "--limit", "30", "--recall-at", "1"], "");
+        eprintln!("{file}\n{table}");
+        let row = table.lines().find(|line| line.starts_with("rerankd-mini")).unwrap();
+        let recall: f64 = row.split_whitespace().last().unwrap().parse().unwrap();
+        assert!(recall >= floor, "{file}: recall@1 {recall} of 30 questions");
+    }
+}
