@@ -7,6 +7,9 @@ use crate::loading::LoadedModel;
 use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
 use crate::text::TextEncoder;
 
+/// What the largest model may need for one batch on a small processor.
+const LONG_BATCH: Duration = Duration::from_secs(120);
+
 /// A served model: its text side and its queue.
 #[derive(Debug)]
 pub struct Model {
@@ -35,12 +38,15 @@ impl Model {
         Ok(Self { name, aliases, text, scheduler })
     }
 
-    /// Whether a real inference has succeeded within `recent`, or does so now within `patience_s`.
+    /// Whether a real inference has succeeded within `recent`, or does so now within `patience_s`. A model that has
+    /// succeeded before and has been at one batch for less than [`LONG_BATCH`] is busy, not dead.
     ///
     /// # Errors
     /// Why it did not.
     pub async fn check(&self, recent: Duration, patience_s: u64) -> Result<(), RerankError> {
-        if self.scheduler.last_success().is_some_and(|at| at.elapsed() < recent) {
+        let last_success = self.scheduler.last_success();
+        let busy = self.scheduler.running_since().is_some_and(|since| since.elapsed() < LONG_BATCH);
+        if last_success.is_some_and(|at| busy || at.elapsed() < recent) {
             return Ok(());
         }
         let pair = self.text.pair("health", "a pair like any other").map_err(RerankError::Internal)?;

@@ -68,6 +68,7 @@ pub struct Timings {
 /// An unknown model, too much work, a queue over its budget, a deadline that passed, a model that failed.
 pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, RerankError> {
     let model = models.choose(request.model.as_deref())?;
+    model.scheduler.has_room()?;
     let start = Instant::now();
     let encoded = model.text.encode(&request.query, Arc::clone(&request.documents), request.options).await?;
     let tokenise = start.elapsed();

@@ -85,13 +85,14 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = 8080, env = "RERANKD_PORT", help_heading = "Server")]
     pub port: u16,
 
-    /// Key that requests must carry; repeat for several [default: none, open to everyone]
+    /// Key that requests must carry; repeat, or separate by commas, for several [default: none, open to everyone]
     #[arg(
         long = "api-key",
         id = "api-key",
         value_name = "KEY",
         env = "RERANKD_API_KEY",
         hide_env_values = true,
+        hide_default_value = true,
         value_delimiter = ',',
         help_heading = "Server"
     )]
@@ -102,8 +103,8 @@ pub struct ServeArgs {
     pub api_key_file: Option<PathBuf>,
 
     /// Documents of one request
-    #[arg(long, value_name = "N", default_value_t = 1000, env = "RERANKD_MAX_DOCUMENTS", help_heading = "Limits")]
-    pub max_documents: usize,
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000), env = "RERANKD_MAX_DOCUMENTS", help_heading = "Limits")]
+    pub max_documents: u32,
 
     /// Bytes of one request body; beyond it the answer is 413
     #[arg(long, value_name = "BYTES", default_value_t = 8 << 20, env = "RERANKD_MAX_BODY_BYTES", help_heading = "Limits")]
@@ -124,29 +125,29 @@ pub struct ServeArgs {
     pub max_queue_tokens: usize,
 
     /// Open connections
-    #[arg(long, value_name = "N", default_value_t = 4096, env = "RERANKD_MAX_CONNECTIONS", help_heading = "Limits")]
-    pub max_connections: usize,
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000), env = "RERANKD_MAX_CONNECTIONS", help_heading = "Limits")]
+    pub max_connections: u32,
 
     /// From a request's body to its answer; beyond it the answer is 504
     #[arg(
         long,
         value_name = "SECONDS",
-        default_value_t = 120,
+        default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400),
         env = "RERANKD_REQUEST_TIMEOUT",
         help_heading = "Limits"
     )]
     pub request_timeout: u64,
 
     /// For a request's header to arrive; also how long an idle connection is kept
-    #[arg(long, value_name = "SECONDS", default_value_t = 10, env = "RERANKD_HEADER_TIMEOUT", help_heading = "Limits")]
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_HEADER_TIMEOUT", help_heading = "Limits")]
     pub header_timeout: u64,
 
     /// For a request's body to arrive
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, env = "RERANKD_BODY_TIMEOUT", help_heading = "Limits")]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BODY_TIMEOUT", help_heading = "Limits")]
     pub body_timeout: u64,
 
     /// For running requests to finish after SIGTERM; a second signal ends at once
-    #[arg(long, value_name = "SECONDS", default_value_t = 30, env = "RERANKD_DRAIN_TIMEOUT", help_heading = "Limits")]
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_DRAIN_TIMEOUT", help_heading = "Limits")]
     pub drain_timeout: u64,
 }
 
@@ -286,6 +287,7 @@ impl ServeArgs {
         };
         let from_file = file.lines().map(str::trim).filter(|line| !line.starts_with('#'));
         let keys = Keys::new(self.api_keys.iter().map(String::as_str).chain(from_file));
+        ensure!(self.api_keys.is_empty() || !keys.is_open(), "--api-key is empty; leave it out to serve everyone");
         // A file without a key would silently open the server to everyone.
         ensure!(self.api_key_file.is_none() || !keys.is_open(), "--api-key-file: there is no key in it");
         Ok(ServeSettings {
@@ -293,13 +295,13 @@ impl ServeArgs {
             address: SocketAddr::new(self.host, self.port),
             keys,
             limits: ApiLimits {
-                max_documents: self.max_documents,
+                max_documents: self.max_documents as usize,
                 max_body_bytes: self.max_body_bytes,
                 max_inflight_bytes: self.max_inflight_bytes.max(self.max_body_bytes),
                 body_deadline: Duration::from_secs(self.body_timeout),
                 request_deadline_s: self.request_timeout,
             },
-            max_connections: self.max_connections,
+            max_connections: self.max_connections as usize,
             times: ServerTimes {
                 header: Duration::from_secs(self.header_timeout),
                 drain: Duration::from_secs(self.drain_timeout),

@@ -87,6 +87,10 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         (&["serve", "--model", &model, "--api-key-file", "/dev/null"], 78, "--api-key-file"),
         (&["serve", "--config", "/nowhere.toml"], 78, "/nowhere.toml"),
         (&["serve", "--model", &model, "--model", &model], 78, "two models"),
+        (&["serve", "--api-key", ""], 78, "--api-key"),
+        (&["serve", "--request-timeout", "18446744073709551615"], 2, "--request-timeout"),
+        (&["serve", "--request-timeout", "0"], 2, "--request-timeout"),
+        (&["serve", "--max-connections", "0"], 2, "--max-connections"),
         (&["rank", "--query", " ", "--model", &model], 1, "--query"),
         (&["rank", "--query", "a", "--model", &model], 1, "nothing to rank"),
     ] {
@@ -211,6 +215,8 @@ fn two_models_are_served_at_once_each_with_its_own_scores() {
     let (first, second) = (both.scores(&ask("tiny")), both.scores(&ask("rerankd-mini")));
     assert_ne!(first, second);
     assert_eq!((first, second), (alone(&tiny, "tiny"), alone("rerankd-mini", "rerankd-mini")));
+    let twice = Server::start(&["--model", "old=rerankd-mini", "--model", "new=rerankd-mini"]);
+    assert_eq!(twice.scores(&ask("old")), twice.scores(&ask("new")));
     let unknown = both.rerank(&ask("neither"));
     assert!(unknown.starts_with("HTTP/1.1 400") && unknown.contains("20012"), "{unknown}");
 }

@@ -87,8 +87,8 @@ async fn mixedbread() {
         found["usage"] = json!(null);
         let expected = json!({
             "data": [
-                {"index": 1, "score": sigmoid(1.0), "input": "red apple", "object": "rank_result"},
-                {"index": 2, "score": 0.5, "input": "apple", "object": "rank_result"},
+                {"index": 1, "score": sigmoid(1.0), "input": "red apple", "object": null},
+                {"index": 2, "score": 0.5, "input": "apple", "object": null},
             ],
             "model": "m", "object": "list", "usage": null, "top_k": 2, "return_input": true,
         });
@@ -106,6 +106,9 @@ async fn nvidia() {
         let found = post(&app, path, request.to_string()).await.json();
         assert_eq!(found["rankings"], json!([{"index": 1, "logit": 1.0}, {"index": 0, "logit": -1.0}]));
     }
+    let mut best = request.clone();
+    best["top_k"] = json!(1);
+    assert_eq!(post(&app, "/v1/ranking", best.to_string()).await.json()["rankings"].as_array().unwrap().len(), 1);
     let error = post(&app, "/v1/ranking", r#"{"model":"m","query":{},"passages":[{"text":"a"}]}"#).await;
     check_error(&error, 400, 20015, "invalid_request_error", "query");
 }

@@ -98,6 +98,9 @@ async fn a_long_document_scores_as_its_best_chunk() {
     let answer = rerank(&app, capped).await;
     assert_eq!(answer.score(0), sigmoid(-1.0), "the chunk with the words is the seventh");
     assert_eq!(answer.headers["x-rerankd-truncated"], "query=0, documents=1, chunks=1");
+    let mut capped = body(json!([format!("{padding} red apple")]));
+    capped["max_chunks_per_doc"] = json!(2);
+    assert_eq!(rerank(&app, capped).await.headers["x-rerankd-truncated"], "query=0, documents=1, chunks=5");
 }
 
 #[tokio::test]
@@ -115,6 +118,10 @@ async fn a_long_query_is_cut_and_a_long_document_can_be() {
     assert_eq!(rerank(&app, request.clone()).await.score(0), sigmoid(0.0), "no number is too large to be a limit");
     request["max_tokens_per_doc"] = json!(2);
     assert_eq!(rerank(&app, request).await.score(0), sigmoid(-1.0));
+    // 40 x 1000 tokens are over the 20,000 of one request; 40 x 10 are not.
+    let mut request = body(json!((0..40).map(|i| format!("{i} ").repeat(1000)).collect::<Vec<_>>()));
+    request["max_tokens_per_doc"] = json!(10);
+    assert_eq!(rerank(&app, request).await.status, 200, "what is not read is not counted");
 }
 
 #[tokio::test]
@@ -148,6 +155,25 @@ async fn each_status_has_its_body() {
     check_error(&send(&app, request).await, 415, 415, "invalid_request_error", "gzip");
     let answer = rerank(&app, json!({"model": "m", "query": "nan", "documents": ["a"]})).await;
     check_error(&answer, 500, 500, "api_error", "non_finite_score");
+}
+
+#[tokio::test]
+async fn an_answer_does_not_repeat_what_was_wrong_at_length() {
+    let (app, _) = app();
+    for field in ["top_n", "return_documents", "rank_fields"] {
+        let mut request = body(json!([{"a": "b"}]));
+        request[field] = if field == "rank_fields" { json!(["y".repeat(500_000)]) } else { json!("y".repeat(500_000)) };
+        let answer = rerank(&app, request).await;
+        assert!(answer.status == 400 && answer.text.len() < 5_000, "{field}: {} bytes", answer.text.len());
+    }
+}
+
+#[tokio::test]
+async fn a_model_that_gives_no_numbers_is_not_healthy() {
+    let (model, _) = stub::model("m", f32::NAN, QUEUE);
+    let app = App::new(Models::new(vec![model]).unwrap(), Keys::default(), LIMITS);
+    check_error(&rerank(&app, body(json!(["a"]))).await, 500, 500, "api_error", "non_finite_score");
+    check_error(&get(&app, "/health").await, 503, 503, "overloaded_error", "non_finite_score");
 }
 
 #[tokio::test]
@@ -394,7 +420,8 @@ async fn a_pathological_text_does_not_hold_up_others() {
             let (app, request) = (Arc::clone(&app), body(json!(texts)));
             async move { rerank(&app, request).await }
         });
-        let quick = rerank(&app, body(json!(["x", "apple"]))).await;
+        let quick = rerank(&app, body(json!(["x", "apple"])));
+        let quick = tokio::time::timeout(Duration::from_secs(20), quick).await.expect("it waits for the slow one");
         assert_eq!(quick.order(), [1, 0]);
         let slow = slow.await.unwrap();
         assert!(slow.status == 200 || slow.status == 413, "{}", slow.text);

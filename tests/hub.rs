@@ -30,6 +30,8 @@ struct Hub {
     address: String,
     requests: Arc<AtomicUsize>,
     tokens: Arc<Mutex<Vec<String>>>,
+    /// Where each request for content began.
+    starts: Arc<Mutex<Vec<usize>>>,
 }
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -39,16 +41,17 @@ impl Hub {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let (requests, tokens) = (Arc::new(AtomicUsize::new(0)), Arc::new(Mutex::new(Vec::new())));
-        let (count, seen) = (Arc::clone(&requests), Arc::clone(&tokens));
+        let starts = Arc::new(Mutex::new(Vec::new()));
+        let (count, seen, ranges) = (Arc::clone(&requests), Arc::clone(&tokens), Arc::clone(&starts));
         let prefix = format!("/{repository}/resolve/");
         let files = Mutex::new(files);
         std::thread::spawn(move || {
             for stream in listener.incoming() {
                 count.fetch_add(1, Ordering::SeqCst);
-                answer(stream.unwrap(), &prefix, &files, &seen).ok();
+                answer(stream.unwrap(), &prefix, &files, &seen, &ranges).ok();
             }
         });
-        Self { address, requests, tokens }
+        Self { address, requests, tokens, starts }
     }
 }
 
@@ -57,6 +60,7 @@ fn answer(
     prefix: &str,
     files: &Mutex<HashMap<String, Served>>,
     seen: &Mutex<Vec<String>>,
+    ranges: &Mutex<Vec<usize>>,
 ) -> std::io::Result<()> {
     let mut lines = BufReader::new(stream.try_clone()?).lines();
     let path = lines.next().unwrap()?.split(' ').nth(1).unwrap().to_owned();
@@ -91,6 +95,9 @@ fn answer(
         end - start
     )?;
     let whole = range_end.is_none();
+    if whole {
+        ranges.lock().unwrap().push(start);
+    }
     let sent = if whole { file.cut_after.take().map_or(end, |cut| (start + cut).min(end)) } else { end };
     stream.write_all(&file.content[start..sent])
 }
@@ -192,6 +199,7 @@ fn a_broken_connection_is_resumed() {
     let cache = tempfile::tempdir().unwrap();
     let output = rank("org/small", &hub.address, cache.path(), &[]);
     assert!(output.status.success(), "{}", stderr(&output));
+    assert!(hub.starts.lock().unwrap().contains(&1000), "it goes on where it broke off");
 }
 
 #[test]
@@ -229,4 +237,21 @@ fn what_is_not_there_is_named() {
     }
     let output = rank("org/small", "http://127.0.0.1:9", tempfile::tempdir().unwrap().path(), &[]);
     assert!(stderr(&output).contains("HF_ENDPOINT"), "{}", stderr(&output));
+}
+
+#[test]
+fn a_signal_while_a_model_is_downloaded_ends_the_process() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let cache = tempfile::tempdir().unwrap();
+    let mut child = server::rerankd()
+        .args(["serve", "--port", "0", "--model", "org/small"])
+        .env("HF_ENDPOINT", format!("http://{}", silent.local_addr().unwrap()))
+        .env("HF_HOME", cache.path())
+        .env("HF_HUB_OFFLINE", "0")
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let _asked = silent.accept().unwrap();
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
 }

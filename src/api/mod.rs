@@ -29,13 +29,15 @@ pub use server::{Server, ServerTimes, serve};
 use crate::models::Models;
 use limits::BodyBudget;
 
-/// Paths that rank. Each takes every dialect; SDKs that are given a base with `/v1` double it.
-const RERANK_PATHS: [&str; 12] = [
+/// Paths that rank. Each takes every dialect; SDKs that are given a base with a version in it double that.
+const RERANK_PATHS: [&str; 14] = [
     "/v1/rerank",
     "/v2/rerank",
     "/rerank",
     "/v1/v1/rerank",
     "/v1/v2/rerank",
+    "/v2/v1/rerank",
+    "/v2/v2/rerank",
     "/v1/reranking",
     "/reranking",
     "/v1/v1/reranking",

@@ -24,6 +24,9 @@ const BACKLOG: u32 = 1024;
 /// How long the accept loop rests when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// How long connections are still taken after the signal, while load balancers see /ready fail.
+const ACCEPT_GRACE: Duration = Duration::from_millis(200);
+
 /// Time limits of connections and of the end.
 #[derive(Debug, Clone, Copy)]
 pub struct ServerTimes {
@@ -80,12 +83,7 @@ pub async fn serve(
     http.timer(TokioTimer::new()).header_read_timeout(times.header);
     let graceful = GracefulShutdown::new();
     let free = Arc::new(Semaphore::new(max_connections));
-    let mut stop = std::pin::pin!(stop);
-    loop {
-        let (stream, slot) = tokio::select! {
-            accepted = accept(&listener, &free) => accepted,
-            () = &mut stop => break,
-        };
+    let answer = |(stream, slot)| {
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
         tokio::spawn(async move {
             // Errors here are the client's: a broken header, a timeout, a connection that went away.
@@ -94,8 +92,20 @@ pub async fn serve(
             }
             drop(slot);
         });
+    };
+    let mut stop = std::pin::pin!(stop);
+    loop {
+        tokio::select! {
+            accepted = accept(&listener, &free) => answer(accepted),
+            () = &mut stop => break,
+        }
     }
     app.draining.store(true, Relaxed);
+    // Connections that the kernel has taken already are answered too.
+    let grace = Instant::now() + ACCEPT_GRACE;
+    while let Ok(accepted) = tokio::time::timeout_at(grace.into(), accept(&listener, &free)).await {
+        answer(accepted);
+    }
     drop(listener);
     let until = Instant::now() + times.drain;
     tracing::info!(seconds = times.drain.as_secs(), "draining");

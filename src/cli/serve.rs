@@ -2,6 +2,9 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
@@ -25,21 +28,29 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         .build()
         .context("cannot start the runtime")
         .map_err(Failure::Other)?;
-    runtime.block_on(async {
-        // The signals are ours from here on: one that comes while a model loads ends the process at once.
-        let stop = stop_signal().map_err(Failure::Other)?;
-        let server = Server::bind(settings.address).map_err(Failure::Config)?;
-        let address = server.address();
-        let models = tokio::task::block_in_place(|| {
-            settings.models.start(|name, about| tracing::info!(model = name, "{about}"))
-        })
-        .map_err(Failure::Config)?;
-        let listener = server.listen().map_err(Failure::Config)?;
-        announce(&settings, address, &models.iter().next().map(|model| model.name.clone()).unwrap_or_default());
-        let app = App::new(models, settings.keys.clone(), settings.limits);
-        api::serve(listener, app, settings.max_connections, settings.times, stop).await;
-        Ok(())
-    })
+    let outcome = runtime.block_on(serve(&settings));
+    runtime.shutdown_background();
+    outcome
+}
+
+async fn serve(settings: &ServeSettings) -> Result<(), Failure> {
+    // The signals are ours from here on: one that comes while a model loads ends the process at once.
+    let listening = Arc::new(AtomicBool::new(false));
+    let stop = stop_signal(Arc::clone(&listening)).map_err(Failure::Other)?;
+    tokio::spawn(keep_metrics_small());
+    let server = Server::bind(settings.address).map_err(Failure::Config)?;
+    let address = server.address();
+    let models =
+        tokio::task::block_in_place(|| settings.models.start(|name, about| tracing::info!(model = name, "{about}")))
+            .map_err(Failure::Config)?;
+    let listener = server.listen().map_err(Failure::Config)?;
+    announce(settings, address, &models.iter().next().map(|model| model.name.clone()).unwrap_or_default());
+    let app = App::new(models, settings.keys.clone(), settings.limits);
+    // A batch that outlives the drain ends with the process: nobody joins its worker.
+    std::mem::forget(Arc::clone(&app));
+    listening.store(true, Ordering::Release);
+    api::serve(listener, app, settings.max_connections, settings.times, stop).await;
+    Ok(())
 }
 
 /// What an operator wants to see once, and what a newcomer wants to try.
@@ -67,8 +78,17 @@ fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
     tracing::info!("try it: curl http://{shown}/v1/rerank{key} -d '{body}'");
 }
 
-/// Resolves at the first SIGTERM or SIGINT; the second ends the process.
-fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+/// Folds recorded values into their buckets, which otherwise happens only when somebody reads /metrics.
+async fn keep_metrics_small() {
+    let mut interval = tokio::time::interval(Duration::from_secs(5));
+    loop {
+        interval.tick().await;
+        telemetry::prometheus().run_upkeep();
+    }
+}
+
+/// Resolves at the first SIGTERM or SIGINT once the server is `listening`; before that, and at the second, the process ends.
+fn stop_signal(listening: Arc<AtomicBool>) -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (send, receive) = tokio::sync::oneshot::channel();
@@ -77,8 +97,7 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         };
         next().await;
-        // Nobody listens yet while models load: then the first signal is enough.
-        if send.send(()).is_ok() {
+        if listening.load(Ordering::Acquire) && send.send(()).is_ok() {
             next().await;
         }
         std::process::exit(130);

@@ -133,9 +133,6 @@ fn beir(folder: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
             (None, Some(index)) => index.best(&query.text, options.candidates),
             (None, None) => Vec::new(),
         };
-        if candidates.is_empty() {
-            continue; // nothing to rerank, by the run's or BM25's own fault
-        }
         let relevance = candidates
             .iter()
             .take(options.candidates)

@@ -95,7 +95,9 @@ pub fn load(source: &ModelSource, hub: &Hub, options: LoadOptions) -> Result<Loa
         config.hidden_size,
         start.elapsed().as_secs_f64()
     );
-    let mut aliases: Vec<String> = source.entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
+    // A name of the operator's own stands alone: the same model may be served twice, at two revisions.
+    let entry = source.entry.filter(|entry| entry.name == source.name);
+    let mut aliases: Vec<String> = entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
     aliases.push(catalogue::short_name(&source.name).to_owned());
     aliases.retain(|alias| !alias.eq_ignore_ascii_case(&source.name));
     aliases.dedup();

@@ -63,7 +63,7 @@ impl ModelSource {
     /// # Errors
     /// Neither; the message lists the catalogue.
     pub fn parse(argument: &str) -> Result<Self> {
-        let (given_name, model) = match argument.split_once('=') {
+        let (given_name, model) = match argument.split_once('=').filter(|_| !Path::new(argument).is_dir()) {
             Some((name, model)) => (Some(name), model),
             None => (None, argument),
         };

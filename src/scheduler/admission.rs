@@ -36,8 +36,8 @@ impl Admission {
     pub(super) fn admit(self: &Arc<Self>, tokens: usize) -> Result<Permit, RerankError> {
         let fits = |waiting: usize| (waiting == 0 || waiting + tokens <= self.limit).then_some(waiting + tokens);
         match self.waiting.fetch_update(Relaxed, Relaxed, fits) {
-            Ok(before) => {
-                self.gauge.set((before + tokens) as f64);
+            Ok(_) => {
+                self.gauge.increment(tokens as f64);
                 Ok(Permit { tokens, admission: Arc::clone(self) })
             }
             Err(waiting) => {
@@ -66,8 +66,8 @@ impl Admission {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let before = self.admission.waiting.fetch_sub(self.tokens, Relaxed);
-        self.admission.gauge.set((before - self.tokens) as f64);
+        self.admission.waiting.fetch_sub(self.tokens, Relaxed);
+        self.admission.gauge.decrement(self.tokens as f64);
     }
 }
 

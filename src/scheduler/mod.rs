@@ -107,6 +107,19 @@ impl Scheduler {
         self.queue.last_success()
     }
 
+    /// When the batch that is being computed was begun.
+    pub fn running_since(&self) -> Option<Instant> {
+        self.queue.running_since()
+    }
+
+    /// Whether the queue has any room at all: a request need not be tokenised to be refused.
+    ///
+    /// # Errors
+    /// [`RerankError::Overloaded`]
+    pub fn has_room(&self) -> Result<(), RerankError> {
+        self.admit(1).map(|_| ())
+    }
+
     /// Tokens admitted and not yet computed.
     pub fn waiting_tokens(&self) -> usize {
         self.admission.waiting()

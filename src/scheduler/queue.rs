@@ -48,6 +48,7 @@ struct State {
     next_id: u64,
     closed: bool,
     last_success: Option<Instant>,
+    running_since: Option<Instant>,
 }
 
 /// A request in the queue or in batches, until its last score is there.
@@ -113,7 +114,10 @@ impl Queue {
     /// Puts a batch's logits, in the order of its pairs, into their requests' slots. Complete requests are answered.
     pub(super) fn deliver(&self, batch: &[Work], logits: &[f32]) {
         let mut state = self.lock();
-        state.last_success = Some(Instant::now());
+        if logits.iter().all(|logit| logit.is_finite()) {
+            state.last_success = Some(Instant::now());
+        }
+        state.running_since = None;
         let mut logits = logits.iter();
         for work in batch {
             let new: Vec<f32> = logits.by_ref().take(work.slice.pairs.len()).copied().collect();
@@ -135,6 +139,7 @@ impl Queue {
     /// Answers every request that had pairs in a failed batch.
     pub(super) fn fail(&self, batch: &[Work], cause: &str) {
         let mut state = self.lock();
+        state.running_since = None;
         for work in batch {
             state.fail(work.slice.job, RerankError::Internal(anyhow::anyhow!("{cause}")));
         }
@@ -148,6 +153,10 @@ impl Queue {
 
     pub(super) fn last_success(&self) -> Option<Instant> {
         self.lock().last_success
+    }
+
+    pub(super) fn running_since(&self) -> Option<Instant> {
+        self.lock().running_since
     }
 
     /// The state stays coherent at every point where a panic could leave the lock, so a poisoned one is used on.
@@ -174,6 +183,7 @@ impl State {
 
     fn begin(&mut self, batch: Vec<Slice>) -> Vec<Work> {
         let now = Instant::now();
+        self.running_since = Some(now);
         let work = |slice: Slice| {
             let job = self.jobs.get_mut(&slice.job)?;
             job.started.get_or_insert(now);

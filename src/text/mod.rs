@@ -181,10 +181,11 @@ impl TextEncoder {
     ) -> Result<EncodedRequest, RerankError> {
         let (query, query_cut) = self.query_ids(query).await?;
         let chunking = self.chunking(query.len(), options);
-        let (ids, cut_texts) = self.document_ids(documents, chunking.reach()).await?;
+        let reach = chunking.reach().min(options.max_tokens_per_doc.unwrap_or(usize::MAX));
+        let texts = self.document_ids(documents, reach).await?;
         let inner = Arc::clone(&self.inner);
         let cut = Cut { query: query_cut, ..Cut::default() };
-        let pairs = move || inner.pairs(&query, &ids, &cut_texts, chunking, options.max_tokens_per_doc, cut);
+        let pairs = move || inner.pairs(&query, &texts, chunking, options.max_tokens_per_doc, cut);
         tokio::task::spawn_blocking(pairs).await.map_err(|e| RerankError::Internal(e.into()))?
     }
 
@@ -205,32 +206,27 @@ impl TextEncoder {
         Ok((ids, cut))
     }
 
-    /// Every document's ids, and which documents were cut at the limit of characters.
-    async fn document_ids(
-        &self,
-        documents: Arc<[String]>,
-        reach: usize,
-    ) -> Result<(Vec<Vec<u32>>, Vec<bool>), RerankError> {
+    /// Every document's tokens, its ids kept as far as its chunks reach.
+    async fn document_ids(&self, documents: Arc<[String]>, reach: usize) -> Result<Vec<DocumentIds>, RerankError> {
         let limits = &self.inner.limits;
-        let (units, cut) = units(&documents, limits.max_document_chars);
-        let mut ids = vec![Vec::new(); documents.len()];
+        let (units, mut texts) = units(&documents, limits.max_document_chars);
         let mut total = 0;
         // A few units at a time: requests share the slots in turn, so a long one delays a short one by its units in flight.
         let jobs = units.into_iter().map(|unit| self.tokenize(Arc::clone(&documents), unit));
         let mut results = stream::iter(jobs).buffered(limits.threads.max(1));
         while let Some(unit) = results.next().await {
             for (document, new) in unit? {
-                let known: &mut Vec<u32> = &mut ids[document];
-                // One token past the reach is kept, to see that there was more.
-                let kept = new.len().min(reach.saturating_add(1).saturating_sub(known.len()));
-                known.extend_from_slice(&new[..kept]);
+                let text = &mut texts[document];
+                let kept = new.len().min(reach.saturating_sub(text.ids.len()));
+                text.ids.extend_from_slice(&new[..kept]);
+                text.tokens += new.len();
                 total += kept;
             }
             if total > limits.max_request_tokens {
                 return Err(RerankError::TooMuchWork { tokens: total, limit: limits.max_request_tokens });
             }
         }
-        Ok((ids, cut))
+        Ok(texts)
     }
 
     /// Tokenises one unit of work on a blocking thread, in turn with everyone else's.
@@ -251,28 +247,26 @@ impl Inner {
     fn pairs(
         &self,
         query: &[u32],
-        documents: &[Vec<u32>],
-        cut_texts: &[bool],
+        documents: &[DocumentIds],
         chunking: Chunking,
         max_tokens: Option<usize>,
         mut cut: Cut,
     ) -> Result<EncodedRequest, RerankError> {
-        let read = |ids: &Vec<u32>| ids.len().min(max_tokens.unwrap_or(usize::MAX));
+        let read = |text: &DocumentIds| text.tokens.min(max_tokens.unwrap_or(usize::MAX));
         // Counted before anything is built: a small request can ask for a great many chunks.
         let fixed = query.len() + self.template.special_tokens();
         let tokens =
-            documents.iter().map(|ids| chunking.chunks(read(ids)).map(|c| fixed + c.len()).sum::<usize>()).sum();
+            documents.iter().flat_map(|text| chunking.chunks(read(text))).map(|chunk| fixed + chunk.len()).sum();
         if tokens > self.limits.max_request_tokens {
             return Err(RerankError::TooMuchWork { tokens, limit: self.limits.max_request_tokens });
         }
         let mut encoded = EncodedRequest::default();
         let mut known: HashMap<&[u32], usize> = HashMap::new();
-        for (ids, &cut_text) in documents.iter().zip(cut_texts) {
-            let tokens = read(ids);
-            let dropped = chunking.count(tokens).saturating_sub(chunking.max_chunks);
+        for text in documents {
+            let dropped = chunking.count(read(text)).saturating_sub(chunking.max_chunks);
             cut.chunks += dropped;
-            cut.documents += usize::from(cut_text || dropped > 0 || tokens < ids.len());
-            let indices = chunking.chunks(tokens).map(|chunk| match known.entry(&ids[chunk]) {
+            cut.documents += usize::from(text.cut || dropped > 0 || read(text) < text.tokens);
+            let indices = chunking.chunks(read(text)).map(|chunk| match known.entry(&text.ids[chunk]) {
                 Entry::Occupied(same) => *same.get(),
                 Entry::Vacant(new) => {
                     encoded.pairs.push(self.template.pair(query, new.key()));
@@ -293,17 +287,28 @@ impl EncodedRequest {
     }
 }
 
+/// A document, tokenised.
+#[derive(Debug, Default)]
+struct DocumentIds {
+    /// As far as its chunks reach.
+    ids: Vec<u32>,
+    /// All of them, kept or not.
+    tokens: usize,
+    /// Whether its text was cut before it was tokenised.
+    cut: bool,
+}
+
 /// Slices that are tokenised in one go: a piece of one long document, or several short documents.
 type Unit = Vec<(usize, Range<usize>)>;
 
-fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<bool>) {
+fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<DocumentIds>) {
     let mut units = Vec::new();
     let mut open: Unit = Vec::new();
     let mut open_bytes = 0;
-    let mut cut = Vec::with_capacity(documents.len());
+    let mut texts = Vec::with_capacity(documents.len());
     for (document, text) in documents.iter().enumerate() {
-        let (ranges, was_cut) = slice::slices(text, SLICE_CHARS, max_chars);
-        cut.push(was_cut);
+        let (ranges, cut) = slice::slices(text, SLICE_CHARS, max_chars);
+        texts.push(DocumentIds { cut, ..DocumentIds::default() });
         for range in ranges {
             open_bytes += range.len();
             open.push((document, range));
@@ -314,5 +319,5 @@ fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<bool>) {
         }
     }
     units.extend((!open.is_empty()).then_some(open));
-    (units, cut)
+    (units, texts)
 }

@@ -1,6 +1,6 @@
 """XQuAD: question against the gold paragraph and 9 others, and a few everyday examples.
 
-    python evaluate.py MODEL_DIR XQUAD_DIR [--questions 300] [--teacher TEACHER_DIR]
+    python evaluate.py MODEL_DIR XQUAD_DIR [--questions 200] [--teacher TEACHER_DIR]
 
 Two sets of others: 9 at random (both languages), and the 9 that BM25 likes best. BM25's own recall@1 stands beside.
 XQuAD is for evaluation only. Pairs are cut at 512 tokens, from the document.
@@ -92,7 +92,7 @@ def recall_at_1(scores):
     return float((scores[:, 0] > scores[:, 1:].max(1)).mean())     # a tie counts as a miss
 
 
-def xquad(scorer, folder, lang, n, teacher=None, hard=True):
+def xquad(scorer, folder, lang, n, teacher=None, hard=True, taught=100):
     paragraphs, questions = load_xquad(folder, lang)
     questions = random.Random(7).sample(questions, min(n, len(questions)))
     sets = candidates(paragraphs, questions, Bm25(paragraphs), seed=8)
@@ -101,11 +101,13 @@ def xquad(scorer, folder, lang, n, teacher=None, hard=True):
             continue
         pairs = [(s[0], paragraphs[i]) for s in sets for i in s[which]]
         began = time.time()
-        line = f"XQuAD-{lang} {name:14} n={len(sets)}: rerankd-mini {recall_at_1(scorer.logits(pairs).reshape(-1, 10)):.4f}"
+        scores = scorer.logits(pairs)
+        line = f"XQuAD-{lang} {name:14} n={len(sets)}: rerankd-mini {recall_at_1(scores.reshape(-1, 10)):.4f}"
         line += f"  BM25 {recall_at_1([[s[3][i] for i in s[which]] for s in sets]):.4f}"
         if teacher and lang == "en":
-            sample = pairs[:1000]
-            line += f"  teacher {recall_at_1(teacher.logits(sample).reshape(-1, 10)):.4f} (first {len(sample) // 10})"
+            first = pairs[:10 * taught]
+            line += f"  first {taught}: rerankd-mini {recall_at_1(scores[:10 * taught].reshape(-1, 10)):.4f}"
+            line += f"  teacher {recall_at_1(teacher.logits(first).reshape(-1, 10)):.4f}"
         print(line + f"  [{time.time() - began:.0f} s]", flush=True)
 
 
@@ -114,16 +116,19 @@ def main():
     parser.add_argument("model"), parser.add_argument("xquad")
     parser.add_argument("--questions", type=int, default=1190)
     parser.add_argument("--teacher")
+    parser.add_argument("--teacher-questions", type=int, default=100)
+    parser.add_argument("--languages", nargs="+", default=["en", "zh"])
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only-random", action="store_true")
     args = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     scorer = Scorer(args.model)
     teacher = Scorer(args.teacher) if args.teacher else None
     for query, documents in EXAMPLES:
         logits = scorer.logits([(query, d) for d in documents])
         print(query, "|", "  ".join(f"{d}: {1 / (1 + math.exp(-x)):.3f}" for d, x in zip(documents, logits)))
-    for lang in ("en", "zh"):
-        xquad(scorer, args.xquad, lang, args.questions, teacher, not args.only_random)
+    for lang in args.languages:
+        xquad(scorer, args.xquad, lang, args.questions, teacher, not args.only_random, args.teacher_questions)
 
 
 if __name__ == "__main__":

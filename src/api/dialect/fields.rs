@@ -22,11 +22,17 @@ pub(super) fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, RerankError> {
     }
     let mut json = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let path = error.path().to_string();
-        RerankError::invalid(if path == "." { "body".to_owned() } else { path }, error.inner().to_string())
+        let path = short(&error.path().to_string());
+        RerankError::invalid(if path == "." { "body".to_owned() } else { path }, short(&error.inner().to_string()))
     })?;
     json.end().map_err(|error| RerankError::invalid("body", error.to_string()))?;
     Ok(value)
+}
+
+/// Enough to see what is meant: a wrong value may be megabytes long, and serde quotes it whole.
+fn short(message: &str) -> String {
+    const CHARS: usize = 300;
+    message.char_indices().nth(CHARS).map_or_else(|| message.to_owned(), |(end, _)| format!("{}…", &message[..end]))
 }
 
 /// A query that is not empty.
@@ -95,7 +101,7 @@ impl Document {
         };
         if texts.is_empty() {
             let problem = match wanted {
-                Some(names) => format!("has none of the rank_fields {} as a text", names.join(", ")),
+                Some(names) => format!("has none of the rank_fields {} as a text", short(&names.join(", "))),
                 None => "has no text; an object needs a field text, or name its fields in rank_fields".to_owned(),
             };
             return Err(RerankError::invalid(field, problem));

@@ -62,8 +62,9 @@ pub(crate) struct InputResult {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     input: Option<String>,
-    /// Always `rank_result`.
-    object: &'static str,
+    /// Always null: Mixedbread's older SDK and its newer one agree on no word.
+    #[schema(value_type = Option<String>)]
+    object: (),
 }
 
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
@@ -83,7 +84,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankEr
             index: ranked.index,
             score: ranked.score,
             input: texts.as_ref().map(|texts| texts[ranked.index].clone()),
-            object: "rank_result",
+            object: (),
         };
         let answer = InputAnswer {
             data: ranking.results.iter().map(result).collect(),

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use super::Asked;
 use super::documents::Usage;
-use super::fields::{self, Document, Documents};
+use super::fields::{self, Document, Documents, in_range, whole};
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;
@@ -25,6 +25,10 @@ pub(crate) struct PassagesBody {
     /// At least one.
     #[schema(schema_with = fields::documents_schema)]
     passages: Documents,
+    /// Results wanted; all without it.
+    #[serde(default, deserialize_with = "whole", alias = "top_n")]
+    #[schema(minimum = 1)]
+    top_k: Option<i64>,
 }
 
 /// The answer.
@@ -50,7 +54,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankEr
         model: body.model,
         query: fields::query(body.query.text("query", None)?)?,
         documents: body.passages.texts("passages", None, max_documents)?,
-        top_n: None,
+        top_n: in_range("top_k", body.top_k, 1, i64::MAX)?,
         options: DocumentOptions::default(),
         deadline: None,
     };

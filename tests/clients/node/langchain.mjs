@@ -6,7 +6,7 @@ import { Cohere, CohereClient } from "cohere-ai";
 import { check, DOCUMENTS, QUERY } from "./seed.mjs";
 
 async function cohere(server, model, topN = DOCUMENTS.length) {
-  const client = new CohereClient({ token: server.key, baseUrl: server.url, maxRetries: 0 });
+  const client = new CohereClient({ token: server.key, environment: server.url, maxRetries: 0 });
   const documents = DOCUMENTS.map((text, place) => new Document({ pageContent: text, metadata: { place } }));
   const ranked = await new CohereRerank({ client, model, topN }).compressDocuments(documents, QUERY);
   return ranked.map((one) => ({ index: one.metadata.place, score: one.metadata.relevanceScore, text: one.pageContent }));

@@ -1,4 +1,4 @@
-"""Cohere's own SDK, both of its clients, and their asynchronous twin."""
+"""Cohere's own SDK, both of its clients, and their asynchronous twin. Run with the newest version and with the widespread 5."""
 
 import asyncio
 from functools import partial
@@ -11,11 +11,11 @@ ERRORS = {"wrong_key": UnauthorizedError, "unknown_model": BadRequestError, "ove
 
 
 def settings(server, path=""):
-    return {"api_key": server.key, "base_url": server.url + path, "max_retries": 0}
+    return {"api_key": server.key, "base_url": server.url + path}
 
 
 def question(model, top_n):
-    return {"model": model, "query": QUERY, "documents": DOCUMENTS, "top_n": top_n}
+    return {"model": model, "query": QUERY, "documents": DOCUMENTS, "top_n": top_n, "request_options": {"max_retries": 0}}
 
 
 def v1(server, model, top_n, texts):

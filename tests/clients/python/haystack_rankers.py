@@ -4,6 +4,7 @@ from cohere.errors import BadRequestError, ServiceUnavailableError, Unauthorized
 from haystack import Document
 from haystack.utils import Secret
 from haystack_integrations.components.rankers.cohere import CohereRanker
+from haystack_integrations.components.rankers.huggingface_api import HuggingFaceTEIRanker
 from haystack_integrations.components.rankers.jina import JinaRanker
 from haystack_integrations.components.rankers.nvidia import NvidiaRanker
 from seed import DOCUMENTS, QUERY, check
@@ -36,6 +37,11 @@ def nvidia(server, model, top_n, texts):
     return rank_with(NvidiaRanker(model=model, api_url=f"{server.url}/v1", api_key=key, top_k=count(top_n)))
 
 
+def tei(server, model, top_n, texts):
+    key = Secret.from_token(server.key)
+    return rank_with(HuggingFaceTEIRanker(url=server.url, token=key, top_k=count(top_n), max_retries=1))
+
+
 check(
     "Haystack CohereRanker",
     "cohere-haystack",
@@ -63,4 +69,13 @@ check(
     overload=Exception,
     not_offered=OWN_DOCUMENTS,
     logits=True,
+)
+check(
+    "Haystack HuggingFaceTEIRanker",
+    "huggingface-api-haystack",
+    tei,
+    wrong_key=RuntimeError,
+    unknown_model=RuntimeError,
+    overload=RuntimeError,
+    not_offered=OWN_DOCUMENTS | {"unknown model": "the dialect names no model"},
 )

@@ -12,7 +12,8 @@ def provider(prefix, path):
             model=f"{prefix}/{model}",
             query=QUERY,
             documents=DOCUMENTS,
-            top_n=top_n,
+            # voyage/ reads `data`, which the server adds where a request shows one of Voyage's own fields: top_k must be set.
+            top_n=len(DOCUMENTS) if prefix == "voyage" and top_n is None else top_n,
             return_documents=texts,
             api_key=server.key,
             api_base=server.url + path,

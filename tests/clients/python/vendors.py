@@ -83,4 +83,5 @@ check(
     wrong_key=UnexpectedStatus,
     unknown_model=UnexpectedStatus,
     overload=UnexpectedStatus,
+    not_offered={"return_documents": "types a document as a bare string, which breaks the clients that read objects"},
 )
