@@ -3,7 +3,7 @@
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::json;
 
 use super::{Failure, print, table};
@@ -42,6 +42,9 @@ struct Documents {
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    if settings.sources.len() > 1 {
+        return Err(Failure::Config(anyhow!("rank takes one --model; `rerankd eval` compares several")));
+    }
     let documents = documents(args).map_err(Failure::Other)?;
     let models = settings.start(|name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::Config)?;
     let request = RerankRequest {
