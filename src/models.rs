@@ -39,7 +39,7 @@ impl Model {
     }
 
     /// Whether a real inference has succeeded within `recent`, or does so now within `patience_s`. A model that has
-    /// succeeded before and has been at one batch for less than [`LONG_BATCH`] is busy, not dead.
+    /// succeeded before and has been at one batch for less than two minutes is busy, not dead.
     ///
     /// # Errors
     /// Why it did not.
