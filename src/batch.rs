@@ -60,6 +60,19 @@ impl Batch {
         batch
     }
 
+    /// The given sequences, in the given order, as a batch of their own.
+    pub fn select(&self, sequences: &[usize]) -> Self {
+        let mut batch = Self { offsets: vec![0], ..Self::default() };
+        for &sequence in sequences {
+            let rows = self.offsets[sequence]..self.offsets[sequence + 1];
+            batch.ids.extend_from_slice(&self.ids[rows.clone()]);
+            batch.type_ids.extend_from_slice(&self.type_ids[rows.clone()]);
+            batch.positions.extend_from_slice(&self.positions[rows]);
+            batch.offsets.push(batch.ids.len());
+        }
+        batch
+    }
+
     /// Token ids, `[T]`.
     pub fn ids(&self) -> &[u32] {
         &self.ids
@@ -115,5 +128,7 @@ mod tests {
         assert_eq!(batch.offsets(), [0, 3, 4]);
         assert_eq!(batch.first_rows(), [0, 3]);
         assert_eq!(batch.ranges().collect::<Vec<_>>(), [0..3, 3..4]);
+        let turned = batch.select(&[1, 0]);
+        assert_eq!((turned.ids(), turned.positions(), turned.offsets()), (&[8, 5, 6, 7][..], &[0, 0, 1, 2][..], &[0, 1, 4][..]));
     }
 }

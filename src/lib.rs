@@ -12,9 +12,9 @@
 //! - [`batch`], [`error`], [`telemetry`]: words that anyone uses and that use no one.
 //!
 //! Absent on purpose: padding, anywhere; timers in the scheduler; I/O below `loading`; a clock in `scheduler/plan.rs`;
-//! `cfg(feature)` outside `backend` and the choice of device; `unsafe`, until a backend needs it.
+//! `cfg(feature)` outside `backend` and the choice of device; `unsafe` outside `backend/cpu`.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod api;
 pub mod backend;

@@ -17,7 +17,6 @@ use candle_nn::{Module, VarBuilder, linear};
 use candle_transformers::models::{bert, xlm_roberta};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
-use rerankd::backend::Backend;
 use rerankd::backend::candle::CandleBackend;
 use rerankd::batch::{Batch, Pair};
 use rerankd::encoder::{Bert, CrossEncoder, Stage};
@@ -64,23 +63,19 @@ fn check_stages(family: &str) {
     let batch = Batch::pack(&golden.pairs);
     let mut seen = Vec::new();
     let mut largest = 0f32;
-    encoder
-        .forward(&batch, |stage, backend, buffer| {
-            let values = backend.download(buffer).unwrap();
-            for (sequence, rows) in rows(stage, config.layers, &batch).into_iter().enumerate() {
-                let columns = values.len() / rows.of;
-                let ours = &values[rows.range.start * columns..rows.range.end * columns];
-                let theirs = golden.stage(sequence, stage);
-                let at =
-                    format!("{family}, sequence {sequence} of {} tokens, {stage:?}", golden.pairs[sequence].tokens());
-                assert_eq!(ours.len(), theirs.len(), "{at}");
-                let difference = max_difference(ours, &theirs);
-                assert!(difference <= STAGE_BOUND, "{at}: differs by {difference}");
-                largest = largest.max(difference);
-            }
-            seen.push(stage);
-        })
-        .unwrap();
+    for (stage, values) in encoder.stages(&batch).unwrap() {
+        for (sequence, rows) in rows(stage, config.layers, &batch).into_iter().enumerate() {
+            let columns = values.len() / rows.of;
+            let ours = &values[rows.range.start * columns..rows.range.end * columns];
+            let theirs = golden.stage(sequence, stage);
+            let at = format!("{family}, sequence {sequence} of {} tokens, {stage:?}", golden.pairs[sequence].tokens());
+            assert_eq!(ours.len(), theirs.len(), "{at}");
+            let difference = max_difference(ours, &theirs);
+            assert!(difference <= STAGE_BOUND, "{at}: differs by {difference}");
+            largest = largest.max(difference);
+        }
+        seen.push(stage);
+    }
     let expected: Vec<Stage> =
         std::iter::once(Stage::Embeddings).chain((0..config.layers).map(Stage::Layer)).chain([Stage::Logits]).collect();
     assert_eq!(seen, expected, "{family}");

@@ -9,7 +9,7 @@ use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::{layer_norm, softmax_last_dim};
 
 use super::{
-    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, NormWeights,
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, NormWeights, Place,
 };
 use crate::batch::Batch;
 
@@ -89,6 +89,7 @@ impl CandleBackend {
 }
 
 impl Backend for CandleBackend {
+    type Lane = ();
     type Buffer = Tensor;
     type Embeddings = Embeddings;
     type Linear = Linear;
@@ -107,7 +108,7 @@ impl Backend for CandleBackend {
         })
     }
 
-    fn linear(&self, weight: HostTensor, bias: HostTensor) -> Result<Linear, BackendError> {
+    fn linear(&self, weight: HostTensor, bias: HostTensor, _: Place) -> Result<Linear, BackendError> {
         Ok(Linear { weight: self.upload(weight)?.t()?.contiguous()?, bias: self.upload(bias)? })
     }
 
@@ -115,19 +116,20 @@ impl Backend for CandleBackend {
         Ok(Norm { weight: self.upload(weights.weight)?, bias: self.upload(weights.bias)?, eps: weights.eps as f32 })
     }
 
-    fn run(&self, batch: &Batch, graph: Graph<'_>) -> Result<Vec<f32>, BackendError> {
-        graph(batch)
+    fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
+        graph(&(), batch)
     }
 
-    fn embed(&self, weights: &Embeddings, batch: &Batch) -> Result<Tensor, BackendError> {
+    fn embed(&self, (): &(), weights: &Embeddings, batch: &Batch) -> Result<Tensor, BackendError> {
         let words = weights.words.index_select(&self.indices(batch.ids())?, 0)?;
         let positions = weights.positions.index_select(&self.indices(batch.positions())?, 0)?;
         let types = weights.types.index_select(&self.indices(batch.type_ids())?, 0)?;
-        self.layer_norm(&weights.norm, ((words + types)? + positions)?)
+        self.layer_norm(&(), &weights.norm, ((words + types)? + positions)?)
     }
 
     fn apply(
         &self,
+        (): &(),
         weights: &Linear,
         outputs: Range<usize>,
         x: &Tensor,
@@ -146,11 +148,11 @@ impl Backend for CandleBackend {
         })
     }
 
-    fn layer_norm(&self, weights: &Norm, x: Tensor) -> Result<Tensor, BackendError> {
+    fn layer_norm(&self, (): &(), weights: &Norm, x: Tensor) -> Result<Tensor, BackendError> {
         Ok(layer_norm(&x, &weights.weight, &weights.bias, weights.eps)?)
     }
 
-    fn attention(&self, shape: AttentionShape, qkv: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
+    fn attention(&self, (): &(), shape: AttentionShape, qkv: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
         let c = shape.heads * shape.head_size;
         let mut contexts = Vec::with_capacity(batch.sequences());
         for rows in batch.ranges() {
@@ -163,6 +165,7 @@ impl Backend for CandleBackend {
 
     fn first_token_attention(
         &self,
+        (): &(),
         shape: AttentionShape,
         q: &Tensor,
         kv: &Tensor,
@@ -178,11 +181,11 @@ impl Backend for CandleBackend {
         Ok(Tensor::cat(&contexts, 0)?)
     }
 
-    fn gather_rows(&self, x: &Tensor, rows: &[u32]) -> Result<Tensor, BackendError> {
+    fn gather_rows(&self, (): &(), x: &Tensor, rows: &[u32]) -> Result<Tensor, BackendError> {
         Ok(x.index_select(&self.indices(rows)?, 0)?)
     }
 
-    fn download(&self, x: &Tensor) -> Result<Vec<f32>, BackendError> {
+    fn download(&self, (): &(), x: &Tensor) -> Result<Vec<f32>, BackendError> {
         Ok(x.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
     }
 }

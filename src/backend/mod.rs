@@ -3,17 +3,12 @@
 //! An architecture is a graph over these operations ([`crate::encoder`]); a device is an implementation of them.
 //! [`candle`] is the portable one and the definition of right: every other is held to it by the same property tests.
 //!
-//! How the fast backends fit, so that no graph changes when they come:
-//! - A CPU backend packs weights into panels in [`Backend::linear`] (the loader's copy is dropped), cuts a saturated batch in
-//!   [`Backend::run`] into pieces of some hundreds of tokens, and has each of its threads run the whole graph over one
-//!   piece; a lone pair is one piece, and the operations split it inside. Buffers come from the thread's arena. A norm's output
-//!   may carry its bf16 or int8 form along: a [`Backend::Buffer`] is the backend's affair.
-//! - A CUDA backend has one launching thread per device. `run` takes one of two slots (pinned staging, arena, event), uploads
-//!   the batch once, lets the graph launch, and waits for the event; two workers a replica keep two batches in flight.
-//!   [`Backend::apply`] with a row range is the Q or KV half of one fused QKV weight; [`Epilogue`] is what cuBLASLt fuses;
-//!   Buffers of a size are handed out in a fixed order, so CUDA graphs may replay.
+//! A backend decides where the parallelism lives. [`Backend::run`] may cut a batch between sequences and have the graph run over
+//! several pieces at once; each run of the graph has a [`Backend::Lane`] of its own (a thread's scratch memory, a stream), which
+//! it hands to every operation and never looks into.
 
 pub mod candle;
+pub mod cpu;
 
 use std::ops::Range;
 
@@ -85,16 +80,38 @@ pub struct AttentionShape {
     pub head_size: usize,
 }
 
+/// What encoder layers' products are computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dtype {
+    /// 32-bit floats: the exact mode.
+    F32,
+    /// bfloat16, summed in f32.
+    Bf16,
+    /// Bytes with a range for each token and a scale for each output, summed in i32.
+    Int8,
+}
+
 /// A backend could not compute. The cause is the device library's own error.
 #[derive(Debug, thiserror::Error)]
 #[error("the backend failed: {0}")]
 pub struct BackendError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
 
-/// A graph over one batch: logits `[S]`, in the batch's order.
-pub type Graph<'a> = &'a (dyn Fn(&Batch) -> Result<Vec<f32>, BackendError> + Sync);
+/// A graph over one batch, or a piece of it, in a lane: logits `[S]`, in the batch's order.
+pub type Graph<'a, B> = &'a (dyn Fn(&<B as Backend>::Lane, &Batch) -> Result<Vec<f32>, BackendError> + Sync);
+
+/// Where in a model a linear layer stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In an encoder layer: nearly all the work, in the backend's working precision.
+    Encoder,
+    /// In the classification head: S rows only, which a backend computes as exactly as it can.
+    Head,
+}
 
 /// A device and the arithmetic on it. Buffers are `[rows, columns]`; the graph names them and never looks inside.
-pub trait Backend: Send + Sync + 'static {
+pub trait Backend: Sized + Send + Sync + 'static {
+    /// What one run of a graph has to itself.
+    type Lane;
     /// Rows of activations on the device.
     type Buffer;
     /// [`EmbeddingTables`] on the device.
@@ -110,39 +127,51 @@ pub trait Backend: Send + Sync + 'static {
     /// Takes the embedding tables over.
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Self::Embeddings, BackendError>;
     /// Takes a linear layer over: `weight` is `[outputs, inputs]`, `bias` `[outputs]`.
-    fn linear(&self, weight: HostTensor, bias: HostTensor) -> Result<Self::Linear, BackendError>;
+    fn linear(&self, weight: HostTensor, bias: HostTensor, place: Place) -> Result<Self::Linear, BackendError>;
     /// Takes a layer norm over.
     fn norm(&self, weights: NormWeights) -> Result<Self::Norm, BackendError>;
 
     /// Runs `graph` over `batch`, whole or cut between sequences, and returns the logits `[S]` in the batch's order.
-    /// Where the parallelism lives is decided here.
-    fn run(&self, batch: &Batch, graph: Graph<'_>) -> Result<Vec<f32>, BackendError>;
+    fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError>;
 
     /// `norm(words[id] + positions[position] + types[type])` for each token: `[T, C]`.
-    fn embed(&self, weights: &Self::Embeddings, batch: &Batch) -> Result<Self::Buffer, BackendError>;
+    fn embed(&self, lane: &Self::Lane, weights: &Self::Embeddings, batch: &Batch)
+    -> Result<Self::Buffer, BackendError>;
     /// `epilogue(x W^T)` for the rows `outputs` of W (the columns of the result): `[rows, outputs.len()]`.
     fn apply(
         &self,
+        lane: &Self::Lane,
         weights: &Self::Linear,
         outputs: Range<usize>,
         x: &Self::Buffer,
         epilogue: Epilogue<'_, Self::Buffer>,
     ) -> Result<Self::Buffer, BackendError>;
     /// Layer norm of each row.
-    fn layer_norm(&self, weights: &Self::Norm, x: Self::Buffer) -> Result<Self::Buffer, BackendError>;
+    fn layer_norm(
+        &self,
+        lane: &Self::Lane,
+        weights: &Self::Norm,
+        x: Self::Buffer,
+    ) -> Result<Self::Buffer, BackendError>;
     /// Bidirectional attention of every token to its own sequence. `qkv` is `[T, 3C]`; the result `[T, C]`.
-    fn attention(&self, shape: AttentionShape, qkv: &Self::Buffer, batch: &Batch)
-    -> Result<Self::Buffer, BackendError>;
+    fn attention(
+        &self,
+        lane: &Self::Lane,
+        shape: AttentionShape,
+        qkv: &Self::Buffer,
+        batch: &Batch,
+    ) -> Result<Self::Buffer, BackendError>;
     /// Attention of each sequence's first token alone. `q` is `[S, C]`, `kv` `[T, 2C]`; the result `[S, C]`.
     fn first_token_attention(
         &self,
+        lane: &Self::Lane,
         shape: AttentionShape,
         q: &Self::Buffer,
         kv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
     /// The given rows, in the given order: `[rows.len(), columns]`.
-    fn gather_rows(&self, x: &Self::Buffer, rows: &[u32]) -> Result<Self::Buffer, BackendError>;
+    fn gather_rows(&self, lane: &Self::Lane, x: &Self::Buffer, rows: &[u32]) -> Result<Self::Buffer, BackendError>;
     /// The buffer's values on the host, row-major.
-    fn download(&self, x: &Self::Buffer) -> Result<Vec<f32>, BackendError>;
+    fn download(&self, lane: &Self::Lane, x: &Self::Buffer) -> Result<Vec<f32>, BackendError>;
 }

@@ -96,7 +96,7 @@ fn config_path(arguments: &[std::ffi::OsString]) -> Option<PathBuf> {
 /// Whatever ends it early.
 pub fn run(cli: Cli) -> Result<(), Failure> {
     telemetry::init_logs(cli.common.log_format, &cli.common.log);
-    if let Some(models) = cli.command.models() {
+    if let Some(models) = cli.command.models().filter(|models| models.device.starts_with("candle")) {
         set_candle_threads(models.threads())?;
     }
     match cli.command {

@@ -2,13 +2,14 @@
 //! post-norm transformer, which differ in where positions start, in tensor names and in the classification head.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 
 use super::CrossEncoder;
 use super::head::Head;
 use crate::backend::{
-    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, HostTensor, NormWeights,
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, HostTensor, NormWeights, Place,
 };
 use crate::batch::Batch;
 use crate::loading::config::{Architecture, ModelConfig};
@@ -69,36 +70,50 @@ impl<B: Backend> Bert<B> {
         Ok(Self { backend, embeddings, layers, head })
     }
 
-    /// The forward pass: logits `[S]`. `observe` sees every stage's values go by.
+    /// Every stage's values, in order, row-major, of a batch that the backend runs whole.
     ///
     /// # Errors
     /// The device's own failures.
-    pub fn forward(
+    pub fn stages(&self, batch: &Batch) -> Result<Vec<(Stage, Vec<f32>)>, BackendError> {
+        let stages = Mutex::new(Vec::new());
+        self.backend.run(batch, &|lane, piece| {
+            self.forward(lane, piece, |stage, buffer| {
+                let values = self.backend.download(lane, buffer)?;
+                stages.lock().unwrap_or_else(PoisonError::into_inner).push((stage, values));
+                Ok(())
+            })
+        })?;
+        Ok(stages.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// The forward pass: logits `[S]`. `observe` sees every stage go by.
+    fn forward(
         &self,
+        lane: &B::Lane,
         batch: &Batch,
-        mut observe: impl FnMut(Stage, &B, &B::Buffer),
+        mut observe: impl FnMut(Stage, &B::Buffer) -> Result<(), BackendError>,
     ) -> Result<Vec<f32>, BackendError> {
         let backend = &self.backend;
-        let mut hidden = backend.embed(&self.embeddings, batch)?;
-        observe(Stage::Embeddings, backend, &hidden);
+        let mut hidden = backend.embed(lane, &self.embeddings, batch)?;
+        observe(Stage::Embeddings, &hidden)?;
         let last = self.layers.len() - 1;
         for (i, layer) in self.layers.iter().enumerate() {
             hidden = if i < last {
-                layer.all_tokens(backend, &hidden, batch)?
+                layer.all_tokens(backend, lane, &hidden, batch)?
             } else {
-                layer.first_tokens(backend, &hidden, batch)?
+                layer.first_tokens(backend, lane, &hidden, batch)?
             };
-            observe(Stage::Layer(i), backend, &hidden);
+            observe(Stage::Layer(i), &hidden)?;
         }
-        let logits = self.head.logits(backend, &hidden)?;
-        observe(Stage::Logits, backend, &logits);
-        backend.download(&logits)
+        let logits = self.head.logits(backend, lane, &hidden)?;
+        observe(Stage::Logits, &logits)?;
+        backend.download(lane, &logits)
     }
 }
 
 impl<B: Backend> CrossEncoder for Bert<B> {
     fn score(&self, batch: &Batch) -> Result<Vec<f32>, BackendError> {
-        self.backend.run(batch, &|piece| self.forward(piece, |_, _, _| {}))
+        self.backend.run(batch, &|lane, piece| self.forward(lane, piece, |_, _| Ok(())))
     }
 
     fn describe(&self) -> String {
@@ -110,11 +125,12 @@ impl<B: Backend> Layer<B> {
     fn load(config: &ModelConfig, weights: &mut Weights, backend: &B, prefix: &str) -> Result<Self> {
         let (c, f) = (config.hidden_size, config.intermediate_size);
         let names = |kind: &str| ["query", "key", "value"].map(|part| format!("{prefix}.attention.self.{part}.{kind}"));
-        let qkv = backend
-            .linear(weights.take_stacked(&names("weight"), &[c, c])?, weights.take_stacked(&names("bias"), &[c])?)?;
+        let (weight, bias) =
+            (weights.take_stacked(&names("weight"), &[c, c])?, weights.take_stacked(&names("bias"), &[c])?);
+        let qkv = backend.linear(weight, bias, Place::Encoder)?;
         let mut linear = |name: &str, outputs: usize, inputs: usize| -> Result<B::Linear> {
             let weight = weights.take(&format!("{prefix}.{name}.weight"), &[outputs, inputs])?;
-            Ok(backend.linear(weight, weights.take(&format!("{prefix}.{name}.bias"), &[outputs])?)?)
+            Ok(backend.linear(weight, weights.take(&format!("{prefix}.{name}.bias"), &[outputs])?, Place::Encoder)?)
         };
         let (attention_output, intermediate, output) = (
             linear("attention.output.dense", c, c)?,
@@ -139,29 +155,48 @@ impl<B: Backend> Layer<B> {
     }
 
     /// The layer for every token: `[T, C]` to `[T, C]`.
-    fn all_tokens(&self, backend: &B, hidden: &B::Buffer, batch: &Batch) -> Result<B::Buffer, BackendError> {
-        let qkv = backend.apply(&self.qkv, self.columns(0, 3), hidden, Epilogue::Bias)?;
-        let context = backend.attention(self.shape, &qkv, batch)?;
-        self.after_attention(backend, &context, hidden)
+    fn all_tokens(
+        &self,
+        backend: &B,
+        lane: &B::Lane,
+        hidden: &B::Buffer,
+        batch: &Batch,
+    ) -> Result<B::Buffer, BackendError> {
+        let qkv = backend.apply(lane, &self.qkv, self.columns(0, 3), hidden, Epilogue::Bias)?;
+        let context = backend.attention(lane, self.shape, &qkv, batch)?;
+        self.after_attention(backend, lane, &context, hidden)
     }
 
     /// The layer for what a head reads: keys and values of every token, all else of first tokens. `[T, C]` to `[S, C]`.
-    fn first_tokens(&self, backend: &B, hidden: &B::Buffer, batch: &Batch) -> Result<B::Buffer, BackendError> {
-        let first = backend.gather_rows(hidden, &batch.first_rows())?;
-        let q = backend.apply(&self.qkv, self.columns(0, 1), &first, Epilogue::Bias)?;
-        let kv = backend.apply(&self.qkv, self.columns(1, 3), hidden, Epilogue::Bias)?;
-        let context = backend.first_token_attention(self.shape, &q, &kv, batch)?;
-        self.after_attention(backend, &context, &first)
+    fn first_tokens(
+        &self,
+        backend: &B,
+        lane: &B::Lane,
+        hidden: &B::Buffer,
+        batch: &Batch,
+    ) -> Result<B::Buffer, BackendError> {
+        let first = backend.gather_rows(lane, hidden, &batch.first_rows())?;
+        let q = backend.apply(lane, &self.qkv, self.columns(0, 1), &first, Epilogue::Bias)?;
+        let kv = backend.apply(lane, &self.qkv, self.columns(1, 3), hidden, Epilogue::Bias)?;
+        let context = backend.first_token_attention(lane, self.shape, &q, &kv, batch)?;
+        self.after_attention(backend, lane, &context, &first)
     }
 
     /// Output projection and feed-forward, each with its residual and norm.
-    fn after_attention(&self, backend: &B, context: &B::Buffer, hidden: &B::Buffer) -> Result<B::Buffer, BackendError> {
+    fn after_attention(
+        &self,
+        backend: &B,
+        lane: &B::Lane,
+        context: &B::Buffer,
+        hidden: &B::Buffer,
+    ) -> Result<B::Buffer, BackendError> {
         let (c, f) = (self.hidden_size, self.intermediate_size);
-        let attended = backend.apply(&self.attention_output, 0..c, context, Epilogue::Residual(hidden))?;
-        let attended = backend.layer_norm(&self.attention_norm, attended)?;
-        let intermediate = backend.apply(&self.intermediate, 0..f, &attended, Epilogue::Activation(self.activation))?;
-        let output = backend.apply(&self.output, 0..c, &intermediate, Epilogue::Residual(&attended))?;
-        backend.layer_norm(&self.output_norm, output)
+        let attended = backend.apply(lane, &self.attention_output, 0..c, context, Epilogue::Residual(hidden))?;
+        let attended = backend.layer_norm(lane, &self.attention_norm, attended)?;
+        let intermediate =
+            backend.apply(lane, &self.intermediate, 0..f, &attended, Epilogue::Activation(self.activation))?;
+        let output = backend.apply(lane, &self.output, 0..c, &intermediate, Epilogue::Residual(&attended))?;
+        backend.layer_norm(lane, &self.output_norm, output)
     }
 
     /// The rows of the QKV weight from part `from` to part `to`, of Q, K, V.

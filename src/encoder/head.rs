@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use crate::backend::{Activation, Backend, BackendError, Epilogue};
+use crate::backend::{Activation, Backend, BackendError, Epilogue, Place};
 use crate::loading::config::{Architecture, ModelConfig};
 use crate::loading::weights::Weights;
 
@@ -22,14 +22,15 @@ impl<B: Backend> Head<B> {
         };
         let mut linear = |name: &str, outputs: usize| -> Result<B::Linear> {
             let weight = weights.take(&format!("{name}.weight"), &[outputs, c])?;
-            Ok(backend.linear(weight, weights.take(&format!("{name}.bias"), &[outputs])?)?)
+            Ok(backend.linear(weight, weights.take(&format!("{name}.bias"), &[outputs])?, Place::Head)?)
         };
         Ok(Self { dense: linear(dense, c)?, out: linear(out, 1)?, hidden_size: c })
     }
 
     /// `[S, C]` to `[S, 1]`.
-    pub(super) fn logits(&self, backend: &B, first: &B::Buffer) -> Result<B::Buffer, BackendError> {
-        let dense = backend.apply(&self.dense, 0..self.hidden_size, first, Epilogue::Activation(Activation::Tanh))?;
-        backend.apply(&self.out, 0..1, &dense, Epilogue::Bias)
+    pub(super) fn logits(&self, backend: &B, lane: &B::Lane, first: &B::Buffer) -> Result<B::Buffer, BackendError> {
+        let dense =
+            backend.apply(lane, &self.dense, 0..self.hidden_size, first, Epilogue::Activation(Activation::Tanh))?;
+        backend.apply(lane, &self.out, 0..1, &dense, Epilogue::Bias)
     }
 }

@@ -6,11 +6,14 @@ pub mod download;
 pub mod source;
 pub mod weights;
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::backend::Dtype;
 use crate::backend::candle::CandleBackend;
+use crate::backend::cpu::{self, CpuBackend};
 use crate::batch::Batch;
 use crate::encoder::{self, CrossEncoder};
 use crate::telemetry;
@@ -23,19 +26,20 @@ use weights::Weights;
 /// The window of a model that the catalogue does not know, where its positions allow more.
 const DEFAULT_WINDOW: usize = 1024;
 
-/// Where a model computes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+/// Where a model computes, and in what precision.
+#[derive(Debug, Clone)]
 pub enum DeviceChoice {
-    /// The processor.
-    #[default]
-    Cpu,
+    /// The processor, on these threads.
+    Cpu(Dtype, Arc<cpu::Pool>),
+    /// candle on the processor, in f32: portable, and the definition of right.
+    Candle,
     /// candle's own CUDA kernels, on this device.
     #[cfg(feature = "candle-cuda")]
     CandleCuda(usize),
 }
 
 /// What loading is told beside the model itself.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct LoadOptions {
     /// Where it computes.
     pub device: DeviceChoice,
@@ -72,7 +76,7 @@ impl std::fmt::Debug for LoadedModel {
 ///
 /// # Errors
 /// Anything about its files that does not fit together, naming the file, the tensor and what was expected.
-pub fn load(source: &ModelSource, hub: &Hub, options: LoadOptions) -> Result<LoadedModel> {
+pub fn load(source: &ModelSource, hub: &Hub, options: &LoadOptions) -> Result<LoadedModel> {
     let start = Instant::now();
     let files = source.files(hub)?;
     let (config_json, config_file) = &files.config;
@@ -86,7 +90,7 @@ pub fn load(source: &ModelSource, hub: &Hub, options: LoadOptions) -> Result<Loa
         WeightsFile::Path(path) => Weights::open(path)?,
         WeightsFile::Bytes(name, bytes) => Weights::from_bytes(name, bytes)?,
     };
-    let encoder = load_encoder(&config, weights, options.device, &source.name)?;
+    let encoder = load_encoder(&config, weights, &options.device, &source.name)?;
     check_score(encoder.as_ref(), &text)?;
     let description = format!(
         "{}; {} layers x {}; window {window}; loaded in {:.1} s",
@@ -107,16 +111,17 @@ pub fn load(source: &ModelSource, hub: &Hub, options: LoadOptions) -> Result<Loa
 fn load_encoder(
     config: &ModelConfig,
     mut weights: Weights,
-    device: DeviceChoice,
+    device: &DeviceChoice,
     name: &str,
 ) -> Result<Box<dyn CrossEncoder>> {
     let bar = telemetry::progress_bytes(weights.bytes(), &format!("loading {name}"));
     let observed = bar.clone();
     weights.on_progress(move |bytes| observed.inc(bytes));
     let encoder = match device {
-        DeviceChoice::Cpu => encoder::load(config, weights, CandleBackend::cpu()),
+        DeviceChoice::Cpu(dtype, pool) => encoder::load(config, weights, CpuBackend::new(*dtype, Arc::clone(pool))),
+        DeviceChoice::Candle => encoder::load(config, weights, CandleBackend::cpu()),
         #[cfg(feature = "candle-cuda")]
-        DeviceChoice::CandleCuda(ordinal) => encoder::load(config, weights, CandleBackend::cuda(ordinal)?),
+        DeviceChoice::CandleCuda(ordinal) => encoder::load(config, weights, CandleBackend::cuda(*ordinal)?),
     };
     bar.finish_and_clear();
     encoder

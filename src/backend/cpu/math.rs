@@ -1,0 +1,140 @@
+//! Functions of vectors: powers, the activations, and loads and stores that stop short of a whole vector.
+
+use super::simd::Isa;
+use crate::backend::Activation;
+
+/// How exactly a power is computed: as f32 can, or as bf16 can tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Exactness {
+    F32,
+    Bf16,
+}
+
+/// `2^x` for x up to 127; below -126 it is `2^-126`.
+///
+/// x = n + f with f in [-1/2, 1/2]; 2^f by a minimax polynomial (Remez, relative error 2e-9 and 7.5e-5).
+#[inline(always)]
+pub(super) fn exp2<I: Isa>(isa: I, x: I::F, exactness: Exactness) -> I::F {
+    let x = isa.max(x, isa.splat(-126.0));
+    let n = isa.round(x);
+    let f = isa.sub(x, n);
+    let power = match exactness {
+        Exactness::F32 => {
+            let p = isa.fma(f, isa.splat(0.000_153_458_12), isa.splat(0.001_339_993_1));
+            let p = isa.fma(f, p, isa.splat(0.009_618_489));
+            let p = isa.fma(f, p, isa.splat(0.055_503_286));
+            let p = isa.fma(f, p, isa.splat(0.240_226_46));
+            let p = isa.fma(f, p, isa.splat(0.693_147_2));
+            isa.fma(f, p, isa.splat(1.0))
+        }
+        Exactness::Bf16 => {
+            let p = isa.fma(f, isa.splat(0.055_171_67), isa.splat(0.242_611_13));
+            let p = isa.fma(f, p, isa.splat(0.693_260_97));
+            isa.fma(f, p, isa.splat(0.999_928_06))
+        }
+    };
+    isa.scale_by_power(power, n)
+}
+
+/// The activations that run in an epilogue. `Tanh` is not among them: heads have a few rows, and take the library's.
+#[inline(always)]
+pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::F) -> I::F {
+    match activation {
+        Activation::Gelu => gelu(isa, x),
+        Activation::GeluTanh => gelu_tanh(isa, x),
+        Activation::Relu => isa.max(x, isa.splat(0.0)),
+        Activation::Tanh => x,
+    }
+}
+
+/// `x / 2 * (1 + erf(x / sqrt 2))`.
+///
+/// erf is the ratio of polynomials that Eigen uses (`generic_fast_erf_float`, MPL-2.0, whose coefficients these are): within
+/// a few units in the last place of f32.
+#[inline(always)]
+fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
+    let z = isa.mul(x, isa.splat(std::f32::consts::FRAC_1_SQRT_2));
+    let z = isa.max(isa.min(z, isa.splat(4.0)), isa.splat(-4.0));
+    let z2 = isa.mul(z, z);
+    let mut p = isa.splat(-2.726_142_3e-10);
+    for c in [2.770_681_4e-8, -2.101_024e-6, -5.692_506e-5, -7.349_906e-4, -2.954_6e-3, -1.609_603_3e-2] {
+        p = isa.fma(p, z2, isa.splat(c));
+    }
+    let mut q = isa.splat(-1.456_607_2e-5);
+    for c in [-2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2] {
+        q = isa.fma(q, z2, isa.splat(c));
+    }
+    let erf = isa.div(isa.mul(z, p), q);
+    let half = isa.mul(x, isa.splat(0.5));
+    isa.fma(half, erf, half)
+}
+
+/// `x / 2 * (1 + tanh(u))` with `u = sqrt(2/pi) (x + 0.044715 x^3)`, as `x / (1 + e^-2u)`.
+#[inline(always)]
+fn gelu_tanh<I: Isa>(isa: I, x: I::F) -> I::F {
+    /// -2 sqrt(2/pi) log2(e)
+    const FACTOR: f32 = -2.302_208_2;
+    let u = isa.mul(x, isa.fma(isa.mul(x, x), isa.splat(0.044_715 * FACTOR), isa.splat(FACTOR)));
+    let power = exp2(isa, isa.min(u, isa.splat(126.0)), Exactness::F32);
+    isa.div(x, isa.add(isa.splat(1.0), power))
+}
+
+/// The first `n` values, or a whole vector where n is more; the other lanes hold `fill`.
+///
+/// # Safety
+/// `from` may be read for that many values.
+#[inline(always)]
+pub(super) unsafe fn load_some<I: Isa>(isa: I, from: *const f32, n: usize, fill: f32) -> I::F {
+    // SAFETY: a whole vector only where the caller has one; otherwise n values, and the vector comes from `values`.
+    unsafe {
+        if n >= I::LANES {
+            return isa.load(from);
+        }
+        let mut values = [fill; MAX_LANES];
+        for (i, value) in values.iter_mut().enumerate().take(n) {
+            *value = *from.add(i);
+        }
+        isa.load(values.as_ptr())
+    }
+}
+
+/// Writes the first `n` lanes of x, or all where n is more.
+///
+/// # Safety
+/// `to` may be written for that many values.
+#[inline(always)]
+pub(super) unsafe fn store_some<I: Isa>(isa: I, to: *mut f32, n: usize, x: I::F) {
+    // SAFETY: as in `load_some`.
+    unsafe {
+        if n >= I::LANES {
+            return isa.store(to, x);
+        }
+        let mut values = [0f32; MAX_LANES];
+        isa.store(values.as_mut_ptr(), x);
+        for (i, &value) in values.iter().enumerate().take(n) {
+            *to.add(i) = value;
+        }
+    }
+}
+
+/// [`store_some`] rounded to bf16.
+///
+/// # Safety
+/// `to` may be written for that many values.
+#[inline(always)]
+pub(super) unsafe fn store_some_bf16<I: Isa>(isa: I, to: *mut u16, n: usize, x: I::F) {
+    // SAFETY: as in `load_some`.
+    unsafe {
+        if n >= I::LANES {
+            return isa.store_bf16(to, x);
+        }
+        let mut values = [0u16; MAX_LANES];
+        isa.store_bf16(values.as_mut_ptr(), x);
+        for (i, &value) in values.iter().enumerate().take(n) {
+            *to.add(i) = value;
+        }
+    }
+}
+
+/// Lanes of the widest vector.
+pub(super) const MAX_LANES: usize = 16;

@@ -1,0 +1,113 @@
+//! A linear layer's weights, packed once, at load, in the order in which the kernels read them.
+//!
+//! One geometry for three precisions: a *k-step* is four bytes along the inputs (one f32, two bf16, four int8), and a panel
+//! holds, k-step after k-step, the four bytes of each of its columns (outputs). A kernel body then serves all three.
+
+use bytemuck::cast_slice_mut;
+use half::bf16;
+
+use super::matrix::Line;
+use super::pool::Pool;
+use crate::backend::HostTensor;
+
+/// The numbers that products are made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    /// f32 times f32.
+    F32,
+    /// bf16 times bf16, summed in f32.
+    Bf16,
+    /// Unsigned activations times signed weights, summed in i32. A weight is `q * scale[output]` with q from -127 to 127
+    /// and `scale` the output's largest weight over 127.
+    Int8,
+}
+
+impl Format {
+    /// Values in a k-step.
+    pub(super) fn values_per_step(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Bf16 => 2,
+            Self::Int8 => 4,
+        }
+    }
+}
+
+/// Packed weights `[outputs, inputs]` and their bias. Columns beyond `outputs` and inputs beyond the last are zeros.
+#[derive(Debug)]
+pub(super) struct Panels {
+    pub(super) format: Format,
+    pub(super) outputs: usize,
+    /// K-steps of a column.
+    pub(super) steps: usize,
+    /// Columns of a panel.
+    pub(super) width: usize,
+    words: Vec<Line>,
+    /// Each of these has a value for every column of every panel.
+    pub(super) bias: Vec<f32>,
+    /// int8: what a column's sum is multiplied by.
+    pub(super) scale: Vec<f32>,
+    /// int8: the sum of a column's weights, which an activation's zero point is multiplied by.
+    pub(super) column_sum: Vec<f32>,
+}
+
+impl Panels {
+    /// Packs `weight`, `[outputs, inputs]`, and `bias`, `[outputs]`, into panels of `width` columns.
+    pub(super) fn pack(format: Format, width: usize, weight: &HostTensor, bias: &HostTensor, pool: &Pool) -> Self {
+        let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
+        let steps = inputs.div_ceil(format.values_per_step());
+        let panels = outputs.div_ceil(width);
+        let mut padded_bias = bias.data.clone();
+        padded_bias.resize(panels * width, 0.0);
+        let (mut scale, mut column_sum) = (Vec::new(), Vec::new());
+        if format == Format::Int8 {
+            let row = |output: usize| &weight.data[output * inputs..][..inputs];
+            scale = (0..outputs).map(|output| int8_scale(row(output))).collect();
+            column_sum = (0..outputs).map(|o| row(o).iter().map(|&w| int8(w, scale[o])).sum::<i32>()).zip(&scale)
+                .map(|(sum, scale)| sum as f32 * scale).collect();
+            scale.resize(panels * width, 0.0);
+            column_sum.resize(panels * width, 0.0);
+        }
+        let mut words = Line::zeros(panels * steps * width * 4);
+        let panel_lines = steps * width * 4 / 64;
+        pool.for_each(words.chunks_mut(panel_lines).enumerate().collect(), |(panel, lines)| {
+            let words: &mut [u32] = cast_slice_mut(lines);
+            for column in 0..width.min(outputs - panel * width) {
+                let output = panel * width + column;
+                let row = &weight.data[output * inputs..][..inputs];
+                for (step, values) in row.chunks(format.values_per_step()).enumerate() {
+                    words[step * width + column] = match format {
+                        Format::F32 => values[0].to_bits(),
+                        Format::Bf16 => word(values, |v| u32::from(bf16::from_f32(v).to_bits()), 16),
+                        Format::Int8 => word(values, |v| u32::from(int8(v, scale[output]) as u8), 8),
+                    };
+                }
+            }
+        });
+        Self { format, outputs, steps, width, words, bias: padded_bias, scale, column_sum }
+    }
+
+    /// The words of a panel: `[steps, width]`.
+    pub(super) fn panel(&self, panel: usize) -> &[u32] {
+        let words: &[u32] = bytemuck::cast_slice(&self.words);
+        &words[panel * self.steps * self.width..][..self.steps * self.width]
+    }
+
+    /// Bytes that it holds.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(&self.words[..]) + 4 * (self.bias.len() + self.scale.len() + self.column_sum.len())
+    }
+}
+
+/// Values side by side in a word, the first in its low bits.
+fn word(values: &[f32], bits: impl Fn(f32) -> u32, width: usize) -> u32 {
+    values.iter().enumerate().fold(0, |word, (i, &value)| word | bits(value) << (i * width))
+}
+
+fn int8_scale(weights: &[f32]) -> f32 {
+    weights.iter().fold(0f32, |largest, weight| largest.max(weight.abs())).max(f32::MIN_POSITIVE) / 127.0
+}
+
+fn int8(weight: f32, scale: f32) -> i32 {
+    (weight / scale).round_ties_even().clamp(-127.0, 127.0) as i32
+}

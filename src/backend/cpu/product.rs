@@ -1,0 +1,390 @@
+//! `epilogue(x W^T)`: nearly all of a model's work.
+//!
+//! A tile of up to six rows by one panel is summed in registers over the k-steps, written once to a few lines of stack, and
+//! finished there by the epilogue. A panel stays in the second-level cache while all rows pass by it:
+//!
+//! ```text
+//! for each panel of W:                         32 to 400 KB
+//!     for each block of k-steps:               so that long rows do not push the panel out
+//!         for each tile of rows:               the rows' words are broadcast, the panel's are loaded
+//!             acc[row][vector] += row word * panel vector
+//!     epilogue: scales, bias, activation, residual, rounding
+//! ```
+//!
+//! Each element's sum is taken in the order of the k-steps, whatever tile it is in: a row's result does not depend on its
+//! company, its place or the number of threads. (The blocking is Goto and van de Geijn's, "Anatomy of High-Performance
+//! Matrix Multiplication", 2008, without the packing of x, whose rows are short enough.)
+
+use std::ops::Range;
+
+use super::math::{MAX_LANES, activate, load_some, store_some, store_some_bf16};
+use super::matrix::{Matrix, Shared};
+use super::panels::{Format, Panels};
+use super::simd::{Isa, Op, Path};
+use crate::backend::Activation;
+
+/// Rows of a tile: with a panel's vectors, as many accumulators as the registers hold beside their operands.
+const TILE_ROWS: usize = 6;
+
+/// K-steps of a block: 256 KB of a panel of 64 columns.
+const BLOCK_STEPS: usize = 1024;
+
+/// Rows whose sums wait for the next block of k-steps.
+const BLOCK_ROWS: usize = 384;
+
+/// The widest panel.
+const MAX_PANEL: usize = 64;
+
+/// The rows of x in the weights' format.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Input<'a> {
+    /// Row after row, `stride` words each.
+    pub(super) words: &'a [u32],
+    pub(super) stride: usize,
+    pub(super) rows: usize,
+    /// int8: what each row's bytes stand for.
+    pub(super) ranges: &'a [ByteRange],
+}
+
+/// What a row of bytes stands for: `low + scale * byte`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub(super) struct ByteRange {
+    pub(super) low: f32,
+    pub(super) scale: f32,
+}
+
+/// Where the results go, rounded or not.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Output<'a> {
+    F32(Shared<'a, f32>),
+    Bf16(Shared<'a, u16>),
+}
+
+/// A product and what happens to it before it is stored.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Product<'a> {
+    pub(super) input: Input<'a>,
+    pub(super) weights: &'a Panels,
+    /// The first and the end of the outputs that are computed.
+    pub(super) start: usize,
+    pub(super) end: usize,
+    pub(super) activation: Option<Activation>,
+    /// Added to the result, `[rows, end - start]`.
+    pub(super) residual: Option<&'a Matrix<f32>>,
+    /// `[rows, end - start]`
+    pub(super) output: Output<'a>,
+}
+
+impl Product<'_> {
+    /// The panels that hold the outputs.
+    pub(super) fn panels(&self) -> Range<usize> {
+        self.start / self.weights.width..self.end.div_ceil(self.weights.width)
+    }
+
+    /// Computes the given rows of the outputs in the given panels.
+    ///
+    /// # Safety
+    /// No other thread computes or touches the same ones meanwhile.
+    pub(super) unsafe fn compute(&self, path: Path, panels: Range<usize>, rows: Range<usize>) {
+        assert!(rows.end <= self.input.rows && panels.end <= self.panels().end);
+        assert!(self.input.words.len() >= (self.input.rows - 1) * self.input.stride + self.weights.steps);
+        assert!(self.weights.format != Format::Int8 || self.input.ranges.len() >= self.input.rows);
+        // One instance of the loops for each format: the kernel is chosen outside of them.
+        match self.weights.format {
+            Format::F32 => path.enter(Loops::<F32> { product: self, panels, rows, format: F32 }),
+            Format::Bf16 => path.enter(Loops::<Bf16> { product: self, panels, rows, format: Bf16 }),
+            Format::Int8 => path.enter(Loops::<Int8> { product: self, panels, rows, format: Int8 }),
+        }
+    }
+}
+
+/// A [`Format`] as a type: what one k-step does to an accumulator, and what a finished sum is worth.
+pub(super) trait Dot: Copy {
+    fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I;
+    /// The value of the sums of one row at `column` and the following.
+    ///
+    /// # Safety
+    /// The weights have a whole vector of columns there.
+    unsafe fn value<I: Isa>(self, isa: I, sums: I::I, weights: &Panels, column: usize, range: ByteRange) -> I::F;
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) struct F32;
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bf16;
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Int8;
+
+impl Dot for F32 {
+    #[inline(always)]
+    fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I {
+        isa.dot_f32(acc, a, b)
+    }
+    #[inline(always)]
+    unsafe fn value<I: Isa>(self, isa: I, sums: I::I, weights: &Panels, column: usize, _: ByteRange) -> I::F {
+        // SAFETY: the caller's promise.
+        isa.add(isa.floats(sums), unsafe { isa.load(weights.bias.as_ptr().add(column)) })
+    }
+}
+
+impl Dot for Bf16 {
+    #[inline(always)]
+    fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I {
+        isa.dot_bf16(acc, a, b)
+    }
+    #[inline(always)]
+    unsafe fn value<I: Isa>(self, isa: I, sums: I::I, weights: &Panels, column: usize, range: ByteRange) -> I::F {
+        // SAFETY: the caller's promise.
+        unsafe { F32.value(isa, sums, weights, column, range) }
+    }
+}
+
+impl Dot for Int8 {
+    #[inline(always)]
+    fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I {
+        isa.dot_int8(acc, a, b)
+    }
+    /// `sum (low + scale_x byte) (scale_w q) = scale_x scale_w (sum byte q) + low (sum scale_w q)`
+    #[inline(always)]
+    unsafe fn value<I: Isa>(self, isa: I, sums: I::I, weights: &Panels, column: usize, range: ByteRange) -> I::F {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let scale = isa.mul(isa.load(weights.scale.as_ptr().add(column)), isa.splat(range.scale));
+            let column_sum = isa.load(weights.column_sum.as_ptr().add(column));
+            let bias = isa.load(weights.bias.as_ptr().add(column));
+            isa.fma(isa.from_i32(sums), scale, isa.fma(column_sum, isa.splat(range.low), bias))
+        }
+    }
+}
+
+/// A few lines of stack for a tile's sums.
+#[repr(align(64))]
+struct Tile([u32; TILE_ROWS * MAX_PANEL]);
+
+struct Loops<'a, D> {
+    product: &'a Product<'a>,
+    panels: Range<usize>,
+    rows: Range<usize>,
+    format: D,
+}
+
+impl<D: Dot> Op for Loops<'_, D> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let Product { input, weights, .. } = *self.product;
+        let (steps, width) = (weights.steps, weights.width);
+        assert_eq!(width, I::PANEL);
+        if steps <= BLOCK_STEPS {
+            let mut tile = Tile([0; TILE_ROWS * MAX_PANEL]);
+            for panel in self.panels.clone() {
+                let words = weights.panel(panel).as_ptr();
+                for rows in tiles(self.rows.clone()) {
+                    // SAFETY: `compute` has checked that the input has these rows and that each has `steps` words.
+                    unsafe {
+                        let a = input.words.as_ptr().add(rows.start * input.stride);
+                        let sums = Sums { to: tile.0.as_mut_ptr(), stride: width, resume: false };
+                        multiply::<I, D>(isa, self.format, a, input.stride, words, steps, rows.len(), I::PANEL_VECTORS, sums);
+                        self.finish(isa, &tile.0, panel, rows);
+                    }
+                }
+            }
+            return;
+        }
+        let mut sums = Matrix::<u32>::take(BLOCK_ROWS, width);
+        for panel in self.panels.clone() {
+            for block in (self.rows.start..self.rows.end).step_by(BLOCK_ROWS) {
+                let block = block..(block + BLOCK_ROWS).min(self.rows.end);
+                for step in (0..steps).step_by(BLOCK_STEPS) {
+                    // SAFETY: as above; the block's sums have a row for each of its rows.
+                    unsafe {
+                        let words = weights.panel(panel).as_ptr().add(step * width);
+                        for rows in tiles(block.clone()) {
+                            let a = input.words.as_ptr().add(rows.start * input.stride + step);
+                            let to = sums.shared().row(rows.start - block.start);
+                            let sums = Sums { to, stride: width, resume: step > 0 };
+                            let steps = BLOCK_STEPS.min(steps - step);
+                            multiply::<I, D>(isa, self.format, a, input.stride, words, steps, rows.len(), I::PANEL_VECTORS, sums);
+                        }
+                    }
+                }
+                for rows in tiles(block.clone()) {
+                    let at = (rows.start - block.start) * width;
+                    // SAFETY: the panel and the rows are the product's.
+                    unsafe { self.finish(isa, &sums.all()[at..], panel, rows) };
+                }
+            }
+        }
+    }
+}
+
+impl<D: Dot> Loops<'_, D> {
+    /// The epilogue of a tile whose sums lie in `sums`, `[rows, width]`.
+    ///
+    /// # Safety
+    /// The panel and the rows are the product's, and nobody else's meanwhile.
+    #[inline(always)]
+    unsafe fn finish<I: Isa>(&self, isa: I, sums: &[u32], panel: usize, rows: Range<usize>) {
+        let Product { input, weights, start, end, activation, residual, output } = *self.product;
+        assert!(sums.len() >= rows.len() * weights.width);
+        for (i, row) in rows.enumerate() {
+            let range = input.ranges.get(row).copied().unwrap_or_default();
+            for vector in 0..I::PANEL_VECTORS {
+                let column = panel * weights.width + vector * I::LANES;
+                if column >= end || column + I::LANES <= start {
+                    continue;
+                }
+                // SAFETY: the weights have whole panels; the output has `end - start` columns, and so has the residual; a
+                // vector that reaches over either end is stored lane by lane.
+                unsafe {
+                    let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
+                    let mut value = self.format.value(isa, words, weights, column, range);
+                    if let Some(activation) = activation {
+                        value = activate(isa, activation, value);
+                    }
+                    if column < start {
+                        let mut values = [0f32; MAX_LANES];
+                        isa.store(values.as_mut_ptr(), value);
+                        let count = (column + I::LANES).min(end) - start;
+                        let own = &values[start - column..][..count];
+                        store_scalars(own, residual, output, row);
+                        continue;
+                    }
+                    let (at, n) = (column - start, end - column);
+                    if let Some(residual) = residual {
+                        let other = load_some(isa, residual.all().as_ptr().add(row * residual.stride() + at), n, 0.0);
+                        value = isa.add(value, other);
+                    }
+                    match output {
+                        Output::F32(to) => store_some(isa, to.row(row).add(at), n, value),
+                        Output::Bf16(to) => store_some_bf16(isa, to.row(row).add(at), n, value),
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The first columns of a row, where the outputs begin inside a vector.
+///
+/// # Safety
+/// The row is the product's, and nobody else's meanwhile.
+unsafe fn store_scalars(values: &[f32], residual: Option<&Matrix<f32>>, output: Output<'_>, row: usize) {
+    for (i, &value) in values.iter().enumerate() {
+        let value = value + residual.map_or(0.0, |residual| residual.row(row)[i]);
+        // SAFETY: the output has a column for each of the values.
+        unsafe {
+            match output {
+                Output::F32(to) => *to.row(row).add(i) = value,
+                Output::Bf16(to) => *to.row(row).add(i) = half::bf16::from_f32(value).to_bits(),
+            }
+        }
+    }
+}
+
+/// Cuts rows into tiles of like size.
+#[inline(always)]
+pub(super) fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let (start, n) = (rows.start, rows.len());
+    let count = n.div_ceil(TILE_ROWS);
+    (0..count).map(move |i| start + n * i / count..start + n * (i + 1) / count)
+}
+
+/// Where a tile's sums are kept.
+#[derive(Clone, Copy)]
+pub(super) struct Sums {
+    pub(super) to: *mut u32,
+    /// Words from a row's sums to the next one's.
+    pub(super) stride: usize,
+    /// Whether to add to what is there.
+    pub(super) resume: bool,
+}
+
+/// `sums[row][column] (+)= sum over steps of a[row][step] * b[step][column]`, for up to six rows and some vectors of columns.
+///
+/// # Safety
+/// `a` has `rows` rows of `steps` words, `a_stride` apart; `b` has `vectors` vectors for each step; `sums` as many for each row.
+#[inline(always)]
+#[allow(clippy::too_many_arguments, reason = "two matrices and a result, as pointers")]
+pub(super) unsafe fn multiply<I: Isa, D: Dot>(
+    isa: I,
+    format: D,
+    a: *const u32,
+    a_stride: usize,
+    b: *const u32,
+    steps: usize,
+    rows: usize,
+    vectors: usize,
+    sums: Sums,
+) {
+    let operands = Operands { a, a_stride, b, steps, sums };
+    macro_rules! kernels {
+        ($(($vectors:literal: $($rows:literal)+))+) => {
+            match (vectors, rows) {
+                $($(($vectors, $rows) => isa.enter(Kernel::<D, $rows, $vectors> { operands, format }),)+)+
+                _ => unreachable!("tiles have one to six rows of one, two or four vectors"),
+            }
+        };
+    }
+    // Each instance is a function of its own, entered with the instruction set's features.
+    kernels!((4: 1 2 3 4 5 6) (2: 1 2 3 4 5 6) (1: 1 2 3 4 5 6));
+}
+
+#[derive(Clone, Copy)]
+struct Operands {
+    a: *const u32,
+    a_stride: usize,
+    b: *const u32,
+    steps: usize,
+    sums: Sums,
+}
+
+/// The microkernel: R rows by V vectors of sums in registers.
+struct Kernel<D, const R: usize, const V: usize> {
+    operands: Operands,
+    format: D,
+}
+
+impl<D: Dot, const R: usize, const V: usize> Op for Kernel<D, R, V> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        // Known at compile time: an instruction set with fewer registers has no such tiles.
+        if V > I::PANEL_VECTORS {
+            unreachable!("wider than a panel");
+        }
+        let Operands { a, a_stride, mut b, steps, sums } = self.operands;
+        let mut acc = [[isa.splat_bits(0); V]; R];
+        // SAFETY: `multiply`'s caller has said how far each pointer reaches.
+        unsafe {
+            if sums.resume {
+                for r in 0..R {
+                    for v in 0..V {
+                        acc[r][v] = isa.load_bits(sums.to.add(r * sums.stride + v * I::LANES));
+                    }
+                }
+            }
+            for step in 0..steps {
+                let mut column = [isa.splat_bits(0); V];
+                for v in 0..V {
+                    column[v] = isa.load_bits(b.add(v * I::LANES));
+                }
+                for r in 0..R {
+                    let row = isa.splat_bits(*a.add(r * a_stride + step));
+                    for v in 0..V {
+                        acc[r][v] = self.format.dot(isa, acc[r][v], row, column[v]);
+                    }
+                }
+                b = b.add(V * I::LANES);
+            }
+            for r in 0..R {
+                for v in 0..V {
+                    isa.store_bits(sums.to.add(r * sums.stride + v * I::LANES), acc[r][v]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,207 @@
+//! AVX-512 F, BW, DQ and VL, with BF16 and VNNI dot products where the flags say so: 32 registers of 16 lanes.
+
+use std::arch::x86_64::*;
+use std::mem::transmute;
+
+use super::{Isa, Op};
+
+/// AVX-512, with `vdpbf16ps` if `BF16` and `vpdpbusd` if `VNNI`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) struct Avx512<const BF16: bool, const VNNI: bool>(());
+
+impl<const BF16: bool, const VNNI: bool> Avx512<BF16, VNNI> {
+    pub(super) fn detect() -> Option<Self> {
+        let base = is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma");
+        let bf16 = !BF16 || is_x86_feature_detected!("avx512bf16");
+        let vnni = !VNNI || is_x86_feature_detected!("avx512vnni");
+        (base && bf16 && vnni).then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,avx512vnni")]
+fn enter_bf16<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+    op.run(isa)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni")]
+fn enter_vnni<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+    op.run(isa)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn enter_base<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+    op.run(isa)
+}
+
+// SAFETY, for every block below: `detect` is the only maker of a value and has seen the instructions that it uses; the
+// pointer methods pass their caller's promise on. All loads and stores are of the unaligned kind.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument, above, for a table of one-liners")]
+unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
+    type F = __m512;
+    type I = __m512i;
+    const LANES: usize = 16;
+    const PANEL_VECTORS: usize = 4;
+
+    #[inline(always)]
+    fn enter<O: Op>(self, op: O) -> O::Output {
+        unsafe {
+            match (BF16, VNNI) {
+                (true, _) => enter_bf16(op, self),
+                (false, true) => enter_vnni(op, self),
+                (false, false) => enter_base(op, self),
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+    #[inline(always)]
+    fn splat_bits(self, x: u32) -> __m512i {
+        unsafe { _mm512_set1_epi32(x.cast_signed()) }
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m512 {
+        unsafe { _mm512_loadu_ps(from) }
+    }
+    #[inline(always)]
+    unsafe fn load_bits(self, from: *const u32) -> __m512i {
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: __m512) {
+        unsafe { _mm512_storeu_ps(to, x) }
+    }
+    #[inline(always)]
+    unsafe fn store_bits(self, to: *mut u32, x: __m512i) {
+        unsafe { _mm512_storeu_si512(to.cast(), x) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16, x: __m512) {
+        unsafe {
+            let half: __m256i = if BF16 {
+                transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x))
+            } else {
+                let x = _mm512_castps_si512(x);
+                let odd = _mm512_and_si512(_mm512_srli_epi32(x, 16), _mm512_set1_epi32(1));
+                let rounded = _mm512_add_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(0x7fff)), odd);
+                _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16))
+            };
+            _mm256_storeu_si256(to.cast(), half);
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> __m512 {
+        unsafe {
+            let words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+            _mm512_castsi512_ps(_mm512_slli_epi32(words, 16))
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_u8(self, to: *mut u8, x: __m512) {
+        unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))) }
+    }
+
+    #[inline(always)]
+    fn floats(self, x: __m512i) -> __m512 {
+        unsafe { _mm512_castsi512_ps(x) }
+    }
+    #[inline(always)]
+    fn bits(self, x: __m512) -> __m512i {
+        unsafe { _mm512_castps_si512(x) }
+    }
+    #[inline(always)]
+    fn from_i32(self, x: __m512i) -> __m512 {
+        unsafe { _mm512_cvtepi32_ps(x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+    #[inline(always)]
+    fn min(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_min_ps(a, b) }
+    }
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    fn round(self, x: __m512) -> __m512 {
+        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
+    }
+    #[inline(always)]
+    fn scale_by_power(self, x: __m512, n: __m512) -> __m512 {
+        unsafe { _mm512_scalef_ps(x, n) }
+    }
+    #[inline(always)]
+    fn sum(self, x: __m512) -> f32 {
+        unsafe { _mm512_reduce_add_ps(x) }
+    }
+    #[inline(always)]
+    fn max_of(self, x: __m512) -> f32 {
+        unsafe { _mm512_reduce_max_ps(x) }
+    }
+    #[inline(always)]
+    fn min_of(self, x: __m512) -> f32 {
+        unsafe { _mm512_reduce_min_ps(x) }
+    }
+
+    #[inline(always)]
+    fn dot_f32(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe {
+            let (acc, a, b) = (_mm512_castsi512_ps(acc), _mm512_castsi512_ps(a), _mm512_castsi512_ps(b));
+            _mm512_castps_si512(_mm512_fmadd_ps(a, b, acc))
+        }
+    }
+    #[inline(always)]
+    fn dot_bf16(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe {
+            if BF16 {
+                let (a, b) = (transmute::<__m512i, __m512bh>(a), transmute::<__m512i, __m512bh>(b));
+                return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(acc), a, b));
+            }
+            let high = _mm512_set1_epi32(0xffff_0000_u32.cast_signed());
+            let acc = self.dot_f32(acc, _mm512_slli_epi32(a, 16), _mm512_slli_epi32(b, 16));
+            self.dot_f32(acc, _mm512_and_si512(a, high), _mm512_and_si512(b, high))
+        }
+    }
+    #[inline(always)]
+    fn dot_int8(self, acc: __m512i, a: __m512i, b: __m512i) -> __m512i {
+        unsafe {
+            if VNNI {
+                return _mm512_dpbusd_epi32(acc, a, b);
+            }
+            // In 16-bit halves: a product of bytes in pairs, `vpmaddubsw`, saturates.
+            let even = _mm512_madd_epi16(
+                _mm512_and_si512(a, _mm512_set1_epi16(0xff)),
+                _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8),
+            );
+            let odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
+            _mm512_add_epi32(acc, _mm512_add_epi32(even, odd))
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! Plain Rust over arrays of lanes: the path of every machine without a file of its own, and the definition of the others.
+//!
+//! The compiler turns the loops into the target's baseline vectors (SSE2 on x86-64, NEON on AArch64).
+
+use super::{Isa, Op};
+
+const LANES: usize = 8;
+
+/// No instructions beyond the target's own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in super::super) struct Portable;
+
+#[inline(always)]
+fn lanes<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES] {
+    let mut out = [T::default(); LANES];
+    for (i, lane) in out.iter_mut().enumerate() {
+        *lane = f(i);
+    }
+    out
+}
+
+// SAFETY: there are no instructions that a machine may lack; the pointer methods pass their caller's promise on.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument, above, for a table of one-liners")]
+unsafe impl Isa for Portable {
+    type F = [f32; LANES];
+    type I = [u32; LANES];
+    const LANES: usize = LANES;
+    const PANEL_VECTORS: usize = 2;
+
+    // A call, as the other instruction sets' entries are: kernels inlined into every loop would be slow to compile.
+    #[inline(never)]
+    fn enter<O: Op>(self, op: O) -> O::Output {
+        op.run(self)
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> Self::F {
+        [x; LANES]
+    }
+    #[inline(always)]
+    fn splat_bits(self, x: u32) -> Self::I {
+        [x; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> Self::F {
+        unsafe { from.cast::<Self::F>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn load_bits(self, from: *const u32) -> Self::I {
+        unsafe { from.cast::<Self::I>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, x: Self::F) {
+        unsafe { to.cast::<Self::F>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn store_bits(self, to: *mut u32, x: Self::I) {
+        unsafe { to.cast::<Self::I>().write_unaligned(x) }
+    }
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut u16, x: Self::F) {
+        unsafe { to.cast::<[u16; LANES]>().write_unaligned(lanes(|i| half::bf16::from_f32(x[i]).to_bits())) }
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const u16) -> Self::F {
+        let x = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        lanes(|i| f32::from_bits(u32::from(x[i]) << 16))
+    }
+    #[inline(always)]
+    unsafe fn store_u8(self, to: *mut u8, x: Self::F) {
+        unsafe { to.cast::<[u8; LANES]>().write_unaligned(lanes(|i| x[i].round_ties_even() as u8)) }
+    }
+
+    #[inline(always)]
+    fn floats(self, x: Self::I) -> Self::F {
+        lanes(|i| f32::from_bits(x[i]))
+    }
+    #[inline(always)]
+    fn bits(self, x: Self::F) -> Self::I {
+        lanes(|i| x[i].to_bits())
+    }
+    #[inline(always)]
+    fn from_i32(self, x: Self::I) -> Self::F {
+        lanes(|i| x[i].cast_signed() as f32)
+    }
+
+    #[inline(always)]
+    fn add(self, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] + b[i])
+    }
+    #[inline(always)]
+    fn sub(self, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] - b[i])
+    }
+    #[inline(always)]
+    fn mul(self, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] * b[i])
+    }
+    #[inline(always)]
+    fn div(self, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| a[i] / b[i])
+    }
+    #[inline(always)]
+    fn max(self, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| if a[i] > b[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    fn min(self, a: Self::F, b: Self::F) -> Self::F {
+        lanes(|i| if a[i] < b[i] { a[i] } else { b[i] })
+    }
+    /// Rounded twice: a fused product is a library call on x86-64 without FMA.
+    #[inline(always)]
+    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F {
+        lanes(|i| a[i] * b[i] + c[i])
+    }
+    #[inline(always)]
+    fn round(self, x: Self::F) -> Self::F {
+        lanes(|i| x[i].round_ties_even())
+    }
+    #[inline(always)]
+    fn scale_by_power(self, x: Self::F, n: Self::F) -> Self::F {
+        lanes(|i| x[i] * f32::from_bits(((n[i] as i32 + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    fn sum(self, x: Self::F) -> f32 {
+        x.iter().sum()
+    }
+    #[inline(always)]
+    fn max_of(self, x: Self::F) -> f32 {
+        x.iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+    #[inline(always)]
+    fn min_of(self, x: Self::F) -> f32 {
+        x.iter().copied().fold(f32::INFINITY, f32::min)
+    }
+
+    #[inline(always)]
+    fn dot_f32(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I {
+        lanes(|i| (f32::from_bits(acc[i]) + f32::from_bits(a[i]) * f32::from_bits(b[i])).to_bits())
+    }
+    #[inline(always)]
+    fn dot_bf16(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I {
+        let acc = self.dot_f32(acc, lanes(|i| a[i] << 16), lanes(|i| b[i] << 16));
+        self.dot_f32(acc, lanes(|i| a[i] & 0xffff_0000), lanes(|i| b[i] & 0xffff_0000))
+    }
+    #[inline(always)]
+    fn dot_int8(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I {
+        let byte = |i: usize, shift: u32| i32::from((a[i] >> shift) as u8) * i32::from((b[i] >> shift) as u8 as i8);
+        lanes(|i| (acc[i].cast_signed() + byte(i, 0) + byte(i, 8) + byte(i, 16) + byte(i, 24)).cast_unsigned())
+    }
+}
