@@ -129,6 +129,9 @@ mod tests {
         assert_eq!(batch.first_rows(), [0, 3]);
         assert_eq!(batch.ranges().collect::<Vec<_>>(), [0..3, 3..4]);
         let turned = batch.select(&[1, 0]);
-        assert_eq!((turned.ids(), turned.positions(), turned.offsets()), (&[8, 5, 6, 7][..], &[0, 0, 1, 2][..], &[0, 1, 4][..]));
+        assert_eq!(
+            (turned.ids(), turned.positions(), turned.offsets()),
+            (&[8, 5, 6, 7][..], &[0, 0, 1, 2][..], &[0, 1, 4][..])
+        );
     }
 }

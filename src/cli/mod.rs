@@ -1,5 +1,6 @@
 //! The command line: one file per command, and the exit codes in one place.
 
+mod bench;
 mod download;
 mod eval;
 mod models;
@@ -41,6 +42,8 @@ enum Command {
     Rank(rank::Args),
     /// Measure how well models rank, beside BM25
     Eval(eval::Args),
+    /// Measure how fast models score pairs on this machine
+    Bench(bench::Args),
     /// List the models known by name
     Models(models::Args),
     /// Download models into the cache, to serve them offline later
@@ -103,6 +106,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Serve(args) => serve::run(&args),
         Command::Rank(args) => rank::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Models(args) => models::run(&args),
         Command::Download(args) => download::run(&args),
     }
@@ -115,6 +119,7 @@ impl Command {
             Self::Serve(args) => Some(&args.serve.models),
             Self::Rank(args) => Some(&args.models),
             Self::Eval(args) => Some(&args.models),
+            Self::Bench(args) => Some(&args.models),
             Self::Models(_) | Self::Download(_) => None,
         }
     }
@@ -192,7 +197,7 @@ mod tests {
     #[test]
     fn every_flag_has_its_environment_variable() {
         let command = Cli::command();
-        for sub in ["serve", "rank", "eval"] {
+        for sub in ["serve", "rank", "eval", "bench"] {
             for arg in command.find_subcommand(sub).unwrap().get_arguments().filter(|arg| arg.get_env().is_some()) {
                 let long = arg.get_long().expect("flags with a variable have a name");
                 assert_eq!(arg.get_env().unwrap(), &*format!("RERANKD_{}", long.to_uppercase().replace('-', "_")));

@@ -38,6 +38,20 @@ pub enum DeviceChoice {
     CandleCuda(usize),
 }
 
+impl DeviceChoice {
+    /// A word for tables.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Cpu(Dtype::F32, _) => "f32",
+            Self::Cpu(Dtype::Bf16, _) => "bf16",
+            Self::Cpu(Dtype::Int8, _) => "int8",
+            Self::Candle => "candle",
+            #[cfg(feature = "candle-cuda")]
+            Self::CandleCuda(_) => "candle-cuda",
+        }
+    }
+}
+
 /// What loading is told beside the model itself.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
@@ -59,6 +73,8 @@ pub struct LoadedModel {
     pub text: TextEncoder,
     /// Pairs to logits.
     pub encoder: Box<dyn CrossEncoder>,
+    /// Rows of the word embedding: every token id is below it.
+    pub vocabulary: usize,
     /// Implementation, precision and device; dimensions; seconds to load.
     pub description: String,
 }
@@ -105,7 +121,7 @@ pub fn load(source: &ModelSource, hub: &Hub, options: &LoadOptions) -> Result<Lo
     aliases.push(catalogue::short_name(&source.name).to_owned());
     aliases.retain(|alias| !alias.eq_ignore_ascii_case(&source.name));
     aliases.dedup();
-    Ok(LoadedModel { name: source.name.clone(), aliases, text, encoder, description })
+    Ok(LoadedModel { name: source.name.clone(), aliases, text, encoder, vocabulary: config.vocab_size, description })
 }
 
 fn load_encoder(

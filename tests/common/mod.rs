@@ -3,8 +3,11 @@
 #![allow(dead_code, reason = "each test file is a crate of its own and uses some of this")]
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Result;
+use rerankd::backend::Dtype;
+use rerankd::backend::cpu::Pool;
 use rerankd::loading::download::Hub;
 use rerankd::loading::source::ModelSource;
 use rerankd::loading::{self, DeviceChoice, LoadOptions, LoadedModel};
@@ -46,11 +49,21 @@ pub(crate) fn limits(window: usize) -> TextLimits {
     }
 }
 
-/// Loads a folder as a start of the server does.
+/// Loads a folder as a start of the server does, on the reference backend.
 pub(crate) fn load(folder: &Path) -> Result<LoadedModel> {
+    load_on(DeviceChoice::Candle, folder)
+}
+
+/// Our own backend for processors.
+pub(crate) fn cpu(dtype: Dtype, threads: usize) -> DeviceChoice {
+    DeviceChoice::Cpu(dtype, Arc::new(Pool::new(threads, false).unwrap()))
+}
+
+/// [`load`] on a device.
+pub(crate) fn load_on(device: DeviceChoice, folder: &Path) -> Result<LoadedModel> {
     let source = ModelSource::parse(&folder.display().to_string())?;
-    let options = LoadOptions { device: DeviceChoice::Cpu, window: None, limits: limits(0) };
-    loading::load(&source, &Hub::from_env(), options)
+    let options = LoadOptions { device, window: None, limits: limits(0) };
+    loading::load(&source, &Hub::from_env(), &options)
 }
 
 /// A paragraph of XQuAD and the questions that it answers.

@@ -22,11 +22,11 @@ use super::product::{self, Dot, Output, Sums};
 use super::simd::{Isa, Op, Path};
 use crate::backend::AttentionShape;
 
-/// Queries of a block: eight tiles of six.
-const BLOCK_QUERIES: usize = 48;
+/// Queries of a block: four tiles of six.
+const BLOCK_QUERIES: usize = 24;
 
 /// Keys of a block: a whole number of panels on every instruction set.
-const BLOCK_KEYS: usize = 256;
+const BLOCK_KEYS: usize = 512;
 
 /// A sequence's queries and keys, as rows.
 #[derive(Debug, Clone)]
@@ -144,7 +144,8 @@ impl<E: Element> Op for Head<'_, E> {
         let key_panels = keys.div_ceil(I::PANEL);
         let value_steps = keys.div_ceil(E::PER_STEP);
         // Narrow heads have narrow panels of values: half a register tile of zeros would cost as much as a full one.
-        let vectors = if d <= I::LANES { 1 } else { 2.max(I::PANEL_VECTORS.min(d.div_ceil(I::LANES).next_power_of_two())) };
+        let vectors =
+            if d <= I::LANES { 1 } else { 2.max(I::PANEL_VECTORS.min(d.div_ceil(I::LANES).next_power_of_two())) };
         let value_width = vectors * I::LANES;
         let value_panels = d.div_ceil(value_width);
 
@@ -170,10 +171,15 @@ impl<E: Element> Op for Head<'_, E> {
         let factor = std::f32::consts::LOG2_E / (d as f32).sqrt();
         for block in (self.queries.start..self.queries.end).step_by(BLOCK_QUERIES) {
             let rows = BLOCK_QUERIES.min(self.queries.end - block);
-            for row in 0..rows {
-                let from = &q.row(block + row)[column..][..d];
-                pack_words::<E>(from, &mut packed_queries[row * steps..][..steps]);
-            }
+            let (words, words_stride) = if whole_steps::<E>(d, column) {
+                (q.row(block)[column..].as_ptr().cast::<u32>(), q.stride() / E::PER_STEP)
+            } else {
+                for row in 0..rows {
+                    let from = &q.row(block + row)[column..][..d];
+                    pack_words::<E>(from, &mut packed_queries[row * steps..][..steps]);
+                }
+                (packed_queries.as_ptr(), steps)
+            };
             for first_key in (0..keys).step_by(BLOCK_KEYS) {
                 let n = BLOCK_KEYS.min(keys - first_key);
                 // SAFETY: all matrices were taken above with a row for each query of a block and a column for each key of it;
@@ -182,11 +188,11 @@ impl<E: Element> Op for Head<'_, E> {
                     for panel in 0..n.div_ceil(I::PANEL) {
                         let b = packed_keys.as_ptr().add((first_key / I::PANEL + panel) * steps * I::PANEL);
                         for tile in product::tiles(0..rows) {
-                            let a = packed_queries.as_ptr().add(tile.start * steps);
+                            let a = words.add(tile.start * words_stride);
                             let to = scores.shared().row(tile.start).add(panel * I::PANEL).cast();
                             let sums = Sums { to, stride: scores.stride(), resume: false };
                             let vectors = I::PANEL_VECTORS;
-                            product::multiply(isa, E::FORMAT, a, steps, b, steps, tile.len(), vectors, sums);
+                            product::multiply(isa, E::FORMAT, a, words_stride, b, steps, tile.len(), vectors, sums);
                         }
                     }
                     for row in 0..rows {
@@ -220,15 +226,17 @@ impl<E: Element> Op for Head<'_, E> {
                     }
                 }
             }
-            for row in 0..rows {
-                let inverse = isa.splat(1.0 / total[row]);
+            for (row, total) in total.iter().enumerate().take(rows) {
+                let inverse = isa.splat(1.0 / total);
                 for at in (0..d).step_by(I::LANES) {
                     // SAFETY: the output has C columns, d of them this head's, and nobody else writes them.
                     unsafe {
                         let value = isa.mul(isa.load(context.shared().row(row).add(at)), inverse);
                         match output {
                             Output::F32(to) => store_some(isa, to.row(block + row).add(column + at), d - at, value),
-                            Output::Bf16(to) => store_some_bf16(isa, to.row(block + row).add(column + at), d - at, value),
+                            Output::Bf16(to) => {
+                                store_some_bf16(isa, to.row(block + row).add(column + at), d - at, value)
+                            }
                         }
                     }
                 }
@@ -254,10 +262,18 @@ unsafe fn soften<I: Isa, E: Element>(
     let whole = n / I::LANES * I::LANES;
     // SAFETY: the caller's promise.
     unsafe {
-        let mut most = isa.splat(before);
-        for at in (0..whole).step_by(I::LANES) {
-            most = isa.max(most, isa.load(scores.add(at)));
+        // Four at a time: one after the other, each would wait for the one before.
+        let mut parts = [isa.splat(before); 4];
+        let unrolled = whole / (4 * I::LANES) * (4 * I::LANES);
+        for at in (0..unrolled).step_by(4 * I::LANES) {
+            for (i, part) in parts.iter_mut().enumerate() {
+                *part = isa.max(*part, isa.load(scores.add(at + i * I::LANES)));
+            }
         }
+        for at in (unrolled..whole).step_by(I::LANES) {
+            parts[0] = isa.max(parts[0], isa.load(scores.add(at)));
+        }
+        let mut most = isa.max(isa.max(parts[0], parts[1]), isa.max(parts[2], parts[3]));
         if whole < n {
             most = isa.max(most, load_some(isa, scores.add(whole), n - whole, f32::NEG_INFINITY));
         }
@@ -265,12 +281,12 @@ unsafe fn soften<I: Isa, E: Element>(
         let (scale, shift) = (isa.splat(factor), isa.splat(-largest * factor));
         let mut sum = isa.splat(0.0);
         for at in (0..whole).step_by(I::LANES) {
-            let weight = exp2(isa, isa.fma(isa.load(scores.add(at)), scale, shift), E::EXACTNESS);
+            let weight = power::<I, E>(isa, isa.fma(isa.load(scores.add(at)), scale, shift));
             sum = isa.add(sum, weight);
             E::store(isa, to.add(at), I::LANES, weight);
         }
         if whole < n {
-            let weight = exp2(isa, isa.fma(isa.load(scores.add(whole)), scale, shift), E::EXACTNESS);
+            let weight = power::<I, E>(isa, isa.fma(isa.load(scores.add(whole)), scale, shift));
             let mut lanes = [0f32; MAX_LANES];
             isa.store(lanes.as_mut_ptr(), weight);
             lanes[n - whole..].fill(0.0);
@@ -280,6 +296,15 @@ unsafe fn soften<I: Isa, E: Element>(
             E::store(isa, to.add(whole), (n - whole).next_multiple_of(E::PER_STEP), weight);
         }
         (largest, isa.sum(sum))
+    }
+}
+
+/// `2^x` as exactly as the element needs.
+#[inline(always)]
+fn power<I: Isa, E: Element>(isa: I, x: I::F) -> I::F {
+    match E::EXACTNESS {
+        Exactness::F32 => exp2(isa, x, Exactness::F32),
+        Exactness::Bf16 => isa.exp2_for_bf16(x),
     }
 }
 
@@ -294,7 +319,7 @@ fn pack_keys<I: Isa, E: Element>(
     to: &mut [u32],
 ) {
     let steps = d.div_ceil(E::PER_STEP);
-    let whole_steps = d.is_multiple_of(E::PER_STEP) && column.is_multiple_of(E::PER_STEP);
+    let whole_steps = whole_steps::<E>(d, column);
     for first in (0..keys.len().next_multiple_of(I::PANEL)).step_by(I::LANES) {
         let at = first / I::PANEL * steps * I::PANEL + first % I::PANEL;
         let n = I::LANES.min(keys.len().saturating_sub(first));
@@ -348,6 +373,12 @@ fn pack_values<E: Element>(
             }
         }
     }
+}
+
+/// Whether a head's columns are whole words where they lie. Heads of odd width are copied.
+#[inline(always)]
+fn whole_steps<E: Element>(d: usize, column: usize) -> bool {
+    d.is_multiple_of(E::PER_STEP) && column.is_multiple_of(E::PER_STEP)
 }
 
 /// One row as words of k-steps.

@@ -24,7 +24,7 @@ pub(super) fn exp2<I: Isa>(isa: I, x: I::F, exactness: Exactness) -> I::F {
             let p = isa.fma(f, p, isa.splat(0.009_618_489));
             let p = isa.fma(f, p, isa.splat(0.055_503_286));
             let p = isa.fma(f, p, isa.splat(0.240_226_46));
-            let p = isa.fma(f, p, isa.splat(0.693_147_2));
+            let p = isa.fma(f, p, isa.splat(std::f32::consts::LN_2));
             isa.fma(f, p, isa.splat(1.0))
         }
         Exactness::Bf16 => {
@@ -38,9 +38,9 @@ pub(super) fn exp2<I: Isa>(isa: I, x: I::F, exactness: Exactness) -> I::F {
 
 /// The activations that run in an epilogue. `Tanh` is not among them: heads have a few rows, and take the library's.
 #[inline(always)]
-pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::F) -> I::F {
+pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::F, exactness: Exactness) -> I::F {
     match activation {
-        Activation::Gelu => gelu(isa, x),
+        Activation::Gelu => gelu(isa, x, exactness),
         Activation::GeluTanh => gelu_tanh(isa, x),
         Activation::Relu => isa.max(x, isa.splat(0.0)),
         Activation::Tanh => x,
@@ -50,9 +50,9 @@ pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::F) -> I::F 
 /// `x / 2 * (1 + erf(x / sqrt 2))`.
 ///
 /// erf is the ratio of polynomials that Eigen uses (`generic_fast_erf_float`, MPL-2.0, whose coefficients these are): within
-/// a few units in the last place of f32.
+/// a few units in the last place of f32. Where the result is rounded to bf16 next, the ratio is taken within 1e-4.
 #[inline(always)]
-fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
+fn gelu<I: Isa>(isa: I, x: I::F, exactness: Exactness) -> I::F {
     let z = isa.mul(x, isa.splat(std::f32::consts::FRAC_1_SQRT_2));
     let z = isa.max(isa.min(z, isa.splat(4.0)), isa.splat(-4.0));
     let z2 = isa.mul(z, z);
@@ -64,7 +64,10 @@ fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
     for c in [-2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2] {
         q = isa.fma(q, z2, isa.splat(c));
     }
-    let erf = isa.div(isa.mul(z, p), q);
+    let erf = match exactness {
+        Exactness::F32 => isa.div(isa.mul(z, p), q),
+        Exactness::Bf16 => isa.div_for_bf16(isa.mul(z, p), q),
+    };
     let half = isa.mul(x, isa.splat(0.5));
     isa.fma(half, erf, half)
 }

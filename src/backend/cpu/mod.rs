@@ -20,6 +20,7 @@ mod matrix;
 mod panels;
 mod pieces;
 mod pool;
+pub mod probe;
 mod product;
 mod rows;
 mod simd;
@@ -40,8 +41,8 @@ use self::product::{Output, Product};
 use self::rows::{LayerNorm, Low, Lower, LowerFrom, gather, input, take_bf16};
 use self::simd::Path;
 use super::{
-    Activation, AttentionShape, Backend, BackendError, Dtype, EmbeddingTables, Epilogue, Graph, HostTensor, NormWeights,
-    Place,
+    Activation, AttentionShape, Backend, BackendError, Dtype, EmbeddingTables, Epilogue, Graph, HostTensor,
+    NormWeights, Place,
 };
 use crate::batch::Batch;
 
@@ -102,12 +103,15 @@ impl CpuBackend {
     }
 
     fn on(path: Path, dtype: Dtype, pool: Arc<Pool>) -> Self {
-        let format = match dtype {
+        Self { path, format: Self::format_of(dtype), pool }
+    }
+
+    fn format_of(dtype: Dtype) -> Format {
+        match dtype {
             Dtype::F32 => Format::F32,
             Dtype::Bf16 => Format::Bf16,
             Dtype::Int8 => Format::Int8,
-        };
-        Self { path, format, pool }
+        }
     }
 
     /// Whether this machine multiplies bf16 in one instruction. Where it does not, bf16 is slower than f32.
@@ -188,10 +192,7 @@ impl CpuBackend {
                 };
                 let mut context = Matrix::take(q.rows(), columns);
                 let (k_start, v_start, output) = (starts[0], starts[1], Output::F32(context.shared()));
-                self.heads::<product::F32>(
-                    lane,
-                    &Attention { shape, q, kv, k_start, v_start, sequences, output },
-                );
+                self.heads::<product::F32>(lane, &Attention { shape, q, kv, k_start, v_start, sequences, output });
                 Buffer { rows: context.rows(), exact: Some(context), low: None }
             }
         }

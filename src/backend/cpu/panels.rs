@@ -37,7 +37,6 @@ impl Format {
 #[derive(Debug)]
 pub(super) struct Panels {
     pub(super) format: Format,
-    pub(super) outputs: usize,
     /// K-steps of a column.
     pub(super) steps: usize,
     /// Columns of a panel.
@@ -63,8 +62,11 @@ impl Panels {
         if format == Format::Int8 {
             let row = |output: usize| &weight.data[output * inputs..][..inputs];
             scale = (0..outputs).map(|output| int8_scale(row(output))).collect();
-            column_sum = (0..outputs).map(|o| row(o).iter().map(|&w| int8(w, scale[o])).sum::<i32>()).zip(&scale)
-                .map(|(sum, scale)| sum as f32 * scale).collect();
+            column_sum = (0..outputs)
+                .map(|o| row(o).iter().map(|&w| int8(w, scale[o])).sum::<i32>())
+                .zip(&scale)
+                .map(|(sum, scale)| sum as f32 * scale)
+                .collect();
             scale.resize(panels * width, 0.0);
             column_sum.resize(panels * width, 0.0);
         }
@@ -84,18 +86,13 @@ impl Panels {
                 }
             }
         });
-        Self { format, outputs, steps, width, words, bias: padded_bias, scale, column_sum }
+        Self { format, steps, width, words, bias: padded_bias, scale, column_sum }
     }
 
     /// The words of a panel: `[steps, width]`.
     pub(super) fn panel(&self, panel: usize) -> &[u32] {
         let words: &[u32] = bytemuck::cast_slice(&self.words);
         &words[panel * self.steps * self.width..][..self.steps * self.width]
-    }
-
-    /// Bytes that it holds.
-    pub(super) fn bytes(&self) -> usize {
-        size_of_val(&self.words[..]) + 4 * (self.bias.len() + self.scale.len() + self.column_sum.len())
     }
 }
 

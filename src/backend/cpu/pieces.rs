@@ -60,7 +60,7 @@ fn deal(sequences: &[usize], lengths: &[usize], threads: usize) -> Vec<Vec<usize
     dealt.into_iter().map(|(_, own)| own).collect()
 }
 
-/// Consecutive sequences up to `tokens` tokens; a longer one by itself.
+/// Neighbours up to `tokens` tokens; a longer sequence by itself. Within a piece, sequences are in the batch's order.
 fn pieces(sequences: &[usize], lengths: &[usize], tokens: usize) -> Vec<Piece> {
     let mut pieces: Vec<Piece> = Vec::new();
     let mut room = 0;
@@ -74,6 +74,7 @@ fn pieces(sequences: &[usize], lengths: &[usize], tokens: usize) -> Vec<Piece> {
         }
         room = room.saturating_sub(lengths[sequence]);
     }
+    pieces.iter_mut().for_each(|piece| piece.sort_unstable());
     pieces
 }
 
@@ -101,7 +102,7 @@ mod tests {
 
     #[test]
     fn short_ones_share_a_piece() {
-        assert_eq!(cut(&[30, 31, 32, 33], 1).apart, [[[3, 2, 1, 0]]]);
+        assert_eq!(cut(&[30, 31, 32, 33], 1).apart, [[[0, 1, 2, 3]]]);
     }
 
     proptest! {

@@ -121,7 +121,9 @@ impl Pool {
         }
         // SAFETY: only the lifetime is taken away; below, this function waits for every helper, whatever happens.
         let task_for_helpers = unsafe {
-            Task(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(task))
+            Task(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(
+                task,
+            ))
         };
         {
             let mut slot = self.shared.lock();

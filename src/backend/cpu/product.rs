@@ -17,7 +17,7 @@
 
 use std::ops::Range;
 
-use super::math::{MAX_LANES, activate, load_some, store_some, store_some_bf16};
+use super::math::{Exactness, MAX_LANES, activate};
 use super::matrix::{Matrix, Shared};
 use super::panels::{Format, Panels};
 use super::simd::{Isa, Op, Path};
@@ -102,11 +102,33 @@ impl Product<'_> {
 /// A [`Format`] as a type: what one k-step does to an accumulator, and what a finished sum is worth.
 pub(super) trait Dot: Copy {
     fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I;
-    /// The value of the sums of one row at `column` and the following.
-    ///
+    /// The value of a row's sums in some columns.
+    fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, range: ByteRange) -> I::F;
+}
+
+/// What belongs to a vector of columns.
+pub(super) struct Columns<I: Isa> {
+    bias: I::F,
+    /// These two int8 alone.
+    scale: I::F,
+    column_sum: I::F,
+}
+
+impl<I: Isa> Columns<I> {
     /// # Safety
     /// The weights have a whole vector of columns there.
-    unsafe fn value<I: Isa>(self, isa: I, sums: I::I, weights: &Panels, column: usize, range: ByteRange) -> I::F;
+    #[inline(always)]
+    unsafe fn load(isa: I, weights: &Panels, column: usize) -> Self {
+        // SAFETY: the caller's promise; what f32 and bf16 do not have is not read.
+        unsafe {
+            let bias = isa.load(weights.bias.as_ptr().add(column));
+            if weights.format != Format::Int8 {
+                return Self { bias, scale: bias, column_sum: bias };
+            }
+            let scale = isa.load(weights.scale.as_ptr().add(column));
+            Self { bias, scale, column_sum: isa.load(weights.column_sum.as_ptr().add(column)) }
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -122,9 +144,8 @@ impl Dot for F32 {
         isa.dot_f32(acc, a, b)
     }
     #[inline(always)]
-    unsafe fn value<I: Isa>(self, isa: I, sums: I::I, weights: &Panels, column: usize, _: ByteRange) -> I::F {
-        // SAFETY: the caller's promise.
-        isa.add(isa.floats(sums), unsafe { isa.load(weights.bias.as_ptr().add(column)) })
+    fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, _: ByteRange) -> I::F {
+        isa.add(isa.floats(sums), columns.bias)
     }
 }
 
@@ -134,9 +155,8 @@ impl Dot for Bf16 {
         isa.dot_bf16(acc, a, b)
     }
     #[inline(always)]
-    unsafe fn value<I: Isa>(self, isa: I, sums: I::I, weights: &Panels, column: usize, range: ByteRange) -> I::F {
-        // SAFETY: the caller's promise.
-        unsafe { F32.value(isa, sums, weights, column, range) }
+    fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, range: ByteRange) -> I::F {
+        F32.value(isa, sums, columns, range)
     }
 }
 
@@ -147,14 +167,9 @@ impl Dot for Int8 {
     }
     /// `sum (low + scale_x byte) (scale_w q) = scale_x scale_w (sum byte q) + low (sum scale_w q)`
     #[inline(always)]
-    unsafe fn value<I: Isa>(self, isa: I, sums: I::I, weights: &Panels, column: usize, range: ByteRange) -> I::F {
-        // SAFETY: the caller's promise.
-        unsafe {
-            let scale = isa.mul(isa.load(weights.scale.as_ptr().add(column)), isa.splat(range.scale));
-            let column_sum = isa.load(weights.column_sum.as_ptr().add(column));
-            let bias = isa.load(weights.bias.as_ptr().add(column));
-            isa.fma(isa.from_i32(sums), scale, isa.fma(column_sum, isa.splat(range.low), bias))
-        }
+    fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, range: ByteRange) -> I::F {
+        let scale = isa.mul(columns.scale, isa.splat(range.scale));
+        isa.fma(isa.i32_to_f32(sums), scale, isa.fma(columns.column_sum, isa.splat(range.low), columns.bias))
     }
 }
 
@@ -186,7 +201,17 @@ impl<D: Dot> Op for Loops<'_, D> {
                     unsafe {
                         let a = input.words.as_ptr().add(rows.start * input.stride);
                         let sums = Sums { to: tile.0.as_mut_ptr(), stride: width, resume: false };
-                        multiply::<I, D>(isa, self.format, a, input.stride, words, steps, rows.len(), I::PANEL_VECTORS, sums);
+                        multiply::<I, D>(
+                            isa,
+                            self.format,
+                            a,
+                            input.stride,
+                            words,
+                            steps,
+                            rows.len(),
+                            I::PANEL_VECTORS,
+                            sums,
+                        );
                         self.finish(isa, &tile.0, panel, rows);
                     }
                 }
@@ -206,7 +231,17 @@ impl<D: Dot> Op for Loops<'_, D> {
                             let to = sums.shared().row(rows.start - block.start);
                             let sums = Sums { to, stride: width, resume: step > 0 };
                             let steps = BLOCK_STEPS.min(steps - step);
-                            multiply::<I, D>(isa, self.format, a, input.stride, words, steps, rows.len(), I::PANEL_VECTORS, sums);
+                            multiply::<I, D>(
+                                isa,
+                                self.format,
+                                a,
+                                input.stride,
+                                words,
+                                steps,
+                                rows.len(),
+                                I::PANEL_VECTORS,
+                                sums,
+                            );
                         }
                     }
                 }
@@ -221,45 +256,93 @@ impl<D: Dot> Op for Loops<'_, D> {
 }
 
 impl<D: Dot> Loops<'_, D> {
-    /// The epilogue of a tile whose sums lie in `sums`, `[rows, width]`.
+    /// The epilogue of a tile whose sums lie in `sums`, `[rows, width]`. What encoder layers end in is compiled each by itself.
     ///
     /// # Safety
     /// The panel and the rows are the product's, and nobody else's meanwhile.
     #[inline(always)]
     unsafe fn finish<I: Isa>(&self, isa: I, sums: &[u32], panel: usize, rows: Range<usize>) {
-        let Product { input, weights, start, end, activation, residual, output } = *self.product;
+        let Product { weights, start, end, activation, residual, output, .. } = *self.product;
         assert!(sums.len() >= rows.len() * weights.width);
-        for (i, row) in rows.enumerate() {
-            let range = input.ranges.get(row).copied().unwrap_or_default();
-            for vector in 0..I::PANEL_VECTORS {
-                let column = panel * weights.width + vector * I::LANES;
-                if column >= end || column + I::LANES <= start {
-                    continue;
+        let columns = panel * weights.width..(panel + 1) * weights.width;
+        let whole = start <= columns.start && columns.end <= end;
+        let general = General { activation, residual, output };
+        // SAFETY: passed on.
+        unsafe {
+            match (whole, activation, residual, output) {
+                (true, None, None, Output::Bf16(to)) => self.whole(isa, sums, columns, rows, Rounded(to)),
+                (true, Some(Activation::Gelu), None, Output::Bf16(to)) => {
+                    self.whole(isa, sums, columns, rows, RoundedGelu(to));
                 }
-                // SAFETY: the weights have whole panels; the output has `end - start` columns, and so has the residual; a
-                // vector that reaches over either end is stored lane by lane.
-                unsafe {
+                (true, None, Some(residual), Output::F32(to)) => {
+                    self.whole(isa, sums, columns, rows, Added(residual, to));
+                }
+                (true, ..) => self.whole(isa, sums, columns, rows, general),
+                (false, ..) => self.edge(isa, sums, columns, rows, general),
+            }
+        }
+    }
+
+    /// A tile all of whose columns are wanted.
+    ///
+    /// # Safety
+    /// As for [`Self::finish`].
+    #[inline(always)]
+    unsafe fn whole<I: Isa, S: Store>(
+        &self,
+        isa: I,
+        sums: &[u32],
+        columns: Range<usize>,
+        rows: Range<usize>,
+        store: S,
+    ) {
+        let Product { input, weights, start, .. } = *self.product;
+        for vector in 0..I::PANEL_VECTORS {
+            // SAFETY: the weights have whole panels; `finish` has checked the sums, `compute` the ranges.
+            unsafe {
+                let column = columns.start + vector * I::LANES;
+                let own = Columns::load(isa, weights, column);
+                for (i, row) in rows.clone().enumerate() {
+                    let range = match weights.format {
+                        Format::Int8 => *input.ranges.get_unchecked(row),
+                        Format::F32 | Format::Bf16 => ByteRange::default(),
+                    };
                     let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
-                    let mut value = self.format.value(isa, words, weights, column, range);
-                    if let Some(activation) = activation {
-                        value = activate(isa, activation, value);
-                    }
-                    if column < start {
-                        let mut values = [0f32; MAX_LANES];
-                        isa.store(values.as_mut_ptr(), value);
-                        let count = (column + I::LANES).min(end) - start;
-                        let own = &values[start - column..][..count];
-                        store_scalars(own, residual, output, row);
-                        continue;
-                    }
-                    let (at, n) = (column - start, end - column);
-                    if let Some(residual) = residual {
-                        let other = load_some(isa, residual.all().as_ptr().add(row * residual.stride() + at), n, 0.0);
-                        value = isa.add(value, other);
-                    }
-                    match output {
-                        Output::F32(to) => store_some(isa, to.row(row).add(at), n, value),
-                        Output::Bf16(to) => store_some_bf16(isa, to.row(row).add(at), n, value),
+                    store.store(isa, row, column - start, self.format.value(isa, words, &own, range));
+                }
+            }
+        }
+    }
+
+    /// A tile that the wanted columns begin or end in: value by value.
+    ///
+    /// # Safety
+    /// As for [`Self::finish`].
+    #[inline(always)]
+    unsafe fn edge<I: Isa>(
+        &self,
+        isa: I,
+        sums: &[u32],
+        columns: Range<usize>,
+        rows: Range<usize>,
+        general: General<'_>,
+    ) {
+        let Product { input, weights, start, end, .. } = *self.product;
+        for vector in 0..I::PANEL_VECTORS {
+            let column = columns.start + vector * I::LANES;
+            // SAFETY: as in `whole`; of the values, those between `start` and `end` are stored, each in its place.
+            unsafe {
+                let own = Columns::load(isa, weights, column);
+                for (i, row) in rows.clone().enumerate() {
+                    let range = input.ranges.get(row).copied().unwrap_or_default();
+                    let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
+                    let value = general.activated(isa, self.format.value(isa, words, &own, range));
+                    let mut values = [0f32; MAX_LANES];
+                    isa.store(values.as_mut_ptr(), value);
+                    for (column, &value) in (column..).zip(&values[..I::LANES]) {
+                        if (start..end).contains(&column) {
+                            general.store_one(row, column - start, value);
+                        }
                     }
                 }
             }
@@ -267,18 +350,99 @@ impl<D: Dot> Loops<'_, D> {
     }
 }
 
-/// The first columns of a row, where the outputs begin inside a vector.
-///
-/// # Safety
-/// The row is the product's, and nobody else's meanwhile.
-unsafe fn store_scalars(values: &[f32], residual: Option<&Matrix<f32>>, output: Output<'_>, row: usize) {
-    for (i, &value) in values.iter().enumerate() {
-        let value = value + residual.map_or(0.0, |residual| residual.row(row)[i]);
-        // SAFETY: the output has a column for each of the values.
+/// What becomes of a vector of finished values.
+trait Store: Copy {
+    /// # Safety
+    /// The output has a whole vector of columns from `at` on in this row, nobody else's meanwhile.
+    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F);
+}
+
+/// Queries, keys and values.
+#[derive(Clone, Copy)]
+struct Rounded<'a>(Shared<'a, u16>);
+
+/// A feed-forward layer's inside.
+#[derive(Clone, Copy)]
+struct RoundedGelu<'a>(Shared<'a, u16>);
+
+/// Back into the residual stream.
+#[derive(Clone, Copy)]
+struct Added<'a>(&'a Matrix<f32>, Shared<'a, f32>);
+
+/// Anything.
+#[derive(Clone, Copy)]
+struct General<'a> {
+    activation: Option<Activation>,
+    residual: Option<&'a Matrix<f32>>,
+    output: Output<'a>,
+}
+
+impl Store for Rounded<'_> {
+    #[inline(always)]
+    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F) {
+        // SAFETY: the caller's promise.
+        unsafe { isa.store_bf16(self.0.row(row).add(at), value) }
+    }
+}
+
+impl Store for RoundedGelu<'_> {
+    #[inline(always)]
+    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F) {
+        // SAFETY: the caller's promise.
+        unsafe { Rounded(self.0).store(isa, row, at, activate(isa, Activation::Gelu, value, Exactness::Bf16)) }
+    }
+}
+
+impl Store for Added<'_> {
+    #[inline(always)]
+    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F) {
+        // SAFETY: the caller's promise; the residual has the output's shape.
         unsafe {
-            match output {
-                Output::F32(to) => *to.row(row).add(i) = value,
-                Output::Bf16(to) => *to.row(row).add(i) = half::bf16::from_f32(value).to_bits(),
+            let other = isa.load(self.0.all().as_ptr().add(row * self.0.stride() + at));
+            isa.store(self.1.row(row).add(at), isa.add(value, other));
+        }
+    }
+}
+
+impl Store for General<'_> {
+    #[inline(always)]
+    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F) {
+        let mut value = self.activated(isa, value);
+        // SAFETY: the caller's promise; the residual has the output's shape.
+        unsafe {
+            if let Some(residual) = self.residual {
+                value = isa.add(value, isa.load(residual.all().as_ptr().add(row * residual.stride() + at)));
+            }
+            match self.output {
+                Output::F32(to) => isa.store(to.row(row).add(at), value),
+                Output::Bf16(to) => isa.store_bf16(to.row(row).add(at), value),
+            }
+        }
+    }
+}
+
+impl General<'_> {
+    #[inline(always)]
+    fn activated<I: Isa>(self, isa: I, value: I::F) -> I::F {
+        let exactness = match self.output {
+            Output::F32(_) => Exactness::F32,
+            Output::Bf16(_) => Exactness::Bf16,
+        };
+        match self.activation {
+            Some(activation) => activate(isa, activation, value, exactness),
+            None => value,
+        }
+    }
+
+    /// # Safety
+    /// The output has this row and column, nobody else's meanwhile.
+    unsafe fn store_one(self, row: usize, at: usize, value: f32) {
+        let value = value + self.residual.map_or(0.0, |residual| residual.row(row)[at]);
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self.output {
+                Output::F32(to) => *to.row(row).add(at) = value,
+                Output::Bf16(to) => *to.row(row).add(at) = half::bf16::from_f32(value).to_bits(),
             }
         }
     }
@@ -360,29 +524,30 @@ impl<D: Dot, const R: usize, const V: usize> Op for Kernel<D, R, V> {
         let mut acc = [[isa.splat_bits(0); V]; R];
         // SAFETY: `multiply`'s caller has said how far each pointer reaches.
         unsafe {
+            let at = |r: usize, v: usize| sums.to.add(r * sums.stride + v * I::LANES);
             if sums.resume {
-                for r in 0..R {
-                    for v in 0..V {
-                        acc[r][v] = isa.load_bits(sums.to.add(r * sums.stride + v * I::LANES));
+                for (r, row) in acc.iter_mut().enumerate() {
+                    for (v, sum) in row.iter_mut().enumerate() {
+                        *sum = isa.load_bits(at(r, v));
                     }
                 }
             }
             for step in 0..steps {
-                let mut column = [isa.splat_bits(0); V];
-                for v in 0..V {
-                    column[v] = isa.load_bits(b.add(v * I::LANES));
+                let mut columns = [isa.splat_bits(0); V];
+                for (v, column) in columns.iter_mut().enumerate() {
+                    *column = isa.load_bits(b.add(v * I::LANES));
                 }
-                for r in 0..R {
-                    let row = isa.splat_bits(*a.add(r * a_stride + step));
-                    for v in 0..V {
-                        acc[r][v] = self.format.dot(isa, acc[r][v], row, column[v]);
+                for (r, row) in acc.iter_mut().enumerate() {
+                    let value = isa.splat_bits(*a.add(r * a_stride + step));
+                    for (sum, &column) in row.iter_mut().zip(&columns) {
+                        *sum = self.format.dot(isa, *sum, value, column);
                     }
                 }
                 b = b.add(V * I::LANES);
             }
-            for r in 0..R {
-                for v in 0..V {
-                    isa.store_bits(sums.to.add(r * sums.stride + v * I::LANES), acc[r][v]);
+            for (r, row) in acc.iter().enumerate() {
+                for (v, &sum) in row.iter().enumerate() {
+                    isa.store_bits(at(r, v), sum);
                 }
             }
         }

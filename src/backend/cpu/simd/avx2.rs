@@ -93,11 +93,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
         unsafe { _mm256_castsi256_ps(x) }
     }
     #[inline(always)]
-    fn bits(self, x: __m256) -> __m256i {
-        unsafe { _mm256_castps_si256(x) }
-    }
-    #[inline(always)]
-    fn from_i32(self, x: __m256i) -> __m256 {
+    fn i32_to_f32(self, x: __m256i) -> __m256 {
         unsafe { _mm256_cvtepi32_ps(x) }
     }
 

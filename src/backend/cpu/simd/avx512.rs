@@ -113,11 +113,7 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
         unsafe { _mm512_castsi512_ps(x) }
     }
     #[inline(always)]
-    fn bits(self, x: __m512) -> __m512i {
-        unsafe { _mm512_castps_si512(x) }
-    }
-    #[inline(always)]
-    fn from_i32(self, x: __m512i) -> __m512 {
+    fn i32_to_f32(self, x: __m512i) -> __m512 {
         unsafe { _mm512_cvtepi32_ps(x) }
     }
 
@@ -152,6 +148,23 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
     #[inline(always)]
     fn round(self, x: __m512) -> __m512 {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
+    }
+    /// `vreduceps` leaves x - floor(x), and `vscalefps` multiplies by 2^floor(x), down to zero: no clamp, no rounding.
+    #[inline(always)]
+    fn exp2_for_bf16(self, x: __m512) -> __m512 {
+        unsafe {
+            let f = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(x);
+            // The polynomial of `math::exp2`, moved to [0, 1).
+            let p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.078_024_52), _mm512_set1_ps(0.226_067_15));
+            let p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(0.695_833_54));
+            let p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(0.999_925_2));
+            _mm512_scalef_ps(p, x)
+        }
+    }
+    /// `vrcp14ps` is within 2^-14.
+    #[inline(always)]
+    fn div_for_bf16(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, _mm512_rcp14_ps(b)) }
     }
     #[inline(always)]
     fn scale_by_power(self, x: __m512, n: __m512) -> __m512 {
@@ -202,6 +215,54 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
             );
             let odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
             _mm512_add_epi32(acc, _mm512_add_epi32(even, odd))
+        }
+    }
+
+    /// Sixteen words of sixteen rows at a time, by halves: pairs, fours, then quarters of registers.
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const u32, from_stride: usize, words: usize, to: *mut u32, to_stride: usize) {
+        unsafe {
+            let whole = words / 16 * 16;
+            for word in (0..whole).step_by(16) {
+                let mut rows = [_mm512_setzero_si512(); 16];
+                for (i, row) in rows.iter_mut().enumerate() {
+                    *row = _mm512_loadu_si512(from.add(i * from_stride + word).cast());
+                }
+                let mut pairs = rows;
+                for i in (0..16).step_by(2) {
+                    pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+                    pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+                }
+                // fours[4 i + j]: in each quarter q, word 4 q + j of rows 4 i to 4 i + 3.
+                let mut fours = pairs;
+                for i in (0..16).step_by(4) {
+                    fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+                    fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+                    fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+                    fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
+                }
+                for j in 0..4 {
+                    let (a, b, c, d) = (fours[j], fours[4 + j], fours[8 + j], fours[12 + j]);
+                    let even_ab = _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b);
+                    let odd_ab = _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b);
+                    let even_cd = _mm512_shuffle_i32x4::<0b10_00_10_00>(c, d);
+                    let odd_cd = _mm512_shuffle_i32x4::<0b11_01_11_01>(c, d);
+                    let columns = [
+                        (j, _mm512_shuffle_i32x4::<0b10_00_10_00>(even_ab, even_cd)),
+                        (4 + j, _mm512_shuffle_i32x4::<0b10_00_10_00>(odd_ab, odd_cd)),
+                        (8 + j, _mm512_shuffle_i32x4::<0b11_01_11_01>(even_ab, even_cd)),
+                        (12 + j, _mm512_shuffle_i32x4::<0b11_01_11_01>(odd_ab, odd_cd)),
+                    ];
+                    for (column, values) in columns {
+                        _mm512_storeu_si512(to.add((word + column) * to_stride).cast(), values);
+                    }
+                }
+            }
+            for word in whole..words {
+                for i in 0..16 {
+                    *to.add(word * to_stride + i) = *from.add(i * from_stride + word);
+                }
+            }
         }
     }
 }

@@ -15,6 +15,8 @@ mod portable;
 
 pub(super) use portable::Portable;
 
+use super::math::{Exactness, exp2};
+
 /// A computation that is written once for all instruction sets.
 pub(super) trait Op {
     /// What it returns.
@@ -58,9 +60,8 @@ pub(super) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn store_u8(self, to: *mut u8, x: Self::F);
 
     fn floats(self, x: Self::I) -> Self::F;
-    fn bits(self, x: Self::F) -> Self::I;
     /// i32 lanes as f32.
-    fn from_i32(self, x: Self::I) -> Self::F;
+    fn i32_to_f32(self, x: Self::I) -> Self::F;
 
     fn add(self, a: Self::F, b: Self::F) -> Self::F;
     fn sub(self, a: Self::F, b: Self::F) -> Self::F;
@@ -72,6 +73,16 @@ pub(super) unsafe trait Isa: Copy + Send + Sync + 'static {
     fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// To the nearest whole number.
     fn round(self, x: Self::F) -> Self::F;
+    /// 2^x within 1e-4 of itself, for what is rounded to bf16 next: the general form, or the instruction set's own.
+    #[inline(always)]
+    fn exp2_for_bf16(self, x: Self::F) -> Self::F {
+        exp2(self, x, Exactness::Bf16)
+    }
+    /// `a / b` within 1e-3 of itself or better, for what is rounded to bf16 next.
+    #[inline(always)]
+    fn div_for_bf16(self, a: Self::F, b: Self::F) -> Self::F {
+        self.div(a, b)
+    }
     /// `x * 2^n` for whole n from -126 to 127.
     fn scale_by_power(self, x: Self::F, n: Self::F) -> Self::F;
     fn sum(self, x: Self::F) -> f32;

@@ -76,11 +76,7 @@ unsafe impl Isa for Portable {
         lanes(|i| f32::from_bits(x[i]))
     }
     #[inline(always)]
-    fn bits(self, x: Self::F) -> Self::I {
-        lanes(|i| x[i].to_bits())
-    }
-    #[inline(always)]
-    fn from_i32(self, x: Self::I) -> Self::F {
+    fn i32_to_f32(self, x: Self::I) -> Self::F {
         lanes(|i| x[i].cast_signed() as f32)
     }
 

@@ -1,0 +1,64 @@
+//! Products alone, as a share of what the machine's multipliers can do, which is measured first.
+//!
+//! `cargo bench --bench kernels`; criterion's elements are operations, a multiplication and an addition being two. Shapes
+//! are those of MiniLM's, base and large models' layers, `m x k x n`.
+
+#![allow(missing_docs, reason = "criterion writes the functions")]
+#![allow(clippy::print_stderr, reason = "the peak is part of the report")]
+
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rerankd::backend::Dtype;
+use rerankd::backend::cpu::probe::{Gemm, peak};
+
+const SHAPES: [[usize; 3]; 5] =
+    [[512, 384, 1536], [512, 768, 3072], [512, 3072, 768], [512, 1024, 4096], [512, 4096, 1024]];
+
+fn products(criterion: &mut Criterion) {
+    let threads = std::thread::available_parallelism().map_or(1, Into::into);
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
+        let mut group = criterion.benchmark_group(format!("product/{dtype:?}"));
+        group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
+        for threads in [1, threads] {
+            for shape in SHAPES {
+                let mut gemm = Gemm::new(dtype, threads, shape);
+                let operations = 2.0 * shape.iter().product::<usize>() as f64;
+                let [m, k, n] = shape;
+                eprintln!("{}", share(dtype, threads, &mut gemm, shape, operations));
+                group.throughput(Throughput::Elements(operations as u64));
+                group.bench_function(
+                    BenchmarkId::new(format!("{threads} threads"), format!("{m}x{k}x{n}")),
+                    |bencher| {
+                        bencher.iter(|| gemm.multiply());
+                    },
+                );
+            }
+        }
+        group.finish();
+    }
+}
+
+/// The median of pairs, peak and product in turn: a shared machine's speed drifts.
+fn share(dtype: Dtype, threads: usize, gemm: &mut Gemm, [m, k, n]: [usize; 3], operations: f64) -> String {
+    let mut pairs: Vec<(f64, f64)> = (0..7)
+        .map(|_| {
+            let peak = peak(dtype, threads);
+            gemm.multiply();
+            let begun = Instant::now();
+            (0..4).for_each(|_| gemm.multiply());
+            (4.0 * operations / begun.elapsed().as_secs_f64(), peak)
+        })
+        .collect();
+    pairs.sort_by(|a, b| (a.0 / a.1).total_cmp(&(b.0 / b.1)));
+    let (rate, peak) = pairs[pairs.len() / 2];
+    format!(
+        "{dtype:?}, {threads} threads, {m}x{k}x{n}: {:.0} of {:.0} Gop/s, {:.1} %",
+        rate / 1e9,
+        peak / 1e9,
+        100.0 * rate / peak
+    )
+}
+
+criterion_group!(benches, products);
+criterion_main!(benches);

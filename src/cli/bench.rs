@@ -1,0 +1,120 @@
+//! `rerankd bench`: how fast a model scores pairs here, without a server and without text.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use super::{Failure, print, table};
+use crate::batch::{Batch, Pair};
+use crate::loading::{self, LoadedModel};
+use crate::settings::ModelArgs;
+use crate::telemetry;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// JSON file of workloads: {"name": [[token ids of a pair], ...], ...} [default: four of our own]
+    ///
+    /// Ours are a: 8 pairs of 512 tokens, b: 16 pairs of 32 to 512, c: 48 pairs of 20 to 64, d: one pair of 128.
+    #[arg(long, value_name = "FILE")]
+    workloads: Option<PathBuf>,
+    /// Runs of each workload, after one that is not counted
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    runs: u32,
+    /// Print a line of JSON for each workload: seconds of every run, tokens, logits
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    pub(super) models: ModelArgs,
+}
+
+pub(super) fn run(args: &Args) -> Result<(), Failure> {
+    let settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    for source in &settings.sources {
+        let model = loading::load(source, &settings.hub, &settings.load)
+            .with_context(|| format!("cannot load {}", source.name))
+            .map_err(Failure::Config)?;
+        tracing::info!(model = model.name, "{}", model.description);
+        let workloads = match &args.workloads {
+            Some(path) => read(path, &model).map_err(Failure::Config)?,
+            None => own(&model),
+        };
+        let mut rows = vec![["workload", "pairs", "tokens", "median ms", "tokens/s"].map(str::to_owned).to_vec()];
+        let bar = telemetry::progress_count(u64::from(args.runs + 1) * workloads.len() as u64, "measuring");
+        for (name, pairs) in &workloads {
+            let batch = Batch::pack(pairs);
+            let (mut seconds, mut logits) = (Vec::new(), Vec::new());
+            for _ in 0..=args.runs {
+                let begun = Instant::now();
+                logits = model.encoder.score(&batch).map_err(|error| Failure::Other(error.into()))?;
+                seconds.push(begun.elapsed().as_secs_f64());
+                bar.inc(1);
+            }
+            seconds.remove(0);
+            let tokens = batch.tokens();
+            if args.json {
+                let engine = format!("rerankd-{}", settings.load.device.name());
+                let line =
+                    json!({"engine": engine, "workload": name, "seconds": seconds, "tokens": tokens, "logits": logits});
+                print(&format!("{line}\n"))?;
+            }
+            seconds.sort_by(f64::total_cmp);
+            let median = seconds[seconds.len() / 2];
+            rows.push(vec![
+                name.clone(),
+                pairs.len().to_string(),
+                tokens.to_string(),
+                format!("{:.1}", median * 1e3),
+                format!("{:.0}", tokens as f64 / median),
+            ]);
+        }
+        bar.finish_and_clear();
+        if !args.json {
+            print(&table(&rows))?;
+        }
+    }
+    Ok(())
+}
+
+/// Lengths that a reader can check, ids that stay clear of the special tokens.
+fn own(model: &LoadedModel) -> BTreeMap<String, Vec<Pair>> {
+    let pair = |tokens: usize| {
+        let ids = (0..tokens.min(model.text.window())).map(|i| (i * 37 % (model.vocabulary - 5) + 5) as u32).collect();
+        Pair::new(ids, vec![0; tokens.min(model.text.window())])
+    };
+    let spread = |from: usize, to: usize, n: usize| (0..n).map(move |i| from + (to - from) * (i * 7 % n) / (n - 1));
+    [
+        ("a", vec![512; 8]),
+        ("b", spread(32, 512, 16).collect::<Vec<_>>()),
+        ("c", spread(20, 64, 48).collect()),
+        ("d", vec![128]),
+    ]
+    .into_iter()
+    .map(|(name, lengths)| (name.to_owned(), lengths.into_iter().map(pair).collect()))
+    .collect()
+}
+
+fn read(path: &PathBuf, model: &LoadedModel) -> Result<BTreeMap<String, Vec<Pair>>> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("--workloads {}: cannot be read", path.display()))?;
+    let workloads: BTreeMap<String, Vec<Vec<u32>>> = serde_json::from_str(&text)
+        .with_context(|| format!("--workloads {}: expected {{\"name\": [[ids], ...]}}", path.display()))?;
+    let mut read = BTreeMap::new();
+    for (name, pairs) in workloads {
+        for (i, ids) in pairs.iter().enumerate() {
+            ensure!(
+                (1..=model.text.window()).contains(&ids.len())
+                    && ids.iter().all(|&id| (id as usize) < model.vocabulary),
+                "--workloads {}: pair {i} of {name} has {} tokens; expected 1 to {}, with ids below {}",
+                path.display(),
+                ids.len(),
+                model.text.window(),
+                model.vocabulary
+            );
+        }
+        read.insert(name, pairs.into_iter().map(|ids| Pair::new(ids.clone(), vec![0; ids.len()])).collect());
+    }
+    Ok(read)
+}
