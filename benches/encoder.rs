@@ -1,17 +1,20 @@
 //! The encoder alone, at the shapes of the models that we serve, over four workloads. Tokens per second, no padding counted.
 //!
-//! `cargo bench --bench encoder`; `RERANKD_BENCH_SHAPES=minilm,base,large` chooses shapes (default minilm). Weights are random: speed
-//! does not depend on their values.
+//! `cargo bench --bench encoder`; `RERANKD_BENCH_SHAPES=minilm,base,large` chooses shapes (default minilm), and
+//! `RERANKD_BENCH_ENGINES=f32,bf16,int8,candle` engines (default all). Weights are random: speed does not depend on their values.
 
 #![allow(missing_docs, reason = "criterion writes the functions")]
 
 #[path = "../tests/common/random.rs"]
 mod random;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use rerankd::backend::Dtype;
 use rerankd::backend::candle::CandleBackend;
+use rerankd::backend::cpu::{CpuBackend, Pool};
 use rerankd::batch::{Batch, Pair};
 use rerankd::encoder::{self, CrossEncoder};
 use rerankd::loading::config::ModelConfig;
@@ -31,7 +34,7 @@ const WORKLOADS: [(&str, &[usize]); 4] = [
 
 const VOCABULARY: usize = 1000;
 
-fn encoder(layers: usize, c: usize, heads: usize, f: usize) -> Box<dyn CrossEncoder> {
+fn encoder(engine: &str, (layers, c, heads, f): (usize, usize, usize, usize)) -> Box<dyn CrossEncoder> {
     let json = format!(
         r#"{{"model_type":"xlm-roberta","vocab_size":{VOCABULARY},"hidden_size":{c},"num_hidden_layers":{layers},
             "num_attention_heads":{heads},"intermediate_size":{f},"max_position_embeddings":514,"pad_token_id":1}}"#
@@ -41,7 +44,15 @@ fn encoder(layers: usize, c: usize, heads: usize, f: usize) -> Box<dyn CrossEnco
     let path = folder.path().join("model.safetensors");
     random::write_checkpoint(&config, &path).expect("room for the weights");
     let weights = Weights::open(&path).expect("just written");
-    encoder::load(&config, weights, CandleBackend::cpu()).expect("complete")
+    let threads = std::thread::available_parallelism().map_or(1, Into::into);
+    let cpu = |dtype| CpuBackend::new(dtype, Arc::new(Pool::new(threads, false).expect("threads")));
+    let loaded = match engine {
+        "f32" => encoder::load(&config, weights, cpu(Dtype::F32)),
+        "bf16" => encoder::load(&config, weights, cpu(Dtype::Bf16)),
+        "int8" => encoder::load(&config, weights, cpu(Dtype::Int8)),
+        _ => encoder::load(&config, weights, CandleBackend::cpu()),
+    };
+    loaded.expect("complete")
 }
 
 fn pair(tokens: usize) -> Pair {
@@ -49,24 +60,32 @@ fn pair(tokens: usize) -> Pair {
     Pair::new(ids, vec![0; tokens])
 }
 
+/// Whether the variable, a list, names it; `default` where it is not set.
+fn chosen(variable: &str, default: &str, name: &str) -> bool {
+    std::env::var(variable).unwrap_or_else(|_| default.to_owned()).split(',').any(|chosen| chosen == name)
+}
+
 fn encoders(criterion: &mut Criterion) {
-    let chosen = std::env::var("RERANKD_BENCH_SHAPES").unwrap_or_else(|_| "minilm".to_owned());
     for (shape, layers, c, heads, f) in SHAPES {
-        if !chosen.split(',').any(|name| name == shape) {
-            continue;
+        for engine in ["f32", "bf16", "int8", "candle"] {
+            if !chosen("RERANKD_BENCH_SHAPES", "minilm", shape)
+                || !chosen("RERANKD_BENCH_ENGINES", "f32,bf16,int8,candle", engine)
+            {
+                continue;
+            }
+            let encoder = encoder(engine, (layers, c, heads, f));
+            let mut group = criterion.benchmark_group(format!("encoder/{engine}/{shape}"));
+            group.sample_size(10).warm_up_time(Duration::from_millis(500)).measurement_time(Duration::from_secs(3));
+            for (workload, lengths) in WORKLOADS {
+                let pairs: Vec<Pair> = lengths.iter().map(|&tokens| pair(tokens)).collect();
+                let batch = Batch::pack(&pairs);
+                group.throughput(Throughput::Elements(batch.tokens() as u64));
+                group.bench_with_input(BenchmarkId::from_parameter(workload), &batch, |bencher, batch| {
+                    bencher.iter(|| encoder.score(batch).expect("scores"));
+                });
+            }
+            group.finish();
         }
-        let encoder = encoder(layers, c, heads, f);
-        let mut group = criterion.benchmark_group(format!("encoder/candle-f32/{shape}"));
-        group.sample_size(10).warm_up_time(Duration::from_secs(1)).measurement_time(Duration::from_secs(5));
-        for (workload, lengths) in WORKLOADS {
-            let pairs: Vec<Pair> = lengths.iter().map(|&tokens| pair(tokens)).collect();
-            let batch = Batch::pack(&pairs);
-            group.throughput(Throughput::Elements(batch.tokens() as u64));
-            group.bench_with_input(BenchmarkId::from_parameter(workload), &batch, |bencher, batch| {
-                bencher.iter(|| encoder.score(batch).expect("scores"));
-            });
-        }
-        group.finish();
     }
 }
 

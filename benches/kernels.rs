@@ -17,6 +17,7 @@ const SHAPES: [[usize; 3]; 5] =
 
 fn products(criterion: &mut Criterion) {
     let threads = std::thread::available_parallelism().map_or(1, Into::into);
+    let run_as_test = std::env::args().any(|argument| argument == "--test");
     for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
         let mut group = criterion.benchmark_group(format!("product/{dtype:?}"));
         group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
@@ -25,7 +26,9 @@ fn products(criterion: &mut Criterion) {
                 let mut gemm = Gemm::new(dtype, threads, shape);
                 let operations = 2.0 * shape.iter().product::<usize>() as f64;
                 let [m, k, n] = shape;
-                eprintln!("{}", share(dtype, threads, &mut gemm, shape, operations));
+                if !run_as_test {
+                    eprintln!("{}", share(dtype, threads, &mut gemm, shape, operations));
+                }
                 group.throughput(Throughput::Elements(operations as u64));
                 group.bench_function(
                     BenchmarkId::new(format!("{threads} threads"), format!("{m}x{k}x{n}")),

@@ -1,17 +1,33 @@
 //! The server in process, without a socket: JSON, tokenising, queue, encoder, JSON. Documents per second.
 //!
-//! `cargo bench --bench server`. The `stub` model costs nothing, so its figures are those of everything else.
+//! `cargo bench --bench server`. The `stub` model costs nothing, so its figures are those of everything else. `end to end` has
+//! random weights of the base shape and a real tokenizer: 32 documents that fill the window, beside the encoder alone on the
+//! same pairs (`RERANKD_BENCH_DTYPE=f32|bf16|int8`, and `RERANKD_BENCH_BATCH_TOKENS`, the server's default without it).
 
 #![allow(missing_docs, reason = "criterion writes the functions")]
+#![allow(clippy::print_stderr, reason = "the ratio is part of the report")]
 
+#[path = "../tests/common/random.rs"]
+mod random;
 #[path = "../tests/common/stub.rs"]
 mod stub;
 
+use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use rerankd::api::App;
+use rerankd::api::{App, Keys};
+use rerankd::backend::Dtype;
+use rerankd::backend::cpu::{CpuBackend, Pool};
+use rerankd::batch::{Batch, Pair};
+use rerankd::loading::config::ModelConfig;
+use rerankd::loading::download::Hub;
+use rerankd::loading::source::ModelSource;
+use rerankd::loading::{self, DeviceChoice, LoadOptions, LoadedModel};
+use rerankd::models::{Model, Models};
+use rerankd::scheduler::SchedulerLimits;
+use rerankd::text::{DocumentOptions, Tail, TextLimits};
 use serde_json::{Value, json};
 
 fn request(documents: usize, words: usize) -> Value {
@@ -36,5 +52,98 @@ fn requests(criterion: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, requests);
+const WINDOW: usize = 512;
+
+/// The base shape with random weights and the built-in model's tokenizer.
+fn base(threads: usize) -> LoadedModel {
+    let folder = tempfile::tempdir().expect("a folder for the model");
+    let json = r#"{"model_type":"xlm-roberta","vocab_size":16000,"hidden_size":768,"num_hidden_layers":12,
+        "num_attention_heads":12,"intermediate_size":3072,"max_position_embeddings":514,"pad_token_id":1,"num_labels":1}"#;
+    let config = ModelConfig::parse(json).expect("a valid shape");
+    std::fs::write(folder.path().join("config.json"), json).expect("room");
+    let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/mini/tokenizer.json");
+    std::fs::copy(tokenizer, folder.path().join("tokenizer.json")).expect("room");
+    random::write_checkpoint(&config, &folder.path().join("model.safetensors")).expect("room");
+    let dtype = match std::env::var("RERANKD_BENCH_DTYPE").as_deref() {
+        Ok("f32") => Dtype::F32,
+        Ok("int8") => Dtype::Int8,
+        Ok("bf16") => Dtype::Bf16,
+        _ if CpuBackend::has_bf16() => Dtype::Bf16,
+        _ => Dtype::F32,
+    };
+    let options = LoadOptions {
+        device: DeviceChoice::Cpu(dtype, Arc::new(Pool::new(threads, false).expect("threads"))),
+        window: Some(WINDOW),
+        limits: TextLimits {
+            window: WINDOW,
+            max_query_tokens: None,
+            max_document_chars: 1 << 20,
+            max_request_tokens: 1 << 20,
+            tail: Tail::Aligned,
+            threads,
+        },
+    };
+    let source = ModelSource::parse(&format!("base={}", folder.path().display())).expect("a folder");
+    loading::load(&source, &Hub::from_env(), &options).expect("complete")
+}
+
+/// Some 520 tokens of English, another order of words in each.
+fn documents(n: usize) -> Vec<String> {
+    const WORDS: &str = "the committee published its findings on tuesday after eleven months of interviews and a review of documents it \
+        recommends smaller classes better paid teachers and above all more time for reading writing and arithmetic in every school";
+    let words: Vec<&str> = WORDS.split_whitespace().collect();
+    let mut random = fastrand::Rng::with_seed(1);
+    let text = |_| (0..520).map(|_| words[random.usize(..words.len())]).collect::<Vec<_>>().join(" ");
+    (0..n).map(text).collect()
+}
+
+fn end_to_end(criterion: &mut Criterion) {
+    let run_as_test = std::env::args().any(|argument| argument == "--test");
+    let n = if run_as_test { 2 } else { 32 };
+    let threads = std::thread::available_parallelism().map_or(1, Into::into);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
+    let (query, documents) = ("how long did the review of the schools take", documents(n));
+    let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, max_tokens_per_doc: None };
+    let alone = base(threads);
+    let encoded = runtime.block_on(alone.text.encode(query, documents.clone().into(), first_chunk)).expect("pairs");
+    assert!(encoded.pairs.len() == n && encoded.pairs.iter().all(|pair| pair.tokens() == WINDOW));
+    let batch = Batch::pack(&encoded.pairs);
+    let tokens = encoded.pairs.iter().map(Pair::tokens).sum::<usize>();
+
+    let max_batch_tokens = std::env::var("RERANKD_BENCH_BATCH_TOKENS")
+        .map_or(rerankd::settings::MAX_BATCH_TOKENS, |n| n.parse().expect("a number"));
+    let queue = SchedulerLimits { max_batch_tokens, max_queue_tokens: 1 << 20 };
+    let model = Model::start(base(threads), queue).expect("a thread");
+    let app = App::new(Models::new(vec![model]).expect("one model"), Keys::new([]), stub::LIMITS);
+    let body = json!({"model": "base", "query": query, "documents": documents, "max_chunks_per_doc": 1});
+    let request = || assert_eq!(runtime.block_on(stub::rerank(&app, body.clone())).status, 200);
+
+    // In pairs, since a shared machine's speed drifts.
+    let mut ratios: Vec<f64> = (0..if run_as_test { 1 } else { 5 })
+        .map(|_| {
+            let begun = Instant::now();
+            alone.encoder.score(&batch).expect("scores");
+            let encoder = begun.elapsed().as_secs_f64();
+            let begun = Instant::now();
+            request();
+            encoder / begun.elapsed().as_secs_f64()
+        })
+        .collect();
+    ratios.sort_by(f64::total_cmp);
+    eprintln!(
+        "end to end: {:.3} of the encoder's own rate ({:.3} to {:.3}), batches of {max_batch_tokens} tokens; {}",
+        ratios[ratios.len() / 2],
+        ratios[0],
+        ratios[ratios.len() - 1],
+        alone.description
+    );
+    let mut group = criterion.benchmark_group("server/end to end");
+    group.sample_size(10).warm_up_time(Duration::from_millis(100)).measurement_time(Duration::from_secs(5));
+    group.throughput(Throughput::Elements(tokens as u64));
+    group.bench_function("encoder", |bencher| bencher.iter(|| alone.encoder.score(&batch).expect("scores")));
+    group.bench_function("http", |bencher| bencher.iter(request));
+    group.finish();
+}
+
+criterion_group!(benches, requests, end_to_end);
 criterion_main!(benches);

@@ -22,6 +22,9 @@ use crate::scheduler::SchedulerLimits;
 use crate::telemetry::LogFormat;
 use crate::text::{Tail, TextLimits};
 
+/// Tokens of one batch, where nothing else is asked for.
+pub const MAX_BATCH_TOKENS: usize = 2048;
+
 /// Which models, where they compute and how they read: shared by every command that scores.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Models")]
@@ -76,7 +79,7 @@ pub struct ModelArgs {
     /// Tokens of one batch
     ///
     /// Larger batches use a processor a little better and make small requests wait longer for the batch before theirs.
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, env = "RERANKD_MAX_BATCH_TOKENS")]
+    #[arg(long, value_name = "TOKENS", default_value_t = MAX_BATCH_TOKENS, env = "RERANKD_MAX_BATCH_TOKENS")]
     pub max_batch_tokens: usize,
 
     /// Characters of one document; the rest is cut before it is tokenised

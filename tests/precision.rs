@@ -1,0 +1,96 @@
+//! What bf16 and int8 change in the scores and the order of a real cross-encoder, beside f32: the table of the README, and the bar
+//! that `--dtype auto` answers to.
+//!
+//! Needs real weights and XQuAD (`../shared/data`, or `RERANKD_TEST_DATA`), and says so where there are none.
+//! `RERANKD_FULL_EVAL=1` takes 200 questions, 2,000 pairs, instead of 20.
+
+mod common;
+
+use rerankd::backend::Dtype;
+use rerankd::batch::Batch;
+use rerankd::eval::topics::{self, TopicOptions};
+use rerankd::eval::{Measures, Topic};
+use rerankd::text::DocumentOptions;
+
+use common::{cpu, load_on, real};
+
+/// One precision's scores of every topic's documents.
+type Scores = Vec<Vec<f64>>;
+
+#[tokio::test]
+async fn a_lower_precision_keeps_the_ranking() {
+    let test = "a_lower_precision_keeps_the_ranking";
+    let (Some(folder), Some(xquad)) = (real(test, "ms-marco-MiniLM-L-12-v2"), real(test, "xquad/xquad.en.json")) else {
+        return;
+    };
+    let full = std::env::var_os("RERANKD_FULL_EVAL").is_some_and(|value| value == "1");
+    let options = TopicOptions {
+        run: None,
+        candidates: 10,
+        negatives: 9,
+        hard: true,
+        seed: 1,
+        limit: Some(if full { 200 } else { 20 }),
+    };
+    let topics = topics::read(&xquad, &options).unwrap();
+    let mut exact: Option<Scores> = None;
+    eprintln!("| dtype | largest score difference | mean | Kendall tau | recall@1 | nDCG@10 |");
+    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
+        let scores = score(dtype, &folder, &topics).await;
+        let exact = exact.get_or_insert_with(|| scores.clone());
+        let differences: Vec<f64> =
+            scores.iter().flatten().zip(exact.iter().flatten()).map(|(ours, exact)| (ours - exact).abs()).collect();
+        let largest = differences.iter().copied().fold(0.0, f64::max);
+        let mean = differences.iter().sum::<f64>() / differences.len() as f64;
+        let tau = scores.iter().zip(exact.iter()).map(|(a, b)| kendall_tau(a, b)).sum::<f64>() / scores.len() as f64;
+        let measures = quality(&scores, &topics);
+        eprintln!(
+            "| {dtype:?} | {largest:.4} | {mean:.5} | {tau:.4} | {:.3} | {:.4} |",
+            measures.recall[0], measures.ndcg_10
+        );
+        let (tau_bar, quality_bar) = match dtype {
+            Dtype::F32 => (1.0, 0.0),
+            Dtype::Bf16 => (0.99, 0.005),
+            Dtype::Int8 => (0.97, 0.01),
+        };
+        assert!(tau >= tau_bar, "{dtype:?}: Kendall tau {tau} against f32");
+        let lost = quality(exact, &topics).ndcg_10 - measures.ndcg_10;
+        assert!(lost <= quality_bar, "{dtype:?}: nDCG@10 is {lost} below f32's");
+    }
+}
+
+async fn score(dtype: Dtype, folder: &std::path::Path, topics: &[Topic]) -> Scores {
+    let model = load_on(cpu(dtype, 2), folder).unwrap();
+    let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, max_tokens_per_doc: None };
+    let mut scores = Vec::new();
+    for topic in topics {
+        let encoded = model.text.encode(&topic.query, topic.documents.clone().into(), whole).await.unwrap();
+        let logits = model.encoder.score(&Batch::pack(&encoded.pairs)).unwrap();
+        let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| logits[pair]).fold(f32::NEG_INFINITY, f32::max);
+        scores.push(encoded.documents.iter().map(|chunks| 1.0 / (1.0 + (-f64::from(best(chunks))).exp())).collect());
+    }
+    scores
+}
+
+fn quality(scores: &Scores, topics: &[Topic]) -> Measures {
+    let measured: Vec<Measures> = scores
+        .iter()
+        .zip(topics)
+        .map(|(scores, topic)| {
+            let mut order: Vec<usize> = (0..scores.len()).collect();
+            order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
+            let ranked: Vec<u32> = order.iter().map(|&i| topic.relevance[i]).collect();
+            Measures::of(&ranked, &topic.relevant, &[1])
+        })
+        .collect();
+    Measures::mean(&measured).expect("there are topics")
+}
+
+/// The share of pairs of documents in the same order less the share in the opposite one (Kendall 1938).
+fn kendall_tau(a: &[f64], b: &[f64]) -> f64 {
+    let n = a.len();
+    let pairs = (0..n).flat_map(|i| (0..i).map(move |j| (i, j)));
+    let agreement =
+        pairs.map(|(i, j)| f64::from(a[i].total_cmp(&a[j]) as i8 * b[i].total_cmp(&b[j]) as i8)).sum::<f64>();
+    agreement / (n * (n - 1) / 2) as f64
+}
