@@ -7,6 +7,9 @@ use serde::Deserialize;
 
 use crate::backend::Activation;
 
+/// The widest head that the backends have room for; published encoders have 32 to 128.
+const MAX_HEAD_SIZE: usize = 512;
+
 /// The encoder families that we have a graph for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
@@ -144,6 +147,12 @@ impl ModelConfig {
             self.heads
         );
         ensure!(
+            self.hidden_size / self.heads <= MAX_HEAD_SIZE,
+            "num_attention_heads {} makes heads of {}; expected at most {MAX_HEAD_SIZE}",
+            self.heads,
+            self.hidden_size / self.heads
+        );
+        ensure!(
             self.position_offset < self.position_rows,
             "max_position_embeddings {} leaves no position after pad_token_id {}",
             self.position_rows,
@@ -183,6 +192,7 @@ mod tests {
             (r#"{"0":"LABEL_0"}"#, r#"{"0":"A","1":"B"}"#, "2 labels"),
             (r#""num_attention_heads":16"#, r#""num_attention_heads":0"#, "num_attention_heads"),
             (r#""num_attention_heads":16"#, r#""num_attention_heads":15"#, "not a multiple"),
+            (r#""num_attention_heads":16"#, r#""num_attention_heads":1"#, "heads of 1024"),
             (r#""pad_token_id":1"#, r#""pad_token_id":8193"#, "max_position_embeddings"),
             (r#""pad_token_id":1"#, r#""pad_token_id":18446744073709551615"#, "max_position_embeddings"),
             (r#""hidden_size":1024"#, r#""hidden_size":18446744073709551615"#, "hidden_size"),

@@ -28,6 +28,9 @@ const BLOCK_QUERIES: usize = 24;
 /// Keys of a block: a whole number of panels on every instruction set.
 const BLOCK_KEYS: usize = 512;
 
+/// K-steps of the widest head that a configuration may have (`loading::config`), in f32.
+const MAX_HEAD_STEPS: usize = 512;
+
 /// A sequence's queries and keys, as rows.
 #[derive(Debug, Clone)]
 pub(super) struct Sequence {
@@ -331,7 +334,7 @@ fn pack_keys<I: Isa, E: Element>(
             }
             continue;
         }
-        let mut words = [0u32; 512];
+        let mut words = [0u32; MAX_HEAD_STEPS];
         for lane in 0..I::LANES {
             let words = &mut words[..steps];
             words.fill(0);

@@ -4,6 +4,7 @@
 //! after that. A task is a function of a thread's number; nobody returns from [`Pool::broadcast`] before all have.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -20,6 +21,12 @@ pub struct Pool {
     helpers: Vec<JoinHandle<()>>,
     /// Who has the threads, and who is next.
     turns: Turns,
+    /// The caller's processor, where threads are pinned.
+    own: Option<core_affinity::CoreId>,
+}
+
+thread_local! {
+    static PINNED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// First come, first served: two models' workers take turns, where a plain lock might let one starve.
@@ -94,7 +101,7 @@ impl Pool {
             })
         };
         let helpers = (1..threads.max(1)).map(helper).collect::<std::io::Result<_>>()?;
-        Ok(Self { shared, helpers, turns: Turns::default() })
+        Ok(Self { shared, helpers, turns: Turns::default(), own: processors.first().copied() })
     }
 
     /// Threads, the caller's included.
@@ -116,6 +123,9 @@ impl Pool {
     /// Runs `task(0)` here and `task(1)`, `task(2)` ... on the helpers, and returns when all have. A panic of any is passed on
     /// to the caller. Tasks do not broadcast, and only the holder of the turn does.
     pub(super) fn broadcast(&self, task: &(dyn Fn(usize) + Sync)) {
+        if let Some(own) = self.own.filter(|_| !PINNED.replace(true)) {
+            core_affinity::set_for_current(own);
+        }
         if self.helpers.is_empty() {
             return task(0);
         }
