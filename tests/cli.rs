@@ -69,6 +69,32 @@ fn models_lists_the_catalogue() {
     assert!(json.as_array().unwrap().len() >= 7);
 }
 
+/// The protocol of benches/peers, which stops and wakes the process between its turns.
+#[test]
+fn bench_measures_what_it_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let workloads = folder.path().join("workloads.json");
+    std::fs::write(&workloads, r#"{"x": [[2, 7, 3], [2, 9, 9, 3]], "y": [[5]]}"#).unwrap();
+    let workloads = workloads.display().to_string();
+    for dtype in ["f32", "bf16", "int8"] {
+        let model = model();
+        let arguments = ["bench", "--json", "--model", &model, "--workloads", &workloads, "--dtype", dtype];
+        let lines = stdout(&run(&arguments, "{\"workload\": \"x\", \"mode\": \"packed\", \"runs\": 3}\n"));
+        let lines: Vec<Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!((&lines[0]["ready"], lines.len()), (&Value::Bool(true), 2));
+        assert_eq!(
+            (lines[1]["tokens"].as_u64(), lines[1]["engine"].as_str()),
+            (Some(7), Some(&*format!("rerankd-{dtype}")))
+        );
+        assert_eq!(
+            (lines[1]["seconds"].as_array().unwrap().len(), lines[1]["logits"].as_array().unwrap().len()),
+            (3, 2)
+        );
+    }
+    let table = stdout(&run(&["bench", "--model", &model(), "--runs", "1", "--workloads", &workloads], ""));
+    assert!(table.lines().count() == 3 && table.contains("tokens/s"), "{table}");
+}
+
 #[test]
 fn mistakes_end_before_the_port_opens_with_their_own_codes() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -82,6 +108,9 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         (&["serve", "--model", &model, "--window", "9999"], 78, "window"),
         (&["serve", "--model", &model, "--window", "3"], 78, "window"),
         (&["serve", "--model", &model, "--device", "abacus"], 78, "abacus"),
+        (&["serve", "--model", &model, "--device", "candle", "--dtype", "int8"], 78, "--dtype"),
+        (&["serve", "--model", &model, "--dtype", "f8"], 2, "--dtype"),
+        (&["bench", "--model", &model, "--workloads", "/nowhere.json"], 78, "/nowhere.json"),
         (&["serve", "--model", &model, "--max-batch-tokens", "0"], 78, "--max-batch-tokens"),
         (&["serve", "--model", &model, "--port", &port], 78, "--port"),
         (&["serve", "--model", &model, "--api-key-file", "/dev/null"], 78, "--api-key-file"),

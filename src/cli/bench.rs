@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
+use serde::Deserialize;
 use serde_json::json;
 
 use super::{Failure, print, table};
@@ -12,6 +14,9 @@ use crate::batch::{Batch, Pair};
 use crate::loading::{self, LoadedModel};
 use crate::settings::ModelArgs;
 use crate::telemetry;
+
+/// Pairs by the workload's name.
+type Workloads = BTreeMap<String, Vec<Pair>>;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -23,7 +28,10 @@ pub(super) struct Args {
     /// Runs of each workload, after one that is not counted
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     runs: u32,
-    /// Print a line of JSON for each workload: seconds of every run, tokens, logits
+    /// Measure what is asked for, line by line, on standard input
+    ///
+    /// {"workload":"a","runs":3} is answered by a line with the seconds of each run, the tokens and the logits. For programs
+    /// that measure several servers in turn.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -41,45 +49,80 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             Some(path) => read(path, &model).map_err(Failure::Config)?,
             None => own(&model),
         };
-        let mut rows = vec![["workload", "pairs", "tokens", "median ms", "tokens/s"].map(str::to_owned).to_vec()];
-        let bar = telemetry::progress_count(u64::from(args.runs + 1) * workloads.len() as u64, "measuring");
-        for (name, pairs) in &workloads {
-            let batch = Batch::pack(pairs);
-            let (mut seconds, mut logits) = (Vec::new(), Vec::new());
-            for _ in 0..=args.runs {
-                let begun = Instant::now();
-                logits = model.encoder.score(&batch).map_err(|error| Failure::Other(error.into()))?;
-                seconds.push(begun.elapsed().as_secs_f64());
-                bar.inc(1);
-            }
-            seconds.remove(0);
-            let tokens = batch.tokens();
-            if args.json {
-                let engine = format!("rerankd-{}", settings.load.device.name());
-                let line =
-                    json!({"engine": engine, "workload": name, "seconds": seconds, "tokens": tokens, "logits": logits});
-                print(&format!("{line}\n"))?;
-            }
-            seconds.sort_by(f64::total_cmp);
-            let median = seconds[seconds.len() / 2];
-            rows.push(vec![
-                name.clone(),
-                pairs.len().to_string(),
-                tokens.to_string(),
-                format!("{:.1}", median * 1e3),
-                format!("{:.0}", tokens as f64 / median),
-            ]);
-        }
-        bar.finish_and_clear();
-        if !args.json {
-            print(&table(&rows))?;
+        if args.json {
+            answer(&format!("rerankd-{}", settings.load.device.name()), &model, &workloads)?;
+        } else {
+            report(&model, &workloads, args.runs)?;
         }
     }
     Ok(())
 }
 
+/// Seconds of each run of one batch, and the logits.
+fn time(model: &LoadedModel, batch: &Batch, runs: u32, bar: &ProgressBar) -> Result<(Vec<f64>, Vec<f32>), Failure> {
+    let (mut seconds, mut logits) = (Vec::new(), Vec::new());
+    for _ in 0..runs {
+        let begun = Instant::now();
+        logits = model.encoder.score(batch).map_err(|error| Failure::Other(error.into()))?;
+        seconds.push(begun.elapsed().as_secs_f64());
+        bar.inc(1);
+    }
+    Ok((seconds, logits))
+}
+
+/// A table of medians.
+fn report(model: &LoadedModel, workloads: &Workloads, runs: u32) -> Result<(), Failure> {
+    let mut rows = vec![["workload", "pairs", "tokens", "median ms", "tokens/s"].map(str::to_owned).to_vec()];
+    let bar = telemetry::progress_count(u64::from(runs + 1) * workloads.len() as u64, "measuring");
+    for (name, pairs) in workloads {
+        let batch = Batch::pack(pairs);
+        time(model, &batch, 1, &bar)?;
+        let (mut seconds, _) = time(model, &batch, runs, &bar)?;
+        seconds.sort_by(f64::total_cmp);
+        let median = seconds[seconds.len() / 2];
+        rows.push(vec![
+            name.clone(),
+            pairs.len().to_string(),
+            batch.tokens().to_string(),
+            format!("{:.1}", median * 1e3),
+            format!("{:.0}", batch.tokens() as f64 / median),
+        ]);
+    }
+    bar.finish_and_clear();
+    print(&table(&rows))
+}
+
+/// What a line of standard input asks for.
+#[derive(Deserialize)]
+struct Turn {
+    workload: String,
+    runs: u32,
+}
+
+/// A line for each line, until the input ends.
+fn answer(engine: &str, model: &LoadedModel, workloads: &Workloads) -> Result<(), Failure> {
+    let version = env!("CARGO_PKG_VERSION");
+    print(&format!("{}\n", json!({"engine": engine, "ready": true, "version": version})))?;
+    for line in std::io::stdin().lines() {
+        let line = line.context("standard input").map_err(Failure::Other)?;
+        let turn: Turn = serde_json::from_str(&line)
+            .with_context(|| format!("{line:?}: expected {{\"workload\", \"runs\"}}"))
+            .map_err(Failure::Other)?;
+        let pairs = workloads
+            .get(&turn.workload)
+            .with_context(|| format!("{line:?}: there is no such workload"))
+            .map_err(Failure::Other)?;
+        let batch = Batch::pack(pairs);
+        let (seconds, logits) = time(model, &batch, turn.runs, &ProgressBar::hidden())?;
+        let tokens = batch.tokens();
+        let line = json!({"engine": engine, "workload": turn.workload, "seconds": seconds, "tokens": tokens, "logits": logits});
+        print(&format!("{line}\n"))?;
+    }
+    Ok(())
+}
+
 /// Lengths that a reader can check, ids that stay clear of the special tokens.
-fn own(model: &LoadedModel) -> BTreeMap<String, Vec<Pair>> {
+fn own(model: &LoadedModel) -> Workloads {
     let pair = |tokens: usize| {
         let ids = (0..tokens.min(model.text.window())).map(|i| (i * 37 % (model.vocabulary - 5) + 5) as u32).collect();
         Pair::new(ids, vec![0; tokens.min(model.text.window())])
@@ -96,7 +139,7 @@ fn own(model: &LoadedModel) -> BTreeMap<String, Vec<Pair>> {
     .collect()
 }
 
-fn read(path: &PathBuf, model: &LoadedModel) -> Result<BTreeMap<String, Vec<Pair>>> {
+fn read(path: &PathBuf, model: &LoadedModel) -> Result<Workloads> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("--workloads {}: cannot be read", path.display()))?;
     let workloads: BTreeMap<String, Vec<Vec<u32>>> = serde_json::from_str(&text)

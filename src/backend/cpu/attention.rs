@@ -16,9 +16,10 @@
 
 use std::ops::Range;
 
+use super::epilogue::Output;
 use super::math::{Exactness, MAX_LANES, exp2, load_some, store_some, store_some_bf16};
 use super::matrix::Matrix;
-use super::product::{self, Dot, Output, Sums};
+use super::product::{self, Dot, Sums};
 use super::simd::{Isa, Op, Path};
 use crate::backend::AttentionShape;
 

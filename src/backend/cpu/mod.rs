@@ -1,8 +1,9 @@
 //! The fast backend for processors: packed weights, our own kernels by run-time detection, our own threads.
 //!
-//! In reading order: [`simd`] is what an instruction set offers; `panels` the weights' layout and `product` the kernel
-//! that reads it; `attention`, `rows` (norms, forms of rows) and `math` (exp, GELU) are the other operations; `pieces` says
-//! how a batch is cut for the threads of `pool`; `matrix` is their memory. This file puts them behind [`Backend`].
+//! In reading order: [`simd`] is what an instruction set offers; `panels` the weights' layout, `product` the kernel that reads
+//! it, and `epilogue` what becomes of its sums; `attention`, `rows` (norms, forms of rows) and `math` (exp, GELU) are the
+//! other operations; `pieces` says how a batch is cut for the threads of `pool`; `matrix` is their memory; `probe` is for benches.
+//! This file puts them behind [`Backend`].
 //!
 //! A saturated batch is cut into pieces of some hundreds of tokens, and each thread runs the whole graph over its own, with
 //! no barrier between operations; a lone request's operations are each split over the threads. Either way each value is
@@ -15,6 +16,7 @@
 #![allow(unsafe_code, reason = "its address: kernels, and memory that threads share in parts")]
 
 mod attention;
+mod epilogue;
 mod math;
 mod matrix;
 mod panels;
@@ -34,10 +36,11 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use self::attention::{Attention, Element, Sequence};
+use self::epilogue::Output;
 use self::matrix::Matrix;
 use self::panels::{Format, Panels};
 pub use self::pool::Pool;
-use self::product::{Output, Product};
+use self::product::Product;
 use self::rows::{LayerNorm, Low, Lower, LowerFrom, gather, input, take_bf16};
 use self::simd::Path;
 use super::{

@@ -4,11 +4,12 @@ use std::hint::black_box;
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::epilogue::Output;
 use super::math::MAX_LANES;
 use super::matrix::Matrix;
 use super::panels::{Format, Panels};
 use super::pool::Pool;
-use super::product::{self, Dot, Output, Product};
+use super::product::{self, Dot, Product};
 use super::rows::{LowerFrom, input};
 use super::simd::{Isa, Op, Path};
 use super::{CpuBackend, Lane, Low};

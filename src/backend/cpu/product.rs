@@ -17,8 +17,8 @@
 
 use std::ops::Range;
 
-use super::math::{Exactness, MAX_LANES, activate};
-use super::matrix::{Matrix, Shared};
+use super::epilogue::{Added, Clipped, General, Output, Place, Rounded, RoundedGelu, Store};
+use super::matrix::Matrix;
 use super::panels::{Format, Panels};
 use super::simd::{Isa, Op, Path};
 use crate::backend::Activation;
@@ -52,13 +52,6 @@ pub(super) struct Input<'a> {
 pub(super) struct ByteRange {
     pub(super) low: f32,
     pub(super) scale: f32,
-}
-
-/// Where the results go, rounded or not.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Output<'a> {
-    F32(Shared<'a, f32>),
-    Bf16(Shared<'a, u16>),
 }
 
 /// A product and what happens to it before it is stored.
@@ -264,185 +257,46 @@ impl<D: Dot> Loops<'_, D> {
     unsafe fn finish<I: Isa>(&self, isa: I, sums: &[u32], panel: usize, rows: Range<usize>) {
         let Product { weights, start, end, activation, residual, output, .. } = *self.product;
         assert!(sums.len() >= rows.len() * weights.width);
-        let columns = panel * weights.width..(panel + 1) * weights.width;
-        let whole = start <= columns.start && columns.end <= end;
+        let first = panel * weights.width;
+        let whole = start <= first && first + weights.width <= end;
         let general = General { activation, residual, output };
-        // SAFETY: passed on.
+        // SAFETY: passed on. Each arm says what the product's output and residual are.
         unsafe {
             match (whole, activation, residual, output) {
-                (true, None, None, Output::Bf16(to)) => self.whole(isa, sums, columns, rows, Rounded(to)),
+                (true, None, None, Output::Bf16(to)) => self.store(isa, sums, first, rows, Rounded(to)),
                 (true, Some(Activation::Gelu), None, Output::Bf16(to)) => {
-                    self.whole(isa, sums, columns, rows, RoundedGelu(to));
+                    self.store(isa, sums, first, rows, RoundedGelu(to));
                 }
                 (true, None, Some(residual), Output::F32(to)) => {
-                    self.whole(isa, sums, columns, rows, Added(residual, to));
+                    self.store(isa, sums, first, rows, Added(residual, to));
                 }
-                (true, ..) => self.whole(isa, sums, columns, rows, general),
-                (false, ..) => self.edge(isa, sums, columns, rows, general),
+                (true, ..) => self.store(isa, sums, first, rows, general),
+                (false, ..) => self.store(isa, sums, first, rows, Clipped { general, start, end }),
             }
         }
     }
 
-    /// A tile all of whose columns are wanted.
+    /// Values of a tile's sums, from the output `first` on, to where `store` puts them.
     ///
     /// # Safety
     /// As for [`Self::finish`].
     #[inline(always)]
-    unsafe fn whole<I: Isa, S: Store>(
-        &self,
-        isa: I,
-        sums: &[u32],
-        columns: Range<usize>,
-        rows: Range<usize>,
-        store: S,
-    ) {
+    unsafe fn store<I: Isa, S: Store>(&self, isa: I, sums: &[u32], first: usize, rows: Range<usize>, store: S) {
         let Product { input, weights, start, .. } = *self.product;
         for vector in 0..I::PANEL_VECTORS {
             // SAFETY: the weights have whole panels; `finish` has checked the sums, `compute` the ranges.
             unsafe {
-                let column = columns.start + vector * I::LANES;
-                let own = Columns::load(isa, weights, column);
+                let output = first + vector * I::LANES;
+                let columns = Columns::load(isa, weights, output);
                 for (i, row) in rows.clone().enumerate() {
                     let range = match weights.format {
                         Format::Int8 => *input.ranges.get_unchecked(row),
                         Format::F32 | Format::Bf16 => ByteRange::default(),
                     };
                     let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
-                    store.store(isa, row, column - start, self.format.value(isa, words, &own, range));
+                    let at = Place { row, output, column: output.wrapping_sub(start) };
+                    store.store(isa, at, self.format.value(isa, words, &columns, range));
                 }
-            }
-        }
-    }
-
-    /// A tile that the wanted columns begin or end in: value by value.
-    ///
-    /// # Safety
-    /// As for [`Self::finish`].
-    #[inline(always)]
-    unsafe fn edge<I: Isa>(
-        &self,
-        isa: I,
-        sums: &[u32],
-        columns: Range<usize>,
-        rows: Range<usize>,
-        general: General<'_>,
-    ) {
-        let Product { input, weights, start, end, .. } = *self.product;
-        for vector in 0..I::PANEL_VECTORS {
-            let column = columns.start + vector * I::LANES;
-            // SAFETY: as in `whole`; of the values, those between `start` and `end` are stored, each in its place.
-            unsafe {
-                let own = Columns::load(isa, weights, column);
-                for (i, row) in rows.clone().enumerate() {
-                    let range = input.ranges.get(row).copied().unwrap_or_default();
-                    let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
-                    let value = general.activated(isa, self.format.value(isa, words, &own, range));
-                    let mut values = [0f32; MAX_LANES];
-                    isa.store(values.as_mut_ptr(), value);
-                    for (column, &value) in (column..).zip(&values[..I::LANES]) {
-                        if (start..end).contains(&column) {
-                            general.store_one(row, column - start, value);
-                        }
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// What becomes of a vector of finished values.
-trait Store: Copy {
-    /// # Safety
-    /// The output has a whole vector of columns from `at` on in this row, nobody else's meanwhile.
-    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F);
-}
-
-/// Queries, keys and values.
-#[derive(Clone, Copy)]
-struct Rounded<'a>(Shared<'a, u16>);
-
-/// A feed-forward layer's inside.
-#[derive(Clone, Copy)]
-struct RoundedGelu<'a>(Shared<'a, u16>);
-
-/// Back into the residual stream.
-#[derive(Clone, Copy)]
-struct Added<'a>(&'a Matrix<f32>, Shared<'a, f32>);
-
-/// Anything.
-#[derive(Clone, Copy)]
-struct General<'a> {
-    activation: Option<Activation>,
-    residual: Option<&'a Matrix<f32>>,
-    output: Output<'a>,
-}
-
-impl Store for Rounded<'_> {
-    #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F) {
-        // SAFETY: the caller's promise.
-        unsafe { isa.store_bf16(self.0.row(row).add(at), value) }
-    }
-}
-
-impl Store for RoundedGelu<'_> {
-    #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F) {
-        // SAFETY: the caller's promise.
-        unsafe { Rounded(self.0).store(isa, row, at, activate(isa, Activation::Gelu, value, Exactness::Bf16)) }
-    }
-}
-
-impl Store for Added<'_> {
-    #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F) {
-        // SAFETY: the caller's promise; the residual has the output's shape.
-        unsafe {
-            let other = isa.load(self.0.all().as_ptr().add(row * self.0.stride() + at));
-            isa.store(self.1.row(row).add(at), isa.add(value, other));
-        }
-    }
-}
-
-impl Store for General<'_> {
-    #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, row: usize, at: usize, value: I::F) {
-        let mut value = self.activated(isa, value);
-        // SAFETY: the caller's promise; the residual has the output's shape.
-        unsafe {
-            if let Some(residual) = self.residual {
-                value = isa.add(value, isa.load(residual.all().as_ptr().add(row * residual.stride() + at)));
-            }
-            match self.output {
-                Output::F32(to) => isa.store(to.row(row).add(at), value),
-                Output::Bf16(to) => isa.store_bf16(to.row(row).add(at), value),
-            }
-        }
-    }
-}
-
-impl General<'_> {
-    #[inline(always)]
-    fn activated<I: Isa>(self, isa: I, value: I::F) -> I::F {
-        let exactness = match self.output {
-            Output::F32(_) => Exactness::F32,
-            Output::Bf16(_) => Exactness::Bf16,
-        };
-        match self.activation {
-            Some(activation) => activate(isa, activation, value, exactness),
-            None => value,
-        }
-    }
-
-    /// # Safety
-    /// The output has this row and column, nobody else's meanwhile.
-    unsafe fn store_one(self, row: usize, at: usize, value: f32) {
-        let value = value + self.residual.map_or(0.0, |residual| residual.row(row)[at]);
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self.output {
-                Output::F32(to) => *to.row(row).add(at) = value,
-                Output::Bf16(to) => *to.row(row).add(at) = half::bf16::from_f32(value).to_bits(),
             }
         }
     }
