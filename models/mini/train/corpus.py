@@ -226,8 +226,8 @@ SOURCES = [  # language, name, reader, most passages to keep
 
 
 def passages(lang, blocks):
-    """Joins consecutive paragraphs until a random target is reached, so that lengths spread from 20 to 300 tokens."""
-    low, high = (120, 1200) if lang == "en" else (40, 480)
+    """Joins consecutive paragraphs until a random target is reached, so that prose spreads from 90 to 400 tokens."""
+    low, high = (300, 1300) if lang == "en" else (100, 480)
     text, target = "", rng.uniform(low, high)
     for block in blocks:
         if (lang == "zh") != bool(len(HAN.findall(block)) > .3 * len(block)) or len(block) < 8:
@@ -243,7 +243,7 @@ def passages(lang, blocks):
             if len(text) >= target or block:
                 yield text
                 text, target = "", rng.uniform(low, high)
-    if len(text) > low * .35:
+    if len(text) > (42 if lang == "en" else 14):
         yield text
 
 

@@ -3,16 +3,20 @@
 Queries are made by rule from one key sentence of the passage: questions (a span is replaced by a question word),
 keyword subsets, the title, the sentence itself with losses. Words drop out, inflect and turn into WordNet
 (English) or same-gloss (Chinese) synonyms, so that the model cannot rely on exact copies.
-Hard negatives are BM25 neighbours of the query and passages of the same document.
+Negatives are BM25 neighbours of the query, near and far, passages of the same document, the passage itself without its
+key sentence, and a random passage. Most groups keep their passages whole, as a reader of paragraphs would meet them.
+
+One document in forty is held out: groups whose passage is of such a document are never trained on.
 """
-import collections, glob, json, os, pickle, random, re, sys
+import collections, glob, json, os, pickle, random, re, sys, zlib
 import jieba, numpy as np, scipy.sparse as sp
 from tokenizers import Tokenizer
 
 WORK, TOKENIZER = os.environ.get("MINI_WORK", "./work"), sys.argv[1]
-GROUPS = {"en": 48000, "zh": 32000}
-WEIGHT = {"wiki-summaries": 2.5, "wiki-pages": 5, "news": 4, "factbook": 1.2, "anarchism": 1, "wordnet": .3, "gcide": .3,
-          "foldoc": .7, "debian-packages": .5, "libreoffice": .4, "man": .25, "gnome": .5, "handbook": .6,
+GROUPS = {"en": 42000, "zh": 14000}
+NEGATIVES, LONGEST = 7, 340
+WEIGHT = {"wiki-summaries": 5, "wiki-pages": 12, "news": 8, "factbook": 2, "anarchism": 2.5, "wordnet": .25, "gcide": .3,
+          "foldoc": 1, "debian-packages": .3, "libreoffice": .5, "man": .4, "gnome": .8, "handbook": 2, "history": 2,
           "peoples-daily": 4, "news-segmented": 2.5, "reviews": .4, "three-kingdoms": 1.5, "poets": 1, "linux-doc": .5}
 HAN = re.compile(r"[\u4e00-\u9fff]")
 STOP = set("""a an the of in on at to for from by with as and or but if is are was were be been being it its this that these those he she
@@ -20,6 +24,7 @@ they his her their them we you i our your not no so than then there which who wh
 can could will would may might shall should must also into over under about after before between such other some any all each more most
 one two new only very own same up out s t""".split())
 ZH_STOP = set("的 了 在 是 和 与 及 也 就 都 而 对 为 以 于 上 中 下 他 她 它 这 那 有 被 把 到 从 地 得 着 之 其 等 并 将 又 或 不 一 个 我 你 们".split())
+PREPOSITION = {"in", "at", "on", "by", "from", "of", "to", "with", "for"}
 rng = random.Random(3)
 
 
@@ -71,28 +76,53 @@ def reword(words, strength):
     return out
 
 
-def english_question(sentence):
-    words = re.findall(r"[\w'’.,-]*\w|\S", sentence)
-    words = [w for w in words if re.search(r"\w", w)]
-    if len(words) < 5:
-        return " ".join(words)
+AUXILIARY = set("is are was were has have had can could will would may must should".split())
+PRONOUN = set("it he she they this these".split())
+
+
+def ask_for(answer):
+    """A question word that fits the span which the question leaves out."""
+    if re.match(r"(1[0-9]|20)\d\d$", answer):
+        return rng.choice(["When", "In what year", "What year", "When", "In which year"])
+    if re.match(r"\d", answer):
+        return rng.choice(["How many", "How much", "What number of", "What is the number of", "What percentage of"])
+    if answer[:1].isupper():
+        return rng.choice(["Who", "What", "Which", "What is the name of", "Where", "Whose", "In what country"])
+    return rng.choice(["What", "What", "What type of", "What kind of", "Which", "Why", "How"])
+
+
+def answer_span(words):
+    """A number or a name if there is one, mostly; up to three capitalised words together."""
     spans = [i for i, w in enumerate(words) if re.match(r"\d", w)] + [i for i, w in enumerate(words) if i and w[0].isupper()]
     at = rng.choice(spans) if spans and rng.random() < .7 else rng.randrange(len(words))
     end = at + 1
     while end < len(words) and end - at < 3 and words[at][0].isupper() and words[end][0].isupper():
         end += 1
-    answer = words[at]
+    return at, end
+
+
+def inverted_question(words, title):
+    """"The tower was built in 1889 by Eiffel" becomes "When was the tower built by Eiffel?" or "What was built in 1889"."""
+    verb = next((i for i, w in enumerate(words[:10]) if i and w.lower() in AUXILIARY), None)
+    if verb is None or len(words) - verb < 4:
+        return None
+    subject, rest = words[:verb], words[verb + 1:]
+    if rng.random() < .3:
+        return ["Who" if subject[0][0].isupper() and rng.random() < .5 else "What", words[verb]], rest[:rng.randint(4, 14)]
+    if title and subject[0].lower() in PRONOUN and rng.random() < .8:
+        subject = title.split()[:6]
+    at, end = answer_span(rest)
+    before, after = rest[max(0, at - rng.randint(3, 10)):at], rest[end:end + rng.randint(0, 7)]
+    if before and before[-1].lower() in PREPOSITION:
+        before = before[:-1]
+    return [ask_for(rest[at]), words[verb]], subject + before + after
+
+
+def windowed_question(words):
+    """Words around the span that is left out, in their order or with the later ones first."""
+    at, end = answer_span(words)
     before, after = words[max(0, at - rng.randint(4, 11)):at], words[end:end + rng.randint(2, 9)]
-    preposition = before[-1].lower() if before else ""
-    if re.match(r"(1[0-9]|20)\d\d$", answer):
-        lead = rng.choice(["When", "In what year", "What year", "When did", "When was", "In which year did"])
-    elif re.match(r"\d", answer):
-        lead = rng.choice(["How many", "How much", "What number of", "What is the number of", "What percentage of"])
-    elif answer[0].isupper():
-        lead = rng.choice(["Who", "Who was", "What", "Which", "What is the name of", "Where", "Where did", "Whose", "Who did"])
-    else:
-        lead = rng.choice(["What", "What did", "What is", "What was", "What are", "What type of", "What kind of", "Which", "Why", "How", "How does", "Why did", "What does"])
-    if preposition in ("in", "at", "on", "by", "from", "of", "to") and rng.random() < .6:
+    if before and before[-1].lower() in PREPOSITION and rng.random() < .6:
         before = before[:-1]
     if rng.random() < .25 and len(after) >= 3:
         body = after + (before if rng.random() < .5 else [])
@@ -100,17 +130,28 @@ def english_question(sentence):
         body = before
     else:
         body = before + after
-    body = reword(body, 1)
-    if rng.random() < .15 and body:
-        lead = rng.choice(["What is true about", "Tell me", "According to the text,", "Do you know"]) + " " + lead.lower()
-    return f"{lead} {' '.join(body)}{'?' if rng.random() < .9 else ''}"
+    return [ask_for(words[at]), rng.choice(["did", "is", "was", "does", "are", "", "", ""])], body
+
+
+def english_question(sentence, title=""):
+    words = [w for w in re.findall(r"[\w'’.,-]*\w|\S", sentence) if re.search(r"\w", w)]
+    if len(words) < 5:
+        return " ".join(words)
+    lead, body = rng.random() < .6 and inverted_question(words, title) or windowed_question(words)
+    body = reword(body, rng.choice([.3, .7, 1, 1.6, 2.2]))
+    if title and rng.random() < .2 and len(title) < 40 and title.lower() not in " ".join(body).lower():
+        body = body + [rng.choice(["of", "in", "for", "by"])] + title.split()     # a topic that many passages share
+    text = " ".join(w for w in lead + body if w)
+    if rng.random() < .08 and body:
+        text = rng.choice(["What is true about", "Tell me", "According to the text,", "Do you know"]) + " " + text
+    return text + ("?" if rng.random() < .9 else "")
 
 
 def english_keywords(sentence):
     content = [w for w in re.findall(r"\w[\w'-]*\w", sentence) if w.lower() not in STOP]
     if not content:
         return sentence
-    n = min(len(content), rng.choice([1, 2, 2, 3, 3, 4, 5, 6]))
+    n = min(len(content), rng.choice([1, 2, 3, 3, 4, 5, 6, 7]))
     chosen = [content[i] for i in sorted(rng.sample(range(len(content)), n))]
     if rng.random() < .3:
         rng.shuffle(chosen)
@@ -176,11 +217,11 @@ def make_query(row, sentence):
         forms = (["{}", "{}", "what is {}", "{} meaning", "What is {}?", "define {}", "meaning of {}"] if english
                  else ["{}", "{}是谁？", "{}是哪里人", "{}的生平"])
         return rng.choice(forms).format(title if rng.random() < .5 else title.lower()), "title"
-    if title and dice < .15 and 3 < len(title) < 90:
+    if title and dice < .08 and 3 < len(title) < 90:
         return title, "title"
-    if dice < .62:
-        return (english_question if english else chinese_question)(sentence), "question"
-    if dice < .88:
+    if dice < .76:
+        return (english_question(sentence, title) if english else chinese_question(sentence)), "question"
+    if dice < .90:
         return (english_keywords if english else chinese_keywords)(sentence), "keywords"
     if english:
         return " ".join(reword(sentence.split()[:24], 1.5)), "sentence"
@@ -221,13 +262,52 @@ def word_groups(tokenizer, n):
     case = lambda w: rng.choice([w, w, w.title(), w.upper() if rng.random() < .2 else w])
     whole = {k: [w for w in SIBLINGS[k] if len(tokenizer.encode(w, add_special_tokens=False).ids) <= 2] for k in kinds}
     for _ in range(n):
-        words = rng.sample(whole[rng.choice(kinds)], 6)
+        words = rng.sample(whole[rng.choice(kinds)], NEGATIVES + 1)
         forms = [case(w) for w in words]
         if rng.random() < .3:
             template = rng.choice(["a {}", "the {}", "{} is good", "I like {}", "{}s", "This is about {}.", "all about the {}"])
             forms = [template.format(w) for w in words]
         groups.append((case(words[0]), forms))
     return groups
+
+
+def negatives(index, ranked, rows, tokens, i, key):
+    """Up to seven passages: two of the same document, four BM25 neighbours of mixed rank, and random ones to fill up."""
+    a, b = key
+    sentence, size = set(tokens[i][a:b].tolist()), min(len(tokens[i]), LONGEST)
+
+    def fits(j):     # of like length, which tells nothing then, and no near copy of the key sentence
+        like = .55 * size <= min(len(tokens[j]), LONGEST) <= 1.8 * size
+        return j != i and like and len(sentence & set(tokens[j].tolist())) < .85 * len(sentence)
+    near = [j for j in range(i - 4, i + 5) if 0 <= j < len(rows) and rows[j]["doc"] == rows[i]["doc"] and fits(j)]
+    chosen = rng.sample(near, min(2, len(near)))
+    hard = [int(index[j]) for j in ranked]
+    hard = [j for j in hard if j not in chosen and fits(j)]
+    top, rest = hard[:5], hard[5:30]
+    chosen += rng.sample(top, min(2, len(top))) + rng.sample(rest, min(2, len(rest)))
+    while len(chosen) < NEGATIVES:
+        j = int(rng.choice(index))
+        chosen += [j] if fits(j) else []
+    return chosen
+
+
+def cut(tokens, passage, length, key=None):
+    """A window of at most `length` tokens; with a key, one that holds as much of the key sentence as fits."""
+    low, high = 0, max(0, len(tokens[passage]) - length)
+    if key and high:
+        low, high = max(0, min(key[1] - length, key[0], high)), min(high, max(key[0], key[1] - length))
+    start = rng.randint(min(low, high), max(low, high))
+    return [(passage, start, min(start + length, len(tokens[passage])))]
+
+
+def documents(tokens, i, key, others, kind):
+    """The group's documents, gold first, as lists of (passage, first token, end). Two in three groups keep passages whole."""
+    length = LONGEST if rng.random() < .67 else rng.randint(30, 200)
+    docs = [cut(tokens, i, length, key)] + [cut(tokens, j, length) for j in others]
+    a, b = key
+    if kind in ("question", "sentence") and len(tokens[i]) - (b - a) > 60 and rng.random() < .12:
+        docs[-1] = [(i, max(0, a - length // 2), a), (i, b, min(b + length // 2, len(tokens[i])))]    # the passage without the sentence that answers
+    return docs
 
 
 def main():
@@ -241,36 +321,36 @@ def main():
         weight = np.array([WEIGHT.get(rows[i]["source"], .5) * (len(tokens[i]) >= 12) for i in index])
         picked = np.random.default_rng(4).choice(index, GROUPS[lang], p=weight / weight.sum())
         queries = []
-        for i in picked:
+        for i in map(int, picked):
             spans = sentence_spans(rows[i]["text"], lang)
             start, end = rng.choice(spans)
             query, kind = make_query(rows[i], rows[i]["text"][start:end])
-            offsets = encoded[i].offsets
-            inside = [k for k, (a, b) in enumerate(offsets) if a >= start and b <= end] or [0]
-            queries.append((query, kind, i, inside[0], inside[-1] + 1))
+            inside = [k for k, (a, b) in enumerate(encoded[i].offsets) if a >= start and b <= end] or [0]
+            queries.append((query, kind, i, (inside[0], inside[-1] + 1)))
         query_tokens = [e.ids for e in tokenizer.encode_batch([q[0] for q in queries], add_special_tokens=False)]
         matrix = bm25_matrix([tokens[i] for i in index], tokenizer.get_vocab_size())
         ones = sp.csr_matrix((np.ones(sum(map(len, query_tokens)), np.float32), np.concatenate(query_tokens).astype(int),
                               np.cumsum([0] + [len(t) for t in query_tokens])), shape=(len(queries), matrix.shape[1]))
-        transposed = matrix.T.tocsr()
+        transposed, place, right = matrix.T.tocsr(), {int(i): k for k, i in enumerate(index)}, []
         for start in range(0, len(queries), 500):
-            scores = ones[start:start + 500] @ transposed
-            for k, (query, kind, i, a, b) in enumerate(queries[start:start + 500]):
-                row = scores[k]
-                best = row.indices[np.argsort(-row.data)[:16]] if row.nnz else []
-                hard = [int(index[j]) for j in best if index[j] != i][:12]
-                near = [j for j in (i - 1, i + 1, i - 2, i + 2) if 0 <= j < len(rows) and rows[j]["doc"] == rows[i]["doc"] and rows[j]["lang"] == lang]
+            scores = (ones[start:start + 500] @ transposed).toarray()
+            for k, (query, kind, i, key) in enumerate(queries[start:start + 500]):
+                best = np.argpartition(-scores[k], 80)[:80]
+                best = best[np.argsort(-scores[k][best])]
+                others = negatives(index, best[scores[k][best] > 0], rows, tokens, i, key)
+                bm25 = scores[k][[place[j] for j in [i] + others]]
+                right.append(bm25[0] > bm25[1:].max())
                 groups.append(dict(lang=lang, kind=kind, query=np.array(query_tokens[start + k][:60], np.uint16), text=query,
-                                   positive=int(i), key=(a, b), hard=hard, near=near))
-        print(lang, len(queries), "groups", flush=True)
+                                   documents=documents(tokens, i, key, others, kind), source=rows[i]["source"], bm25=bool(right[-1]),
+                                   held_out=zlib.crc32(rows[i]["doc"].encode()) % 40 == 0))
+        print(f"{lang} {len(queries)} groups, BM25 ranks the gold first in {np.mean(right):.3f}", flush=True)
         for g in rng.sample(groups[-len(queries):], 12):
-            print("  ", g["kind"], "|", g["text"][:120], flush=True)
+            print("  ", g["source"], g["kind"], "|", g["text"][:150], flush=True)
     words = [(tokenizer.encode(q, add_special_tokens=False).ids, [tokenizer.encode(d, add_special_tokens=False).ids for d in docs])
              for q, docs in word_groups(tokenizer, 4000)]
     rng.shuffle(groups)
-    by_lang = {lang: np.array([i for i, r in enumerate(rows) if r["lang"] == lang]) for lang in ("en", "zh")}
     offsets = [np.array(e.offsets, np.int32) for e in encoded]
-    pickle.dump(dict(tokens=tokens, offsets=offsets, groups=groups, words=words, by_lang=by_lang), open(f"{WORK}/groups.pkl", "wb"))
+    pickle.dump(dict(tokens=tokens, offsets=offsets, groups=groups, words=words), open(f"{WORK}/groups.pkl", "wb"))
 
 
 if __name__ == "__main__":
