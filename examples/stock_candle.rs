@@ -33,7 +33,10 @@ fn argument(name: &str) -> Result<PathBuf> {
 
 fn main() -> Result<()> {
     let (folder, workloads) = (argument("--model")?, argument("--workloads")?);
-    let config: Config = serde_json::from_str(&std::fs::read_to_string(folder.join("config.json"))?)?;
+    let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(folder.join("config.json"))?)?;
+    // Later versions of transformers leave out what is always so.
+    config.as_object_mut().context("an object")?.entry("position_embedding_type").or_insert("absolute".into());
+    let config: Config = serde_json::from_value(config)?;
     let weights = std::fs::read(folder.join("model.safetensors"))?;
     let weights = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)?;
     let model = XLMRobertaForSequenceClassification::new(1, &config, weights)?;

@@ -1,6 +1,6 @@
 //! The fast backend for processors: packed weights, our own kernels by run-time detection, our own threads.
 //!
-//! In reading order: [`simd`] is what an instruction set offers; `panels` the weights' layout, `product` the kernel that reads
+//! In reading order: `simd` is what an instruction set offers; `panels` the weights' layout, `product` the kernel that reads
 //! it, and `epilogue` what becomes of its sums; `attention`, `rows` (norms, forms of rows) and `math` (exp, GELU) are the
 //! other operations; `pieces` says how a batch is cut for the threads of `pool`; `matrix` is their memory; `probe` is for benches.
 //! This file puts them behind [`Backend`].
