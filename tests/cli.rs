@@ -223,16 +223,20 @@ fn the_largest_model_starts_and_answers() {
     let config = rerankd::loading::config::ModelConfig::parse(&config).unwrap();
     random::write_checkpoint(&config, &folder.path().join("model.safetensors")).unwrap();
     let model = format!("BAAI/bge-reranker-v2-m3={}", folder.path().display());
-    let server = Server::start(&["--model", &model]);
-    let answer = server.rerank(
-        r#"{"model":"BAAI/bge-reranker-v2-m3","query":"苹果","documents":["apple","香蕉","fruit","vegetable"],"top_n":4}"#,
-    );
-    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    let body: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
-    assert_eq!(body["results"].as_array().unwrap().len(), 4);
-    let memory = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap_or_default();
-    let line = |name: &str| memory.lines().find(|line| line.starts_with(name)).unwrap_or("unknown").to_owned();
-    eprintln!("{} {}", line("VmRSS"), line("VmHWM"));
+    for dtype in ["f32", "bf16", "int8"] {
+        let begun = std::time::Instant::now();
+        let server = Server::start(&["--model", &model, "--dtype", dtype]);
+        let seconds = begun.elapsed().as_secs_f64();
+        let answer = server.rerank(
+            r#"{"model":"BAAI/bge-reranker-v2-m3","query":"苹果","documents":["apple","香蕉","fruit","vegetable"],"top_n":4}"#,
+        );
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+        let body: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        assert_eq!(body["results"].as_array().unwrap().len(), 4);
+        let memory = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap_or_default();
+        let line = |name: &str| memory.lines().find(|line| line.starts_with(name)).unwrap_or("unknown").to_owned();
+        eprintln!("{dtype}: started in {seconds:.1} s, {} {}", line("VmRSS"), line("VmHWM"));
+    }
 }
 
 #[test]
