@@ -19,7 +19,9 @@ import numpy as np
 import workloads
 
 # What a mode computes at a time. Padding is within a batch only, and pairs are sorted by length first.
-BATCH = {"one": 1, "batch8": 8, "streams": 1}
+# Streams share batches out, one a thread: short pairs want more than one at a time there too.
+BATCH = {"one": 1, "batch8": 8, "streams": 1, "streams4": 4, "streams8": 8}
+STREAMS = [mode for mode in BATCH if mode.startswith("streams")]
 
 Pairs = list[list[int]]
 # Scores prepared input; what it returns holds a logit for each pair, in the order of the input.
@@ -132,7 +134,7 @@ def load_openvino(precision: str, folder: Path, threads: int) -> Engine:
         return np.concatenate([results[index] for index in range(len(batches))])
 
     modes = {mode: Mode(batches_of(mode), one_after_another) for mode in ("one", "batch8")}
-    return Engine(version("openvino"), modes | {"streams": Mode(batches_of("streams"), streams)})
+    return Engine(version("openvino"), modes | {mode: Mode(batches_of(mode), streams) for mode in STREAMS})
 
 
 def load_onnxruntime(precision: str, folder: Path, threads: int) -> Engine:
@@ -156,7 +158,7 @@ def load_onnxruntime(precision: str, folder: Path, threads: int) -> Engine:
         return np.concatenate(list(pool.map(lambda batch: narrow.run(None, batch)[0], batches)))
 
     modes = {mode: Mode(batches_of(mode), one_after_another) for mode in ("one", "batch8")}
-    return Engine(version("onnxruntime"), modes | {"streams": Mode(batches_of("streams"), streams)})
+    return Engine(version("onnxruntime"), modes | {mode: Mode(batches_of(mode), streams) for mode in STREAMS})
 
 
 def load_sentence_transformers(precision: str, folder: Path, threads: int) -> Engine:
