@@ -19,7 +19,7 @@ use std::ops::Range;
 use super::epilogue::Output;
 use super::math::{Exactness, MAX_LANES, exp2, load_some, store_some, store_some_bf16};
 use super::matrix::Matrix;
-use super::product::{self, Dot, Sums};
+use super::product::{self, Dot, Operands};
 use super::simd::{Isa, Op, Path};
 use crate::backend::AttentionShape;
 
@@ -190,13 +190,17 @@ impl<E: Element> Op for Head<'_, E> {
                 // packed keys and values have a panel for every key and column.
                 unsafe {
                     for panel in 0..n.div_ceil(I::PANEL) {
-                        let b = packed_keys.as_ptr().add((first_key / I::PANEL + panel) * steps * I::PANEL);
                         for tile in product::tiles(0..rows) {
-                            let a = words.add(tile.start * words_stride);
-                            let to = scores.shared().row(tile.start).add(panel * I::PANEL).cast();
-                            let sums = Sums { to, stride: scores.stride(), resume: false };
-                            let vectors = I::PANEL_VECTORS;
-                            product::multiply(isa, E::FORMAT, a, words_stride, b, steps, tile.len(), vectors, sums);
+                            let operands = Operands {
+                                a: words.add(tile.start * words_stride),
+                                a_stride: words_stride,
+                                b: packed_keys.as_ptr().add((first_key / I::PANEL + panel) * steps * I::PANEL),
+                                steps,
+                                sums: scores.shared().row(tile.start).add(panel * I::PANEL).cast(),
+                                sums_stride: scores.stride(),
+                                resume: false,
+                            };
+                            product::multiply(isa, E::FORMAT, operands, tile.len(), I::PANEL_VECTORS);
                         }
                     }
                     for row in 0..rows {
@@ -218,14 +222,17 @@ impl<E: Element> Op for Head<'_, E> {
                     }
                     for panel in 0..value_panels {
                         let step = panel * value_steps + first_key / E::PER_STEP;
-                        let b = packed_values.as_ptr().add(step * value_width);
                         for tile in product::tiles(0..rows) {
-                            let a = weights.shared().row(tile.start).cast();
-                            let stride = weights.stride() / E::PER_STEP;
-                            let to = context.shared().row(tile.start).add(panel * value_width).cast();
-                            let sums = Sums { to, stride: context.stride(), resume: first_key > 0 };
-                            let steps = n.div_ceil(E::PER_STEP);
-                            product::multiply(isa, E::FORMAT, a, stride, b, steps, tile.len(), vectors, sums);
+                            let operands = Operands {
+                                a: weights.shared().row(tile.start).cast(),
+                                a_stride: weights.stride() / E::PER_STEP,
+                                b: packed_values.as_ptr().add(step * value_width),
+                                steps: n.div_ceil(E::PER_STEP),
+                                sums: context.shared().row(tile.start).add(panel * value_width).cast(),
+                                sums_stride: context.stride(),
+                                resume: first_key > 0,
+                            };
+                            product::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
                         }
                     }
                 }

@@ -182,29 +182,15 @@ impl<D: Dot> Op for Loops<'_, D> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Product { input, weights, .. } = *self.product;
-        let (steps, width) = (weights.steps, weights.width);
+        let (steps, width) = (self.product.weights.steps, self.product.weights.width);
         assert_eq!(width, I::PANEL);
         if steps <= BLOCK_STEPS {
             let mut tile = Tile([0; TILE_ROWS * MAX_PANEL]);
             for panel in self.panels.clone() {
-                let words = weights.panel(panel).as_ptr();
                 for rows in tiles(self.rows.clone()) {
-                    // SAFETY: `compute` has checked that the input has these rows and that each has `steps` words.
+                    // SAFETY: a tile's sums fit; the panel and the rows are the product's.
                     unsafe {
-                        let a = input.words.as_ptr().add(rows.start * input.stride);
-                        let sums = Sums { to: tile.0.as_mut_ptr(), stride: width, resume: false };
-                        multiply::<I, D>(
-                            isa,
-                            self.format,
-                            a,
-                            input.stride,
-                            words,
-                            steps,
-                            rows.len(),
-                            I::PANEL_VECTORS,
-                            sums,
-                        );
+                        self.sum(isa, panel, rows.clone(), 0..steps, tile.0.as_mut_ptr());
                         self.finish(isa, &tile.0, panel, rows);
                     }
                 }
@@ -213,35 +199,20 @@ impl<D: Dot> Op for Loops<'_, D> {
         }
         let mut sums = Matrix::<u32>::take(BLOCK_ROWS, width);
         for panel in self.panels.clone() {
-            for block in (self.rows.start..self.rows.end).step_by(BLOCK_ROWS) {
-                let block = block..(block + BLOCK_ROWS).min(self.rows.end);
+            for start in self.rows.clone().step_by(BLOCK_ROWS) {
+                let block = start..(start + BLOCK_ROWS).min(self.rows.end);
                 for step in (0..steps).step_by(BLOCK_STEPS) {
-                    // SAFETY: as above; the block's sums have a row for each of its rows.
-                    unsafe {
-                        let words = weights.panel(panel).as_ptr().add(step * width);
-                        for rows in tiles(block.clone()) {
-                            let a = input.words.as_ptr().add(rows.start * input.stride + step);
-                            let to = sums.shared().row(rows.start - block.start);
-                            let sums = Sums { to, stride: width, resume: step > 0 };
-                            let steps = BLOCK_STEPS.min(steps - step);
-                            multiply::<I, D>(
-                                isa,
-                                self.format,
-                                a,
-                                input.stride,
-                                words,
-                                steps,
-                                rows.len(),
-                                I::PANEL_VECTORS,
-                                sums,
-                            );
+                    for rows in tiles(block.clone()) {
+                        // SAFETY: the sums have a row for each row of the block, and the stride of a panel's width.
+                        unsafe {
+                            let to = sums.shared().row(rows.start - start);
+                            self.sum(isa, panel, rows, step..(step + BLOCK_STEPS).min(steps), to);
                         }
                     }
                 }
-                for rows in tiles(block.clone()) {
-                    let at = (rows.start - block.start) * width;
+                for rows in tiles(block) {
                     // SAFETY: the panel and the rows are the product's.
-                    unsafe { self.finish(isa, &sums.all()[at..], panel, rows) };
+                    unsafe { self.finish(isa, &sums.all()[(rows.start - start) * width..], panel, rows) };
                 }
             }
         }
@@ -249,6 +220,28 @@ impl<D: Dot> Op for Loops<'_, D> {
 }
 
 impl<D: Dot> Loops<'_, D> {
+    /// A tile's sums over some k-steps, added to what is there where they are not the first.
+    ///
+    /// # Safety
+    /// `sums` has a panel's width for each of the rows, which `compute` has checked to be the input's.
+    #[inline(always)]
+    unsafe fn sum<I: Isa>(&self, isa: I, panel: usize, rows: Range<usize>, steps: Range<usize>, sums: *mut u32) {
+        let Product { input, weights, .. } = *self.product;
+        // SAFETY: the rows and the panel have all the weights' k-steps.
+        unsafe {
+            let operands = Operands {
+                a: input.words.as_ptr().add(rows.start * input.stride + steps.start),
+                a_stride: input.stride,
+                b: weights.panel(panel).as_ptr().add(steps.start * weights.width),
+                steps: steps.len(),
+                sums,
+                sums_stride: weights.width,
+                resume: steps.start > 0,
+            };
+            multiply(isa, self.format, operands, rows.len(), I::PANEL_VECTORS);
+        }
+    }
+
     /// The epilogue of a tile whose sums lie in `sums`, `[rows, width]`. What encoder layers end in is compiled each by itself.
     ///
     /// # Safety
@@ -310,34 +303,30 @@ pub(super) fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     (0..count).map(move |i| start + n * i / count..start + n * (i + 1) / count)
 }
 
-/// Where a tile's sums are kept.
+/// The two factors of a tile and where its sums are kept.
 #[derive(Clone, Copy)]
-pub(super) struct Sums {
-    pub(super) to: *mut u32,
+pub(super) struct Operands {
+    /// The rows' words, `steps` in each.
+    pub(super) a: *const u32,
+    /// Words from a row to the next one.
+    pub(super) a_stride: usize,
+    /// A panel's words, `[steps, columns]`.
+    pub(super) b: *const u32,
+    pub(super) steps: usize,
+    /// `[rows, columns]`
+    pub(super) sums: *mut u32,
     /// Words from a row's sums to the next one's.
-    pub(super) stride: usize,
-    /// Whether to add to what is there.
+    pub(super) sums_stride: usize,
+    /// Whether to add to the sums that are there.
     pub(super) resume: bool,
 }
 
-/// `sums[row][column] (+)= sum over steps of a[row][step] * b[step][column]`, for up to six rows and some vectors of columns.
+/// `sums[row][column] (+)= sum over steps of a[row][step] * b[step][column]`, for one to six rows and some vectors of columns.
 ///
 /// # Safety
-/// `a` has `rows` rows of `steps` words, `a_stride` apart; `b` has `vectors` vectors for each step; `sums` as many for each row.
+/// The pointers reach as far as [`Operands`] says, for `rows` rows and `vectors` vectors of columns.
 #[inline(always)]
-#[allow(clippy::too_many_arguments, reason = "two matrices and a result, as pointers")]
-pub(super) unsafe fn multiply<I: Isa, D: Dot>(
-    isa: I,
-    format: D,
-    a: *const u32,
-    a_stride: usize,
-    b: *const u32,
-    steps: usize,
-    rows: usize,
-    vectors: usize,
-    sums: Sums,
-) {
-    let operands = Operands { a, a_stride, b, steps, sums };
+pub(super) unsafe fn multiply<I: Isa, D: Dot>(isa: I, format: D, operands: Operands, rows: usize, vectors: usize) {
     macro_rules! kernels {
         ($(($vectors:literal: $($rows:literal)+))+) => {
             match (vectors, rows) {
@@ -348,15 +337,6 @@ pub(super) unsafe fn multiply<I: Isa, D: Dot>(
     }
     // Each instance is a function of its own, entered with the instruction set's features.
     kernels!((4: 1 2 3 4 5 6) (2: 1 2 3 4 5 6) (1: 1 2 3 4 5 6));
-}
-
-#[derive(Clone, Copy)]
-struct Operands {
-    a: *const u32,
-    a_stride: usize,
-    b: *const u32,
-    steps: usize,
-    sums: Sums,
 }
 
 /// The microkernel: R rows by V vectors of sums in registers.
@@ -374,12 +354,12 @@ impl<D: Dot, const R: usize, const V: usize> Op for Kernel<D, R, V> {
         if V > I::PANEL_VECTORS {
             unreachable!("wider than a panel");
         }
-        let Operands { a, a_stride, mut b, steps, sums } = self.operands;
+        let Operands { a, a_stride, mut b, steps, sums, sums_stride, resume } = self.operands;
         let mut acc = [[isa.splat_bits(0); V]; R];
         // SAFETY: `multiply`'s caller has said how far each pointer reaches.
         unsafe {
-            let at = |r: usize, v: usize| sums.to.add(r * sums.stride + v * I::LANES);
-            if sums.resume {
+            let at = |r: usize, v: usize| sums.add(r * sums_stride + v * I::LANES);
+            if resume {
                 for (r, row) in acc.iter_mut().enumerate() {
                     for (v, sum) in row.iter_mut().enumerate() {
                         *sum = isa.load_bits(at(r, v));
