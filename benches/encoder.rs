@@ -34,7 +34,7 @@ const WORKLOADS: [(&str, &[usize]); 4] = [
 
 const VOCABULARY: usize = 1000;
 
-fn encoder(engine: &str, (layers, c, heads, f): (usize, usize, usize, usize)) -> Box<dyn CrossEncoder> {
+fn encoder(engine: &str, (layers, c, heads, f): (usize, usize, usize, usize)) -> Arc<dyn CrossEncoder> {
     let json = format!(
         r#"{{"model_type":"xlm-roberta","vocab_size":{VOCABULARY},"hidden_size":{c},"num_hidden_layers":{layers},
             "num_attention_heads":{heads},"intermediate_size":{f},"max_position_embeddings":514,"pad_token_id":1}}"#

@@ -42,6 +42,9 @@ pub enum RerankError {
         /// The deadline, counted from the request's arrival.
         seconds: u64,
     },
+    /// The device has no memory for one of the request's pairs alone.
+    #[error("the device's memory is exhausted; send shorter documents, or try again later")]
+    OutOfMemory,
     /// The server is on its way down.
     #[error("the server is shutting down")]
     ShuttingDown,

@@ -102,7 +102,7 @@ impl From<RerankError> for ApiError {
                 retry_after_s: Some(retry_after_s),
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
             },
-            RerankError::ShuttingDown => {
+            RerankError::OutOfMemory | RerankError::ShuttingDown => {
                 Self { code: 50505, retry_after_s: Some(1), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
             }
             RerankError::Deadline { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, message),

@@ -181,8 +181,8 @@ impl Backend for CandleBackend {
         Ok(Tensor::cat(&contexts, 0)?)
     }
 
-    fn gather_rows(&self, (): &(), x: &Tensor, rows: &[u32]) -> Result<Tensor, BackendError> {
-        Ok(x.index_select(&self.indices(rows)?, 0)?)
+    fn first_rows(&self, (): &(), x: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
+        Ok(x.index_select(&self.indices(&batch.first_rows())?, 0)?)
     }
 
     fn download(&self, (): &(), x: &Tensor) -> Result<Vec<f32>, BackendError> {
@@ -206,6 +206,6 @@ fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
 
 impl From<candle_core::Error> for BackendError {
     fn from(error: candle_core::Error) -> Self {
-        Self(Box::new(error))
+        Self::Failed(Box::new(error))
     }
 }

@@ -93,8 +93,17 @@ pub enum Dtype {
 
 /// A backend could not compute. The cause is the device library's own error.
 #[derive(Debug, thiserror::Error)]
-#[error("the backend failed: {0}")]
-pub struct BackendError(#[source] pub Box<dyn std::error::Error + Send + Sync>);
+pub enum BackendError {
+    /// This batch failed; the next may not.
+    #[error("the backend failed: {0}")]
+    Failed(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// There is no memory on the device for so many tokens at once, and they cannot be divided further.
+    #[error("the device's memory is exhausted: {0}")]
+    OutOfMemory(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The device computes no more for this process (an illegal address, a card off the bus).
+    #[error("the device is lost: {0}")]
+    DeviceLost(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
 
 /// A graph over one batch, or a piece of it, in a lane: logits `[S]`, in the batch's order.
 pub type Graph<'a, B> = &'a (dyn Fn(&<B as Backend>::Lane, &Batch) -> Result<Vec<f32>, BackendError> + Sync);
@@ -123,6 +132,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// What start-up prints: implementation, precision, device.
     fn describe(&self) -> String;
+
+    /// Calls of [`Backend::run`] that may compute at the same time.
+    fn lanes(&self) -> usize {
+        1
+    }
 
     /// Takes the embedding tables over.
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Self::Embeddings, BackendError>;
@@ -170,8 +184,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
         kv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
-    /// The given rows, in the given order: `[rows.len(), columns]`.
-    fn gather_rows(&self, lane: &Self::Lane, x: &Self::Buffer, rows: &[u32]) -> Result<Self::Buffer, BackendError>;
+    /// Each sequence's first row: `[T, columns]` to `[S, columns]`.
+    fn first_rows(&self, lane: &Self::Lane, x: &Self::Buffer, batch: &Batch) -> Result<Self::Buffer, BackendError>;
     /// The buffer's values on the host, row-major.
     fn download(&self, lane: &Self::Lane, x: &Self::Buffer) -> Result<Vec<f32>, BackendError>;
 }

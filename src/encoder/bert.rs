@@ -119,6 +119,10 @@ impl<B: Backend> CrossEncoder for Bert<B> {
     fn describe(&self) -> String {
         self.backend.describe()
     }
+
+    fn lanes(&self) -> usize {
+        self.backend.lanes()
+    }
 }
 
 impl<B: Backend> Layer<B> {
@@ -175,7 +179,7 @@ impl<B: Backend> Layer<B> {
         hidden: &B::Buffer,
         batch: &Batch,
     ) -> Result<B::Buffer, BackendError> {
-        let first = backend.gather_rows(lane, hidden, &batch.first_rows())?;
+        let first = backend.first_rows(lane, hidden, batch)?;
         let q = backend.apply(lane, &self.qkv, self.columns(0, 1), &first, Epilogue::Bias)?;
         let kv = backend.apply(lane, &self.qkv, self.columns(1, 3), hidden, Epilogue::Bias)?;
         let context = backend.first_token_attention(lane, self.shape, &q, &kv, batch)?;

@@ -5,6 +5,8 @@ mod head;
 
 pub use bert::{Bert, Stage};
 
+use std::sync::Arc;
+
 use anyhow::Result;
 
 use crate::backend::{Backend, BackendError};
@@ -22,14 +24,19 @@ pub trait CrossEncoder: Send + Sync {
 
     /// Implementation, precision and device, for start-up's summary.
     fn describe(&self) -> String;
+
+    /// Batches that it computes at the same time, each by a caller of its own. One where a batch takes the whole device.
+    fn lanes(&self) -> usize {
+        1
+    }
 }
 
 /// Builds the graph that `config` describes from the checkpoint, on `backend`.
 ///
 /// # Errors
 /// Any tensor that is missing, left over, mis-shaped or not finite.
-pub fn load<B: Backend>(config: &ModelConfig, weights: Weights, backend: B) -> Result<Box<dyn CrossEncoder>> {
+pub fn load<B: Backend>(config: &ModelConfig, weights: Weights, backend: B) -> Result<Arc<dyn CrossEncoder>> {
     match config.architecture {
-        Architecture::Bert | Architecture::Roberta => Ok(Box::new(Bert::load(config, weights, backend)?)),
+        Architecture::Bert | Architecture::Roberta => Ok(Arc::new(Bert::load(config, weights, backend)?)),
     }
 }

@@ -72,7 +72,7 @@ pub struct LoadedModel {
     /// Text to pairs.
     pub text: TextEncoder,
     /// Pairs to logits.
-    pub encoder: Box<dyn CrossEncoder>,
+    pub encoder: Arc<dyn CrossEncoder>,
     /// Rows of the word embedding: every token id is below it.
     pub vocabulary: usize,
     /// Implementation, precision and device; dimensions; seconds to load.
@@ -129,7 +129,7 @@ fn load_encoder(
     mut weights: Weights,
     device: &DeviceChoice,
     name: &str,
-) -> Result<Box<dyn CrossEncoder>> {
+) -> Result<Arc<dyn CrossEncoder>> {
     let bar = telemetry::progress_bytes(weights.bytes(), &format!("loading {name}"));
     let observed = bar.clone();
     weights.on_progress(move |bytes| observed.inc(bytes));

@@ -14,6 +14,8 @@ const SMOOTHING: f64 = 0.2;
 pub(super) struct Admission {
     limit: usize,
     waiting: AtomicUsize,
+    /// Batches that are computed at the same time, when there is enough to do.
+    workers: usize,
     /// Bits of the estimated tokens per second; 0 until a batch has been measured.
     speed: AtomicU64,
     gauge: metrics::Gauge,
@@ -27,9 +29,9 @@ pub struct Permit {
 }
 
 impl Admission {
-    pub(super) fn new(model: &str, limit: usize) -> Self {
+    pub(super) fn new(model: &str, limit: usize, workers: usize) -> Self {
         let gauge = metrics::gauge!("rerankd_queue_tokens", "model" => model.to_owned());
-        Self { limit, waiting: AtomicUsize::new(0), speed: AtomicU64::new(0), gauge }
+        Self { limit, waiting: AtomicUsize::new(0), workers, speed: AtomicU64::new(0), gauge }
     }
 
     /// Takes room for `tokens`, at once or not at all. An empty queue takes any request: its own limit has judged it.
@@ -52,7 +54,7 @@ impl Admission {
 
     /// Learns from a batch.
     pub(super) fn computed(&self, tokens: usize, took: Duration) {
-        let new = tokens as f64 / took.as_secs_f64().max(1e-6);
+        let new = (tokens * self.workers) as f64 / took.as_secs_f64().max(1e-6);
         let old = f64::from_bits(self.speed.load(Relaxed));
         let speed = if old == 0.0 { new } else { old + SMOOTHING * (new - old) };
         self.speed.store(speed.to_bits(), Relaxed);
@@ -77,7 +79,7 @@ mod tests {
 
     #[test]
     fn a_request_fits_whole_or_is_refused_with_a_time() {
-        let admission = Arc::new(Admission::new("m", 100));
+        let admission = Arc::new(Admission::new("m", 100, 1));
         let first = admission.admit(80).unwrap();
         admission.computed(10, Duration::from_secs(1));
         assert!(matches!(admission.admit(50), Err(RerankError::Overloaded { retry_after_s: 3 })));

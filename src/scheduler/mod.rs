@@ -54,24 +54,29 @@ impl Deadline {
     }
 }
 
-/// One model's queue and the worker that drains it. Dropping it lets the worker finish its batch and ends it.
+/// One model's queue and the workers that drain it. Dropping it lets them finish their batches and ends them.
 #[derive(Debug)]
 pub struct Scheduler {
     admission: Arc<Admission>,
     queue: Arc<Queue>,
-    worker: Option<std::thread::JoinHandle<()>>,
+    workers: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Scheduler {
-    /// Starts the worker that owns `encoder`. `model` names it in logs and metrics.
+    /// Starts a worker for each of `encoder`'s lanes. `model` names it in logs and metrics.
     ///
     /// # Errors
-    /// The operating system has no thread for it.
-    pub fn start(model: &str, encoder: Box<dyn CrossEncoder>, limits: SchedulerLimits) -> std::io::Result<Self> {
-        let admission = Arc::new(Admission::new(model, limits.max_queue_tokens));
+    /// The operating system has no thread for one.
+    pub fn start(model: &str, encoder: Arc<dyn CrossEncoder>, limits: SchedulerLimits) -> std::io::Result<Self> {
+        let lanes = encoder.lanes();
+        let admission = Arc::new(Admission::new(model, limits.max_queue_tokens, lanes));
         let queue = Arc::new(Queue::new(limits.max_batch_tokens));
-        let worker = worker::spawn(model, encoder, Arc::clone(&queue), Arc::clone(&admission))?;
-        Ok(Self { admission, queue, worker: Some(worker) })
+        let mut scheduler = Self { admission, queue, workers: Vec::with_capacity(lanes) };
+        for _ in 0..lanes {
+            let (queue, admission) = (Arc::clone(&scheduler.queue), Arc::clone(&scheduler.admission));
+            scheduler.workers.push(worker::spawn(model, Arc::clone(&encoder), queue, admission)?);
+        }
+        Ok(scheduler)
     }
 
     /// Room for `tokens` tokens of work, for as long as the permit lives.
@@ -107,7 +112,7 @@ impl Scheduler {
         self.queue.last_success()
     }
 
-    /// When the batch that is being computed was begun.
+    /// When the oldest of the batches that are being computed was begun.
     pub fn running_since(&self) -> Option<Instant> {
         self.queue.running_since()
     }
@@ -129,7 +134,7 @@ impl Scheduler {
 impl Drop for Scheduler {
     fn drop(&mut self) {
         self.queue.close();
-        if let Some(worker) = self.worker.take() {
+        for worker in self.workers.drain(..) {
             worker.join().ok();
         }
     }

@@ -1,6 +1,6 @@
-//! The waiting requests of one model and the slots of their scores. Callers push, the worker takes batches and delivers.
+//! The waiting requests of one model and the slots of their scores. Callers push, workers take batches and deliver.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -20,16 +20,16 @@ pub(super) struct NewJob {
     pub(super) reply: oneshot::Sender<Result<Scores, RerankError>>,
 }
 
-/// Some pairs of one request, in a batch.
+/// A batch that a worker has taken: pairs of one request or several, to be delivered or failed.
 #[derive(Debug)]
 pub(super) struct Work {
-    slice: Slice,
-    all: Arc<[Pair]>,
+    number: u64,
+    parts: Vec<(Slice, Arc<[Pair]>)>,
 }
 
 impl Work {
-    pub(super) fn pairs(&self) -> &[Pair] {
-        &self.all[self.slice.pairs.clone()]
+    pub(super) fn pairs(&self) -> impl Iterator<Item = &Pair> {
+        self.parts.iter().flat_map(|(slice, all)| &all[slice.pairs.clone()])
     }
 }
 
@@ -48,7 +48,9 @@ struct State {
     next_id: u64,
     closed: bool,
     last_success: Option<Instant>,
-    running_since: Option<Instant>,
+    /// When each batch that is being computed was begun, by its number: the first is the oldest.
+    running: BTreeMap<u64, Instant>,
+    taken: u64,
 }
 
 /// A request in the queue or in batches, until its last score is there.
@@ -96,12 +98,15 @@ impl Queue {
     }
 
     /// The next batch's pairs, waiting for some to come. `None` when the queue is closed and empty.
-    pub(super) fn take(&self) -> Option<Vec<Work>> {
+    pub(super) fn take(&self) -> Option<Work> {
         let mut state = self.lock();
         loop {
             state.drop_departed();
             let batch = plan::next_batch(&mut state.waiting, self.max_batch_tokens);
             if !batch.is_empty() {
+                if !state.waiting.is_empty() {
+                    self.arrived.notify_one(); // there is a batch for another worker too
+                }
                 return Some(state.begin(batch));
             }
             if state.closed {
@@ -112,24 +117,24 @@ impl Queue {
     }
 
     /// Puts a batch's logits, in the order of its pairs, into their requests' slots. Complete requests are answered.
-    pub(super) fn deliver(&self, batch: &[Work], logits: &[f32]) {
+    pub(super) fn deliver(&self, work: &Work, logits: &[f32]) {
         let mut state = self.lock();
         if logits.iter().all(|logit| logit.is_finite()) {
             state.last_success = Some(Instant::now());
         }
-        state.running_since = None;
+        state.running.remove(&work.number);
         let mut logits = logits.iter();
-        for work in batch {
-            let new: Vec<f32> = logits.by_ref().take(work.slice.pairs.len()).copied().collect();
+        for (slice, _) in &work.parts {
+            let new: Vec<f32> = logits.by_ref().take(slice.pairs.len()).copied().collect();
             if new.iter().any(|logit| !logit.is_finite()) {
-                state.fail(work.slice.job, RerankError::NonFiniteScore);
+                state.fail(slice.job, RerankError::NonFiniteScore);
                 continue;
             }
-            let Some(job) = state.jobs.get_mut(&work.slice.job) else { continue }; // given up meanwhile
-            job.logits[work.slice.pairs.clone()].copy_from_slice(&new);
+            let Some(job) = state.jobs.get_mut(&slice.job) else { continue }; // given up meanwhile
+            job.logits[slice.pairs.clone()].copy_from_slice(&new);
             job.missing -= new.len();
             if job.missing == 0
-                && let Some(job) = state.jobs.remove(&work.slice.job)
+                && let Some(job) = state.jobs.remove(&slice.job)
             {
                 job.finish();
             }
@@ -137,11 +142,11 @@ impl Queue {
     }
 
     /// Answers every request that had pairs in a failed batch.
-    pub(super) fn fail(&self, batch: &[Work], cause: &str) {
+    pub(super) fn fail(&self, work: &Work, error: impl Fn() -> RerankError) {
         let mut state = self.lock();
-        state.running_since = None;
-        for work in batch {
-            state.fail(work.slice.job, RerankError::Internal(anyhow::anyhow!("{cause}")));
+        state.running.remove(&work.number);
+        for (slice, _) in &work.parts {
+            state.fail(slice.job, error());
         }
     }
 
@@ -156,7 +161,7 @@ impl Queue {
     }
 
     pub(super) fn running_since(&self) -> Option<Instant> {
-        self.lock().running_since
+        self.lock().running.values().next().copied()
     }
 
     /// The state stays coherent at every point where a panic could leave the lock, so a poisoned one is used on.
@@ -181,15 +186,17 @@ impl State {
         }
     }
 
-    fn begin(&mut self, batch: Vec<Slice>) -> Vec<Work> {
+    fn begin(&mut self, batch: Vec<Slice>) -> Work {
         let now = Instant::now();
-        self.running_since = Some(now);
-        let work = |slice: Slice| {
+        let number = self.taken;
+        self.taken += 1;
+        self.running.insert(number, now);
+        let part = |slice: Slice| {
             let job = self.jobs.get_mut(&slice.job)?;
             job.started.get_or_insert(now);
-            Some(Work { all: Arc::clone(&job.new.pairs), slice })
+            Some((slice, Arc::clone(&job.new.pairs)))
         };
-        batch.into_iter().filter_map(work).collect()
+        Work { number, parts: batch.into_iter().filter_map(part).collect() }
     }
 
     fn fail(&mut self, id: u64, error: RerankError) {
@@ -211,5 +218,60 @@ impl Job {
         let scores = Scores { logits: self.logits, queued: started - self.arrived, computed: now - started };
         drop(self.new.permit);
         self.new.reply.send(Ok(scores)).ok(); // the client may have gone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scheduler::admission::Admission;
+
+    fn job(pairs: usize) -> (NewJob, oneshot::Receiver<Result<Scores, RerankError>>) {
+        let (reply, answer) = oneshot::channel();
+        let permit = Arc::new(Admission::new("m", 1000, 1)).admit(pairs).unwrap();
+        (NewJob { pairs: vec![Pair::new(vec![1], vec![0]); pairs].into(), permit, deadline: None, reply }, answer)
+    }
+
+    #[test]
+    fn workers_deliver_one_request_out_of_order() {
+        let queue = Queue::new(2);
+        let (new, mut answer) = job(3);
+        queue.push(new).unwrap();
+        let (first, second) = (queue.take().unwrap(), queue.take().unwrap());
+        let oldest = queue.running_since().unwrap();
+        queue.deliver(&second, &[2.0]);
+        assert_eq!(queue.running_since(), Some(oldest), "the end of a younger batch does not hide an older one");
+        assert!(answer.try_recv().is_err());
+        queue.deliver(&first, &[0.0, 1.0]);
+        assert_eq!(answer.try_recv().unwrap().unwrap().logits, [0.0, 1.0, 2.0]);
+        assert_eq!(queue.running_since(), None);
+    }
+
+    #[test]
+    fn a_failed_batch_fails_its_requests_and_no_other() {
+        let queue = Queue::new(2);
+        let ((split, mut failed), (other, mut answered)) = (job(3), job(1));
+        queue.push(split).unwrap();
+        let first = queue.take().unwrap();
+        queue.push(other).unwrap();
+        let rest = queue.take().unwrap();
+        queue.fail(&first, || RerankError::OutOfMemory);
+        assert!(matches!(failed.try_recv().unwrap(), Err(RerankError::OutOfMemory)));
+        queue.deliver(&rest, &[2.0, 7.0]);
+        assert_eq!(answered.try_recv().unwrap().unwrap().logits, [7.0]);
+    }
+
+    #[test]
+    fn what_a_worker_leaves_wakes_another() {
+        let queue = Arc::new(Queue::new(1));
+        let takers: Vec<_> = (0..2)
+            .map(|_| {
+                let queue = Arc::clone(&queue);
+                std::thread::spawn(move || queue.take().map(|work| work.pairs().count()))
+            })
+            .collect();
+        let (new, _answer) = job(2);
+        queue.push(new).unwrap();
+        assert!(takers.into_iter().all(|taker| taker.join().unwrap() == Some(1)));
     }
 }

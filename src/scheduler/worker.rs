@@ -1,19 +1,26 @@
-//! One thread owns one model on one device: take a batch, run it, deliver.
+//! A worker thread drives one lane of a model: take a batch, run it, deliver.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::admission::Admission;
 use super::queue::{Queue, Work};
+use crate::backend::BackendError;
 use crate::batch::Batch;
 use crate::encoder::CrossEncoder;
+use crate::error::RerankError;
 
-/// Starts the worker. It ends when the queue is closed and empty.
+/// EX_SOFTWARE: the device is lost, and only a new process gets it back.
+const DEVICE_LOST: i32 = 70;
+/// For the answers that tell of it to leave the process.
+const LAST_WORDS: Duration = Duration::from_millis(250);
+
+/// Starts a worker. It ends when the queue is closed and empty.
 pub(super) fn spawn(
     model: &str,
-    encoder: Box<dyn CrossEncoder>,
+    encoder: Arc<dyn CrossEncoder>,
     queue: Arc<Queue>,
     admission: Arc<Admission>,
 ) -> std::io::Result<JoinHandle<()>> {
@@ -23,14 +30,14 @@ pub(super) fn spawn(
         let batch_tokens = metrics::histogram!("rerankd_batch_tokens", "model" => model.clone());
         let batch_seconds = metrics::histogram!("rerankd_batch_seconds", "model" => model.clone());
         while let Some(work) = queue.take() {
-            let batch = Batch::pack(work.iter().flat_map(Work::pairs));
+            let batch = Batch::pack(work.pairs());
             let start = Instant::now();
             match run(encoder.as_ref(), &batch) {
                 Ok(logits) => queue.deliver(&work, &logits),
-                Err(cause) => {
-                    tracing::error!(%model, tokens = batch.tokens(), pairs = batch.sequences(), cause, "a batch failed");
+                Err(error) => {
+                    tracing::error!(%model, tokens = batch.tokens(), pairs = batch.sequences(), %error, "a batch failed");
                     metrics::counter!("rerankd_batches_failed_total", "model" => model.clone()).increment(1);
-                    queue.fail(&work, &cause);
+                    fail(&queue, &work, &error);
                 }
             }
             let took = start.elapsed();
@@ -42,20 +49,30 @@ pub(super) fn spawn(
     })
 }
 
-/// A failure, or a panic, is the batch's own: the worker goes on with the next.
-fn run(encoder: &dyn CrossEncoder, batch: &Batch) -> Result<Vec<f32>, String> {
-    let outcome = catch_unwind(AssertUnwindSafe(|| encoder.score(batch)));
-    let logits = match outcome {
-        Ok(result) => result.map_err(|error| error.to_string())?,
-        Err(panic) => {
-            let text =
-                panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-            return Err(format!("panic: {}", text.unwrap_or("without a message")));
-        }
-    };
+/// A failure, or a panic, is the batch's own: the worker goes on with the next. A lost device is the end of the process,
+/// which would otherwise stay up and answer nothing but errors.
+fn fail(queue: &Queue, work: &Work, error: &BackendError) {
+    let cause = error.to_string();
+    match error {
+        BackendError::OutOfMemory(_) => queue.fail(work, || RerankError::OutOfMemory),
+        _ => queue.fail(work, || RerankError::Internal(anyhow::anyhow!("{cause}"))),
+    }
+    if let BackendError::DeviceLost(_) = error {
+        thread::sleep(LAST_WORDS);
+        tracing::error!("the device is lost: ending with code {DEVICE_LOST}, to be started again");
+        std::process::exit(DEVICE_LOST);
+    }
+}
+
+fn run(encoder: &dyn CrossEncoder, batch: &Batch) -> Result<Vec<f32>, BackendError> {
+    let logits = catch_unwind(AssertUnwindSafe(|| encoder.score(batch))).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(BackendError::Failed(format!("panic: {}", text.unwrap_or("without a message")).into()))
+    })?;
     if logits.len() == batch.sequences() {
         Ok(logits)
     } else {
-        Err(format!("the model gave {} logits for {} pairs", logits.len(), batch.sequences()))
+        let cause = format!("the model gave {} logits for {} pairs", logits.len(), batch.sequences());
+        Err(BackendError::Failed(cause.into()))
     }
 }

@@ -125,7 +125,7 @@ pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch
     };
     let text = TextEncoder::new(tokenizer_json().as_bytes(), 3 + WORDS.len(), limits).unwrap();
     let watch = Arc::new(Watch::default());
-    let encoder = Box::new(Stub { watch: Arc::clone(&watch), bias });
+    let encoder = Arc::new(Stub { watch: Arc::clone(&watch), bias });
     let (vocabulary, description) = (3 + WORDS.len(), String::new());
     let loaded = LoadedModel { name: name.to_owned(), aliases: vec![], text, encoder, vocabulary, description };
     (Model::start(loaded, queue).unwrap(), watch)

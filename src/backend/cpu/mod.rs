@@ -439,11 +439,12 @@ impl Backend for CpuBackend {
         Ok(self.attend(lane, shape, q, kv, [0, c], &sequences))
     }
 
-    fn gather_rows(&self, _: &Lane, x: &Buffer, rows: &[u32]) -> Result<Buffer, BackendError> {
+    fn first_rows(&self, _: &Lane, x: &Buffer, batch: &Batch) -> Result<Buffer, BackendError> {
+        let rows = batch.first_rows();
         Ok(Buffer {
             rows: rows.len(),
-            exact: x.exact.as_ref().map(|exact| gather(exact, rows)),
-            low: x.low.as_ref().map(|low| low.gather(rows)),
+            exact: x.exact.as_ref().map(|exact| gather(exact, &rows)),
+            low: x.low.as_ref().map(|low| low.gather(&rows)),
         })
     }
 
