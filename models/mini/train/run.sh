@@ -26,9 +26,8 @@ sh "$here/fetch.sh"
     "$python" "$here/groups.py" "$out/tokenizer.json"
     "$python" "$here/initialise.py" "$out/tokenizer.json"
     "$python" "$here/teach.py" "${TEACHER:?folder of the teacher}" --minutes 12
-    # The first phase was meant to last 62 minutes; the second took over from its checkpoint at 39.
-    "$python" "$here/train.py" "$out" "$MINI_WORK/phase1" --muon --minutes 62 --end .58
+    "$python" "$here/train.py" "$out" "$MINI_WORK/phase1" --muon --minutes 62
     "$python" "$here/pools.py" "$out/tokenizer.json"
-    "$python" "$here/train.py" "$out" "$out" --start "$MINI_WORK/phase1" --pools --muon --lr 7e-4 --minutes 18 --processes 1
+    "$python" "$here/train.py" "$out" "$out" --start "$MINI_WORK/phase1" --pools --muon --lr 7e-4 --minutes 55 --processes 2
     "$python" "$here/evaluate.py" "$out" "$XQUAD" --questions 400 --teacher "$TEACHER"
 } 2>&1 | tee "$here/log.txt"
