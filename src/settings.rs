@@ -14,6 +14,8 @@ use clap::{Args, Command, ValueEnum};
 use crate::api::{ApiLimits, Keys, ServerTimes};
 use crate::backend::Dtype;
 use crate::backend::cpu::{CpuBackend, Pool};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{self, CudaOptions, Element};
 use crate::loading::download::Hub;
 use crate::loading::source::{BUILTIN, ModelSource};
 use crate::loading::{self, DeviceChoice, LoadOptions};
@@ -22,8 +24,14 @@ use crate::scheduler::SchedulerLimits;
 use crate::telemetry::LogFormat;
 use crate::text::{Tail, TextLimits};
 
-/// Tokens of one batch, where nothing else is asked for.
+/// Tokens of one batch on a processor, where nothing else is asked for.
 pub const MAX_BATCH_TOKENS: usize = 2048;
+/// The same on a card: a whole number of waves of 128 x 256 tiles on 132 multiprocessors, at every shape of both large models.
+#[cfg(feature = "cuda")]
+pub const CUDA_BATCH_TOKENS: usize = 16_896;
+
+/// What `--device` may be.
+const DEVICES: &str = if cfg!(feature = "cuda") { "cpu, cuda, cuda:N, auto or candle" } else { "cpu or candle" };
 
 /// Which models, where they compute and how they read: shared by every command that scores.
 #[derive(Debug, Clone, Args)]
@@ -55,14 +63,16 @@ pub struct ModelArgs {
 
     /// Device to compute on
     ///
-    /// `cpu`: our own kernels for the instructions that this processor has. `candle`: the portable reference, in f32, slow.
+    /// `cpu`: our own kernels for the instructions that this processor has. `cuda`: an NVIDIA card, `cuda:1` that one,
+    /// `cuda:0,cuda:1` both, each with the whole model. `auto`: a card where there is one. `candle`: the portable reference, in
+    /// f32, slow.
     #[arg(long, default_value = "cpu", env = "RERANKD_DEVICE")]
     pub device: String,
 
     /// Numbers that encoder layers multiply
     ///
     /// `f32` is exact. `bf16` halves the memory and is about twice as fast where the processor multiplies bf16 (AVX-512 BF16).
-    /// `int8` halves it again. `auto` is bf16 where the processor has it, and f32 elsewhere.
+    /// `int8` halves it again. `f16` is for cards. `auto` is f16 on a card, bf16 where the processor has it, and f32 elsewhere.
     #[arg(long, value_enum, default_value = "auto", env = "RERANKD_DTYPE")]
     pub dtype: DtypeArg,
 
@@ -79,8 +89,13 @@ pub struct ModelArgs {
     /// Tokens of one batch
     ///
     /// Larger batches use a processor a little better and make small requests wait longer for the batch before theirs.
-    #[arg(long, value_name = "TOKENS", default_value_t = MAX_BATCH_TOKENS, env = "RERANKD_MAX_BATCH_TOKENS")]
-    pub max_batch_tokens: usize,
+    /// [default: 2048 on a processor, 16896 on a card]
+    #[arg(long, value_name = "TOKENS", env = "RERANKD_MAX_BATCH_TOKENS")]
+    pub max_batch_tokens: Option<usize>,
+
+    /// The same bits for a pair whatever its company, on a card too (where it is slower)
+    #[arg(long, env = "RERANKD_BATCH_INVARIANT")]
+    pub batch_invariant: bool,
 
     /// Characters of one document; the rest is cut before it is tokenised
     #[arg(long, value_name = "CHARS", default_value_t = 262_144, env = "RERANKD_MAX_DOCUMENT_CHARS")]
@@ -216,6 +231,7 @@ pub enum TailArg {
 pub enum DtypeArg {
     Auto,
     F32,
+    F16,
     Bf16,
     Int8,
 }
@@ -261,11 +277,16 @@ impl ModelArgs {
     fn device(&self, threads: usize) -> Result<DeviceChoice> {
         let name = self.device.as_str();
         match name {
+            #[cfg(feature = "cuda")]
+            "auto" if cuda::is_there() => self.cuda("cuda"),
+            #[cfg(feature = "cuda")]
+            _ if name.starts_with("cuda") => self.cuda(name),
             "cpu" | "auto" => {
                 let dtype = match self.dtype {
                     DtypeArg::F32 => Dtype::F32,
                     DtypeArg::Bf16 => Dtype::Bf16,
                     DtypeArg::Int8 => Dtype::Int8,
+                    DtypeArg::F16 => bail!("--dtype f16 is for cards; on a processor choose bf16, int8 or f32"),
                     DtypeArg::Auto if CpuBackend::has_bf16() => Dtype::Bf16,
                     DtypeArg::Auto => Dtype::F32,
                 };
@@ -282,8 +303,31 @@ impl ModelArgs {
                     ordinal.parse().with_context(|| format!("--device {name:?}: no device number"))?,
                 ))
             }
-            _ => bail!("--device {name:?} is not known to this build; expected cpu or candle"),
+            _ => bail!("--device {name:?} is not known to this build; expected {DEVICES}"),
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, names: &str) -> Result<DeviceChoice> {
+        let ordinal = |name: &str| match name {
+            "cuda" => Ok(0),
+            _ => name
+                .strip_prefix("cuda:")
+                .and_then(|number| number.parse().ok())
+                .with_context(|| format!("--device {name:?}: expected cuda, cuda:1, or a list as cuda:0,cuda:1")),
+        };
+        let ordinals: Vec<usize> = names.split(',').map(|name| ordinal(name.trim())).collect::<Result<_>>()?;
+        for (i, ordinal) in ordinals.iter().enumerate() {
+            ensure!(!ordinals[..i].contains(ordinal), "--device {names:?} names cuda:{ordinal} twice");
+        }
+        let element = match self.dtype {
+            DtypeArg::Auto | DtypeArg::F16 => Element::F16,
+            DtypeArg::Bf16 => Element::Bf16,
+            DtypeArg::F32 => Element::F32,
+            DtypeArg::Int8 => bail!("--dtype int8 is for processors; on a card choose f16, bf16 or f32"),
+        };
+        let max_batch_tokens = self.max_batch_tokens.unwrap_or(CUDA_BATCH_TOKENS);
+        Ok(DeviceChoice::Cuda(ordinals, CudaOptions { element, max_batch_tokens, invariant: self.batch_invariant }))
     }
 
     fn only_f32(&self) -> Result<()> {
@@ -302,7 +346,7 @@ impl ModelArgs {
     pub fn settle(&self, max_queue_tokens: usize) -> Result<ModelSettings> {
         for (flag, value) in [
             ("--threads", self.threads),
-            ("--max-batch-tokens", Some(self.max_batch_tokens)),
+            ("--max-batch-tokens", self.max_batch_tokens),
             ("--max-document-chars", Some(self.max_document_chars)),
             ("--max-request-tokens", Some(self.max_request_tokens)),
             ("--max-query-tokens", self.max_query_tokens),
@@ -330,11 +374,18 @@ impl ModelArgs {
             tail,
             threads,
         };
+        let device = self.device(threads)?;
+        let default_batch = match &device {
+            #[cfg(feature = "cuda")]
+            DeviceChoice::Cuda(..) => CUDA_BATCH_TOKENS,
+            _ => MAX_BATCH_TOKENS,
+        };
+        let max_batch_tokens = self.max_batch_tokens.unwrap_or(default_batch);
         Ok(ModelSettings {
             sources,
             hub: Hub::from_env(),
-            load: LoadOptions { device: self.device(threads)?, window: self.window, limits },
-            scheduler: SchedulerLimits { max_batch_tokens: self.max_batch_tokens, max_queue_tokens },
+            load: LoadOptions { device, window: self.window, limits },
+            scheduler: SchedulerLimits { max_batch_tokens, max_queue_tokens },
             threads,
         })
     }

@@ -109,6 +109,10 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         (&["serve", "--model", &model, "--window", "3"], 78, "window"),
         (&["serve", "--model", &model, "--device", "abacus"], 78, "abacus"),
         (&["serve", "--model", &model, "--device", "candle", "--dtype", "int8"], 78, "--dtype"),
+        (&["serve", "--model", &model, "--device", "cuda:x"], 78, "cuda:0,cuda:1"),
+        (&["serve", "--model", &model, "--device", "cuda:1,cuda:1"], 78, "twice"),
+        (&["serve", "--model", &model, "--device", "cuda", "--dtype", "int8"], 78, "f16"),
+        (&["serve", "--model", &model, "--dtype", "f16"], 78, "bf16"),
         (&["serve", "--model", &model, "--dtype", "f8"], 2, "--dtype"),
         (&["bench", "--model", &model, "--workloads", "/nowhere.json"], 78, "/nowhere.json"),
         (&["serve", "--model", &model, "--max-batch-tokens", "0"], 78, "--max-batch-tokens"),
@@ -128,6 +132,22 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
         assert!(message.contains(named), "{arguments:?}: {message}");
     }
+}
+
+/// The same binary serves hosts with and without a card: without a driver it starts, says so, or falls back where it may.
+#[test]
+fn without_a_driver_a_card_is_a_clear_error_and_auto_is_the_processor() {
+    let model = model();
+    let output = run(&["rank", "--query", "a", "--model", &model, "--device", "cuda"], "b");
+    let message = String::from_utf8_lossy(&output.stderr);
+    if output.status.success() {
+        eprintln!("SKIPPED: this machine has a CUDA driver");
+        return;
+    }
+    assert_eq!(output.status.code(), Some(78), "{message}");
+    assert!(message.contains("--device cpu"), "{message}");
+    let output = run(&["rank", "--query", "a", "--model", &model, "--device", "auto"], "b");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

@@ -9,6 +9,8 @@
 
 pub mod candle;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use std::ops::Range;
 
@@ -147,6 +149,10 @@ pub trait Backend: Sized + Send + Sync + 'static {
 
     /// Runs `graph` over `batch`, whole or cut between sequences, and returns the logits `[S]` in the batch's order.
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError>;
+    /// As [`Backend::run`], and `graph` is called for certain: a backend may answer `run` from a recording of an earlier call.
+    fn run_observed(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
+        self.run(batch, graph)
+    }
 
     /// `norm(words[id] + positions[position] + types[type])` for each token: `[T, C]`.
     fn embed(&self, lane: &Self::Lane, weights: &Self::Embeddings, batch: &Batch)

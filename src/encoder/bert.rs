@@ -76,7 +76,7 @@ impl<B: Backend> Bert<B> {
     /// The device's own failures.
     pub fn stages(&self, batch: &Batch) -> Result<Vec<(Stage, Vec<f32>)>, BackendError> {
         let stages = Mutex::new(Vec::new());
-        self.backend.run(batch, &|lane, piece| {
+        self.backend.run_observed(batch, &|lane, piece| {
             self.forward(lane, piece, |stage, buffer| {
                 let values = self.backend.download(lane, buffer)?;
                 stages.lock().unwrap_or_else(PoisonError::into_inner).push((stage, values));

@@ -2,8 +2,10 @@
 
 mod bert;
 mod head;
+mod replicas;
 
 pub use bert::{Bert, Stage};
+pub use replicas::Replicas;
 
 use std::sync::Arc;
 

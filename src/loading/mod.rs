@@ -11,10 +11,17 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::backend::Dtype;
 use crate::backend::candle::CandleBackend;
 use crate::backend::cpu::{self, CpuBackend};
+#[cfg(feature = "cuda")]
+use crate::backend::{
+    AttentionShape,
+    cuda::{CudaBackend, CudaOptions},
+};
+use crate::backend::{Backend, Dtype};
 use crate::batch::Batch;
+#[cfg(feature = "cuda")]
+use crate::encoder::Replicas;
 use crate::encoder::{self, CrossEncoder};
 use crate::telemetry;
 use crate::text::{TextEncoder, TextLimits};
@@ -33,6 +40,9 @@ pub enum DeviceChoice {
     Cpu(Dtype, Arc<cpu::Pool>),
     /// candle on the processor, in f32: portable, and the definition of right.
     Candle,
+    /// NVIDIA cards by their numbers, each with the whole model.
+    #[cfg(feature = "cuda")]
+    Cuda(Vec<usize>, CudaOptions),
     /// candle's own CUDA kernels, on this device.
     #[cfg(feature = "candle-cuda")]
     CandleCuda(usize),
@@ -46,6 +56,8 @@ impl DeviceChoice {
             Self::Cpu(Dtype::Bf16, _) => "bf16",
             Self::Cpu(Dtype::Int8, _) => "int8",
             Self::Candle => "candle",
+            #[cfg(feature = "cuda")]
+            Self::Cuda(_, options) => options.element.name(),
             #[cfg(feature = "candle-cuda")]
             Self::CandleCuda(_) => "candle-cuda",
         }
@@ -102,11 +114,7 @@ pub fn load(source: &ModelSource, hub: &Hub, options: &LoadOptions) -> Result<Lo
     let text = TextEncoder::new(tokenizer_json, config.vocab_size, TextLimits { window, ..options.limits })
         .with_context(|| tokenizer_file.clone())?;
     check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
-    let weights = match &files.weights {
-        WeightsFile::Path(path) => Weights::open(path)?,
-        WeightsFile::Bytes(name, bytes) => Weights::from_bytes(name, bytes)?,
-    };
-    let encoder = load_encoder(&config, weights, &options.device, &source.name)?;
+    let encoder = load_encoder(&config, &files.weights, &options.device, &source.name)?;
     check_score(encoder.as_ref(), &text)?;
     let description = format!(
         "{}; {} layers x {}; window {window}; loaded in {:.1} s",
@@ -126,21 +134,40 @@ pub fn load(source: &ModelSource, hub: &Hub, options: &LoadOptions) -> Result<Lo
 
 fn load_encoder(
     config: &ModelConfig,
-    mut weights: Weights,
+    file: &WeightsFile,
     device: &DeviceChoice,
     name: &str,
 ) -> Result<Arc<dyn CrossEncoder>> {
-    let bar = telemetry::progress_bytes(weights.bytes(), &format!("loading {name}"));
-    let observed = bar.clone();
-    weights.on_progress(move |bytes| observed.inc(bytes));
-    let encoder = match device {
-        DeviceChoice::Cpu(dtype, pool) => encoder::load(config, weights, CpuBackend::new(*dtype, Arc::clone(pool))),
-        DeviceChoice::Candle => encoder::load(config, weights, CandleBackend::cpu()),
+    /// Loads the weights, with a progress bar, onto one device.
+    fn onto<B: Backend>(
+        config: &ModelConfig,
+        file: &WeightsFile,
+        name: &str,
+        backend: B,
+    ) -> Result<Arc<dyn CrossEncoder>> {
+        let mut weights = match file {
+            WeightsFile::Path(path) => Weights::open(path)?,
+            WeightsFile::Bytes(name, bytes) => Weights::from_bytes(name, bytes)?,
+        };
+        let bar = telemetry::progress_bytes(weights.bytes(), &format!("loading {name}"));
+        let observed = bar.clone();
+        weights.on_progress(move |bytes| observed.inc(bytes));
+        let encoder = encoder::load(config, weights, backend);
+        bar.finish_and_clear();
+        encoder
+    }
+    match device {
+        DeviceChoice::Cpu(dtype, pool) => onto(config, file, name, CpuBackend::new(*dtype, Arc::clone(pool))),
+        DeviceChoice::Candle => onto(config, file, name, CandleBackend::cpu()),
+        #[cfg(feature = "cuda")]
+        DeviceChoice::Cuda(ordinals, options) => {
+            let shape = AttentionShape { heads: config.heads, head_size: config.hidden_size / config.heads };
+            let replica = |&ordinal: &usize| onto(config, file, name, CudaBackend::open(ordinal, shape, *options)?);
+            Ok(Replicas::of(ordinals.iter().map(replica).collect::<Result<_>>()?))
+        }
         #[cfg(feature = "candle-cuda")]
-        DeviceChoice::CandleCuda(ordinal) => encoder::load(config, weights, CandleBackend::cuda(*ordinal)?),
-    };
-    bar.finish_and_clear();
-    encoder
+        DeviceChoice::CandleCuda(ordinal) => onto(config, file, name, CandleBackend::cuda(*ordinal)?),
+    }
 }
 
 /// The window that was asked for, or the model's default, never beyond its positions.

@@ -1,0 +1,195 @@
+//! One card: is there a driver, which device, and our kernels compiled for it.
+
+use std::ffi::CString;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail, ensure};
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
+use cudarc::nvrtc::result as nvrtc;
+use cudarc::nvrtc::sys as nvrtc_sys;
+use cudarc::{cublaslt, driver};
+use sha2::{Digest, Sha256};
+
+use super::Element;
+use crate::backend::AttentionShape;
+
+/// The kernels' text. It includes nothing, so NVRTC needs no folder of headers.
+const KERNELS: &str = include_str!("kernels.cu");
+
+/// A context on a device and what it runs.
+#[derive(Debug)]
+pub(super) struct Card {
+    pub(super) context: Arc<CudaContext>,
+    pub(super) name: String,
+    /// Streaming multiprocessors: grids of row kernels are a multiple of them.
+    pub(super) multiprocessors: u32,
+    pub(super) kernels: Kernels,
+}
+
+/// Every kernel of `kernels.cu`, by its name there.
+#[derive(Debug)]
+pub(super) struct Kernels {
+    pub(super) embed_norm: CudaFunction,
+    pub(super) layer_norm: CudaFunction,
+    pub(super) attention: CudaFunction,
+    pub(super) first_token_attention: CudaFunction,
+    pub(super) first_rows: CudaFunction,
+    pub(super) activate: CudaFunction,
+    pub(super) widen: CudaFunction,
+    pub(super) head_dense: CudaFunction,
+    pub(super) head_out: CudaFunction,
+}
+
+/// Whether a CUDA driver is on this machine and has a device. Nothing is loaded that is not there.
+pub fn is_there() -> bool {
+    // SAFETY: opens the library and closes it again.
+    let driver = unsafe { driver::sys::is_culib_present() };
+    driver && CudaContext::device_count().is_ok_and(|devices| devices > 0)
+}
+
+impl Card {
+    /// The device `ordinal`, with the kernels for models of this shape.
+    ///
+    /// # Errors
+    /// No driver, no such device, one below compute capability 8.0, a missing library, a compiler too old for the device.
+    pub(super) fn open(ordinal: usize, element: Element, shape: AttentionShape) -> Result<Self> {
+        check_libraries()?;
+        let devices = CudaContext::device_count().context("the CUDA driver does not start")?;
+        ensure!(
+            ordinal < devices.max(0) as usize,
+            "there is no device cuda:{ordinal}; the driver shows {devices} (CUDA_VISIBLE_DEVICES may hide some)"
+        );
+        let context = CudaContext::new(ordinal).with_context(|| format!("device cuda:{ordinal} cannot be used"))?;
+        // SAFETY: no slice is shared between streams without one being waited for, so no events need to be kept for them.
+        unsafe { context.disable_event_tracking() };
+        // A thread that waits for a batch sleeps: the processor's time is for tokenising.
+        context.set_blocking_synchronize().ok();
+        let name = context.name()?;
+        let (major, minor) = context.compute_capability()?;
+        ensure!(
+            major >= 8,
+            "{name} has compute capability {major}.{minor}; the kernels need 8.0 (A100, RTX 30) or later. Use --device cpu"
+        );
+        let multiprocessors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
+        let architecture = if (major, minor) == (9, 0) { "sm_90a".to_owned() } else { format!("sm_{major}{minor}") };
+        let image = compiled(&architecture, element, shape)?;
+        let module = context
+            .load_module(cudarc::nvrtc::Ptx::from_binary(image))
+            .context("the driver refuses the compiled kernels; it may be older than the CUDA libraries")?;
+        Ok(Self { kernels: Kernels::of(&module)?, context, name, multiprocessors })
+    }
+}
+
+impl Kernels {
+    fn of(module: &Arc<CudaModule>) -> Result<Self> {
+        let function = |name: &str| module.load_function(name).with_context(|| format!("the kernel {name}"));
+        Ok(Self {
+            embed_norm: function("embed_norm")?,
+            layer_norm: function("layer_norm")?,
+            attention: function("attention")?,
+            first_token_attention: function("first_token_attention")?,
+            first_rows: function("first_rows")?,
+            activate: function("activate")?,
+            widen: function("widen")?,
+            head_dense: function("head_dense")?,
+            head_out: function("head_out")?,
+        })
+    }
+}
+
+/// cudarc panics where a library that it is asked for is missing, so each is looked for first.
+fn check_libraries() -> Result<()> {
+    // SAFETY: each call opens a library and closes it again.
+    let (cuda, nvrtc, cublaslt) =
+        unsafe { (driver::sys::is_culib_present(), nvrtc_sys::is_culib_present(), cublaslt::sys::is_culib_present()) };
+    ensure!(cuda, "there is no NVIDIA driver on this machine (libcuda.so is not found); use --device cpu");
+    let missing = match (nvrtc, cublaslt) {
+        (true, true) => return Ok(()),
+        (false, true) => "libnvrtc.so",
+        (true, false) => "libcublasLt.so",
+        (false, false) => "libnvrtc.so and libcublasLt.so",
+    };
+    bail!(
+        "CUDA's libraries are not all here: {missing} of CUDA 12 or 13 not found. Install them, or add their folder to \
+         LD_LIBRARY_PATH (the wheels nvidia-cuda-nvrtc and nvidia-cublas have them), or use --device cpu"
+    )
+}
+
+/// The kernels as machine code for `architecture`: compiled, which takes about a second, or from the cache of an earlier start.
+fn compiled(architecture: &str, element: Element, shape: AttentionShape) -> Result<Vec<u8>> {
+    let options = [
+        format!("--gpu-architecture={architecture}"),
+        "--std=c++17".to_owned(),
+        format!("-DELEMENT_{}", element.name().to_uppercase()),
+        format!("-DHIDDEN_SIZE={}", shape.heads * shape.head_size),
+        format!("-DHEAD_SIZE={}", shape.head_size),
+    ];
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: two integers to write to.
+    unsafe { nvrtc_sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().context("NVRTC does not start")?;
+    let mut hash = Sha256::new();
+    for part in options.iter().map(String::as_str).chain([KERNELS, &format!("{major}.{minor}")]) {
+        hash.update(part.as_bytes());
+        hash.update([0]);
+    }
+    let key: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let file = cache_folder().map(|folder| folder.join(format!("kernels-{key}.cubin")));
+    if let Some(image) = file.as_ref().and_then(|file| std::fs::read(file).ok()).filter(|image| !image.is_empty()) {
+        return Ok(image);
+    }
+    let start = Instant::now();
+    let image = compile(&options).with_context(|| format!("NVRTC {major}.{minor} does not compile the kernels"))?;
+    tracing::info!(architecture, seconds = start.elapsed().as_secs_f64(), "compiled the CUDA kernels");
+    if let Some(file) = file {
+        store(&file, &image);
+    }
+    Ok(image)
+}
+
+fn compile(options: &[String]) -> Result<Vec<u8>> {
+    let source = CString::new(KERNELS).context("the kernels' text")?;
+    let program = nvrtc::create_program(&source, Some(c"kernels.cu"))?;
+    // SAFETY: `program` lives until it is destroyed below, and nothing uses it after that.
+    unsafe {
+        let outcome = nvrtc::compile_program(program, options).map_err(|error| {
+            let log = nvrtc::get_program_log(program).unwrap_or_default();
+            let bytes: Vec<u8> = log.iter().map(|&c| c as u8).take_while(|&c| c != 0).collect();
+            anyhow::anyhow!("{error:?}: {}", String::from_utf8_lossy(&bytes).trim())
+        });
+        let image = outcome.and_then(|()| {
+            let mut size = 0;
+            nvrtc_sys::nvrtcGetCUBINSize(program, &raw mut size).result()?;
+            let mut image = vec![0u8; size];
+            nvrtc_sys::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()).result()?;
+            Ok(image)
+        });
+        nvrtc::destroy_program(program).ok();
+        image
+    }
+}
+
+/// Where compiled kernels and tuned products are kept from one start to the next: `RERANKD_CUDA_CACHE`, or
+/// `$XDG_CACHE_HOME/rerankd`, or `~/.cache/rerankd`.
+pub(super) fn cache_folder() -> Option<PathBuf> {
+    let set = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    set("RERANKD_CUDA_CACHE")
+        .or_else(|| set("XDG_CACHE_HOME").map(|folder| folder.join("rerankd")))
+        .or_else(|| set("HOME").map(|folder| folder.join(".cache/rerankd")))
+}
+
+/// Writes a file of the cache whole or not at all. A cache that cannot be written costs a second at the next start, no more.
+pub(super) fn store(file: &std::path::Path, bytes: &[u8]) {
+    let write = || {
+        let folder = file.parent().unwrap_or(file);
+        std::fs::create_dir_all(folder)?;
+        let part = file.with_extension(format!("part-{}", std::process::id()));
+        std::fs::write(&part, bytes)?;
+        std::fs::rename(&part, file)
+    };
+    if let Err(error) = write() {
+        tracing::debug!("{} is not kept: {error}", file.display());
+    }
+}

@@ -1,0 +1,852 @@
+// The CUDA backend's own kernels: all that is not a matrix product.
+//
+// The file includes nothing, so that NVRTC compiles it at start-up with no include path. The host gives these options:
+//   one of -DELEMENT_F16, -DELEMENT_BF16, -DELEMENT_F32   the working type `element` of activations and tables
+//   -DHIDDEN_SIZE=<C>                                      a multiple of 8
+//   -DHEAD_SIZE=<D>                                        32 or 64
+//
+// Letters: T tokens of a batch, S its sequences, C hidden size, H heads, D head size. Buffers are row-major and start at
+// a multiple of 16 bytes. How many rows there are is read from device memory, never passed by value: a captured graph is
+// then replayed for a batch of another size. `counts` is {T, S, attention tiles}; `offsets` is [S + 1], the rows of
+// sequence s being offsets[s] .. offsets[s + 1], at least one.
+//
+// Every sum is in f32 and in an order that depends on its own row or sequence alone: a pair scores the same bits whatever
+// is beside it in the batch.
+//
+// tests/cuda/emulator.h runs this very text on a CPU. It replaces the section "The machine" and nothing else.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+#if defined(ELEMENT_F32)
+typedef float element;
+#elif defined(ELEMENT_F16) || defined(ELEMENT_BF16)
+typedef u16 element;
+#else
+#error "define one of ELEMENT_F16, ELEMENT_BF16, ELEMENT_F32"
+#endif
+
+constexpr u32 C = HIDDEN_SIZE;
+constexpr u32 D = HEAD_SIZE;
+static_assert(C % 8 == 0, "rows are read eight elements at a time");
+static_assert(D == 32 || D == 64, "the attention kernels are laid out for these head sizes");
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The machine: every instruction that C++ has no word for. An address in shared memory is a u32, as PTX has it.
+// ---------------------------------------------------------------------------------------------------------------------
+#ifndef EMULATED
+
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+
+// 2^x, to 2 units in the last place; 0 far below zero.
+__device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#ifndef ELEMENT_F32
+
+#ifdef ELEMENT_BF16
+#define ELEMENT_PTX "bf16"
+__device__ __forceinline__ float widened(u16 x) { return __uint_as_float((u32)x << 16); }
+#else
+#define ELEMENT_PTX "f16"
+__device__ __forceinline__ float widened(u16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+#endif
+
+// Two elements in a register, each rounded to the nearest: `low` in the lower half, so first in memory.
+__device__ __forceinline__ u32 packed(float low, float high) {
+    u32 pair;
+    asm("cvt.rn." ELEMENT_PTX "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+
+// Starts the copy of 16 bytes into shared memory: `bytes` of them (0 or 16) from `from`, the others zero.
+__device__ __forceinline__ void copy_async(u32 to, const void* from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// Closes the group of this thread's copies started since the last group.
+__device__ __forceinline__ void close_copy_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most the NEWEST groups of this thread are still under way. Says nothing about other threads' copies.
+template <u32 NEWEST>
+__device__ __forceinline__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
+}
+
+// Four 8x8 matrices, one a register. Lane i gives the address of row i % 8 of matrix i / 8; it receives, of each matrix,
+// the elements 2 * (lane % 4) and the next of row lane / 4.
+__device__ __forceinline__ void load_matrices(u32 (&matrices)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// The same, but each matrix transposed on the way.
+__device__ __forceinline__ void load_matrices_transposed(u32 (&matrices)[4], u32 row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+// sums [16, 8] += a [16, 16] * b [16, 8], over the warp. A lane holds of `sums` the columns 2 * (lane % 4) and the next,
+// in row lane / 4 (values 0, 1) and in the row 8 below (values 2, 3).
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const u32 (&a)[4], u32 b_upper, u32 b_lower) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT_PTX "." ELEMENT_PTX
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
+}
+
+#endif // not ELEMENT_F32
+#endif // not EMULATED
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Octets: eight neighbouring elements as floats, the grain in which rows are read and written.
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Octet {
+    float values[8];
+};
+
+__device__ __forceinline__ Octet load_octet(const float* __restrict__ from) {
+    const float4 a = reinterpret_cast<const float4*>(from)[0];
+    const float4 b = reinterpret_cast<const float4*>(from)[1];
+    return {{a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w}};
+}
+
+__device__ __forceinline__ void store_octet(float* to, const Octet& x) {
+    const float* v = x.values;
+    reinterpret_cast<float4*>(to)[0] = {v[0], v[1], v[2], v[3]};
+    reinterpret_cast<float4*>(to)[1] = {v[4], v[5], v[6], v[7]};
+}
+
+#ifdef ELEMENT_F32
+__device__ __forceinline__ float widened(float x) { return x; }
+#else
+__device__ __forceinline__ Octet load_octet(const u16* __restrict__ from) {
+    const uint4 pairs = *reinterpret_cast<const uint4*>(from);
+    return {{widened((u16)pairs.x), widened((u16)(pairs.x >> 16)), widened((u16)pairs.y), widened((u16)(pairs.y >> 16)),
+             widened((u16)pairs.z), widened((u16)(pairs.z >> 16)), widened((u16)pairs.w), widened((u16)(pairs.w >> 16))}};
+}
+
+__device__ __forceinline__ void store_octet(u16* to, const Octet& x) {
+    const float* v = x.values;
+    *reinterpret_cast<uint4*>(to) = {packed(v[0], v[1]), packed(v[2], v[3]), packed(v[4], v[5]), packed(v[6], v[7])};
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Warps
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr u32 WHOLE_WARP = 0xffffffff;
+
+// The sum over the warp's lanes, the same bits in each.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (u32 distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, distance);
+    return x;
+}
+
+__device__ __forceinline__ u32 warp_in_grid() { return (blockIdx.x * blockDim.x + threadIdx.x) / 32; }
+__device__ __forceinline__ u32 warps_in_grid() { return gridDim.x * blockDim.x / 32; }
+__device__ __forceinline__ u32 lane_in_warp() { return threadIdx.x % 32; }
+
+// A row of C elements dealt to a warp: lane l holds the octets l, l + 32, l + 64, ..., and some lanes one fewer than others
+// where C is no multiple of 256.
+constexpr u32 ROW_OCTETS = C / 8;
+constexpr u32 LANE_OCTETS = (ROW_OCTETS + 31) / 32;
+
+struct Row {
+    Octet octets[LANE_OCTETS];
+};
+
+__device__ __forceinline__ u32 octet_of(u32 index, u32 lane) { return index * 32 + lane; }
+__device__ __forceinline__ bool lane_has(u32 index, u32 lane) {
+    return ROW_OCTETS % 32 == 0 || octet_of(index, lane) < ROW_OCTETS;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Norms
+// ---------------------------------------------------------------------------------------------------------------------
+
+// out = (row - mean) / sqrt(variance + eps) * weight + bias, by one warp. The variance is that of the differences from the
+// mean, taken in registers: no cancellation. `out`, `weight` and `bias` are [C].
+__device__ __forceinline__ void store_normed(
+    const Row& row, const float* __restrict__ weight, const float* __restrict__ bias, float eps, element* out, u32 lane) {
+    float sum = 0;
+#pragma unroll
+    for (u32 i = 0; i < LANE_OCTETS; ++i) {
+        if (!lane_has(i, lane)) continue;
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) sum += row.octets[i].values[j];
+    }
+    const float mean = warp_sum(sum) / C;
+
+    float squares = 0;
+#pragma unroll
+    for (u32 i = 0; i < LANE_OCTETS; ++i) {
+        if (!lane_has(i, lane)) continue;
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) {
+            const float difference = row.octets[i].values[j] - mean;
+            squares += difference * difference;
+        }
+    }
+    const float scale = rsqrtf(warp_sum(squares) / C + eps);
+
+#pragma unroll
+    for (u32 i = 0; i < LANE_OCTETS; ++i) {
+        if (!lane_has(i, lane)) continue;
+        const u32 column = octet_of(i, lane) * 8;
+        const Octet weights = load_octet(weight + column), biases = load_octet(bias + column);
+        Octet normed;
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) {
+            normed.values[j] = (row.octets[i].values[j] - mean) * scale * weights.values[j] + biases.values[j];
+        }
+        store_octet(out + column, normed);
+    }
+}
+
+// out[t] = norm(words[ids[t]] + type_table[types[t]] + position_table[positions[t]]) for each of T tokens.
+//
+// ids, types, positions [T], all within their tables; words [vocabulary, C], position_table [positions, C], type_table
+// [types, C]; weight, bias [C]; out [T, C]. Blocks of 256, a warp a row, any grid.
+extern "C" __global__ void __launch_bounds__(256, 2) embed_norm(
+    const u32* __restrict__ counts, const u32* __restrict__ ids, const u32* __restrict__ types,
+    const u32* __restrict__ positions, const element* __restrict__ words, const element* __restrict__ position_table,
+    const element* __restrict__ type_table, const float* __restrict__ weight, const float* __restrict__ bias, float eps,
+    element* __restrict__ out) {
+    const u32 lane = lane_in_warp(), tokens = counts[0];
+    for (u32 token = warp_in_grid(); token < tokens; token += warps_in_grid()) {
+        const element* word = words + (size_t)ids[token] * C;
+        const element* type = type_table + (size_t)types[token] * C;
+        const element* position = position_table + (size_t)positions[token] * C;
+        Row row;
+#pragma unroll
+        for (u32 i = 0; i < LANE_OCTETS; ++i) {
+            if (!lane_has(i, lane)) continue;
+            const u32 column = octet_of(i, lane) * 8;
+            const Octet a = load_octet(word + column), b = load_octet(type + column), c = load_octet(position + column);
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) row.octets[i].values[j] = a.values[j] + b.values[j] + c.values[j];
+        }
+        store_normed(row, weight, bias, eps, out + (size_t)token * C, lane);
+    }
+}
+
+// out[r] = norm(x[r]) for each of `*rows` rows. x, out [rows, C], and out may be x; weight, bias [C].
+// Blocks of 256, a warp a row, any grid.
+extern "C" __global__ void __launch_bounds__(256, 2) layer_norm(
+    const u32* __restrict__ rows, const element* x, const float* __restrict__ weight, const float* __restrict__ bias,
+    float eps, element* out) {
+    const u32 lane = lane_in_warp(), end = *rows;
+    for (u32 r = warp_in_grid(); r < end; r += warps_in_grid()) {
+        Row row;
+#pragma unroll
+        for (u32 i = 0; i < LANE_OCTETS; ++i) {
+            if (lane_has(i, lane)) row.octets[i] = load_octet(x + (size_t)r * C + octet_of(i, lane) * 8);
+        }
+        store_normed(row, weight, bias, eps, out + (size_t)r * C, lane);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention of every token to its own sequence
+// ---------------------------------------------------------------------------------------------------------------------
+
+// A block takes one tile: QUERY_ROWS queries of one sequence and head, and goes over all of the sequence's keys, KEY_ROWS a
+// step. Both are counted from the sequence's own start.
+constexpr u32 QUERY_ROWS = 128;
+constexpr u32 KEY_ROWS = 64;
+constexpr u32 ATTENTION_THREADS = 128;
+
+// What the host asks for at launch: Q, and two stages of K and V. 768 D bytes; at D = 64 just the 48 KiB that need no
+// opt-in. The f32 kernel needs less and is launched with the same.
+constexpr u32 ATTENTION_SHARED_BYTES = QUERY_ROWS * D * 2 + 2 * 2 * KEY_ROWS * D * 2;
+static_assert(2 * KEY_ROWS * D * sizeof(float) <= ATTENTION_SHARED_BYTES && ATTENTION_SHARED_BYTES <= 48 * 1024, "");
+
+// The score of a key that is not there. Finite, so that no difference of two scores is inf - inf.
+constexpr float NO_KEY = -1e30f;
+// exp(x) = 2^(LOG2_E x)
+constexpr float LOG2_E = 1.4426950408889634f;
+
+#ifndef ELEMENT_F32
+
+// Rows of D elements in shared memory, in chunks of 16 bytes. A chunk's place within its row depends on the row, so that the
+// eight rows that ldmatrix reads at once lie in different banks: at D = 64 a row has all 32 banks, at D = 32 two rows do.
+constexpr u32 ROW_CHUNKS = D / 8;
+constexpr u32 ROW_BYTES = D * 2;
+__device__ __forceinline__ u32 chunk_address(u32 rows, u32 row, u32 chunk) {
+    const u32 turn = D == 64 ? row % 8 : row / 2 % 4;
+    return rows + row * ROW_BYTES + (chunk ^ turn) * 16;
+}
+
+// Starts copying rows first .. first + ROWS of `from`, rows of 3C elements of which D are wanted, to shared memory. Rows at
+// `length` and beyond are not read and become zero.
+template <u32 ROWS>
+__device__ __forceinline__ void copy_rows_async(u32 to, const element* __restrict__ from, u32 first, u32 length) {
+#pragma unroll
+    for (u32 i = 0; i < ROWS * ROW_CHUNKS / ATTENTION_THREADS; ++i) {
+        const u32 index = i * ATTENTION_THREADS + threadIdx.x;
+        const u32 row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
+        const bool there = first + row < length;
+        const u32 source = there ? first + row : length - 1;
+        copy_async(chunk_address(to, row, chunk), from + (size_t)source * (3 * C) + chunk * 8, there ? 16 : 0);
+    }
+}
+
+// A warp's registers: 32 queries as two tiles of 16, and for each tile blocks of 8 columns as multiply_add lays them out.
+// A lane sees two rows of a tile: lane / 4, and 8 below.
+constexpr u32 TILES = QUERY_ROWS / (ATTENTION_THREADS / 32) / 16;
+constexpr u32 KEY_BLOCKS = KEY_ROWS / 8;
+constexpr u32 HEAD_BLOCKS = D / 8;
+constexpr u32 HEAD_DEPTH = D / 16; // multiply_add steps over D
+typedef u32 Queries[TILES][HEAD_DEPTH][4];
+typedef float Scores[TILES][KEY_BLOCKS][4];
+typedef float Context[TILES][HEAD_BLOCKS][4];
+typedef float RowValues[TILES][2];
+
+// This warp's 32 rows of Q, from shared memory.
+__device__ __forceinline__ void load_queries(Queries& queries, u32 q_rows, u32 warp, u32 lane) {
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (u32 depth = 0; depth < HEAD_DEPTH; ++depth) {
+            const u32 row = (warp * TILES + tile) * 16 + lane % 16;
+            load_matrices(queries[tile][depth], chunk_address(q_rows, row, depth * 2 + lane / 16));
+        }
+}
+
+// scores = queries k^T for one step's keys.
+__device__ __forceinline__ void score_keys(Scores& scores, const Queries& queries, u32 k_rows, u32 lane) {
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (u32 block = 0; block < KEY_BLOCKS; ++block)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) scores[tile][block][i] = 0;
+#pragma unroll
+    for (u32 depth = 0; depth < HEAD_DEPTH; ++depth)
+#pragma unroll
+        for (u32 block = 0; block < KEY_BLOCKS; block += 2) {
+            u32 keys[4]; // two blocks of 8 keys, each 16 deep
+            const u32 row = block * 8 + lane / 16 * 8 + lane % 8;
+            load_matrices(keys, chunk_address(k_rows, row, depth * 2 + lane / 8 % 2));
+#pragma unroll
+            for (u32 tile = 0; tile < TILES; ++tile) {
+                multiply_add(scores[tile][block], queries[tile][depth], keys[0], keys[1]);
+                multiply_add(scores[tile][block + 1], queries[tile][depth], keys[2], keys[3]);
+            }
+        }
+}
+
+// Takes the keys from `present` on out of a step's scores.
+__device__ __forceinline__ void mask_keys(Scores& scores, u32 present, u32 lane) {
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (u32 block = 0; block < KEY_BLOCKS; ++block)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 key = block * 8 + lane % 4 * 2 + i % 2;
+                if (key >= present) scores[tile][block][i] = NO_KEY;
+            }
+}
+
+// One step of the online softmax. Scores become weights relative to the highest score so far; what was summed relative to an
+// earlier, lower maximum is scaled down. `sums` stays this lane's share of a row until the end.
+__device__ __forceinline__ void soften(Scores& scores, Context& context, RowValues& maxima, RowValues& sums, float scale) {
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            float highest = maxima[tile][half];
+#pragma unroll
+            for (u32 block = 0; block < KEY_BLOCKS; ++block) {
+                const float* pair = &scores[tile][block][half * 2];
+                highest = fmaxf(highest, fmaxf(pair[0], pair[1]));
+            }
+            highest = fmaxf(highest, __shfl_xor_sync(WHOLE_WARP, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(WHOLE_WARP, highest, 2));
+            const float rescale = exp2_fast((maxima[tile][half] - highest) * scale);
+            const float shift = highest * scale;
+            maxima[tile][half] = highest;
+
+            float sum = 0;
+#pragma unroll
+            for (u32 block = 0; block < KEY_BLOCKS; ++block) {
+                float* pair = &scores[tile][block][half * 2];
+                pair[0] = exp2_fast(pair[0] * scale - shift);
+                pair[1] = exp2_fast(pair[1] * scale - shift);
+                sum += pair[0] + pair[1];
+            }
+            sums[tile][half] = sums[tile][half] * rescale + sum;
+#pragma unroll
+            for (u32 block = 0; block < HEAD_BLOCKS; ++block) {
+                context[tile][block][half * 2] *= rescale;
+                context[tile][block][half * 2 + 1] *= rescale;
+            }
+        }
+}
+
+// context += weights v for one step's values. The weights of 16 keys, as multiply_add left them, are in just the lanes where
+// it wants its first operand.
+__device__ __forceinline__ void add_values(Context& context, const Scores& weights, u32 v_rows, u32 lane) {
+#pragma unroll
+    for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
+        u32 operand[TILES][4];
+#pragma unroll
+        for (u32 tile = 0; tile < TILES; ++tile) {
+            const float* left = weights[tile][depth * 2];
+            const float* right = weights[tile][depth * 2 + 1];
+            operand[tile][0] = packed(left[0], left[1]);
+            operand[tile][1] = packed(left[2], left[3]);
+            operand[tile][2] = packed(right[0], right[1]);
+            operand[tile][3] = packed(right[2], right[3]);
+        }
+#pragma unroll
+        for (u32 block = 0; block < HEAD_BLOCKS; block += 2) {
+            u32 values[4]; // 16 keys of two blocks of 8 columns
+            const u32 row = depth * 16 + lane % 16;
+            load_matrices_transposed(values, chunk_address(v_rows, row, block + lane / 16));
+#pragma unroll
+            for (u32 tile = 0; tile < TILES; ++tile) {
+                multiply_add(context[tile][block], operand[tile], values[0], values[1]);
+                multiply_add(context[tile][block + 1], operand[tile], values[2], values[3]);
+            }
+        }
+    }
+}
+
+// Divides by the sums and stores the rows that the sequence has. `out` is the tile's first row, at the head's columns.
+__device__ __forceinline__ void store_context(
+    const Context& context, const RowValues& sums, element* __restrict__ out, u32 rows, u32 warp, u32 lane) {
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+            float sum = sums[tile][half];
+            sum += __shfl_xor_sync(WHOLE_WARP, sum, 1);
+            sum += __shfl_xor_sync(WHOLE_WARP, sum, 2);
+            const float inverse = 1 / sum;
+            const u32 row = (warp * TILES + tile) * 16 + half * 8 + lane / 4;
+            if (row >= rows) continue;
+            element* columns = out + (size_t)row * C + lane % 4 * 2;
+#pragma unroll
+            for (u32 block = 0; block < HEAD_BLOCKS; ++block) {
+                const float* pair = &context[tile][block][half * 2];
+                *reinterpret_cast<u32*>(columns + block * 8) = packed(pair[0] * inverse, pair[1] * inverse);
+            }
+        }
+}
+
+// out = softmax(scale Q K^T) V within each sequence and head.
+//
+// qkv [T, 3C]: Q, K and V, each head after head; out [T, C]. tiles[i] = {sequence, its first query row, a multiple of 128},
+// counts[2] of them; `scale` is 1 / sqrt(D). Grid (at least the tiles, H), blocks of 128, ATTENTION_SHARED_BYTES.
+//
+//     copy Q, and K and V of step 0
+//     for each step over the keys
+//         wait for its copies, own and others'             - after which the other stage has no reader left
+//         start the next step's copies, into the other stage
+//         score, mask the last step, soften, add values    - a warp past the sequence's end only copies and waits
+//     store
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2) attention(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
+    const element* __restrict__ qkv, element* __restrict__ out, float scale) {
+    if (blockIdx.x >= counts[2]) return;
+    DYNAMIC_SHARED(shared);
+    const u32 lane = lane_in_warp(), warp = threadIdx.x / 32;
+    const u32 sequence = tiles[blockIdx.x].x, first_query = tiles[blockIdx.x].y;
+    const u32 start = offsets[sequence], length = offsets[sequence + 1] - start;
+    const element* q = qkv + (size_t)start * (3 * C) + blockIdx.y * D;
+    const element* k = q + C;
+    const element* v = k + C;
+
+    constexpr u32 STAGE_BYTES = KEY_ROWS * ROW_BYTES;
+    const u32 q_rows = shared_address(shared);
+    const u32 k_stages = q_rows + QUERY_ROWS * ROW_BYTES;
+    const u32 v_stages = k_stages + 2 * STAGE_BYTES;
+
+    copy_rows_async<QUERY_ROWS>(q_rows, q, first_query, length);
+    copy_rows_async<KEY_ROWS>(k_stages, k, 0, length);
+    copy_rows_async<KEY_ROWS>(v_stages, v, 0, length);
+    close_copy_group();
+
+    Queries queries;
+    Context context;
+    RowValues maxima, sums;
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile) {
+        maxima[tile][0] = maxima[tile][1] = NO_KEY;
+        sums[tile][0] = sums[tile][1] = 0;
+#pragma unroll
+        for (u32 block = 0; block < HEAD_BLOCKS; ++block)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) context[tile][block][i] = 0;
+    }
+
+    const bool has_rows = first_query + warp * TILES * 16 < length;
+    for (u32 first_key = 0, stage = 0; first_key < length; first_key += KEY_ROWS, stage ^= 1) {
+        wait_for_copies<0>();
+        __syncthreads();
+        const u32 next_key = first_key + KEY_ROWS;
+        if (next_key < length) {
+            copy_rows_async<KEY_ROWS>(k_stages + (stage ^ 1) * STAGE_BYTES, k, next_key, length);
+            copy_rows_async<KEY_ROWS>(v_stages + (stage ^ 1) * STAGE_BYTES, v, next_key, length);
+            close_copy_group();
+        }
+        if (!has_rows) continue;
+        if (first_key == 0) load_queries(queries, q_rows, warp, lane);
+        Scores scores;
+        score_keys(scores, queries, k_stages + stage * STAGE_BYTES, lane);
+        if (next_key > length) mask_keys(scores, length - first_key, lane);
+        soften(scores, context, maxima, sums, scale * LOG2_E);
+        add_values(context, scores, v_stages + stage * STAGE_BYTES, lane);
+    }
+    if (!has_rows) return;
+    element* tile_out = out + (size_t)(start + first_query) * C + blockIdx.y * D;
+    store_context(context, sums, tile_out, length - first_query, warp, lane);
+}
+
+#else // ELEMENT_F32
+
+// Scores that are held at once; the maximum moves once for so many keys.
+constexpr u32 SCORED_KEYS = 16;
+
+// The same contract in f32, plainly: a thread has one query and its context in registers, and reads keys and values that the
+// block has staged in shared memory, all threads the same one at a time. This is the exact mode, not the fast one.
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
+    const element* __restrict__ qkv, element* __restrict__ out, float scale) {
+    if (blockIdx.x >= counts[2]) return;
+    DYNAMIC_SHARED(shared);
+    float* k_rows = reinterpret_cast<float*>(shared); // [KEY_ROWS, D]
+    float* v_rows = k_rows + KEY_ROWS * D;            // [KEY_ROWS, D]
+    const u32 sequence = tiles[blockIdx.x].x, query = tiles[blockIdx.x].y + threadIdx.x;
+    const u32 start = offsets[sequence], length = offsets[sequence + 1] - start;
+    const element* q = qkv + (size_t)start * (3 * C) + blockIdx.y * D;
+    const element* k = q + C;
+    const element* v = k + C;
+    const bool has_row = query < length;
+    const float scale_log2 = scale * LOG2_E;
+
+    Octet queries[D / 8], context[D / 8];
+#pragma unroll
+    for (u32 i = 0; i < D / 8; ++i) {
+        queries[i] = load_octet(q + (size_t)(has_row ? query : 0) * (3 * C) + i * 8);
+        context[i] = {};
+    }
+    float maximum = NO_KEY, sum = 0;
+
+    for (u32 first_key = 0; first_key < length; first_key += KEY_ROWS) {
+        __syncthreads(); // the last step's rows have been read
+        for (u32 i = threadIdx.x; i < KEY_ROWS * D / 8; i += ATTENTION_THREADS) {
+            const u32 row = i / (D / 8), column = i % (D / 8) * 8;
+            const u32 source = first_key + row < length ? first_key + row : length - 1;
+            store_octet(k_rows + row * D + column, load_octet(k + (size_t)source * (3 * C) + column));
+            store_octet(v_rows + row * D + column, load_octet(v + (size_t)source * (3 * C) + column));
+        }
+        __syncthreads(); // this step's rows are there
+
+        for (u32 group = 0; group < KEY_ROWS && first_key + group < length; group += SCORED_KEYS) {
+            float scores[SCORED_KEYS];
+            float highest = maximum;
+#pragma unroll
+            for (u32 key = 0; key < SCORED_KEYS; ++key) {
+                float product = 0;
+#pragma unroll
+                for (u32 i = 0; i < D / 8; ++i) {
+                    const Octet keys = load_octet(k_rows + (group + key) * D + i * 8);
+#pragma unroll
+                    for (u32 j = 0; j < 8; ++j) product += queries[i].values[j] * keys.values[j];
+                }
+                scores[key] = first_key + group + key < length ? product : NO_KEY;
+                highest = fmaxf(highest, scores[key]);
+            }
+            const float rescale = exp2_fast((maximum - highest) * scale_log2);
+            maximum = highest;
+            sum *= rescale;
+#pragma unroll
+            for (u32 i = 0; i < D / 8; ++i)
+#pragma unroll
+                for (u32 j = 0; j < 8; ++j) context[i].values[j] *= rescale;
+#pragma unroll
+            for (u32 key = 0; key < SCORED_KEYS; ++key) {
+                const float weight = exp2_fast((scores[key] - highest) * scale_log2);
+                sum += weight;
+#pragma unroll
+                for (u32 i = 0; i < D / 8; ++i) {
+                    const Octet values = load_octet(v_rows + (group + key) * D + i * 8);
+#pragma unroll
+                    for (u32 j = 0; j < 8; ++j) context[i].values[j] += weight * values.values[j];
+                }
+            }
+        }
+    }
+    if (!has_row) return;
+#pragma unroll
+    for (u32 i = 0; i < D / 8; ++i) {
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) context[i].values[j] /= sum;
+        store_octet(out + (size_t)(start + query) * C + blockIdx.y * D + i * 8, context[i]);
+    }
+}
+
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The last layer, of which only each sequence's first token is wanted
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr u32 FIRST_TOKEN_THREADS = 128;
+// A key belongs to so many neighbouring lanes, an octet of its D columns each.
+constexpr u32 LANES_A_KEY = D / 8;
+constexpr u32 KEY_TEAMS = FIRST_TOKEN_THREADS / LANES_A_KEY;
+// Keys that a team has under way at a time, so that their loads overlap.
+constexpr u32 TEAM_KEYS = 4;
+
+// A softmax on the way over some keys: their weights' sum and weighted values, relative to the highest score among them.
+struct PartialContext {
+    float maximum;
+    float sum;
+    Octet context;
+};
+
+// Adds `other`, over other keys, to `mine`.
+__device__ __forceinline__ void merge(PartialContext& mine, const PartialContext& other, float scale) {
+    const float highest = fmaxf(mine.maximum, other.maximum);
+    const float my_part = exp2_fast((mine.maximum - highest) * scale);
+    const float other_part = exp2_fast((other.maximum - highest) * scale);
+    mine.maximum = highest;
+    mine.sum = mine.sum * my_part + other.sum * other_part;
+#pragma unroll
+    for (u32 j = 0; j < 8; ++j) {
+        mine.context.values[j] = mine.context.values[j] * my_part + other.context.values[j] * other_part;
+    }
+}
+
+// out[s] = softmax(scale q[s] K^T) V within sequence s and each head: attention of one query a sequence.
+//
+// q [S, C]; kv [T, 2C]: K and V, each head after head; out [S, C]; `scale` is 1 / sqrt(D). Grid (at least S, H), blocks of
+// 128. Any length in one pass: teams of lanes take the keys in turn, each with a softmax of its own, merged at the end.
+extern "C" __global__ void __launch_bounds__(FIRST_TOKEN_THREADS) first_token_attention(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const element* __restrict__ q,
+    const element* __restrict__ kv, element* __restrict__ out, float scale) {
+    if (blockIdx.x >= counts[1]) return;
+    const u32 lane = lane_in_warp(), warp = threadIdx.x / 32;
+    const u32 team = threadIdx.x / LANES_A_KEY, column = blockIdx.y * D + threadIdx.x % LANES_A_KEY * 8;
+    const u32 start = offsets[blockIdx.x], length = offsets[blockIdx.x + 1] - start;
+    const element* k = kv + (size_t)start * (2 * C) + column;
+    const element* v = k + C;
+    const Octet query = load_octet(q + (size_t)blockIdx.x * C + column);
+    const float scale_log2 = scale * LOG2_E;
+
+    // Every team goes round as often as the first, for the shuffles' sake; keys beyond the end are read as the last one, and
+    // score NO_KEY. A team that never has a key gathers nonsense relative to NO_KEY, which merges with a weight of zero.
+    PartialContext mine = {NO_KEY, 0, {}};
+    for (u32 round = 0; round < length; round += KEY_TEAMS * TEAM_KEYS) {
+        Octet keys[TEAM_KEYS], values[TEAM_KEYS];
+        float scores[TEAM_KEYS];
+        float highest = mine.maximum;
+#pragma unroll
+        for (u32 i = 0; i < TEAM_KEYS; ++i) {
+            const u32 key = round + i * KEY_TEAMS + team;
+            const u32 source = key < length ? key : length - 1;
+            keys[i] = load_octet(k + (size_t)source * (2 * C));
+            values[i] = load_octet(v + (size_t)source * (2 * C));
+        }
+#pragma unroll
+        for (u32 i = 0; i < TEAM_KEYS; ++i) {
+            float product = 0;
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) product += query.values[j] * keys[i].values[j];
+#pragma unroll
+            for (u32 distance = LANES_A_KEY / 2; distance > 0; distance /= 2) {
+                product += __shfl_xor_sync(WHOLE_WARP, product, distance);
+            }
+            scores[i] = round + i * KEY_TEAMS + team < length ? product : NO_KEY;
+            highest = fmaxf(highest, scores[i]);
+        }
+        const float rescale = exp2_fast((mine.maximum - highest) * scale_log2);
+        mine.maximum = highest;
+        mine.sum *= rescale;
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) mine.context.values[j] *= rescale;
+#pragma unroll
+        for (u32 i = 0; i < TEAM_KEYS; ++i) {
+            const float weight = exp2_fast((scores[i] - highest) * scale_log2);
+            mine.sum += weight;
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) mine.context.values[j] += weight * values[i].values[j];
+        }
+    }
+
+    // Teams of a warp, then warps. Teams of lanes with the same columns are LANES_A_KEY apart.
+#pragma unroll
+    for (u32 distance = LANES_A_KEY; distance < 32; distance *= 2) {
+        PartialContext other;
+        other.maximum = __shfl_xor_sync(WHOLE_WARP, mine.maximum, distance);
+        other.sum = __shfl_xor_sync(WHOLE_WARP, mine.sum, distance);
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) {
+            other.context.values[j] = __shfl_xor_sync(WHOLE_WARP, mine.context.values[j], distance);
+        }
+        merge(mine, other, scale_log2);
+    }
+    constexpr u32 WARPS = FIRST_TOKEN_THREADS / 32;
+    __shared__ PartialContext of_warps[WARPS][LANES_A_KEY];
+    if (lane < LANES_A_KEY) of_warps[warp][lane] = mine;
+    __syncthreads();
+    if (threadIdx.x >= LANES_A_KEY) return;
+#pragma unroll
+    for (u32 other = 1; other < WARPS; ++other) merge(mine, of_warps[other][lane], scale_log2);
+#pragma unroll
+    for (u32 j = 0; j < 8; ++j) mine.context.values[j] /= mine.sum;
+    store_octet(out + (size_t)blockIdx.x * C + column, mine.context);
+}
+
+// out[s] = x[offsets[s]]: each sequence's first row. x [T, C], out [S, C]. Any grid of any blocks.
+extern "C" __global__ void first_rows(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const element* __restrict__ x,
+    element* __restrict__ out) {
+    constexpr u32 ROW_PIECES = C * sizeof(element) / sizeof(uint4);
+    const uint4* from = reinterpret_cast<const uint4*>(x);
+    uint4* to = reinterpret_cast<uint4*>(out);
+    const u32 pieces = counts[1] * ROW_PIECES;
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < pieces; i += gridDim.x * blockDim.x) {
+        to[i] = from[(size_t)offsets[i / ROW_PIECES] * ROW_PIECES + i % ROW_PIECES];
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Element by element
+// ---------------------------------------------------------------------------------------------------------------------
+
+// x Phi(x), Phi by the error function.
+struct GeluErf {
+    static __device__ __forceinline__ float of(float x) { return 0.5f * x * (1 + erff(x * 0.70710678118654752f)); }
+};
+
+// The tanh approximation of it.
+struct GeluTanh {
+    static __device__ __forceinline__ float of(float x) {
+        return 0.5f * x * (1 + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    }
+};
+
+struct Relu {
+    static __device__ __forceinline__ float of(float x) { return fmaxf(x, 0); }
+};
+
+template <typename Function>
+__device__ __forceinline__ void apply_to_octets(u32 octets, element* x) {
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < octets; i += gridDim.x * blockDim.x) {
+        Octet octet = load_octet(x + (size_t)i * 8);
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) octet.values[j] = Function::of(octet.values[j]);
+        store_octet(x + (size_t)i * 8, octet);
+    }
+}
+
+// x = function(x) in place: 0 gelu by erf, 1 gelu by tanh, 2 relu. x [rows, columns], columns a multiple of 8, and fewer
+// than 2^34 values. Any grid of any blocks.
+extern "C" __global__ void activate(const u32* __restrict__ rows, u32 columns, u32 function, element* x) {
+    const u32 octets = *rows * (columns / 8);
+    switch (function) {
+        case 0: apply_to_octets<GeluErf>(octets, x); break;
+        case 1: apply_to_octets<GeluTanh>(octets, x); break;
+        case 2: apply_to_octets<Relu>(octets, x); break;
+    }
+}
+
+// out = x as floats, for the host. x, out [rows, columns], fewer than 2^31 values. Any grid of any blocks.
+extern "C" __global__ void widen(
+    const u32* __restrict__ rows, u32 columns, const element* __restrict__ x, float* __restrict__ out) {
+    const u32 values = *rows * columns;
+    for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < values; i += gridDim.x * blockDim.x) out[i] = widened(x[i]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The classification head: S rows only, so in f32 weights and plain sums
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Rows that share one reading of a weight row.
+constexpr u32 HEAD_ROWS = 8;
+
+// out[r] = tanh(weight x[r] + bias). x [rows, C]; weight [C, C], outputs by inputs; bias [C]; out [rows, C].
+// A warp an output, for up to HEAD_ROWS rows in turn. Any grid of blocks of whole warps.
+extern "C" __global__ void __launch_bounds__(256) head_dense(
+    const u32* __restrict__ rows, const element* __restrict__ x, const float* __restrict__ weight,
+    const float* __restrict__ bias, float* __restrict__ out) {
+    const u32 lane = lane_in_warp(), end = *rows;
+    const u32 tasks = (end + HEAD_ROWS - 1) / HEAD_ROWS * C;
+    for (u32 task = warp_in_grid(); task < tasks; task += warps_in_grid()) {
+        const u32 output = task % C, first = task / C * HEAD_ROWS;
+        float sums[HEAD_ROWS] = {};
+#pragma unroll
+        for (u32 i = 0; i < LANE_OCTETS; ++i) {
+            if (!lane_has(i, lane)) continue;
+            const u32 column = octet_of(i, lane) * 8;
+            const Octet weights = load_octet(weight + (size_t)output * C + column);
+#pragma unroll
+            for (u32 r = 0; r < HEAD_ROWS; ++r) {
+                if (first + r >= end) continue;
+                const Octet inputs = load_octet(x + (size_t)(first + r) * C + column);
+#pragma unroll
+                for (u32 j = 0; j < 8; ++j) sums[r] += weights.values[j] * inputs.values[j];
+            }
+        }
+#pragma unroll
+        for (u32 r = 0; r < HEAD_ROWS; ++r) {
+            const float sum = warp_sum(sums[r]);
+            if (lane == 0 && first + r < end) out[(size_t)(first + r) * C + output] = tanhf(sum + bias[output]);
+        }
+    }
+}
+
+// out[r] = weight . x[r] + bias. x [rows, C], weight [C], bias [1], out [rows]. A warp a row, any grid of whole warps.
+extern "C" __global__ void __launch_bounds__(256) head_out(
+    const u32* __restrict__ rows, const float* __restrict__ x, const float* __restrict__ weight,
+    const float* __restrict__ bias, float* __restrict__ out) {
+    const u32 lane = lane_in_warp(), end = *rows;
+    for (u32 r = warp_in_grid(); r < end; r += warps_in_grid()) {
+        float sum = 0;
+#pragma unroll
+        for (u32 i = 0; i < LANE_OCTETS; ++i) {
+            if (!lane_has(i, lane)) continue;
+            const u32 column = octet_of(i, lane) * 8;
+            const Octet inputs = load_octet(x + (size_t)r * C + column), weights = load_octet(weight + column);
+#pragma unroll
+            for (u32 j = 0; j < 8; ++j) sum += weights.values[j] * inputs.values[j];
+        }
+        sum = warp_sum(sum);
+        if (lane == 0) out[r] = sum + *bias;
+    }
+}
+
+#ifdef EMULATED
+// What the emulator exports, called as a driver calls a kernel.
+EMULATED_KERNEL(embed_norm)
+EMULATED_KERNEL(layer_norm)
+EMULATED_KERNEL(attention)
+EMULATED_KERNEL(first_token_attention)
+EMULATED_KERNEL(first_rows)
+EMULATED_KERNEL(activate)
+EMULATED_KERNEL(widen)
+EMULATED_KERNEL(head_dense)
+EMULATED_KERNEL(head_out)
+#endif

@@ -1,0 +1,644 @@
+//! NVIDIA cards from compute capability 8.0 on: products by cuBLASLt, all else by kernels of our own that NVRTC compiles at start.
+//!
+//! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card; `lane`
+//! is what a batch in flight has to itself, of which `arena` divides the memory; `products` are cuBLASLt's; `failure` says what
+//! an error means. This file puts them behind [`Backend`].
+//!
+//! Two lanes a card: while one batch computes, the thread of the other packs, uploads and launches the next, so the card does not
+//! wait for the host. Every buffer is of rounded sizes and counts are read from the card's own memory, so a small batch is
+//! replayed from a graph that was captured for another.
+//!
+//! Activations are of one element type throughout, f16 by default (three bits more than bf16, at the same speed); sums, norms and
+//! the head are f32. The kernels sum each row and each sequence in an order of its own. cuBLASLt may choose another order for
+//! another number of rows, so a score's last bits depend on its company, but in the invariant mode.
+
+#![allow(unsafe_code, reason = "its address: a device's memory, and libraries in C")]
+
+mod arena;
+mod card;
+mod failure;
+mod lane;
+mod layout;
+mod products;
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg};
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+use self::card::Card;
+pub use self::card::is_there;
+pub use self::lane::{Buffer, Lane};
+use self::lane::{Rows, Staged};
+use self::layout::rounded;
+use self::products::{Finish, Operands, Shape, Tuning};
+use super::{
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, NormWeights, Place,
+};
+use crate::batch::Batch;
+
+/// Batches in flight on one card.
+const LANES: usize = 2;
+/// Threads of a block of the kernels that take a row a warp.
+const ROW_THREADS: u32 = 256;
+/// How long a lane with less memory than it wants waits before it asks the card again.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// What activations are, and what products multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Single precision: for comparison.
+    F32,
+}
+
+/// How to use a card.
+#[derive(Debug, Clone, Copy)]
+pub struct CudaOptions {
+    /// The precision.
+    pub element: Element,
+    /// Tokens of the largest batch: what memory is reserved for.
+    pub max_batch_tokens: usize,
+    /// The same bits for a pair whatever its company.
+    pub invariant: bool,
+}
+
+/// A card with a model's weights on it.
+#[derive(Debug)]
+pub struct CudaBackend {
+    card: Arc<Card>,
+    options: CudaOptions,
+    shape: AttentionShape,
+    upload: Arc<CudaStream>,
+    lanes: Mutex<Lanes>,
+    returned: Condvar,
+    /// Shapes of the model's products, for tuning: outputs, inputs, and one layer's weight and bias.
+    linears: Mutex<BTreeSet<LinearShape>>,
+}
+
+/// Lanes that no batch has; made at the first batch, when the weights are there and their shapes known.
+#[derive(Debug, Default)]
+struct Lanes {
+    made: bool,
+    free: Vec<Lane>,
+    asked: Option<Instant>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct LinearShape {
+    outputs: usize,
+    inputs: usize,
+}
+
+/// Weights on the card: bytes, and where they are.
+#[derive(Debug)]
+struct Weights {
+    at: u64,
+    _bytes: CudaSlice<u8>,
+}
+
+/// Embedding tables on the card, of the element.
+#[derive(Debug)]
+pub struct Embeddings {
+    words: Weights,
+    positions: Weights,
+    types: Weights,
+    norm: Norm,
+}
+
+/// A linear layer on the card: of the element in an encoder layer, f32 in the head.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Weights,
+    bias: Weights,
+    outputs: usize,
+    inputs: usize,
+    place: Place,
+}
+
+/// A layer norm on the card, f32.
+#[derive(Debug)]
+pub struct Norm {
+    weight: Weights,
+    bias: Weights,
+    eps: f32,
+}
+
+impl Element {
+    /// As in `--dtype`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+        }
+    }
+
+    fn bytes(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+
+    fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F16 => {
+                let mut halves = vec![f16::ZERO; values.len()];
+                halves.convert_from_f32_slice(values);
+                bytemuck::cast_slice::<u16, u8>(halves.reinterpret_cast()).to_vec()
+            }
+            Self::Bf16 => {
+                let mut halves = vec![bf16::ZERO; values.len()];
+                halves.convert_from_f32_slice(values);
+                bytemuck::cast_slice::<u16, u8>(halves.reinterpret_cast()).to_vec()
+            }
+            Self::F32 => bytemuck::cast_slice(values).to_vec(),
+        }
+    }
+}
+
+/// The device address of a slice whose uses are ordered by whoever asks.
+fn address(slice: &CudaSlice<u8>, stream: &CudaStream) -> u64 {
+    slice.device_ptr(stream).0
+}
+
+impl CudaBackend {
+    /// Device `ordinal` for models of this shape.
+    ///
+    /// # Errors
+    /// No driver, no such device or one that is too old, libraries that are not there.
+    pub fn open(ordinal: usize, shape: AttentionShape, options: CudaOptions) -> Result<Self> {
+        anyhow::ensure!(
+            matches!(shape.head_size, 32 | 64) && (shape.heads * shape.head_size).is_multiple_of(8),
+            "attention heads of {} values are not supported on CUDA (32 and 64 are); use --device cpu",
+            shape.head_size
+        );
+        let card = Card::open(ordinal, options.element, shape)?;
+        let upload = card.context.new_stream()?;
+        Ok(Self {
+            card: Arc::new(card),
+            options,
+            shape,
+            upload,
+            lanes: Mutex::default(),
+            returned: Condvar::new(),
+            linears: Mutex::default(),
+        })
+    }
+
+    fn upload(&self, bytes: &[u8]) -> Result<Weights, BackendError> {
+        let bytes = self.upload.clone_htod(bytes)?;
+        // Lanes read on streams of their own.
+        self.upload.synchronize()?;
+        Ok(Weights { at: address(&bytes, &self.upload), _bytes: bytes })
+    }
+
+    fn upload_elements(&self, tensor: &HostTensor) -> Result<Weights, BackendError> {
+        self.upload(&self.options.element.encode(&tensor.data))
+    }
+
+    fn upload_exact(&self, tensor: &HostTensor) -> Result<Weights, BackendError> {
+        self.upload(bytemuck::cast_slice(&tensor.data))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Lanes> {
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes of a lane's memory for each token. At most seven buffers as wide as the hidden size and the widest of a layer are
+    /// in use at a time; one more is for what rounding and gaps take, and sequences' own buffers.
+    fn row_bytes(&self) -> usize {
+        let c = self.shape.heads * self.shape.head_size;
+        let linears = self.linears.lock().unwrap_or_else(PoisonError::into_inner);
+        let widest = linears.iter().map(|linear| linear.outputs).max().unwrap_or(0);
+        (10 * c + 2 * widest) * self.options.element.bytes()
+    }
+
+    /// A lane of this call's own, waiting for one to be free. The first call makes them all.
+    fn lane(&self) -> Result<Lane, BackendError> {
+        let mut lanes = self.lock();
+        if !lanes.made {
+            self.make(&mut lanes)?;
+        }
+        loop {
+            if let Some(lane) = lanes.free.pop() {
+                return Ok(lane);
+            }
+            lanes = self.returned.wait(lanes).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn give_back(&self, lane: Lane) {
+        self.lock().free.push(lane);
+        self.returned.notify_one();
+    }
+
+    fn make(&self, lanes: &mut Lanes) -> Result<(), BackendError> {
+        self.card.context.bind_to_thread()?;
+        let CudaOptions { element, max_batch_tokens, invariant } = self.options;
+        let tuning = Arc::new(Tuning::open(&self.card.name, element, invariant));
+        let mut made = Vec::with_capacity(LANES);
+        for _ in 0..LANES {
+            let card = Arc::clone(&self.card);
+            made.push(Lane::new(card, element, Arc::clone(&tuning), max_batch_tokens, self.row_bytes())?);
+        }
+        self.tune(&made[0], &tuning)?;
+        // A batch takes the lane that was given back last; the first one given is as good as any.
+        lanes.free = made;
+        lanes.made = true;
+        Ok(())
+    }
+
+    /// Times cuBLASLt's algorithms for the shapes of this model's products, on random numbers.
+    fn tune(&self, lane: &Lane, tuning: &Tuning) -> Result<(), BackendError> {
+        let element = self.options.element;
+        let linears: Vec<LinearShape> =
+            self.linears.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+        let start = Instant::now();
+        let (base, bytes) = lane.activations();
+        // Numbers like activations: a card computes zeros faster, being cooler.
+        let mut random = fastrand::Rng::with_seed(1);
+        let values: Vec<f32> = (0..1 << 18).map(|_| random.f32() - 0.5).collect();
+        let block = element.encode(&values);
+        for offset in (0..bytes).step_by(block.len()) {
+            let part = &block[..block.len().min(bytes - offset)];
+            // SAFETY: within the lane's memory; the host's block lives until the stream has been waited for.
+            unsafe { cudarc::driver::result::memcpy_htod_async(base + offset as u64, part, lane.stream.cu_stream()) }?;
+        }
+        lane.stream.synchronize()?;
+        let mut news = false;
+        for LinearShape { outputs, inputs } in linears {
+            // x, the output and the weight one after another; the output's own values serve as residual and bias.
+            let size = element.bytes();
+            let weight_bytes = (outputs * inputs * size).next_multiple_of(arena::ALIGNMENT);
+            let rows = (bytes.saturating_sub(weight_bytes + 2 * arena::ALIGNMENT)) / ((outputs + inputs) * size);
+            let rows = rows.min(rounded(lane.capacity()));
+            if rows < 64 {
+                continue;
+            }
+            let x = base + weight_bytes as u64;
+            let output = x + (rows * inputs * size).next_multiple_of(arena::ALIGNMENT) as u64;
+            let operands = Operands { x, weight: base, bias: base, residual: output, output };
+            // Every finish that a layer's products of this shape may have; an algorithm is fit for one.
+            let finish = if outputs <= inputs { Finish::BiasResidual } else { Finish::Bias };
+            news |= lane.products.tune(Shape { rows, outputs, inputs, finish }, rows, operands)?;
+        }
+        if news {
+            tuning.keep();
+            tracing::info!(seconds = start.elapsed().as_secs_f64(), card = self.card.name, "tuned the products");
+        }
+        Ok(())
+    }
+
+    /// Where the card had too little memory at start, or has more now, or one pair is longer than any batch.
+    fn fit(&self, lane: &mut Lane, longest: usize) -> Result<(), BackendError> {
+        let wanted = self.options.max_batch_tokens;
+        if longest > lane.capacity() {
+            return lane.grow(longest, self.row_bytes());
+        }
+        if lane.capacity() < wanted {
+            let mut lanes = self.lock();
+            if lanes.asked.is_none_or(|at| at.elapsed() > ASK_AGAIN) {
+                lanes.asked = Some(Instant::now());
+                drop(lanes);
+                lane.grow(wanted, self.row_bytes()).ok(); // not yet
+            }
+        }
+        Ok(())
+    }
+
+    fn compute(&self, batch: &Batch, replay: bool, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
+        let mut lane = self.lane()?;
+        let outcome = self.card.context.bind_to_thread().map_err(BackendError::from).and_then(|()| {
+            let longest = batch.ranges().map(|rows| rows.len()).max().unwrap_or(0);
+            self.fit(&mut lane, longest)?;
+            let parts = layout::split(batch, lane.capacity());
+            let mut logits = Vec::with_capacity(batch.sequences());
+            for part in parts {
+                let sequences: Vec<usize> = part.collect();
+                let piece = batch.select(&sequences);
+                logits.extend(lane.run(&piece, replay, |lane| graph(lane, &piece))?);
+            }
+            Ok(logits)
+        });
+        self.give_back(lane);
+        outcome
+    }
+
+    /// Launches `function` on the lane's stream.
+    ///
+    /// # Safety
+    /// `arguments` pushes what the kernel's signature asks for, in its order, addresses of buffers as large as its contract says.
+    unsafe fn launch<'a>(
+        lane: &'a Lane,
+        function: &'a CudaFunction,
+        grid: (usize, usize),
+        block: u32,
+        shared_mem_bytes: usize,
+        arguments: impl FnOnce(&mut LaunchArgs<'a>),
+    ) -> Result<(), BackendError> {
+        let mut launch = lane.stream.launch_builder(function);
+        arguments(&mut launch);
+        let config = LaunchConfig {
+            grid_dim: (grid.0 as u32, grid.1 as u32, 1),
+            block_dim: (block, 1, 1),
+            shared_mem_bytes: shared_mem_bytes as u32,
+        };
+        // SAFETY: the caller's.
+        unsafe { launch.launch(config) }?;
+        Ok(())
+    }
+
+    /// Blocks for a kernel that takes a row a warp and strides over the rows: no more than the card runs at once.
+    fn row_grid(&self, rows: usize) -> (usize, usize) {
+        let warps = ROW_THREADS as usize / 32;
+        (rows.div_ceil(warps).min(8 * self.card.multiprocessors as usize), 1)
+    }
+
+    /// Applies a function to a buffer in place, by its number in `kernels.cu`.
+    fn activate(&self, lane: &Lane, x: &Buffer, function: u32) -> Result<(), BackendError> {
+        let staged = lane.staged();
+        let (count, columns) = (staged.count(x.rows), x.columns as u32);
+        let grid = (staged.rows(x.rows) * x.columns / 8).div_ceil(256).min(16 * self.card.multiprocessors as usize);
+        // SAFETY: activate(rows, columns, function, x).
+        unsafe {
+            Self::launch(lane, &self.card.kernels.activate, (grid, 1), 256, 0, |arguments| {
+                push(arguments, [&count]);
+                arguments.arg(&columns).arg(&function);
+                push(arguments, [&x.at]);
+            })
+        }
+    }
+
+    /// The head's layers, in f32: `tanh` over C outputs, then one output.
+    fn head(&self, lane: &Lane, weights: &Linear, x: &Buffer, tanh: bool) -> Result<Buffer, BackendError> {
+        let c = self.shape.heads * self.shape.head_size;
+        let kernels = &self.card.kernels;
+        let (kernel, outputs) = match (tanh, weights.outputs, x.exact) {
+            (true, outputs, false) if outputs == c && weights.inputs == c => (&kernels.head_dense, c),
+            (false, 1, true) if weights.inputs == c => (&kernels.head_out, 1),
+            _ => return Err(unsupported("this classification head")),
+        };
+        let out = lane.buffer(x.rows, outputs, self.options.element, true)?;
+        let staged = lane.staged();
+        let count = staged.count(x.rows);
+        let grid = (staged.rows(x.rows) * outputs).div_ceil(8).min(16 * self.card.multiprocessors as usize);
+        // SAFETY: head_dense and head_out(rows, x, weight, bias, out).
+        unsafe {
+            Self::launch(lane, kernel, (grid, 1), ROW_THREADS, 0, |arguments| {
+                push(arguments, [&count, &x.at, &weights.weight.at, &weights.bias.at, &out.at]);
+            })
+        }?;
+        Ok(out)
+    }
+
+    /// `1 / sqrt(D)`, and the bytes of shared memory that attention needs: see `ATTENTION_SHARED_BYTES` in `kernels.cu`.
+    fn attention_constants(&self) -> (f32, usize) {
+        let d = self.shape.head_size;
+        let shared = match self.options.element {
+            Element::F32 => 2 * 64 * d * 4,
+            Element::F16 | Element::Bf16 => 128 * d * 2 + 2 * 2 * 64 * d * 2,
+        };
+        ((d as f32).sqrt().recip(), shared)
+    }
+}
+
+/// Pushes addresses, in order.
+fn push<'a, const N: usize>(arguments: &mut LaunchArgs<'a>, addresses: [&'a u64; N]) {
+    for address in addresses {
+        arguments.arg(address);
+    }
+}
+
+fn unsupported(what: &str) -> BackendError {
+    BackendError::Failed(format!("{what} is not supported on CUDA; use --device cpu").into())
+}
+
+impl Backend for CudaBackend {
+    type Lane = Lane;
+    type Buffer = Buffer;
+    type Embeddings = Embeddings;
+    type Linear = Linear;
+    type Norm = Norm;
+
+    fn describe(&self) -> String {
+        let invariant = if self.options.invariant { ", batch-invariant" } else { "" };
+        let capacity = self.lock().free.iter().map(Lane::capacity).min();
+        let short = capacity.filter(|&tokens| tokens < self.options.max_batch_tokens);
+        let memory = short.map(|tokens| format!(", memory for {tokens} tokens at a time")).unwrap_or_default();
+        let (element, name, ordinal) = (self.options.element.name(), &self.card.name, self.card.context.ordinal());
+        format!("CUDA, {element}{invariant}, {name} (cuda:{ordinal}){memory}")
+    }
+
+    fn lanes(&self) -> usize {
+        LANES
+    }
+
+    fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
+        Ok(Embeddings {
+            words: self.upload_elements(&tables.words)?,
+            positions: self.upload_elements(&tables.positions)?,
+            types: self.upload_elements(&tables.types)?,
+            norm: self.norm(tables.norm)?,
+        })
+    }
+
+    fn linear(&self, weight: HostTensor, bias: HostTensor, place: Place) -> Result<Linear, BackendError> {
+        let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
+        let (weight, bias) = match place {
+            Place::Encoder => {
+                let mut linears = self.linears.lock().unwrap_or_else(PoisonError::into_inner);
+                linears.insert(LinearShape { outputs, inputs });
+                (self.upload_elements(&weight)?, self.upload_elements(&bias)?)
+            }
+            Place::Head => (self.upload_exact(&weight)?, self.upload_exact(&bias)?),
+        };
+        Ok(Linear { weight, bias, outputs, inputs, place })
+    }
+
+    fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
+        Ok(Norm {
+            weight: self.upload_exact(&weights.weight)?,
+            bias: self.upload_exact(&weights.bias)?,
+            eps: weights.eps as f32,
+        })
+    }
+
+    fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
+        self.compute(batch, true, graph)
+    }
+
+    fn run_observed(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
+        self.compute(batch, false, graph)
+    }
+
+    fn embed(&self, lane: &Lane, weights: &Embeddings, _: &Batch) -> Result<Buffer, BackendError> {
+        let c = self.shape.heads * self.shape.head_size;
+        let out = lane.buffer(Rows::Tokens, c, self.options.element, false)?;
+        let staged = lane.staged();
+        let layout = staged.layout;
+        let [counts, ids, types, positions] =
+            [layout.counts(), layout.ids(), layout.types(), layout.positions()].map(|place| staged.address(place));
+        let Embeddings { words, positions: table, types: type_table, norm } = weights;
+        // SAFETY: embed_norm(counts, ids, types, positions, words, position_table, type_table, weight, bias, eps, out).
+        unsafe {
+            let grid = self.row_grid(layout.token_rows);
+            Self::launch(lane, &self.card.kernels.embed_norm, grid, ROW_THREADS, 0, |arguments| {
+                push(arguments, [&counts, &ids, &types, &positions, &words.at, &table.at, &type_table.at]);
+                push(arguments, [&norm.weight.at, &norm.bias.at]);
+                arguments.arg(&norm.eps);
+                push(arguments, [&out.at]);
+            })
+        }?;
+        Ok(out)
+    }
+
+    fn apply(
+        &self,
+        lane: &Lane,
+        weights: &Linear,
+        outputs: Range<usize>,
+        x: &Buffer,
+        epilogue: Epilogue<'_, Buffer>,
+    ) -> Result<Buffer, BackendError> {
+        if weights.place == Place::Head {
+            return match epilogue {
+                Epilogue::Activation(Activation::Tanh) => self.head(lane, weights, x, true),
+                Epilogue::Bias => self.head(lane, weights, x, false),
+                _ => Err(unsupported("this classification head")),
+            };
+        }
+        let element = self.options.element;
+        let output = lane.buffer(x.rows, outputs.len(), element, false)?;
+        let (finish, residual, then) = match epilogue {
+            Epilogue::Bias => (Finish::Bias, output.at, None),
+            Epilogue::Residual(residual) => (Finish::BiasResidual, residual.at, None),
+            // cuBLASLt's GELU is the tanh form; the one by erf is a kernel of its own.
+            Epilogue::Activation(Activation::Gelu) => (Finish::Bias, output.at, Some(0)),
+            Epilogue::Activation(Activation::GeluTanh) => (Finish::BiasGeluTanh, output.at, None),
+            Epilogue::Activation(Activation::Relu) => (Finish::BiasRelu, output.at, None),
+            Epilogue::Activation(Activation::Tanh) => return Err(unsupported("tanh in an encoder layer")),
+        };
+        let rows = lane.staged().rows(x.rows);
+        let shape = Shape { rows, outputs: outputs.len(), inputs: weights.inputs, finish };
+        let size = element.bytes();
+        let operands = Operands {
+            x: x.at,
+            weight: weights.weight.at + (outputs.start * weights.inputs * size) as u64,
+            bias: weights.bias.at + (outputs.start * size) as u64,
+            residual,
+            output: output.at,
+        };
+        lane.products.launch(shape, operands)?;
+        if let Some(function) = then {
+            self.activate(lane, &output, function)?;
+        }
+        Ok(output)
+    }
+
+    fn layer_norm(&self, lane: &Lane, weights: &Norm, x: Buffer) -> Result<Buffer, BackendError> {
+        let staged = lane.staged();
+        let count = staged.count(x.rows);
+        // SAFETY: layer_norm(rows, x, weight, bias, eps, out), in place.
+        unsafe {
+            let grid = self.row_grid(staged.rows(x.rows));
+            Self::launch(lane, &self.card.kernels.layer_norm, grid, ROW_THREADS, 0, |arguments| {
+                push(arguments, [&count, &x.at, &weights.weight.at, &weights.bias.at]);
+                arguments.arg(&weights.eps);
+                push(arguments, [&x.at]);
+            })
+        }?;
+        Ok(x)
+    }
+
+    fn attention(&self, lane: &Lane, shape: AttentionShape, qkv: &Buffer, _: &Batch) -> Result<Buffer, BackendError> {
+        let out = lane.buffer(Rows::Tokens, shape.heads * shape.head_size, self.options.element, false)?;
+        let staged = lane.staged();
+        let layout = staged.layout;
+        let [counts, offsets, tiles] =
+            [layout.counts(), layout.offsets(), layout.tile_list()].map(|place| staged.address(place));
+        let (scale, shared) = self.attention_constants();
+        // SAFETY: attention(counts, offsets, tiles, qkv, out, scale).
+        unsafe {
+            let grid = (layout.tiles, shape.heads);
+            Self::launch(lane, &self.card.kernels.attention, grid, 128, shared, |arguments| {
+                push(arguments, [&counts, &offsets, &tiles, &qkv.at, &out.at]);
+                arguments.arg(&scale);
+            })
+        }?;
+        Ok(out)
+    }
+
+    fn first_token_attention(
+        &self,
+        lane: &Lane,
+        shape: AttentionShape,
+        q: &Buffer,
+        kv: &Buffer,
+        _: &Batch,
+    ) -> Result<Buffer, BackendError> {
+        let out = lane.buffer(Rows::Sequences, shape.heads * shape.head_size, self.options.element, false)?;
+        let staged = lane.staged();
+        let layout = staged.layout;
+        let [counts, offsets] = [layout.counts(), layout.offsets()].map(|place| staged.address(place));
+        let (scale, _) = self.attention_constants();
+        // SAFETY: first_token_attention(counts, offsets, q, kv, out, scale).
+        unsafe {
+            let grid = (layout.sequence_rows, shape.heads);
+            Self::launch(lane, &self.card.kernels.first_token_attention, grid, 128, 0, |arguments| {
+                push(arguments, [&counts, &offsets, &q.at, &kv.at, &out.at]);
+                arguments.arg(&scale);
+            })
+        }?;
+        Ok(out)
+    }
+
+    fn first_rows(&self, lane: &Lane, x: &Buffer, _: &Batch) -> Result<Buffer, BackendError> {
+        let out = lane.buffer(Rows::Sequences, x.columns, self.options.element, false)?;
+        let staged = lane.staged();
+        let layout = staged.layout;
+        let [counts, offsets] = [layout.counts(), layout.offsets()].map(|place| staged.address(place));
+        let pieces = layout.sequence_rows * x.columns * self.options.element.bytes() / 16;
+        // SAFETY: first_rows(counts, offsets, x, out).
+        unsafe {
+            let grid = (pieces.div_ceil(256).min(8 * self.card.multiprocessors as usize), 1);
+            Self::launch(lane, &self.card.kernels.first_rows, grid, 256, 0, |arguments| {
+                push(arguments, [&counts, &offsets, &x.at, &out.at]);
+            })
+        }?;
+        Ok(out)
+    }
+
+    fn download(&self, lane: &Lane, x: &Buffer) -> Result<Vec<f32>, BackendError> {
+        let staged = lane.staged();
+        let length = true_rows(&staged, x) * x.columns;
+        if x.exact {
+            return lane.download(x.at, length);
+        }
+        let wide = lane.buffer(x.rows, x.columns, self.options.element, true)?;
+        let (count, columns) = (staged.count(x.rows), x.columns as u32);
+        // SAFETY: widen(rows, columns, x, out).
+        unsafe {
+            let grid = ((staged.rows(x.rows) * x.columns).div_ceil(256).min(1024), 1);
+            Self::launch(lane, &self.card.kernels.widen, grid, 256, 0, |arguments| {
+                push(arguments, [&count]);
+                arguments.arg(&columns);
+                push(arguments, [&x.at, &wide.at]);
+            })
+        }?;
+        lane.download(wide.at, length)
+    }
+}
+
+fn true_rows(staged: &Staged, x: &Buffer) -> usize {
+    match x.rows {
+        Rows::Tokens => staged.tokens,
+        Rows::Sequences => staged.sequences,
+    }
+}

@@ -1,0 +1,440 @@
+//! Matrix products by cuBLASLt, with everything that can be decided before a batch decided before it: descriptors and layouts are
+//! made once for each shape, and the algorithm is the fastest of those that were timed at start.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::c_void;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::cublaslt::{result as lt, sys};
+use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::{CudaSlice, CudaStream};
+
+use super::{Element, card};
+use crate::backend::BackendError;
+
+/// What NVIDIA recommends for Hopper; smaller cards use less of it.
+const WORKSPACE: usize = 32 << 20;
+/// Algorithms of a shape that are timed against each other.
+const CANDIDATES: usize = 8;
+/// Row counts that products are tuned for. One in between takes the algorithm of the next larger.
+const TUNED_ROWS: [usize; 10] = [64, 128, 256, 512, 1024, 2048, 4096, 8448, 16_896, 33_792];
+
+/// What a product's result goes through, as cuBLASLt has it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Finish {
+    Bias,
+    BiasGeluTanh,
+    BiasRelu,
+    /// The bias, and what the result's place, or another, held before.
+    BiasResidual,
+}
+
+/// The shape of a product `x W^T`: x is `[rows, inputs]`, W `[outputs, inputs]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Shape {
+    pub(super) rows: usize,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+    pub(super) finish: Finish,
+}
+
+/// Where a product's operands lie on the device.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operands {
+    pub(super) x: u64,
+    pub(super) weight: u64,
+    pub(super) bias: u64,
+    /// Read by [`Finish::BiasResidual`]; the output elsewhere.
+    pub(super) residual: u64,
+    pub(super) output: u64,
+}
+
+/// Algorithms that were found fastest, shared by the lanes of a card and kept from one start to the next.
+#[derive(Debug)]
+pub(super) struct Tuning {
+    file: Option<PathBuf>,
+    /// One algorithm for all row counts, without sums that are split: the same bits for a row whatever is beside it.
+    invariant: bool,
+    /// cuBLASLt's own 64 bytes, which its documentation allows to be kept for the same version of the library.
+    found: Mutex<BTreeMap<String, [u64; 8]>>,
+}
+
+/// One lane's products: handles are not shared between threads.
+#[derive(Debug)]
+pub(super) struct Products {
+    handle: sys::cublasLtHandle_t,
+    element: Element,
+    stream: Arc<CudaStream>,
+    workspace: CudaSlice<u8>,
+    workspace_at: u64,
+    tuning: Arc<Tuning>,
+    plans: RefCell<HashMap<Shape, Plan>>,
+}
+
+// SAFETY: a handle and its descriptors may be used by any thread, by one at a time; `Products` is not Sync.
+unsafe impl Send for Products {}
+
+/// Descriptors of one shape, and the algorithm.
+#[derive(Debug)]
+struct Plan {
+    product: sys::cublasLtMatmulDesc_t,
+    weight: sys::cublasLtMatrixLayout_t,
+    x: sys::cublasLtMatrixLayout_t,
+    output: sys::cublasLtMatrixLayout_t,
+    algorithm: sys::cublasLtMatmulAlgo_t,
+}
+
+impl Tuning {
+    /// What earlier starts found for this card, library and element.
+    pub(super) fn open(card: &str, element: Element, invariant: bool) -> Self {
+        // SAFETY: takes and gives a number.
+        let version = unsafe { sys::cublasLtGetVersion() };
+        let card: String = card.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let mode = if invariant { "-invariant" } else { "" };
+        let file = card::cache_folder()
+            .map(|folder| folder.join(format!("products-{card}-{version}-{}{mode}.json", element.name())));
+        let kept = file.as_ref().and_then(|file| std::fs::read(file).ok());
+        // A file that cannot be read is one that is not there: what it held is found again.
+        let found = kept.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
+        Self { file, invariant, found: Mutex::new(found) }
+    }
+
+    /// The row count whose algorithm products of `rows` rows take.
+    fn tuned_rows(&self, rows: usize) -> usize {
+        if self.invariant {
+            return TUNED_ROWS[5];
+        }
+        TUNED_ROWS.into_iter().find(|&tuned| tuned >= rows).unwrap_or(rows)
+    }
+
+    fn key(&self, shape: Shape) -> String {
+        let Shape { rows, outputs, inputs, finish } = shape;
+        format!("{} x {outputs} x {inputs} {finish:?}", self.tuned_rows(rows))
+    }
+
+    fn get(&self, shape: Shape) -> Option<sys::cublasLtMatmulAlgo_t> {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.get(&self.key(shape)).map(|&data| sys::cublasLtMatmulAlgo_t { data })
+    }
+
+    fn put(&self, shape: Shape, algorithm: &sys::cublasLtMatmulAlgo_t) {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        found.insert(self.key(shape), algorithm.data);
+    }
+
+    /// Keeps what was found for the next start.
+    pub(super) fn keep(&self) {
+        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(file), Ok(json)) = (&self.file, serde_json::to_vec_pretty(&*found)) {
+            card::store(file, &json);
+        }
+    }
+}
+
+impl Products {
+    pub(super) fn new(stream: Arc<CudaStream>, element: Element, tuning: Arc<Tuning>) -> Result<Self, BackendError> {
+        let workspace = stream.alloc_zeros::<u8>(WORKSPACE)?;
+        let workspace_at = super::address(&workspace, &stream);
+        let handle = lt::create_handle()?;
+        Ok(Self { handle, element, stream, workspace, workspace_at, tuning, plans: RefCell::default() })
+    }
+
+    /// Launches the product on the lane's stream.
+    pub(super) fn launch(&self, shape: Shape, operands: Operands) -> Result<(), BackendError> {
+        let mut plans = self.plans.borrow_mut();
+        let plan = match plans.entry(shape) {
+            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
+            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(self.plan(shape)?),
+        };
+        self.run(plan, shape, operands)
+    }
+
+    /// Times the library's best guesses at each tuned row count up to `max_rows`, and remembers the fastest. The operands must
+    /// have room for `max_rows` rows.
+    pub(super) fn tune(&self, shape: Shape, max_rows: usize, operands: Operands) -> Result<bool, BackendError> {
+        let mut news = false;
+        let mut counts: Vec<usize> = TUNED_ROWS.iter().map(|&rows| self.tuning.tuned_rows(rows)).collect();
+        counts.push(self.tuning.tuned_rows(max_rows));
+        counts.sort_unstable();
+        counts.dedup();
+        for rows in counts {
+            let shape = Shape { rows, ..shape };
+            if rows > max_rows || self.tuning.get(shape).is_some() {
+                continue;
+            }
+            let mut plan = Plan::new(self.element, shape)?;
+            let mut best: Option<(f32, sys::cublasLtMatmulAlgo_t)> = None;
+            for candidate in self.candidates(&plan)? {
+                plan.algorithm = candidate;
+                let milliseconds = self.time(&plan, shape, operands)?;
+                if best.is_none_or(|(least, _)| milliseconds < least) {
+                    best = Some((milliseconds, candidate));
+                }
+            }
+            if let Some((_, algorithm)) = best {
+                self.tuning.put(shape, &algorithm);
+                news = true;
+            }
+        }
+        Ok(news)
+    }
+
+    /// Milliseconds of five runs after two that warm up.
+    fn time(&self, plan: &Plan, shape: Shape, operands: Operands) -> Result<f32, BackendError> {
+        for _ in 0..2 {
+            self.run(plan, shape, operands)?;
+        }
+        let start = self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+        for _ in 0..5 {
+            self.run(plan, shape, operands)?;
+        }
+        let end = self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?;
+        Ok(start.elapsed_ms(&end)?)
+    }
+
+    fn plan(&self, shape: Shape) -> Result<Plan, BackendError> {
+        let mut plan = Plan::new(self.element, shape)?;
+        let tuned = self.tuning.get(shape).filter(|algorithm| plan.runs(self.handle, algorithm));
+        plan.algorithm = match tuned {
+            Some(algorithm) => algorithm,
+            // A shape that no one tuned for: in the invariant mode the library is asked about the one row count of all.
+            None => {
+                let asked = Shape { rows: self.tuning.tuned_rows(shape.rows), ..shape };
+                let of_asked = self.candidates(&Plan::new(self.element, asked)?)?;
+                let own = || self.candidates(&plan).map(|candidates| candidates.into_iter().next());
+                match of_asked.into_iter().find(|algorithm| plan.runs(self.handle, algorithm)) {
+                    Some(algorithm) => algorithm,
+                    None => own()?.ok_or(lt::CublasError(sys::cublasStatus_t::CUBLAS_STATUS_NOT_SUPPORTED))?,
+                }
+            }
+        };
+        Ok(plan)
+    }
+
+    /// The library's guesses at what is fastest, best first.
+    fn candidates(&self, plan: &Plan) -> Result<Vec<sys::cublasLtMatmulAlgo_t>, BackendError> {
+        use sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES as MAX_WORKSPACE;
+        let preference = lt::create_matmul_pref()?;
+        // SAFETY: a result of zeros is a valid one; the library fills those that it counts. All handles are alive.
+        let (outcome, results) = unsafe {
+            let mut results = vec![std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>(); CANDIDATES];
+            let mut count = 0;
+            let outcome = lt::set_matmul_pref_attribute(
+                preference,
+                MAX_WORKSPACE,
+                (&raw const WORKSPACE_BYTES).cast(),
+                size_of::<usize>(),
+            )
+            .and_then(|()| {
+                sys::cublasLtMatmulAlgoGetHeuristic(
+                    self.handle,
+                    plan.product,
+                    plan.weight,
+                    plan.x,
+                    plan.output,
+                    plan.output,
+                    preference,
+                    CANDIDATES as i32,
+                    results.as_mut_ptr(),
+                    &raw mut count,
+                )
+                .result()
+            });
+            lt::destroy_matmul_pref(preference).ok();
+            results.truncate(count.max(0) as usize);
+            (outcome, results)
+        };
+        outcome?;
+        let usable = |result: &sys::cublasLtMatmulHeuristicResult_t| {
+            result.state == sys::cublasStatus_t::CUBLAS_STATUS_SUCCESS
+                && (!self.tuning.invariant || splits(&result.algo) == 1)
+        };
+        Ok(results.into_iter().filter(usable).map(|result| result.algo).collect())
+    }
+
+    fn run(&self, plan: &Plan, shape: Shape, operands: Operands) -> Result<(), BackendError> {
+        let (one, zero) = (1f32, 0f32);
+        let beta = if shape.finish == Finish::BiasResidual { &one } else { &zero };
+        let residual = if shape.finish == Finish::BiasResidual { operands.residual } else { operands.output };
+        // SAFETY: the addresses are of buffers in the lane's memory that hold the shape's rows, and of the layer's weights, which
+        // live as long as the model; the stream orders this launch after those that wrote them. The pointer to the bias is
+        // read before the call returns.
+        unsafe {
+            set(plan.product, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
+            lt::matmul(
+                self.handle,
+                plan.product,
+                (&raw const one).cast(),
+                std::ptr::from_ref(beta).cast(),
+                operands.weight as *const c_void,
+                plan.weight,
+                operands.x as *const c_void,
+                plan.x,
+                residual as *const c_void,
+                plan.output,
+                operands.output as *mut c_void,
+                plan.output,
+                &raw const plan.algorithm,
+                self.workspace_at as *mut c_void,
+                self.workspace.len(),
+                self.stream.cu_stream().cast(),
+            )?;
+        }
+        Ok(())
+    }
+}
+
+static WORKSPACE_BYTES: usize = WORKSPACE;
+
+/// In how many parts an algorithm sums, added afterwards. Unknown counts as split.
+fn splits(algorithm: &sys::cublasLtMatmulAlgo_t) -> u32 {
+    use sys::cublasLtMatmulAlgoConfigAttributes_t::CUBLASLT_ALGO_CONFIG_SPLITK_NUM as SPLITS;
+    let (mut splits, mut written) = (0u32, 0);
+    // SAFETY: four bytes to write to.
+    let status = unsafe {
+        sys::cublasLtMatmulAlgoConfigGetAttribute(
+            algorithm,
+            SPLITS,
+            (&raw mut splits).cast(),
+            size_of::<u32>(),
+            &raw mut written,
+        )
+    };
+    if status.result().is_ok() { splits.max(1) } else { u32::MAX }
+}
+
+/// # Safety
+/// `product` is alive, and the attribute is of the type `T`.
+unsafe fn set<T>(
+    product: sys::cublasLtMatmulDesc_t,
+    attribute: sys::cublasLtMatmulDescAttributes_t,
+    value: &T,
+) -> Result<(), lt::CublasError> {
+    // SAFETY: as the caller's.
+    unsafe { lt::set_matmul_desc_attribute(product, attribute, std::ptr::from_ref(value).cast(), size_of::<T>()) }
+}
+
+impl Plan {
+    /// cuBLASLt is column-major: what it sees as W^T x^T, `[outputs, rows]`, is our `[rows, outputs]`.
+    fn new(element: Element, shape: Shape) -> Result<Self, BackendError> {
+        use sys::cublasLtEpilogue_t as Epilogue;
+        use sys::cublasLtMatmulDescAttributes_t as Attribute;
+        let numbers = match element {
+            Element::F16 => sys::cudaDataType_t::CUDA_R_16F,
+            Element::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
+            Element::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        };
+        let Shape { rows, outputs, inputs, finish } = shape;
+        let [rows, outputs, inputs] = [rows, outputs, inputs].map(|n| n as u64);
+        let product =
+            lt::create_matmul_desc(sys::cublasComputeType_t::CUBLAS_COMPUTE_32F, sys::cudaDataType_t::CUDA_R_32F)?;
+        let mut plan = Self {
+            product,
+            weight: std::ptr::null_mut(),
+            x: std::ptr::null_mut(),
+            output: std::ptr::null_mut(),
+            algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
+        };
+        plan.weight = lt::create_matrix_layout(numbers, inputs, outputs, inputs as i64)?;
+        plan.x = lt::create_matrix_layout(numbers, inputs, rows, inputs as i64)?;
+        plan.output = lt::create_matrix_layout(numbers, outputs, rows, outputs as i64)?;
+        let epilogue = match finish {
+            Finish::Bias | Finish::BiasResidual => Epilogue::CUBLASLT_EPILOGUE_BIAS,
+            Finish::BiasGeluTanh => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
+            Finish::BiasRelu => Epilogue::CUBLASLT_EPILOGUE_RELU_BIAS,
+        };
+        // The weight is read as its transpose (CUBLAS_OP_T). The heuristic wants to know that there is a bias, not yet which;
+        // its address is set before each run.
+        let (transposed, some) = (1i32, 256u64);
+        // SAFETY: the descriptor is alive, and each attribute has the type that its documentation gives it.
+        unsafe {
+            set(product, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &transposed)?;
+            set(product, Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
+            set(product, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &some)?;
+        }
+        Ok(plan)
+    }
+
+    /// Whether the library runs `algorithm` on this shape within the workspace.
+    fn runs(&self, handle: sys::cublasLtHandle_t, algorithm: &sys::cublasLtMatmulAlgo_t) -> bool {
+        // SAFETY: all handles are alive; a result of zeros is a valid one.
+        unsafe {
+            let mut result = std::mem::zeroed::<sys::cublasLtMatmulHeuristicResult_t>();
+            let status = sys::cublasLtMatmulAlgoCheck(
+                handle,
+                self.product,
+                self.weight,
+                self.x,
+                self.output,
+                self.output,
+                algorithm,
+                &raw mut result,
+            );
+            status.result().is_ok() && result.workspaceSize <= WORKSPACE
+        }
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`, and used by nothing after this.
+        unsafe {
+            for layout in [self.weight, self.x, self.output] {
+                if !layout.is_null() {
+                    lt::destroy_matrix_layout(layout).ok();
+                }
+            }
+            lt::destroy_matmul_desc(self.product).ok();
+        }
+    }
+}
+
+impl Drop for Products {
+    fn drop(&mut self) {
+        self.plans.borrow_mut().clear();
+        self.stream.synchronize().ok();
+        // SAFETY: made by `new`; the stream has nothing left that uses it.
+        unsafe { lt::destroy_handle(self.handle).ok() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tuning(invariant: bool, file: Option<PathBuf>) -> Tuning {
+        Tuning { file, invariant, found: Mutex::default() }
+    }
+
+    fn shape(rows: usize) -> Shape {
+        Shape { rows, outputs: 8, inputs: 4, finish: Finish::Bias }
+    }
+
+    #[test]
+    fn what_is_tuned_for_a_row_count_serves_those_below() {
+        let tuning = tuning(false, None);
+        tuning.put(shape(512), &sys::cublasLtMatmulAlgo_t { data: [7; 8] });
+        assert_eq!(tuning.get(shape(320)).map(|algorithm| algorithm.data), Some([7; 8]));
+        assert!(tuning.get(shape(256)).is_none() && tuning.get(shape(576)).is_none());
+    }
+
+    #[test]
+    fn the_invariant_mode_has_one_algorithm_for_all_row_counts() {
+        let tuning = tuning(true, None);
+        tuning.put(shape(64), &sys::cublasLtMatmulAlgo_t { data: [7; 8] });
+        assert!([64, 4096, 50_000].iter().all(|&rows| tuning.get(shape(rows)).is_some()));
+    }
+
+    #[test]
+    fn what_was_found_is_kept() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("deeper/products.json");
+        let tuning = tuning(false, Some(file.clone()));
+        tuning.put(shape(64), &sys::cublasLtMatmulAlgo_t { data: [u64::MAX, 1, 2, 3, 4, 5, 6, 7] });
+        tuning.keep();
+        let kept: BTreeMap<String, [u64; 8]> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        assert_eq!(kept, *tuning.found.lock().unwrap());
+    }
+}
