@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -10,6 +12,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{Failure, print, table};
+use crate::backend::BackendError;
 use crate::batch::{Batch, Pair};
 use crate::loading::{self, LoadedModel};
 use crate::settings::ModelArgs;
@@ -40,6 +43,7 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    let batch_tokens = settings.scheduler.max_batch_tokens;
     for source in &settings.sources {
         let model = loading::load(source, &settings.hub, &settings.load)
             .with_context(|| format!("cannot load {}", source.name))
@@ -50,20 +54,60 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             None => own(&model),
         };
         if args.json {
-            answer(&format!("rerankd-{}", settings.load.device.name()), &model, &workloads)?;
+            answer(&format!("rerankd-{}", settings.load.device.name()), &model, &workloads, batch_tokens)?;
         } else {
-            report(&model, &workloads, args.runs)?;
+            report(&model, &workloads, args.runs, batch_tokens)?;
         }
     }
     Ok(())
 }
 
-/// Seconds of each run of one batch, and the logits.
-fn time(model: &LoadedModel, batch: &Batch, runs: u32, bar: &ProgressBar) -> Result<(Vec<f64>, Vec<f32>), Failure> {
+/// A workload as the model takes it: whole where one batch has the whole device, else in batches that share it.
+fn batches(model: &LoadedModel, pairs: &[Pair], batch_tokens: usize) -> Vec<Batch> {
+    let limit = if model.encoder.lanes() == 1 { usize::MAX } else { batch_tokens };
+    let mut batches: Vec<(usize, Vec<&Pair>)> = Vec::new();
+    for pair in pairs {
+        match batches.last_mut() {
+            Some((tokens, batch)) if *tokens + pair.tokens() <= limit => {
+                *tokens += pair.tokens();
+                batch.push(pair);
+            }
+            _ => batches.push((pair.tokens(), vec![pair])),
+        }
+    }
+    batches.into_iter().map(|(_, pairs)| Batch::pack(pairs)).collect()
+}
+
+/// Scores the batches, as many at a time as the model has lanes. The logits are in the order of the pairs.
+fn score(model: &LoadedModel, batches: &[Batch]) -> Result<Vec<f32>, BackendError> {
+    let next = AtomicUsize::new(0);
+    let scored: Vec<OnceLock<Result<Vec<f32>, BackendError>>> = batches.iter().map(|_| OnceLock::new()).collect();
+    let take_turns = || {
+        loop {
+            let i = next.fetch_add(1, Relaxed);
+            let Some(batch) = batches.get(i) else { break };
+            scored[i].set(model.encoder.score(batch)).ok(); // each is set once
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..model.encoder.lanes().min(batches.len()) {
+            scope.spawn(take_turns);
+        }
+        take_turns();
+    });
+    let mut logits = Vec::new();
+    for batch in scored.into_iter().filter_map(OnceLock::into_inner) {
+        logits.extend(batch?);
+    }
+    Ok(logits)
+}
+
+/// Seconds of each run of a workload, and the logits.
+fn time(model: &LoadedModel, batches: &[Batch], runs: u32, bar: &ProgressBar) -> Result<(Vec<f64>, Vec<f32>), Failure> {
     let (mut seconds, mut logits) = (Vec::new(), Vec::new());
     for _ in 0..runs {
         let begun = Instant::now();
-        logits = model.encoder.score(batch).map_err(|error| Failure::Other(error.into()))?;
+        logits = score(model, batches).map_err(|error| Failure::Other(error.into()))?;
         seconds.push(begun.elapsed().as_secs_f64());
         bar.inc(1);
     }
@@ -71,21 +115,22 @@ fn time(model: &LoadedModel, batch: &Batch, runs: u32, bar: &ProgressBar) -> Res
 }
 
 /// A table of medians.
-fn report(model: &LoadedModel, workloads: &Workloads, runs: u32) -> Result<(), Failure> {
+fn report(model: &LoadedModel, workloads: &Workloads, runs: u32, batch_tokens: usize) -> Result<(), Failure> {
     let mut rows = vec![["workload", "pairs", "tokens", "median ms", "tokens/s"].map(str::to_owned).to_vec()];
     let bar = telemetry::progress_count(u64::from(runs + 1) * workloads.len() as u64, "measuring");
     for (name, pairs) in workloads {
-        let batch = Batch::pack(pairs);
-        time(model, &batch, 1, &bar)?;
-        let (mut seconds, _) = time(model, &batch, runs, &bar)?;
+        let batches = batches(model, pairs, batch_tokens);
+        let tokens: usize = batches.iter().map(Batch::tokens).sum();
+        time(model, &batches, 1, &bar)?;
+        let (mut seconds, _) = time(model, &batches, runs, &bar)?;
         seconds.sort_by(f64::total_cmp);
         let median = seconds[seconds.len() / 2];
         rows.push(vec![
             name.clone(),
             pairs.len().to_string(),
-            batch.tokens().to_string(),
+            tokens.to_string(),
             format!("{:.1}", median * 1e3),
-            format!("{:.0}", batch.tokens() as f64 / median),
+            format!("{:.0}", tokens as f64 / median),
         ]);
     }
     bar.finish_and_clear();
@@ -100,7 +145,7 @@ struct Turn {
 }
 
 /// A line for each line, until the input ends.
-fn answer(engine: &str, model: &LoadedModel, workloads: &Workloads) -> Result<(), Failure> {
+fn answer(engine: &str, model: &LoadedModel, workloads: &Workloads, batch_tokens: usize) -> Result<(), Failure> {
     let version = env!("CARGO_PKG_VERSION");
     print(&format!("{}\n", json!({"engine": engine, "ready": true, "version": version})))?;
     for line in std::io::stdin().lines() {
@@ -112,9 +157,9 @@ fn answer(engine: &str, model: &LoadedModel, workloads: &Workloads) -> Result<()
             .get(&turn.workload)
             .with_context(|| format!("{line:?}: there is no such workload"))
             .map_err(Failure::Other)?;
-        let batch = Batch::pack(pairs);
-        let (seconds, logits) = time(model, &batch, turn.runs, &ProgressBar::hidden())?;
-        let tokens = batch.tokens();
+        let batches = batches(model, pairs, batch_tokens);
+        let (seconds, logits) = time(model, &batches, turn.runs, &ProgressBar::hidden())?;
+        let tokens: usize = batches.iter().map(Batch::tokens).sum();
         let line = json!({"engine": engine, "workload": turn.workload, "seconds": seconds, "tokens": tokens, "logits": logits});
         print(&format!("{line}\n"))?;
     }

@@ -19,6 +19,9 @@ use crate::backend::AttentionShape;
 /// The kernels' text. It includes nothing, so NVRTC needs no folder of headers.
 const KERNELS: &str = include_str!("kernels.cu");
 
+/// The first whose kernels and libraries of CUDA 12 this driver runs.
+const OLDEST_DRIVER: i32 = 12_000;
+
 /// A context on a device and what it runs.
 #[derive(Debug)]
 pub(super) struct Card {
@@ -57,6 +60,13 @@ impl Card {
     /// No driver, no such device, one below compute capability 8.0, a missing library, a compiler too old for the device.
     pub(super) fn open(ordinal: usize, element: Element, shape: AttentionShape) -> Result<Self> {
         check_libraries()?;
+        let version = driver_version()?;
+        ensure!(
+            version >= OLDEST_DRIVER,
+            "the NVIDIA driver is of CUDA {}.{}; 12.0 (driver 525) or later is needed, or use --device cpu",
+            version / 1000,
+            version % 1000 / 10
+        );
         let devices = CudaContext::device_count().context("the CUDA driver does not start")?;
         ensure!(
             ordinal < devices.max(0) as usize,
@@ -65,8 +75,10 @@ impl Card {
         let context = CudaContext::new(ordinal).with_context(|| format!("device cuda:{ordinal} cannot be used"))?;
         // SAFETY: no slice is shared between streams without one being waited for, so no events need to be kept for them.
         unsafe { context.disable_event_tracking() };
-        // A thread that waits for a batch sleeps: the processor's time is for tokenising.
-        context.set_blocking_synchronize().ok();
+        if version >= 12_010 {
+            // A thread that waits for a batch sleeps: the processor's time is for tokenising.
+            context.set_blocking_synchronize().ok();
+        }
         let name = context.name()?;
         let (major, minor) = context.compute_capability()?;
         ensure!(
@@ -98,6 +110,14 @@ impl Kernels {
             head_out: function("head_out")?,
         })
     }
+}
+
+/// 12,010 is CUDA 12.1.
+fn driver_version() -> Result<i32> {
+    let mut version = 0;
+    // SAFETY: an integer to write to.
+    unsafe { driver::sys::cuDriverGetVersion(&raw mut version) }.result().context("the CUDA driver does not start")?;
+    Ok(version)
 }
 
 /// cudarc panics where a library that it is asked for is missing, so each is looked for first.

@@ -837,16 +837,3 @@ extern "C" __global__ void __launch_bounds__(256) head_out(
         if (lane == 0) out[r] = sum + *bias;
     }
 }
-
-#ifdef EMULATED
-// What the emulator exports, called as a driver calls a kernel.
-EMULATED_KERNEL(embed_norm)
-EMULATED_KERNEL(layer_norm)
-EMULATED_KERNEL(attention)
-EMULATED_KERNEL(first_token_attention)
-EMULATED_KERNEL(first_rows)
-EMULATED_KERNEL(activate)
-EMULATED_KERNEL(widen)
-EMULATED_KERNEL(head_dense)
-EMULATED_KERNEL(head_out)
-#endif

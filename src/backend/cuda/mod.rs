@@ -243,10 +243,14 @@ impl CudaBackend {
         self.card.context.bind_to_thread()?;
         let CudaOptions { element, max_batch_tokens, invariant } = self.options;
         let tuning = Arc::new(Tuning::open(&self.card.name, element, invariant));
-        let mut made = Vec::with_capacity(LANES);
-        for _ in 0..LANES {
-            let card = Arc::clone(&self.card);
-            made.push(Lane::new(card, element, Arc::clone(&tuning), max_batch_tokens, self.row_bytes())?);
+        let mut made: Vec<Lane> = Vec::with_capacity(LANES);
+        while made.len() < LANES {
+            let (card, tuning) = (Arc::clone(&self.card), Arc::clone(&tuning));
+            match Lane::new(card, element, tuning, max_batch_tokens, self.row_bytes()) {
+                // A card without room for two lanes computes one batch at a time.
+                Err(BackendError::OutOfMemory(_)) if !made.is_empty() => break,
+                lane => made.push(lane?),
+            }
         }
         self.tune(&made[0], &tuning)?;
         // A batch takes the lane that was given back last; the first one given is as good as any.

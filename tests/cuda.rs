@@ -1,0 +1,196 @@
+//! The CUDA backend without a card: the shipped binary on a stand-in driver, which runs the kernels of `src/backend/cuda/kernels.cu`
+//! on the processor (tests/cuda/standin), and the kernels by themselves, with bugs planted to see that they are found.
+
+#![cfg(feature = "cuda")]
+
+#[path = "common/server.rs"]
+mod server;
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::{Value, json};
+use server::{Server, rerankd};
+
+const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cuda");
+
+/// The stand-in's libraries, built by whichever test comes first and again when their sources change, or `None` where there is
+/// no compiler for them.
+fn standin() -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda-standin");
+    std::fs::create_dir_all(&folder).unwrap();
+    let lock = std::fs::File::create(folder.join("lock")).unwrap();
+    lock.lock().unwrap(); // each test is a process of its own
+    let script = Path::new(SOURCES).join("standin/build.sh");
+    let changed = |path: &Path| std::fs::metadata(path).and_then(|file| file.modified()).ok();
+    let built = changed(&folder.join("libcublasLt.so.13"));
+    let sources = std::fs::read_dir(script.parent().unwrap()).unwrap().map(|entry| entry.unwrap().path());
+    if built.is_none() || sources.map(|source| changed(&source)).max().unwrap() > built {
+        let output = Command::new(script).arg(&folder).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        if String::from_utf8_lossy(&output.stdout).contains("SKIPPED") {
+            eprintln!("SKIPPED: no g++, which builds the stand-in driver");
+            return None;
+        }
+    }
+    Some(folder)
+}
+
+/// What makes the binary see the stand-in. `cache` is where it keeps compiled kernels.
+fn environment(cache: &str) -> Option<[(&'static str, String); 2]> {
+    let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(cache);
+    Some([("LD_LIBRARY_PATH", standin()?.display().to_string()), ("RERANKD_CUDA_CACHE", cache.display().to_string())])
+}
+
+/// Runs the binary on the stand-in, or not at all where that cannot be built.
+fn on_standin(arguments: &[&str], faults: &[(&str, &str)], input: &str) -> Option<Output> {
+    let environment = environment("cuda-cache")?;
+    let mut command = rerankd();
+    command.args(arguments).envs(environment).envs(faults.iter().copied());
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).ok(); // it may not read any
+    Some(child.wait_with_output().unwrap())
+}
+
+/// Pairs of awkward lengths: around a warp, a step of keys, a tile of queries.
+const LENGTHS: [usize; 9] = [1, 5, 63, 64, 65, 127, 128, 129, 200];
+
+/// A file of one workload for `rerankd bench`.
+fn workloads(folder: &Path) -> String {
+    let pair = |(i, &n): (usize, &usize)| (0..n).map(|j| 5 + (i * 31 + j * 17) % 900).collect::<Vec<_>>();
+    let pairs: Vec<Vec<usize>> = LENGTHS.iter().enumerate().map(pair).collect();
+    let path = folder.join("workloads.json");
+    std::fs::write(&path, json!({ "all": pairs, "two": &pairs[3..5] }).to_string()).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+/// The logits of each turn.
+fn logits(output: &Output) -> Vec<Vec<f64>> {
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let lines = String::from_utf8_lossy(&output.stdout);
+    let answers = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let numbers = |answer: &Value| answer["logits"].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect();
+    answers.skip(1).map(|answer| numbers(&answer)).collect()
+}
+
+const ALL: &str = "{\"workload\":\"all\",\"runs\":1}\n";
+
+fn largest_difference(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max)
+}
+
+/// Arguments of a run that answers questions about `file`, small enough for an emulated card.
+fn bench<'a>(file: &'a str, dtype: &'a str, batch_tokens: &'a str) -> Vec<&'a str> {
+    let device = ["bench", "--json", "--workloads", file, "--device", "cuda"];
+    [&device[..], &["--dtype", dtype, "--max-batch-tokens", batch_tokens]].concat()
+}
+
+/// The processor's own logits in f32.
+fn expected(file: &str) -> Vec<f64> {
+    let mut child = rerankd();
+    child.args(["bench", "--json", "--workloads", file, "--dtype", "f32"]);
+    let mut child = child.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(ALL.as_bytes()).unwrap();
+    logits(&child.wait_with_output().unwrap()).remove(0)
+}
+
+#[test]
+fn logits_on_the_stand_in_are_those_of_the_processor() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = workloads(folder.path());
+    for (dtype, bound) in [("f32", 1e-4), ("f16", 0.02), ("bf16", 0.15)] {
+        // The same question thrice: kernel by kernel, while a graph is recorded, and from the graph.
+        let Some(output) = on_standin(&bench(&file, dtype, "512"), &[], &ALL.repeat(5)) else { return };
+        let ours = logits(&output);
+        let difference = largest_difference(&ours[0], &expected(&file));
+        eprintln!("{dtype}: largest difference of a logit {difference:.2e}");
+        assert!(difference < bound, "{dtype}: {difference} from the processor's f32: {:?}", ours[0]);
+        assert!(ours.iter().all(|again| *again == ours[0]), "{dtype}: a graph computes what its launches do");
+    }
+}
+
+#[test]
+fn several_cards_and_the_invariant_mode_give_the_same_scores() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = workloads(folder.path());
+    let Some(one) = on_standin(&bench(&file, "f16", "256"), &[], ALL) else { return };
+    let mut two = bench(&file, "f16", "256");
+    two[5] = "cuda:0,cuda:1";
+    let two = on_standin(&two, &[("STANDIN_DEVICES", "2")], ALL).unwrap();
+    assert_eq!(logits(&one), logits(&two));
+    let invariant = [&bench(&file, "f16", "256")[..], &["--batch-invariant"]].concat();
+    let alone = "{\"workload\":\"two\",\"runs\":1}\n";
+    let invariant = logits(&on_standin(&invariant, &[], &format!("{ALL}{alone}")).unwrap());
+    assert_eq!(invariant[0][3..5], invariant[1], "a pair's score does not depend on its company");
+}
+
+#[test]
+fn a_card_with_little_memory_takes_smaller_batches() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = workloads(folder.path());
+    let Some(whole) = on_standin(&bench(&file, "f16", "4096"), &[], ALL) else { return };
+    // Weights take 15 MiB, a lane 32 for its workspace and 38 for 4096 tokens: a second lane for fewer, and only one, for fewer.
+    for memory in ["150", "75"] {
+        let little = on_standin(&bench(&file, "f16", "4096"), &[("STANDIN_MEMORY_MIB", memory)], ALL).unwrap();
+        assert_eq!(logits(&whole), logits(&little), "{memory} MiB");
+        let log = String::from_utf8_lossy(&little.stderr);
+        assert!(log.contains("tokens at a time"), "{memory} MiB, and start-up says so: {log}");
+    }
+}
+
+#[test]
+fn a_card_that_cannot_be_used_is_a_clear_error() {
+    let run = |arguments: &[&str], faults: &[(&str, &str)]| {
+        let output = on_standin(&[&["rank", "--query", "a"], arguments].concat(), faults, "b")?;
+        Some((output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned()))
+    };
+    for (arguments, faults, named) in [
+        (&["--device", "cuda:1"][..], &[][..], "cuda:1"),
+        (&["--device", "cuda"], &[("STANDIN_CAPABILITY", "7.5")], "8.0"),
+        (&["--device", "cuda"], &[("STANDIN_DRIVER_VERSION", "11080")], "11.8"),
+        (&["--device", "cuda"], &[("STANDIN_MEMORY_MIB", "8")], "memory"),
+    ] {
+        let Some((code, message)) = run(arguments, faults) else { return };
+        assert_eq!(code, Some(78), "{arguments:?} {faults:?}: {message}");
+        assert!(message.contains(named), "{arguments:?} {faults:?}: {message}");
+    }
+}
+
+#[test]
+fn a_poisoned_context_answers_and_ends_the_process() {
+    let Some(environment) = environment("cuda-cache") else { return };
+    let mut environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    environment.push(("STANDIN_FAIL", "launch:120"));
+    let mut server = Server::start_in(&["--device", "cuda", "--max-batch-tokens", "256"], &environment);
+    let ask = r#"{"model":"rerankd-mini","query":"Apple","documents":["apple","banana"]}"#;
+    let last = (0..20).map(|_| server.rerank(ask)).find(|answer| !answer.starts_with("HTTP/1.1 200"));
+    let last = last.expect("the launch that fails is among those of twenty requests");
+    assert!(last.starts_with("HTTP/1.1 500"), "the request that met it is answered: {last}");
+    assert_eq!(server.exit_code(), Some(70));
+}
+
+#[test]
+fn compiled_kernels_are_kept_for_the_next_start() {
+    let Some(environment) = environment("cuda-cache-once") else { return };
+    std::fs::remove_dir_all(&environment[1].1).ok();
+    let start = || {
+        let mut command = rerankd();
+        command.args(["rank", "--query", "a", "--device", "cuda", "--max-batch-tokens", "64"]);
+        command.envs(environment.clone()).stdin(Stdio::null());
+        let output = command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Dockerfile")).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stderr).contains("compiled the CUDA kernels")
+    };
+    assert!(start());
+    assert!(!start());
+}
+
+/// Every kernel against its definition at awkward lengths, and planted bugs found: tests/cuda/check.sh tells what it did.
+#[test]
+fn kernels_agree_with_their_definitions_and_planted_bugs_are_found() {
+    let output = Command::new(Path::new(SOURCES).join("check.sh")).output().unwrap();
+    eprintln!("{}", String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}

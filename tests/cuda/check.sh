@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Runs the CUDA backend's kernels on the CPU, against a reference, and then with planted bugs, which must be found.
+#
+#   tests/cuda/check.sh [CXX_FLAG...]
+#
+# Needs g++ and no GPU. Exits 0 if every kernel is right and every bug of mutations.txt was found, and 1 otherwise.
+set -uo pipefail
+if ! command -v g++ >/dev/null; then
+    echo "SKIPPED: no g++"
+    exit 0
+fi
+here=$(cd "$(dirname "$0")" && pwd)
+kernels=$here/../../src/backend/cuda/kernels.cu
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failures=0
+limit=()
+if command -v timeout >/dev/null; then limit=(timeout 120); fi
+
+# build KERNELS ELEMENT C D [CXX_FLAG...]: kernels.cpp over that text, to $work/kernels
+build() {
+    g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -DEMULATED "-DKERNELS_CU=\"$1\"" \
+        "-DELEMENT_$2" "-DHIDDEN_SIZE=$3" "-DHEAD_SIZE=$4" "${@:5}" "$here/kernels.cpp" -o "$work/kernels" 2>"$work/errors"
+}
+
+# run MODE: sets `status` and, in a word, `outcome`
+run() {
+    # The braces keep the shell's own word on an aborted process out of the table.
+    { EMULATED_COPIES=$1 ${limit[@]+"${limit[@]}"} "$work/kernels" >"$work/$1" 2>&1; } 2>/dev/null
+    status=$?
+    case $status in
+        0) outcome=passed ;;
+        1) outcome="$(grep -c '^BREACH' "$work/$1") breaches" ;;
+        3) outcome="bad access" ;;
+        124) outcome="no end" ;;
+        134) outcome=$(grep -q deadlock "$work/$1" && echo deadlock || echo aborted) ;;
+        *) outcome="status $status" ;;
+    esac
+}
+
+echo "The kernels: element, C, D; checks passed and time with copies that land late, and early"
+while read -r element hidden head; do
+    printf '%-5s C=%-5s D=%-3s' "$element" "$hidden" "$head"
+    if ! build "$kernels" "$element" "$hidden" "$head" "$@"; then
+        echo " does not compile"
+        cat "$work/errors"
+        failures=$((failures + 1))
+        continue
+    fi
+    details=
+    for mode in late early; do
+        started=$(date +%s%N)
+        run $mode
+        printf '  %s: %s, %s checks, %d ms' $mode "$outcome" "$(grep -c '^ok' "$work/$mode")" \
+            $((($(date +%s%N) - started) / 1000000))
+        if [ $status -ne 0 ]; then
+            failures=$((failures + 1))
+            details+=$(grep -v '^ok' "$work/$mode")$'\n'
+        fi
+    done
+    printf '\n%s' "$details"
+done <<'CONFIGURATIONS'
+F16 256 64
+F16 256 32
+BF16 256 64
+BF16 256 32
+F32 256 64
+F32 256 32
+F16 384 64
+BF16 384 32
+F32 384 64
+F16 1024 64
+F16 72 32
+F32 72 32
+CONFIGURATIONS
+
+echo
+echo "Planted bugs: outcome with copies that land late, and early; * where it must be found"
+source=$(<"$kernels")
+
+# plant: the mutation in the variables below, into $work/mutated.cu; built, run and judged
+plant() {
+    [ -n "$name" ] || return
+    text=${text%$'\n'} replacement=${replacement%$'\n'}
+    printf '%-42s %-12s' "$name" "$configuration"
+    local before=${source%%"$text"*}
+    local after=${source#*"$text"}
+    if [ "$before" = "$source" ] || [ "${after%%"$text"*}" != "$after" ]; then
+        echo " its text does not occur just once"
+        failures=$((failures + 1))
+        return
+    fi
+    printf '%s%s%s\n' "$before" "$replacement" "$after" >"$work/mutated.cu"
+    # shellcheck disable=SC2086 # three words
+    if ! build "$work/mutated.cu" $configuration ${flags[@]+"${flags[@]}"}; then
+        echo " does not compile"
+        cat "$work/errors"
+        failures=$((failures + 1))
+        return
+    fi
+    local mode verdict=found
+    for mode in late early; do
+        run $mode
+        local must=' '
+        if [[ " $found " == *" $mode "* ]]; then
+            must='*'
+            if [ $status -eq 0 ]; then
+                verdict=MISSED
+                failures=$((failures + 1))
+            fi
+        fi
+        printf ' %s%s: %-12s' "$must" $mode "$outcome"
+    done
+    echo " $verdict"
+}
+
+flags=("$@")
+name='' part=''
+while IFS= read -r line; do
+    case $line in
+        '=== '*) plant; name=${line#=== } configuration='' found='' text='' replacement='' part=head ;;
+        '---') part=text ;;
+        '+++') part=replacement ;;
+        *)
+            case $part in
+                head)
+                    case $line in
+                        'in: '*) configuration=${line#in: } ;;
+                        'found: '*) found=${line#found: } ;;
+                    esac ;;
+                text) text+=$line$'\n' ;;
+                replacement) replacement+=$line$'\n' ;;
+            esac ;;
+    esac
+done <"$here/mutations.txt"
+plant
+
+echo
+if [ $failures -eq 0 ]; then
+    echo "all kernels right, all bugs found"
+else
+    echo "$failures failures"
+    exit 1
+fi

@@ -1,0 +1,608 @@
+// Runs the CUDA backend's kernels on a CPU: the very text of kernels.cu, compiled by g++ with this header before it.
+//
+//     g++ -std=c++17 -O2 -DEMULATED -DELEMENT_F16 -DHIDDEN_SIZE=256 -DHEAD_SIZE=64 -include emulator.h -x c++ kernels.cu
+//
+// A CUDA thread is a fiber. Blocks run one after the other; within a block a warp runs until all its lanes wait, then the
+// next warp, in an order drawn anew after each barrier. A warp's shuffles, ldmatrix and mma, and the block's __syncthreads,
+// are rendezvous of fibers.
+//
+// It looks for what a plain run on a CPU would hide:
+// - Shared memory is NaN bytes when a block starts, and ends at a page that cannot be touched.
+// - Asynchronous copies land as late as they may or as early as they may (`Copies`).
+// - Warps are as far apart as the barriers let them, so a missing barrier shows.
+// - Lanes of a warp that meet in different operations, barriers that are never complete, and addresses outside the block's
+//   shared memory end the process with a message.
+//
+// It does not model: the operands written in the inline assembler (NVRTC checks those), the memory model beyond barriers,
+// the tensor cores' own order of sums, or speed. Launches come from one host thread at a time.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+// Elsewhere, or with -DEMULATED_UCONTEXT, the C library switches between fibers: slower, as it saves the signal mask.
+#if !defined(__x86_64__) && !defined(EMULATED_UCONTEXT)
+#define EMULATED_UCONTEXT
+#endif
+#ifdef EMULATED_UCONTEXT
+#include <ucontext.h>
+#endif
+
+// Nothing is exported but the kernels, so that shared objects of several configurations can live in one process.
+#pragma GCC visibility push(hidden)
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The words of CUDA C++
+// ---------------------------------------------------------------------------------------------------------------------
+
+#define __device__ __attribute__((visibility("hidden")))
+#define __global__ __attribute__((visibility("hidden")))
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+// One block runs at a time, so its static shared memory is static; the section is poisoned when a block starts.
+#define __shared__ static __attribute__((section("emulated_shared")))
+#define DYNAMIC_SHARED(name) unsigned char* const name = emulated::block.shared
+
+struct __attribute__((may_alias, aligned(8))) uint2 {
+    unsigned x, y;
+};
+struct __attribute__((may_alias, aligned(16))) uint4 {
+    unsigned x, y, z, w;
+};
+struct __attribute__((may_alias, aligned(16))) float4 {
+    float x, y, z, w;
+};
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+
+inline dim3 gridDim, blockDim, blockIdx, threadIdx;
+
+extern "C" unsigned char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));
+extern "C" unsigned char __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
+
+namespace emulated {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Fibers
+// ---------------------------------------------------------------------------------------------------------------------
+
+#ifndef EMULATED_UCONTEXT
+// Saves the registers that a call keeps and the stack pointer at `*save`, and goes on where `resume` was saved.
+extern "C" void emulated_switch(void** save, void* resume);
+asm(R"(
+    .text
+    .type emulated_switch, @function
+emulated_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+    .size emulated_switch, . - emulated_switch
+)");
+
+class Context {
+public:
+    // Makes this context call `entry`, which must not return, on the stack that ends at `top`.
+    void prepare(unsigned char* bottom, unsigned char* top, void (*entry)()) {
+        (void)bottom;
+        void** stack = reinterpret_cast<void**>(top);
+        *--stack = nullptr; // where a caller's return address would be: the stack's alignment is that of a call
+        *--stack = reinterpret_cast<void*>(entry);
+        for (int saved = 0; saved < 6; ++saved) *--stack = nullptr;
+        pointer = stack;
+    }
+    void switch_to(Context& other) { emulated_switch(&pointer, other.pointer); }
+
+private:
+    void* pointer = nullptr;
+};
+#else
+class Context {
+public:
+    void prepare(unsigned char* bottom, unsigned char* top, void (*entry)()) {
+        getcontext(&context);
+        context.uc_stack.ss_sp = bottom;
+        context.uc_stack.ss_size = top - bottom;
+        context.uc_link = nullptr;
+        makecontext(&context, entry, 0);
+    }
+    void switch_to(Context& other) { swapcontext(&context, &other.context); }
+
+private:
+    ucontext_t context;
+};
+#endif
+
+constexpr size_t PAGE = 4096;
+
+// Memory between two pages that cannot be touched. Lives as long as the process.
+inline unsigned char* map_guarded(size_t bytes) {
+    void* mapped = mmap(nullptr, bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) {
+        perror("emulator: mmap");
+        abort();
+    }
+    unsigned char* usable = static_cast<unsigned char*>(mapped) + PAGE;
+    mprotect(usable, bytes, PROT_READ | PROT_WRITE);
+    return usable;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A block's state
+// ---------------------------------------------------------------------------------------------------------------------
+
+// When the bytes of an asynchronous copy arrive.
+enum class Copies {
+    LATE, // at the wait that covers them; until then the destination is NaN bytes
+    EARLY, // at once
+};
+
+enum class State { READY, IN_COLLECTIVE, AT_BARRIER, FINISHED };
+
+struct Copy {
+    unsigned char* to;
+    const void* from;
+    unsigned bytes;
+};
+
+struct Thread {
+    Context context;
+    unsigned char* stack = nullptr;
+    State state = State::FINISHED;
+    std::vector<Copy> open_group;
+    std::vector<std::vector<Copy>> groups; // oldest first
+};
+
+constexpr unsigned WARP = 32;
+constexpr unsigned SLOT_WORDS = 12;
+
+// What lanes bring to a collective, and take from it.
+struct Slots {
+    unsigned words[WARP][SLOT_WORDS];
+};
+
+struct Warp {
+    const char* collective = nullptr; // the one that lanes are gathering for
+    unsigned arrived = 0;
+    // Two by turns: a lane can be one collective ahead of another that has not read its result yet, and never two.
+    unsigned turn = 0;
+    Slots slots[2];
+};
+
+constexpr unsigned MOST_THREADS = 1024;
+constexpr size_t STACK_BYTES = 256 * 1024;
+constexpr size_t MOST_SHARED = 57 * PAGE; // 228 KiB, more than any block may have
+// Shared memory's first address, as kernels see it. Not zero, so that an offset taken for an address is found.
+constexpr unsigned SHARED_BASE = 0x400;
+
+struct Block {
+    unsigned threads = 0;
+    unsigned finished = 0;
+    unsigned at_barrier = 0;
+    unsigned current = 0; // thread
+    Thread thread[MOST_THREADS];
+    Warp warp[MOST_THREADS / WARP];
+    unsigned char* shared = nullptr;
+    size_t shared_bytes = 0;
+    void (*body)(void**) = nullptr;
+    void** arguments = nullptr;
+    Context scheduler;
+    std::mt19937 order{1};
+};
+
+inline Block block;
+
+inline Copies copies_from_environment() {
+    const char* value = getenv("EMULATED_COPIES");
+    return value && strcmp(value, "early") == 0 ? Copies::EARLY : Copies::LATE;
+}
+
+inline Copies copies = copies_from_environment();
+
+// Overrules the environment variable EMULATED_COPIES (`late`, the default, or `early`).
+inline void set_copies(Copies when) { copies = when; }
+
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+    fflush(stdout);
+    fprintf(stderr, "emulator: block (%u, %u, %u), thread %u: ", blockIdx.x, blockIdx.y, blockIdx.z, block.current);
+    va_list values;
+    va_start(values, format);
+    vfprintf(stderr, format, values);
+    va_end(values);
+    fputc('\n', stderr);
+    abort();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The scheduler
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline Thread& this_thread() { return block.thread[block.current]; }
+
+// Gives the processor up until the thread is ready again.
+inline void wait_as(State state) {
+    Thread& thread = this_thread();
+    thread.state = state;
+    thread.context.switch_to(block.scheduler);
+}
+
+inline void thread_entry() {
+    block.body(block.arguments);
+    ++block.finished;
+    wait_as(State::FINISHED);
+    abort(); // a finished thread is not resumed
+}
+
+inline void resume(unsigned index) {
+    block.current = index;
+    threadIdx.x = index % blockDim.x;
+    threadIdx.y = index / blockDim.x % blockDim.y;
+    threadIdx.z = index / blockDim.x / blockDim.y;
+    block.scheduler.switch_to(block.thread[index].context);
+}
+
+inline void run_warp_as_far_as_it_gets(unsigned warp) {
+    for (bool moved = true; moved;) {
+        moved = false;
+        for (unsigned index = warp * WARP; index < (warp + 1) * WARP; ++index) {
+            if (block.thread[index].state != State::READY) continue;
+            resume(index);
+            moved = true;
+        }
+    }
+}
+
+[[noreturn]] inline void report_deadlock() {
+    fprintf(stderr, "emulator: the lanes of each warp, and where they wait:\n");
+    for (unsigned warp = 0; warp < block.threads / WARP; ++warp) {
+        unsigned count[4] = {};
+        for (unsigned lane = 0; lane < WARP; ++lane) ++count[static_cast<int>(block.thread[warp * WARP + lane].state)];
+        const char* name = block.warp[warp].collective ? block.warp[warp].collective : "a collective";
+        fprintf(stderr, "    warp %u: in %s %u, at the barrier %u, finished %u\n", warp, name,
+                count[static_cast<int>(State::IN_COLLECTIVE)], count[static_cast<int>(State::AT_BARRIER)],
+                count[static_cast<int>(State::FINISHED)]);
+    }
+    fail("deadlock: no thread can go on");
+}
+
+inline void run_block() {
+    memset(block.shared, 0xff, block.shared_bytes);
+    if (__start_emulated_shared) memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
+    block.finished = block.at_barrier = 0;
+    for (unsigned index = 0; index < block.threads; ++index) {
+        Thread& thread = block.thread[index];
+        if (!thread.stack) thread.stack = map_guarded(STACK_BYTES);
+        thread.context.prepare(thread.stack, thread.stack + STACK_BYTES, thread_entry);
+        thread.state = State::READY;
+        thread.open_group.clear();
+        thread.groups.clear();
+    }
+    std::vector<unsigned> warps(block.threads / WARP);
+    for (unsigned warp = 0; warp < warps.size(); ++warp) {
+        warps[warp] = warp;
+        block.warp[warp].collective = nullptr;
+        block.warp[warp].arrived = 0;
+    }
+    while (true) {
+        std::shuffle(warps.begin(), warps.end(), block.order);
+        for (unsigned warp : warps) run_warp_as_far_as_it_gets(warp);
+        if (block.finished == block.threads) return;
+        if (block.at_barrier + block.finished != block.threads) report_deadlock();
+        block.at_barrier = 0;
+        for (unsigned index = 0; index < block.threads; ++index) {
+            if (block.thread[index].state == State::AT_BARRIER) block.thread[index].state = State::READY;
+        }
+    }
+}
+
+// Runs `body(arguments)` in every thread of the grid.
+inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(void** arguments), void** arguments) {
+    static unsigned char* const shared_memory = map_guarded(MOST_SHARED);
+    gridDim = grid;
+    blockDim = threads;
+    block.threads = threads.x * threads.y * threads.z;
+    if (block.threads == 0 || block.threads > MOST_THREADS || block.threads % WARP != 0) {
+        fail("cannot run blocks of %u threads: at most %u, in whole warps", block.threads, MOST_THREADS);
+    }
+    if (shared_bytes > MOST_SHARED) fail("no block has %zu bytes of shared memory", shared_bytes);
+    // It ends where the guard begins, as nearly as its alignment allows.
+    block.shared_bytes = shared_bytes;
+    block.shared = shared_memory + MOST_SHARED - (shared_bytes + 127) / 128 * 128;
+    block.body = body;
+    block.arguments = arguments;
+    for (unsigned z = 0; z < grid.z; ++z)
+        for (unsigned y = 0; y < grid.y; ++y)
+            for (unsigned x = 0; x < grid.x; ++x) {
+                blockIdx = {x, y, z};
+                run_block();
+            }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Collectives
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Brings `input` of every lane of this warp together. The lane that comes last has `operation` turn the inputs into the
+// outputs, in place; each lane takes its own.
+template <typename Output, typename Input, typename Operation>
+inline Output collective(const char* name, const Input& input, Operation operation) {
+    static_assert(sizeof(Input) <= sizeof(unsigned[SLOT_WORDS]) && sizeof(Output) <= sizeof(unsigned[SLOT_WORDS]), "");
+    const unsigned first = block.current / WARP * WARP, lane = block.current % WARP;
+    Warp& warp = block.warp[block.current / WARP];
+    Slots& slots = warp.slots[warp.turn];
+    if (warp.arrived == 0) warp.collective = name;
+    if (strcmp(warp.collective, name) != 0) fail("calls %s where other lanes call %s", name, warp.collective);
+    memcpy(slots.words[lane], &input, sizeof input);
+    if (++warp.arrived < WARP) {
+        wait_as(State::IN_COLLECTIVE);
+    } else {
+        operation(slots);
+        warp.collective = nullptr;
+        warp.arrived = 0;
+        warp.turn ^= 1;
+        for (unsigned index = first; index < first + WARP; ++index) block.thread[index].state = State::READY;
+    }
+    Output output;
+    memcpy(&output, slots.words[lane], sizeof output);
+    return output;
+}
+
+inline float as_float(unsigned bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline unsigned as_bits(float value) {
+    unsigned bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+} // namespace emulated
+
+inline void __syncthreads() {
+    ++emulated::block.at_barrier;
+    emulated::wait_as(emulated::State::AT_BARRIER);
+}
+
+inline float __shfl_xor_sync(unsigned mask, float value, unsigned distance) {
+    if (mask != 0xffffffff) emulated::fail("shuffles with a part of the warp (mask %08x) are not emulated", mask);
+    return emulated::collective<float>("__shfl_xor_sync", value, [distance](emulated::Slots& slots) {
+        const emulated::Slots inputs = slots;
+        for (unsigned lane = 0; lane < emulated::WARP; ++lane) slots.words[lane][0] = inputs.words[lane ^ distance][0];
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The section "The machine" of kernels.cu
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+inline float exp2_fast(float x) { return exp2f(x); }
+
+#if defined(ELEMENT_BF16)
+inline float widened(uint16_t x) { return emulated::as_float(static_cast<unsigned>(x) << 16); }
+
+inline uint16_t narrowed(float x) {
+    const unsigned bits = emulated::as_bits(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+#elif defined(ELEMENT_F16)
+namespace emulated {
+inline float f16_value(uint16_t x) {
+    const unsigned sign = (x & 0x8000u) << 16, exponent = x >> 10 & 31, fraction = x & 1023;
+    if (exponent == 31) return as_float(sign | 0x7f800000 | fraction << 13);
+    if (exponent == 0) return as_float(sign | as_bits(static_cast<float>(fraction) * 0x1p-24f));
+    return as_float(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+struct F16Values {
+    std::vector<float> values;
+    F16Values() : values(65536) {
+        for (unsigned x = 0; x < values.size(); ++x) values[x] = f16_value(static_cast<uint16_t>(x));
+    }
+};
+inline const F16Values f16_values;
+} // namespace emulated
+
+inline float widened(uint16_t x) { return emulated::f16_values.values[x]; }
+
+inline uint16_t narrowed(float x) {
+    const unsigned bits = emulated::as_bits(x), sign = bits >> 16 & 0x8000;
+    unsigned magnitude = bits & 0x7fffffff;
+    if (magnitude > 0x7f800000) return 0x7fff;
+    if (magnitude >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00); // 65520 and more round to infinity
+    if (magnitude < 0x38800000) { // subnormal: the sum with 0.5 rounds to a multiple of 2^-24
+        return static_cast<uint16_t>(sign | (emulated::as_bits(emulated::as_float(magnitude) + 0.5f) - 0x3f000000));
+    }
+    magnitude += 0xfff + (magnitude >> 13 & 1);
+    return static_cast<uint16_t>(sign | (magnitude - 0x38000000) >> 13);
+}
+#endif
+
+#if !defined(ELEMENT_F32)
+
+inline unsigned packed(float low, float high) { return narrowed(low) | static_cast<unsigned>(narrowed(high)) << 16; }
+
+inline unsigned shared_address(const void* at) {
+    return emulated::SHARED_BASE + static_cast<unsigned>(static_cast<const unsigned char*>(at) - emulated::block.shared);
+}
+
+namespace emulated {
+
+// The 16 bytes at a shared address.
+inline unsigned char* shared_chunk(unsigned address, const char* who) {
+    if (address % 16 != 0) fail("%s: shared address %#x is no multiple of 16", who, address);
+    if (address < SHARED_BASE || address - SHARED_BASE + 16 > block.shared_bytes) {
+        fail("%s: shared address %#x lies outside the block's %zu bytes", who, address, block.shared_bytes);
+    }
+    return block.shared + (address - SHARED_BASE);
+}
+
+inline void land(const Copy& copy) {
+    memset(copy.to, 0, 16);
+    memcpy(copy.to, copy.from, copy.bytes);
+}
+
+struct Registers {
+    unsigned words[4];
+};
+
+// Element `column` of row `row` of matrix `matrix`, the lanes having given the rows' addresses.
+inline uint16_t matrix_element(const Slots& addresses, unsigned matrix, unsigned row, unsigned column) {
+    uint16_t value;
+    memcpy(&value, shared_chunk(addresses.words[matrix * 8 + row][0], "ldmatrix") + column * 2, sizeof value);
+    return value;
+}
+
+inline void load_matrices(unsigned (&matrices)[4], unsigned row, bool transposed) {
+    const char* name = transposed ? "ldmatrix.trans" : "ldmatrix";
+    const Registers loaded = collective<Registers>(name, row, [transposed](Slots& slots) {
+        const Slots addresses = slots;
+        for (unsigned lane = 0; lane < WARP; ++lane)
+            for (unsigned matrix = 0; matrix < 4; ++matrix) {
+                const unsigned r = lane / 4, c = lane % 4 * 2;
+                const auto element_at = [&](unsigned row, unsigned column) -> unsigned {
+                    return transposed ? matrix_element(addresses, matrix, column, row)
+                                      : matrix_element(addresses, matrix, row, column);
+                };
+                const unsigned low = element_at(r, c), high = element_at(r, c + 1);
+                slots.words[lane][matrix] = low | high << 16;
+            }
+    });
+    memcpy(matrices, loaded.words, sizeof loaded.words);
+}
+
+struct Operands {
+    float sums[4];
+    unsigned a[4];
+    unsigned b[2];
+};
+
+inline float low_half(unsigned pair) { return widened(static_cast<uint16_t>(pair)); }
+inline float high_half(unsigned pair) { return widened(static_cast<uint16_t>(pair >> 16)); }
+
+// m16n8k16 by the fragment layouts of the PTX manual.
+inline void multiply_add_warp(Slots& slots) {
+    float a[16][16], b[16][8], sums[16][8];
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        Operands operands;
+        memcpy(&operands, slots.words[lane], sizeof operands);
+        const unsigned group = lane / 4, pair = lane % 4 * 2;
+        for (unsigned i = 0; i < 4; ++i) { // a: rows alternate first, then columns
+            a[group + i % 2 * 8][pair + i / 2 * 8] = low_half(operands.a[i]);
+            a[group + i % 2 * 8][pair + i / 2 * 8 + 1] = high_half(operands.a[i]);
+        }
+        for (unsigned i = 0; i < 2; ++i) {
+            b[pair + i * 8][group] = low_half(operands.b[i]);
+            b[pair + i * 8 + 1][group] = high_half(operands.b[i]);
+        }
+        for (unsigned i = 0; i < 4; ++i) sums[group + i / 2 * 8][pair + i % 2] = operands.sums[i];
+    }
+    for (unsigned row = 0; row < 16; ++row)
+        for (unsigned depth = 0; depth < 16; ++depth)
+            for (unsigned column = 0; column < 8; ++column) sums[row][column] += a[row][depth] * b[depth][column];
+    for (unsigned lane = 0; lane < WARP; ++lane)
+        for (unsigned i = 0; i < 4; ++i) {
+            slots.words[lane][i] = as_bits(sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+        }
+}
+
+} // namespace emulated
+
+inline void copy_async(unsigned to, const void* from, unsigned bytes) {
+    if (bytes != 0 && bytes != 16) emulated::fail("cp.async of %u bytes is not emulated", bytes);
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulated::fail("cp.async: %p is no multiple of 16", from);
+    const emulated::Copy copy = {emulated::shared_chunk(to, "cp.async"), from, bytes};
+    if (emulated::copies == emulated::Copies::EARLY) {
+        emulated::land(copy);
+    } else {
+        memset(copy.to, 0xff, 16);
+        emulated::this_thread().open_group.push_back(copy);
+    }
+}
+
+inline void close_copy_group() {
+    emulated::Thread& thread = emulated::this_thread();
+    thread.groups.push_back(std::move(thread.open_group));
+    thread.open_group.clear();
+}
+
+template <unsigned NEWEST>
+inline void wait_for_copies() {
+    auto& groups = emulated::this_thread().groups;
+    while (groups.size() > NEWEST) {
+        for (const emulated::Copy& copy : groups.front()) emulated::land(copy);
+        groups.erase(groups.begin());
+    }
+}
+
+inline void load_matrices(unsigned (&matrices)[4], unsigned row) { emulated::load_matrices(matrices, row, false); }
+inline void load_matrices_transposed(unsigned (&matrices)[4], unsigned row) { emulated::load_matrices(matrices, row, true); }
+
+inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b_upper, unsigned b_lower) {
+    const emulated::Operands operands = {
+        {sums[0], sums[1], sums[2], sums[3]}, {a[0], a[1], a[2], a[3]}, {b_upper, b_lower}};
+    const emulated::Registers result = emulated::collective<emulated::Registers>("mma", operands, emulated::multiply_add_warp);
+    memcpy(sums, result.words, sizeof sums);
+}
+
+#endif // not ELEMENT_F32
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Launches by name
+// ---------------------------------------------------------------------------------------------------------------------
+
+namespace emulated {
+
+// Calls a kernel with arguments as cuLaunchKernel takes them: each entry points at one.
+template <auto kernel>
+struct Unpacked;
+
+template <typename... Parameters, void (*kernel)(Parameters...)>
+struct Unpacked<kernel> {
+    static void call(void** arguments) { call_with(arguments, std::index_sequence_for<Parameters...>()); }
+
+private:
+    template <size_t... INDEX>
+    static void call_with(void** arguments, std::index_sequence<INDEX...>) {
+        kernel(*static_cast<std::remove_cv_t<Parameters>*>(arguments[INDEX])...);
+    }
+};
+
+} // namespace emulated
+
+// Exports `emulated_kernel_<name>`, to be found by dlsym.
+#define EMULATED_KERNEL(name)                                                                                            \
+    extern "C" __attribute__((visibility("default"))) void emulated_kernel_##name(                                       \
+        const unsigned grid[3], const unsigned block[3], size_t shared_bytes, void** arguments) {                         \
+        emulated::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes,                       \
+                         emulated::Unpacked<name>::call, arguments);                                                      \
+    }
+
+#pragma GCC visibility pop

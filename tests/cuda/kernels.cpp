@@ -1,0 +1,584 @@
+// Checks every kernel of kernels.cu on the emulator against a plain reference in double precision.
+//
+//     g++ -std=c++17 -O2 -DEMULATED -DELEMENT_F16 -DHIDDEN_SIZE=256 -DHEAD_SIZE=64 kernels.cpp && EMULATED_COPIES=late ./a.out
+//
+// One line a check. Exits 1 if a result is outside its bound, and otherwise dies where a kernel touches memory that is not
+// its own: inputs can only be read and end at a page that cannot be touched; outputs hold NaN before the launch.
+// -DKERNELS_CU='"..."' takes the kernels from another file (check.sh: from a mutated one).
+
+#include "emulator.h"
+
+#ifndef KERNELS_CU
+#define KERNELS_CU "../../src/backend/cuda/kernels.cu"
+#endif
+#include KERNELS_CU
+
+EMULATED_KERNEL(embed_norm)
+EMULATED_KERNEL(layer_norm)
+EMULATED_KERNEL(attention)
+EMULATED_KERNEL(first_token_attention)
+EMULATED_KERNEL(first_rows)
+EMULATED_KERNEL(activate)
+EMULATED_KERNEL(widen)
+EMULATED_KERNEL(head_dense)
+EMULATED_KERNEL(head_out)
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <functional>
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Bounds
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Errors are of a row: |result - reference| / |reference|. The reference starts from the same rounded inputs, so what is left
+// is the rounding of the stored result, at most half a unit in the last place of each element (f16 4.9e-4, bf16 3.9e-3, f32
+// 6e-8); the same of attention's weights before they meet V, though averaged over the keys; and f32 arithmetic. That is
+// seen in f32 alone, and most where scores are some tens: an exponent of 50 is known to 3e-6. A wrong element of a row is
+// worth 1 / sqrt(row), 3e-2 or more. The worst of all configurations were f16 4.8e-4, bf16 4.4e-3 and f32 6.3e-6, so the
+// bounds leave a factor of two to three for another compiler's order.
+#if defined(ELEMENT_F16)
+const char* const ELEMENT_NAME = "f16";
+constexpr double BOUND = 1e-3;
+#elif defined(ELEMENT_BF16)
+const char* const ELEMENT_NAME = "bf16";
+constexpr double BOUND = 8e-3;
+#else
+const char* const ELEMENT_NAME = "f32";
+constexpr double BOUND = 2e-5;
+#endif
+// The head's outputs are f32 sums of C products whatever the element is, measured at 1.4e-7.
+constexpr double HEAD_BOUND = 1e-6;
+// A score of 1e5 is known to 2^-24 of itself, 6e-3, in f32, and to a few times that as a sum of D products; times 1 / sqrt(D)
+// this is the error of an exponent. Measured: 3.9e-3.
+constexpr double HUGE_SCORES_BOUND = 2e-2;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Buffers
+// ---------------------------------------------------------------------------------------------------------------------
+
+// `size` values that end, up to their alignment of 16 bytes, at a page that cannot be touched. All NaN bytes at first, as is
+// what lies before them. Never unmapped: a run needs little.
+template <typename T>
+class Buffer {
+public:
+    static Buffer unset(size_t size) { return Buffer(size); }
+    static Buffer of(const std::vector<T>& from) {
+        Buffer buffer(from.size());
+        std::copy(from.begin(), from.end(), buffer.values);
+        mprotect(buffer.memory, buffer.mapped, PROT_READ);
+        return buffer;
+    }
+
+    size_t size() const { return count; }
+    T* data() { return values; }
+    T& operator[](size_t i) { return values[i]; }
+    bool same_bits(const Buffer& other, size_t from, size_t other_from, size_t length) const {
+        return memcmp(values + from, other.values + other_from, length * sizeof(T)) == 0;
+    }
+    // Whether the bytes around the values are still what they were.
+    bool kept_within() const {
+        const auto* first = reinterpret_cast<const unsigned char*>(values);
+        const auto* last = reinterpret_cast<const unsigned char*>(values + count);
+        const auto poison = [](unsigned char byte) { return byte == 0xff; };
+        return std::all_of(static_cast<const unsigned char*>(memory), first, poison) &&
+               std::all_of(last, static_cast<const unsigned char*>(memory) + mapped, poison);
+    }
+
+private:
+    explicit Buffer(size_t size) : count(size) {
+        const size_t bytes = (size * sizeof(T) + 15) / 16 * 16;
+        mapped = (bytes + emulated::PAGE - 1) / emulated::PAGE * emulated::PAGE + emulated::PAGE;
+        memory = emulated::map_guarded(mapped);
+        memset(memory, 0xff, mapped);
+        values = reinterpret_cast<T*>(memory + mapped - bytes);
+    }
+
+    size_t count;
+    size_t mapped;
+    unsigned char* memory;
+    T* values;
+};
+
+using Kernel = void (*)(const unsigned grid[3], const unsigned block[3], size_t shared_bytes, void** arguments);
+
+struct Grid {
+    unsigned x, y;
+};
+
+// Launches as a driver would: with pointers to the arguments.
+template <typename... Arguments>
+void launch(Kernel kernel, Grid grid, unsigned threads, size_t shared_bytes, Arguments... arguments) {
+    void* pointers[] = {&arguments...};
+    const unsigned blocks[3] = {grid.x, grid.y, 1}, block[3] = {threads, 1, 1};
+    kernel(blocks, block, shared_bytes, pointers);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Numbers and verdicts
+// ---------------------------------------------------------------------------------------------------------------------
+
+std::mt19937 random_bits(7);
+int breaches = 0;
+
+double normal() { return std::normal_distribution<double>()(random_bits); }
+
+element stored(double x) {
+#ifdef ELEMENT_F32
+    return static_cast<float>(x);
+#else
+    return narrowed(static_cast<float>(x));
+#endif
+}
+
+double value_of(element x) { return widened(x); }
+
+template <typename T>
+std::vector<T> filled(size_t size, const std::function<double(size_t)>& value) {
+    std::vector<T> values(size);
+    for (size_t i = 0; i < size; ++i) {
+        if constexpr (std::is_same_v<T, element>) {
+            values[i] = stored(value(i));
+        } else {
+            values[i] = static_cast<T>(value(i));
+        }
+    }
+    return values;
+}
+
+std::vector<element> normal_elements(size_t size) {
+    return filled<element>(size, [](size_t) { return normal(); });
+}
+
+std::vector<float> normal_floats(size_t size, double mean, double deviation) {
+    return filled<float>(size, [=](size_t) { return mean + deviation * normal(); });
+}
+
+double as_double(float x) { return x; }
+#ifndef ELEMENT_F32
+double as_double(element x) { return value_of(x); }
+#endif
+
+void verdict(const std::string& name, bool good, const std::string& what) {
+    printf("%-6s %-58s %s\n", good ? "ok" : "BREACH", name.c_str(), what.c_str());
+    if (!good) ++breaches;
+}
+
+// The worst row's error against its bound. `reference` and `result` are [rows, columns].
+template <typename T>
+void check(const std::string& name, Buffer<T>& result, const std::vector<double>& reference, size_t columns, double bound) {
+    double worst = 0;
+    for (size_t row = 0; row < reference.size() / columns; ++row) {
+        double error = 0, norm = 0;
+        for (size_t i = row * columns; i < (row + 1) * columns; ++i) {
+            error += std::pow(as_double(result[i]) - reference[i], 2);
+            norm += reference[i] * reference[i];
+        }
+        const double relative = error == 0 ? 0 : std::sqrt(error / norm);
+        worst = relative <= worst ? worst : relative; // a NaN stays
+    }
+    char text[80];
+    snprintf(text, sizeof text, "error %.1e, bound %.0e%s", worst, bound, result.kept_within() ? "" : ", WROTE BEYOND");
+    verdict(name, worst <= bound && result.kept_within(), text);
+}
+
+void check_same(const std::string& name, bool same) { verdict(name, same, same ? "same bits" : "OTHER BITS"); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Batches
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct Batch {
+    std::vector<u32> lengths;
+    std::vector<u32> offsets = {0};
+    std::vector<uint2> tiles;
+
+    explicit Batch(const std::vector<u32>& of) : lengths(of) {
+        for (u32 sequence = 0; sequence < lengths.size(); ++sequence) {
+            offsets.push_back(offsets.back() + lengths[sequence]);
+            for (u32 row = 0; row < lengths[sequence]; row += QUERY_ROWS) tiles.push_back({sequence, row});
+        }
+    }
+    u32 tokens() const { return offsets.back(); }
+    u32 sequences() const { return static_cast<u32>(lengths.size()); }
+    std::vector<u32> counts() const { return {tokens(), sequences(), static_cast<u32>(tiles.size())}; }
+};
+
+const std::vector<u32> AWKWARD_LENGTHS = {1, 63, 64, 65, 127, 128, 129, 200};
+const std::vector<u32> MIXED_LENGTHS = {129, 1, 200, 64, 63, 1, 128, 333, 65, 127, 2};
+
+std::string lengths_text(const std::vector<u32>& lengths) {
+    if (lengths.size() == 1) return "length " + std::to_string(lengths[0]);
+    return std::to_string(lengths.size()) + " sequences";
+}
+
+// softmax(q k^T / sqrt(D)) v of one query and head, into `out` [D]. Rows of k and v are `stride` elements apart.
+void attend(const element* q, const element* k, const element* v, u32 length, size_t stride, double* out) {
+    std::vector<double> weights(length), query(D);
+    for (u32 i = 0; i < D; ++i) query[i] = value_of(q[i]);
+    double highest = -HUGE_VAL, sum = 0;
+    for (u32 key = 0; key < length; ++key) {
+        double score = 0;
+        for (u32 i = 0; i < D; ++i) score += query[i] * value_of(k[key * stride + i]);
+        weights[key] = score / std::sqrt(static_cast<double>(D));
+        highest = std::max(highest, weights[key]);
+    }
+    for (double& weight : weights) sum += weight = std::exp(weight - highest);
+    for (u32 key = 0; key < length; ++key) {
+        for (u32 i = 0; i < D; ++i) out[i] += weights[key] / sum * value_of(v[key * stride + i]);
+    }
+}
+
+const float SCALE = static_cast<float>(1 / std::sqrt(static_cast<double>(D)));
+constexpr u32 H = C / D;
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Attention
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Values of Q and K, by the token's place in its sequence, 0 to 1.
+using Values = double (*)(double place);
+double spread(double) { return normal(); }
+// The last keys score highest, by far: the maximum moves at nearly every step.
+double rising(double place) { return normal() * (1 + 2 * place); }
+// Scores of about 1e5, beyond f16, that differ by some hundreds.
+double huge(double) { return 40 * std::sqrt(64.0 / D) + normal(); }
+
+std::vector<element> attention_input(const Batch& batch, Values values) {
+    std::vector<element> qkv(static_cast<size_t>(batch.tokens()) * 3 * C);
+    for (u32 sequence = 0; sequence < batch.sequences(); ++sequence)
+        for (u32 row = 0; row < batch.lengths[sequence]; ++row)
+            for (u32 i = 0; i < 3 * C; ++i) {
+                const double place = static_cast<double>(row) / batch.lengths[sequence];
+                qkv[static_cast<size_t>(batch.offsets[sequence] + row) * 3 * C + i] =
+                    stored(i < 2 * C ? values(place) : normal());
+            }
+    return qkv;
+}
+
+void run_attention(const Batch& batch, Buffer<element>& qkv, Buffer<element>& out) {
+    auto counts = Buffer<u32>::of(batch.counts());
+    auto offsets = Buffer<u32>::of(batch.offsets);
+    auto tiles = Buffer<uint2>::of(batch.tiles);
+    const Grid grid = {static_cast<unsigned>(batch.tiles.size()) + 2, H}; // two blocks too many
+    launch(emulated_kernel_attention, grid, ATTENTION_THREADS, ATTENTION_SHARED_BYTES, counts.data(), offsets.data(),
+           tiles.data(), qkv.data(), out.data(), SCALE);
+}
+
+void check_attention_of(const char* name, const std::vector<u32>& lengths, Values values, double bound) {
+    const Batch batch(lengths);
+    const std::vector<element> host = attention_input(batch, values);
+    auto qkv = Buffer<element>::of(host);
+    auto out = Buffer<element>::unset(static_cast<size_t>(batch.tokens()) * C);
+    run_attention(batch, qkv, out);
+
+    std::vector<double> reference(out.size());
+    for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
+        const element* rows = host.data() + static_cast<size_t>(batch.offsets[sequence]) * 3 * C;
+        for (u32 row = 0; row < lengths[sequence]; ++row)
+            for (u32 head = 0; head < H; ++head) {
+                const element* q = rows + static_cast<size_t>(row) * 3 * C + head * D;
+                double* to = &reference[static_cast<size_t>(batch.offsets[sequence] + row) * C + head * D];
+                attend(q, rows + C + head * D, rows + 2 * C + head * D, lengths[sequence], 3 * C, to);
+            }
+    }
+    check(std::string("attention, ") + name + ", " + lengths_text(lengths), out, reference, D, bound);
+}
+
+// A sequence alone is the same bits as in company.
+void check_attention_alone() {
+    const Batch batch(MIXED_LENGTHS);
+    const std::vector<element> host = attention_input(batch, spread);
+    auto qkv = Buffer<element>::of(host);
+    auto out = Buffer<element>::unset(static_cast<size_t>(batch.tokens()) * C);
+    run_attention(batch, qkv, out);
+    bool same = true;
+    for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
+        const Batch alone({batch.lengths[sequence]});
+        const size_t row = static_cast<size_t>(3) * C, first = batch.offsets[sequence];
+        auto own = Buffer<element>::of({host.begin() + first * row, host.begin() + (first + batch.lengths[sequence]) * row});
+        auto own_out = Buffer<element>::unset(static_cast<size_t>(alone.tokens()) * C);
+        run_attention(alone, own, own_out);
+        same = same && out.same_bits(own_out, first * C, 0, own_out.size());
+    }
+    check_same("attention, each sequence alone and in company", same);
+}
+
+void check_attention() {
+    for (u32 length : AWKWARD_LENGTHS) check_attention_of("spread scores", {length}, spread, BOUND);
+    check_attention_of("spread scores", MIXED_LENGTHS, spread, BOUND);
+    check_attention_of("rising scores", MIXED_LENGTHS, rising, BOUND);
+    check_attention_of("huge scores", {1, 130, 65}, huge, HUGE_SCORES_BOUND);
+    check_attention_alone();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The last layer
+// ---------------------------------------------------------------------------------------------------------------------
+
+void run_first_token(const Batch& batch, Buffer<element>& q, Buffer<element>& kv, Buffer<element>& out) {
+    auto counts = Buffer<u32>::of(batch.counts());
+    auto offsets = Buffer<u32>::of(batch.offsets);
+    launch(emulated_kernel_first_token_attention, {batch.sequences() + 1, H}, 128, 0, counts.data(), offsets.data(), q.data(),
+           kv.data(), out.data(), SCALE);
+}
+
+void check_first_token_of(const char* name, const std::vector<u32>& lengths, double size, double bound) {
+    const Batch batch(lengths);
+    const auto sized = [size](size_t) { return size * normal(); };
+    const size_t columns = 2 * C;
+    const std::vector<element> host_q = filled<element>(static_cast<size_t>(batch.sequences()) * C, sized);
+    const std::vector<element> host_kv = filled<element>(batch.tokens() * columns, sized);
+    auto q = Buffer<element>::of(host_q);
+    auto kv = Buffer<element>::of(host_kv);
+    auto out = Buffer<element>::unset(host_q.size());
+    run_first_token(batch, q, kv, out);
+
+    std::vector<double> reference(out.size());
+    bool same = true;
+    for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
+        const size_t first = batch.offsets[sequence], own = static_cast<size_t>(sequence) * C;
+        for (u32 head = 0; head < H; ++head) {
+            const element* k = host_kv.data() + first * columns + head * D;
+            attend(&host_q[own + head * D], k, k + C, lengths[sequence], columns, &reference[own + head * D]);
+        }
+        const Batch alone({lengths[sequence]});
+        auto own_q = Buffer<element>::of({host_q.begin() + own, host_q.begin() + own + C});
+        auto own_out = Buffer<element>::unset(C);
+        auto own_kv = Buffer<element>::of(
+            {host_kv.begin() + first * columns, host_kv.begin() + (first + lengths[sequence]) * columns});
+        run_first_token(alone, own_q, own_kv, own_out);
+        same = same && out.same_bits(own_out, own, 0, C);
+    }
+    const std::string what = std::string("first_token_attention, ") + name + ", " + lengths_text(lengths);
+    check(what, out, reference, D, bound);
+    if (lengths.size() > 1) check_same(what + ", alone", same);
+}
+
+void check_first_token_attention() {
+    for (u32 length : AWKWARD_LENGTHS) check_first_token_of("spread scores", {length}, 1, BOUND);
+    check_first_token_of("spread scores", MIXED_LENGTHS, 1, BOUND);
+    check_first_token_of("sharp scores", MIXED_LENGTHS, 4, BOUND);
+    check_first_token_of("spread scores", {2050}, 1, BOUND);
+}
+
+void check_first_rows() {
+    const Batch batch(MIXED_LENGTHS);
+    const std::vector<element> host = normal_elements(static_cast<size_t>(batch.tokens()) * C);
+    auto counts = Buffer<u32>::of(batch.counts());
+    auto offsets = Buffer<u32>::of(batch.offsets);
+    auto x = Buffer<element>::of(host);
+    auto out = Buffer<element>::unset(static_cast<size_t>(batch.sequences()) * C);
+    launch(emulated_kernel_first_rows, {2, 1}, 128, 0, counts.data(), offsets.data(), x.data(), out.data());
+    bool same = out.kept_within();
+    for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
+        same = same && out.same_bits(x, sequence * C, static_cast<size_t>(batch.offsets[sequence]) * C, C);
+    }
+    check_same("first_rows", same);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Norms
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr float EPS = 1e-5f;
+
+// In place: the norm of each row of C.
+void norm_rows(std::vector<double>& rows, const std::vector<float>& weight, const std::vector<float>& bias) {
+    for (size_t row = 0; row < rows.size() / C; ++row) {
+        double* x = &rows[row * C];
+        double mean = 0, variance = 0;
+        for (u32 i = 0; i < C; ++i) mean += x[i] / C;
+        for (u32 i = 0; i < C; ++i) variance += (x[i] - mean) * (x[i] - mean) / C;
+        for (u32 i = 0; i < C; ++i) x[i] = (x[i] - mean) / std::sqrt(variance + EPS) * weight[i] + bias[i];
+    }
+}
+
+void check_embed_norm(u32 tokens, unsigned blocks) {
+    constexpr u32 VOCABULARY = 50, POSITIONS = 40, TYPES = 2;
+    const auto below = [](u32 end) { return [end](size_t i) -> double { return i == 0 ? end - 1 : random_bits() % end; }; };
+    const std::vector<u32> ids = filled<u32>(tokens, below(VOCABULARY)), types = filled<u32>(tokens, below(TYPES));
+    const std::vector<u32> positions = filled<u32>(tokens, below(POSITIONS));
+    const std::vector<element> words = normal_elements(VOCABULARY * C), type_table = normal_elements(TYPES * C);
+    const std::vector<element> position_table = normal_elements(POSITIONS * C);
+    const std::vector<float> weight = normal_floats(C, 1, 0.2), bias = normal_floats(C, 0, 0.2);
+    std::vector<double> reference;
+    for (u32 token = 0; token < tokens; ++token)
+        for (u32 i = 0; i < C; ++i) {
+            reference.push_back(value_of(words[ids[token] * C + i]) + value_of(type_table[types[token] * C + i]) +
+                                value_of(position_table[positions[token] * C + i]));
+        }
+    norm_rows(reference, weight, bias);
+
+    auto counts = Buffer<u32>::of({tokens, 1, 1});
+    auto ids_in = Buffer<u32>::of(ids);
+    auto types_in = Buffer<u32>::of(types);
+    auto positions_in = Buffer<u32>::of(positions);
+    auto words_in = Buffer<element>::of(words);
+    auto types_table_in = Buffer<element>::of(type_table);
+    auto position_table_in = Buffer<element>::of(position_table);
+    auto out = Buffer<element>::unset(reference.size());
+    auto weight_in = Buffer<float>::of(weight);
+    auto bias_in = Buffer<float>::of(bias);
+    launch(emulated_kernel_embed_norm, {blocks, 1}, 256, 0, counts.data(), ids_in.data(), types_in.data(),
+           positions_in.data(), words_in.data(), position_table_in.data(), types_table_in.data(), weight_in.data(),
+           bias_in.data(), EPS, out.data());
+    check("embed_norm, " + std::to_string(tokens) + " tokens, grid " + std::to_string(blocks), out, reference, C, BOUND);
+}
+
+// Rows with a mean far from zero, which an accumulated sum of squares would not survive; one row is constant.
+void check_layer_norm(u32 rows, unsigned blocks) {
+    const std::vector<float> weight = normal_floats(C, 1, 0.2), bias = normal_floats(C, 0, 0.2);
+    const std::vector<element> host = filled<element>(static_cast<size_t>(rows) * C, [](size_t i) {
+        const size_t row = i / C;
+        return row == 2 ? 3 : (row % 3 == 1 ? 30 : 0) + normal();
+    });
+    std::vector<double> reference;
+    for (element x : host) reference.push_back(value_of(x));
+    norm_rows(reference, weight, bias);
+
+    auto rows_in = Buffer<u32>::of({rows});
+    auto x = Buffer<element>::of(host);
+    auto out = Buffer<element>::unset(host.size());
+    auto in_place = Buffer<element>::unset(host.size());
+    std::copy(host.begin(), host.end(), in_place.data());
+    auto weight_in = Buffer<float>::of(weight);
+    auto bias_in = Buffer<float>::of(bias);
+    launch(emulated_kernel_layer_norm, {blocks, 1}, 256, 0, rows_in.data(), x.data(), weight_in.data(), bias_in.data(), EPS,
+           out.data());
+    launch(emulated_kernel_layer_norm, {blocks + 1, 1}, 256, 0, rows_in.data(), in_place.data(), weight_in.data(),
+           bias_in.data(), EPS, in_place.data());
+    const std::string name = "layer_norm, " + std::to_string(rows) + " rows, grid " + std::to_string(blocks);
+    check(name, out, reference, C, BOUND);
+    check_same(name + ", in place and in another grid", out.same_bits(in_place, 0, 0, out.size()) && in_place.kept_within());
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Element by element, and the head
+// ---------------------------------------------------------------------------------------------------------------------
+
+double gelu_erf(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }
+double gelu_tanh(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+double relu(double x) { return std::max(x, 0.0); }
+
+void check_activate(u32 function, const char* name, double (*reference_of)(double)) {
+    const u32 rows = 9, columns = 4 * C;
+    const std::vector<element> host = filled<element>(rows * columns, [](size_t i) {
+        const double far[] = {0, -0.0, 30, -30, 6e4, -6e4, 1e-7, -1e-7};
+        return i < 8 ? far[i] : 2 * normal();
+    });
+    // The first row holds the far values, whose norm hides that row's others; the rows after it are ordinary.
+    std::vector<double> reference;
+    for (element x : host) reference.push_back(reference_of(value_of(x)));
+    auto rows_in = Buffer<u32>::of({rows});
+    auto x = Buffer<element>::unset(host.size());
+    std::copy(host.begin(), host.end(), x.data());
+    launch(emulated_kernel_activate, {3, 1}, 256, 0, rows_in.data(), columns, function, x.data());
+    check(std::string("activate, ") + name, x, reference, columns, BOUND);
+}
+
+void check_head(u32 rows, unsigned blocks) {
+    const std::vector<element> host = normal_elements(static_cast<size_t>(rows) * C);
+    const std::vector<float> weight = normal_floats(static_cast<size_t>(C) * C, 0, 1 / std::sqrt(C));
+    const std::vector<float> bias = normal_floats(C, 0, 0.2), out_weight = normal_floats(C, 0.1, 0.1);
+    std::vector<double> dense;
+    for (u32 row = 0; row < rows; ++row)
+        for (u32 output = 0; output < C; ++output) {
+            double sum = bias[output];
+            for (u32 i = 0; i < C; ++i) {
+                sum += static_cast<double>(weight[static_cast<size_t>(output) * C + i]) * value_of(host[row * C + i]);
+            }
+            dense.push_back(std::tanh(sum));
+        }
+    auto rows_in = Buffer<u32>::of({rows});
+    auto x = Buffer<element>::of(host);
+    auto weight_in = Buffer<float>::of(weight);
+    auto bias_in = Buffer<float>::of(bias);
+    auto out = Buffer<float>::unset(dense.size());
+    launch(emulated_kernel_head_dense, {blocks, 1}, 256, 0, rows_in.data(), x.data(), weight_in.data(), bias_in.data(),
+           out.data());
+    const std::string of = ", " + std::to_string(rows) + " rows, grid " + std::to_string(blocks);
+    check("head_dense" + of, out, dense, C, HEAD_BOUND);
+
+    // The second product is held against the first one's own floats, and its error against the sum of magnitudes: a logit
+    // may be near zero.
+    auto logit_weight = Buffer<float>::of(out_weight);
+    auto logit_bias = Buffer<float>::of({0.25f});
+    auto logits = Buffer<float>::unset(rows);
+    launch(emulated_kernel_head_out, {blocks, 1}, 256, 0, rows_in.data(), out.data(), logit_weight.data(), logit_bias.data(),
+           logits.data());
+    double worst = 0;
+    for (u32 row = 0; row < rows; ++row) {
+        double sum = 0.25, magnitudes = 0.25;
+        for (u32 i = 0; i < C; ++i) {
+            const double term = static_cast<double>(out[row * C + i]) * out_weight[i];
+            sum += term;
+            magnitudes += std::fabs(term);
+        }
+        const double relative = std::fabs(logits[row] - sum) / magnitudes;
+        worst = relative <= worst ? worst : relative;
+    }
+    char text[80];
+    snprintf(text, sizeof text, "error %.1e, bound %.0e", worst, HEAD_BOUND);
+    verdict("head_out" + of, worst <= HEAD_BOUND && logits.kept_within(), text);
+}
+
+void check_widen(u32 rows, u32 columns) {
+    const std::vector<element> host = normal_elements(static_cast<size_t>(rows) * columns);
+    auto rows_in = Buffer<u32>::of({rows});
+    auto x = Buffer<element>::of(host);
+    auto out = Buffer<float>::unset(host.size());
+    launch(emulated_kernel_widen, {2, 1}, 256, 0, rows_in.data(), columns, x.data(), out.data());
+    bool same = out.kept_within();
+    for (size_t i = 0; i < host.size(); ++i) same = same && out[i] == value_of(host[i]);
+    check_same("widen, [" + std::to_string(rows) + ", " + std::to_string(columns) + "]", same);
+}
+
+void report_bad_access(int, siginfo_t* info, void*) {
+    fflush(stdout);
+    fprintf(stderr, "emulator: block (%u, %u), thread %u touched %p, which is not its own\n", blockIdx.x, blockIdx.y,
+            emulated::block.current, info->si_addr);
+    _exit(3);
+}
+
+} // namespace
+
+int main() {
+    // On a stack of its own: a fiber that overran its stack has none left.
+    static unsigned char signal_stack[64 * 1024];
+    stack_t stack = {};
+    stack.ss_sp = signal_stack;
+    stack.ss_size = sizeof signal_stack;
+    sigaltstack(&stack, nullptr);
+    struct sigaction action = {};
+    action.sa_sigaction = report_bad_access;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, nullptr);
+    sigaction(SIGBUS, &action, nullptr);
+
+    printf("kernels, %s, C = %u, D = %u, copies land %s\n", ELEMENT_NAME, C, D,
+           emulated::copies == emulated::Copies::LATE ? "late" : "early");
+    for (u32 rows : {1, 7, 8, 9, 37}) {
+        check_embed_norm(rows, rows % 3 + 1);
+        check_layer_norm(rows, rows % 3 + 1);
+    }
+    if (C % D == 0) {
+        check_attention();
+        check_first_token_attention();
+    } else {
+        printf("no attention here: C is no multiple of D\n");
+    }
+    check_first_rows();
+    check_activate(0, "gelu by erf", gelu_erf);
+    check_activate(1, "gelu by tanh", gelu_tanh);
+    check_activate(2, "relu", relu);
+    for (u32 rows : {1, 8, 9}) check_head(rows, rows * 3);
+    check_widen(5, C);
+    check_widen(3, 1);
+    check_widen(3, 13);
+    printf("%d breaches\n", breaches);
+    return breaches ? 1 : 0;
+}

@@ -1,0 +1,116 @@
+"""Compiles the CUDA backend's kernels with NVRTC for every architecture, element and head size; needs no GPU.
+
+Usage: nvrtc.py FOLDER_OF_LIBNVRTC KERNELS_CU
+Prints a line a program, and for sm_90a what ptxas says of each kernel. Exits 1 if anything does not compile, or if the
+attention kernel spills registers to memory anywhere.
+"""
+
+import ctypes
+import glob
+import os
+import re
+import sys
+
+ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
+ELEMENTS = ["F16", "BF16", "F32"]
+# (C, D): the sizes of the models served, and for every architecture; then shapes that deal rows to lanes unevenly.
+SHAPES = [(1024, 64), (384, 32)]
+MORE_SHAPES = [(256, 32), (256, 64), (384, 64), (768, 64), (768, 32), (1024, 32), (96, 32), (72, 32)]
+DETAILED = "sm_90a"
+
+
+class Nvrtc:
+    def __init__(self, folder):
+        # libnvrtc looks its builtins up by name when it compiles: they must be loaded before it.
+        for name in ["libnvrtc-builtins.so.*", "libnvrtc.so.*"]:
+            found = [path for path in sorted(glob.glob(os.path.join(folder, name))) if ".alt." not in path]
+            if not found:
+                sys.exit(f"no {name} in {folder}")
+            self.library = ctypes.CDLL(found[0], mode=ctypes.RTLD_GLOBAL)
+        self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
+
+    def version(self):
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self.check(self.library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+        return f"{major.value}.{minor.value}"
+
+    def check(self, code):
+        if code != 0:
+            raise RuntimeError(self.library.nvrtcGetErrorString(code).decode())
+
+    def bytes_of(self, program, what):
+        size = ctypes.c_size_t()
+        self.check(getattr(self.library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+        buffer = ctypes.create_string_buffer(size.value)
+        self.check(getattr(self.library, f"nvrtcGet{what}")(program, buffer))
+        return buffer.raw
+
+    def compile(self, source, options):
+        """(compiled, cubin, log)"""
+        program = ctypes.c_void_p()
+        self.check(self.library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None))
+        try:
+            texts = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+            code = self.library.nvrtcCompileProgram(program, len(options), texts)
+            log = self.bytes_of(program, "ProgramLog").rstrip(b"\0").decode()
+            return code == 0, self.bytes_of(program, "CUBIN") if code == 0 else b"", log
+        finally:
+            self.library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def kernel_facts(log):
+    """What `ptxas -v` said: {kernel: (registers, spilled bytes stored, loaded, static shared bytes)}"""
+    facts = {}
+    kernel, spills = None, (0, 0)
+    for line in log.splitlines():
+        if name := re.search(r"Compiling entry function '(\w+)'", line):
+            kernel = name[1]
+        elif spilled := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spills = (int(spilled[1]), int(spilled[2]))
+        elif used := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            facts[kernel] = (int(used[1]), *spills, int(shared[1]) if shared else 0)
+    return facts
+
+
+def main():
+    folder, path = sys.argv[1:]
+    nvrtc = Nvrtc(folder)
+    with open(path, "rb") as file:
+        source = file.read()
+    print(f"NVRTC {nvrtc.version()}")
+
+    failures = 0
+    details = []
+    for architecture in ARCHITECTURES:
+        for hidden, head in SHAPES + (MORE_SHAPES if architecture == DETAILED else []):
+            for element in ELEMENTS:
+                options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
+                options += [f"-DELEMENT_{element}", f"-DHIDDEN_SIZE={hidden}", f"-DHEAD_SIZE={head}"]
+                compiled, cubin, log = nvrtc.compile(source, options)
+                facts = kernel_facts(log)
+                name = f"{architecture:7} {element:4} C={hidden:<4} D={head}"
+                warnings = [line for line in log.splitlines() if "warning" in line]
+                if not compiled:
+                    failures += 1
+                    print(f"{name}  FAILED\n{log}")
+                elif "attention" not in facts:
+                    failures += 1
+                    print(f"{name}  FAILED: ptxas said nothing of the attention kernel\n{log}")
+                elif any(facts["attention"][1:3]) or warnings:
+                    failures += 1
+                    print(f"{name}  FAILED: attention {facts['attention']} (registers, spills, shared) {warnings}")
+                else:
+                    print(f"{name}  ok, cubin {len(cubin)} bytes, attention {facts['attention'][0]} registers")
+                if architecture == DETAILED and (hidden, head) in SHAPES:
+                    details.append((name, facts))
+    for name, facts in details:
+        print(f"\n{name}: registers, spill stores and loads in bytes, static shared bytes")
+        for kernel, (registers, stores, loads, shared) in sorted(facts.items()):
+            print(f"    {kernel:22} {registers:4} {stores:6} {loads:6} {shared:6}")
+    print(f"\n{failures} failures")
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()

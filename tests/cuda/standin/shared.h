@@ -1,0 +1,66 @@
+// What the three stand-in libraries have in common: result codes, the log, and the calls by which the matrix products of
+// cublaslt.cpp enter the streams of driver.cpp.
+#pragma once
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdarg>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// CUresult, as cuda.h numbers it.
+enum Result : int {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    NOT_INITIALIZED = 3,
+    NO_DEVICE = 100,
+    INVALID_DEVICE = 101,
+    INVALID_IMAGE = 200,
+    INVALID_CONTEXT = 201,
+    NO_BINARY_FOR_GPU = 209,
+    OPERATING_SYSTEM = 304,
+    INVALID_HANDLE = 400,
+    ILLEGAL_STATE = 401,
+    NOT_FOUND = 500,
+    NOT_READY = 600,
+    ILLEGAL_ADDRESS = 700,
+    NOT_SUPPORTED = 801,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALIDATED = 901,
+    CAPTURE_UNMATCHED = 903,
+    CAPTURE_ISOLATION = 905,
+    CAPTURE_IMPLICIT = 906,
+    CAPTURED_EVENT = 907,
+    CAPTURE_WRONG_THREAD = 908,
+};
+
+// Appends a line to the file named by STANDIN_LOG, if there is one. A line is one write, so threads and libraries may
+// share the file.
+__attribute__((format(printf, 1, 2))) inline void log_line(const char* format, ...) {
+    static const char* const path = getenv("STANDIN_LOG");
+    if (path == nullptr || *path == 0) return;
+    static const int file = open(path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+    if (file < 0) return;
+    char line[1024];
+    va_list values;
+    va_start(values, format);
+    int length = vsnprintf(line, sizeof line - 1, format, values);
+    va_end(values);
+    if (length < 0) return;
+    if (static_cast<size_t>(length) > sizeof line - 2) length = sizeof line - 2;
+    line[length] = '\n';
+    if (write(file, line, length + 1) < 0) return;
+}
+
+// Puts work at the end of a stream, or into the graph that the stream is capturing. It runs later, perhaps often, and
+// returns SUCCESS or the error that then sticks to the context. `drop` ends the payload's life, also if this call fails.
+EXPORT Result standin_enqueue(void* stream, Result (*work)(void* payload), void* payload, void (*drop)(void* payload));
+
+// Whether all these bytes lie in one live allocation of device memory. For work that runs.
+EXPORT bool standin_is_device_memory(const void* from, size_t bytes);
