@@ -141,6 +141,21 @@ fn a_card_with_little_memory_takes_smaller_batches() {
 }
 
 #[test]
+fn a_pair_that_no_memory_is_left_for_is_told_to_try_later_and_the_others_are_answered() {
+    let Some(environment) = environment("cuda-cache") else { return };
+    let mut environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    environment.push(("STANDIN_MEMORY_MIB", "50"));
+    let server = Server::start_in(&["--device", "cuda", "--max-batch-tokens", "4096"], &environment);
+    let ask = |document: &str| {
+        server.rerank(&format!(r#"{{"model":"rerankd-mini","query":"Apple","documents":["{document}"]}}"#))
+    };
+    let long = ask(&"apple ".repeat(400));
+    assert!(long.starts_with("HTTP/1.1 503") && long.contains("memory"), "{long}");
+    let short = ask("apple");
+    assert!(short.starts_with("HTTP/1.1 200"), "{short}");
+}
+
+#[test]
 fn a_card_that_cannot_be_used_is_a_clear_error() {
     let run = |arguments: &[&str], faults: &[(&str, &str)]| {
         let output = on_standin(&[&["rank", "--query", "a"], arguments].concat(), faults, "b")?;

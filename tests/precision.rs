@@ -1,7 +1,8 @@
-//! What bf16 and int8 change in the scores and the order of a real cross-encoder, beside f32: the table of the README, and the bar
-//! that `--dtype auto` answers to.
+//! What lower precisions, and a card, change in the scores and the order of a real cross-encoder, beside the processor's f32: the
+//! tables of the README, and the bar that `--dtype auto` answers to.
 //!
-//! Needs real weights and XQuAD (`../shared/data`, or `RERANKD_TEST_DATA`), and says so where there are none.
+//! Needs real weights and XQuAD (`../shared/data`, or `RERANKD_TEST_DATA`), and says so where there are none. A card is measured
+//! where there is one, the stand-in of tests/cuda among them.
 //! `RERANKD_FULL_EVAL=1` takes 200 questions, 2,000 pairs, instead of 20.
 
 mod common;
@@ -10,6 +11,7 @@ use rerankd::backend::Dtype;
 use rerankd::batch::Batch;
 use rerankd::eval::topics::{self, TopicOptions};
 use rerankd::eval::{Measures, Topic};
+use rerankd::loading::DeviceChoice;
 use rerankd::text::DocumentOptions;
 
 use common::{cpu, load_on, real};
@@ -34,9 +36,9 @@ async fn a_lower_precision_keeps_the_ranking() {
     };
     let topics = topics::read(&xquad, &options).unwrap();
     let mut exact: Option<Scores> = None;
-    eprintln!("| dtype | largest score difference | mean | Kendall tau | recall@1 | nDCG@10 |");
-    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
-        let scores = score(dtype, &folder, &topics).await;
+    eprintln!("| | largest score difference | mean | Kendall tau | recall@1 | nDCG@10 |");
+    for Candidate { name, device, difference, tau: tau_bar, lost: quality_bar } in candidates() {
+        let scores = score(device, &folder, &topics).await;
         let exact = exact.get_or_insert_with(|| scores.clone());
         let differences: Vec<f64> =
             scores.iter().flatten().zip(exact.iter().flatten()).map(|(ours, exact)| (ours - exact).abs()).collect();
@@ -45,22 +47,47 @@ async fn a_lower_precision_keeps_the_ranking() {
         let tau = scores.iter().zip(exact.iter()).map(|(a, b)| kendall_tau(a, b)).sum::<f64>() / scores.len() as f64;
         let measures = quality(&scores, &topics);
         eprintln!(
-            "| {dtype:?} | {largest:.4} | {mean:.5} | {tau:.4} | {:.3} | {:.4} |",
+            "| {name} | {largest:.4} | {mean:.5} | {tau:.4} | {:.3} | {:.4} |",
             measures.recall[0], measures.ndcg_10
         );
-        let (tau_bar, quality_bar) = match dtype {
-            Dtype::F32 => (1.0, 0.0),
-            Dtype::Bf16 => (0.99, 0.005),
-            Dtype::Int8 => (0.97, 0.01),
-        };
-        assert!(tau >= tau_bar, "{dtype:?}: Kendall tau {tau} against f32");
+        assert!(largest <= difference, "{name}: a score is {largest} from f32's");
+        assert!(tau >= tau_bar, "{name}: Kendall tau {tau} against f32");
         let lost = quality(exact, &topics).ndcg_10 - measures.ndcg_10;
-        assert!(lost <= quality_bar, "{dtype:?}: nDCG@10 is {lost} below f32's");
+        assert!(lost <= quality_bar, "{name}: nDCG@10 is {lost} below f32's");
     }
 }
 
-async fn score(dtype: Dtype, folder: &std::path::Path, topics: &[Topic]) -> Scores {
-    let model = load_on(cpu(dtype, 2), folder).unwrap();
+/// A device and precision, and what it may cost.
+struct Candidate {
+    name: &'static str,
+    device: DeviceChoice,
+    difference: f64,
+    tau: f64,
+    lost: f64,
+}
+
+fn candidates() -> Vec<Candidate> {
+    let on = |name, device, difference, tau, lost| Candidate { name, device, difference, tau, lost };
+    #[allow(unused_mut, reason = "a build without CUDA adds nothing")]
+    let mut all = vec![
+        on("f32", cpu(Dtype::F32, 2), 0.0, 1.0, 0.0),
+        on("bf16", cpu(Dtype::Bf16, 2), 0.02, 0.99, 0.005),
+        on("int8", cpu(Dtype::Int8, 2), 0.1, 0.97, 0.01),
+    ];
+    #[cfg(feature = "cuda")]
+    if rerankd::backend::cuda::is_there() {
+        use rerankd::backend::cuda::{CudaOptions, Element};
+        let card =
+            |element| DeviceChoice::Cuda(vec![0], CudaOptions { element, max_batch_tokens: 2048, invariant: false });
+        all.push(on("f32 on the card", card(Element::F32), 1e-4, 0.9999, 0.001));
+        all.push(on("f16 on the card", card(Element::F16), 2e-3, 0.999, 0.001));
+        all.push(on("bf16 on the card", card(Element::Bf16), 0.02, 0.99, 0.005));
+    }
+    all
+}
+
+async fn score(device: DeviceChoice, folder: &std::path::Path, topics: &[Topic]) -> Scores {
+    let model = load_on(device, folder).unwrap();
     let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, max_tokens_per_doc: None };
     let mut scores = Vec::new();
     for topic in topics {
