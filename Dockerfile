@@ -2,7 +2,7 @@
 #   docker build -t rerankd .
 #   docker run -p 8080:8080 -v rerankd-cache:/cache rerankd serve --model BAAI/bge-reranker-v2-m3
 #   docker run --gpus all -p 8080:8080 -v rerankd-cache:/cache rerankd serve --device cuda --model BAAI/bge-reranker-v2-m3
-# The libraries are 630 MB of it (libcublasLt 514, NVRTC 114) and need driver 580 or later. `--target cpu` leaves them out.
+# The libraries are 654 MB of it (libcublasLt 540, NVRTC 114) and need driver 580 or later. `--target cpu` leaves them out.
 FROM rust:1.95-bookworm AS build
 WORKDIR /src
 COPY . .

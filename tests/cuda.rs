@@ -1,5 +1,5 @@
 //! The CUDA backend without a card: the shipped binary on a stand-in driver, which runs the kernels of `src/backend/cuda/kernels.cu`
-//! on the processor (tests/cuda/standin), and the kernels by themselves, with bugs planted to see that they are found.
+//! on the processor (tests/cuda/standin), and the kernels by themselves (tests/cuda/check.sh).
 
 #![cfg(feature = "cuda")]
 
@@ -202,10 +202,10 @@ fn compiled_kernels_are_kept_for_the_next_start() {
     assert!(!start());
 }
 
-/// Every kernel against its definition at awkward lengths, and planted bugs found: tests/cuda/check.sh tells what it did.
+/// Every kernel against its definition at awkward lengths. Without --quick the script takes more shapes, and plants bugs.
 #[test]
-fn kernels_agree_with_their_definitions_and_planted_bugs_are_found() {
-    let output = Command::new(Path::new(SOURCES).join("check.sh")).output().unwrap();
+fn kernels_agree_with_their_definitions() {
+    let output = Command::new(Path::new(SOURCES).join("check.sh")).arg("--quick").output().unwrap();
     eprintln!("{}", String::from_utf8_lossy(&output.stdout));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
