@@ -186,6 +186,24 @@ fn a_poisoned_context_answers_and_ends_the_process() {
     assert_eq!(server.exit_code(), Some(70));
 }
 
+/// A host with a card and without CUDA's libraries (the image's `cpu` target, say).
+#[test]
+fn auto_is_the_card_where_its_libraries_are_and_the_processor_elsewhere() {
+    let Some([(_, whole), _]) = environment("cuda-cache") else { return };
+    let half = tempfile::tempdir().unwrap();
+    std::fs::copy(Path::new(&whole).join("libcuda.so.1"), half.path().join("libcuda.so.1")).unwrap();
+    let log = |libraries: &str| {
+        let faults = [("LD_LIBRARY_PATH", libraries), ("RERANKD_LOG", "debug")];
+        let arguments = ["rank", "--query", "a", "--device", "auto", "--max-batch-tokens", "64"];
+        let output = on_standin(&arguments, &faults, "b").unwrap();
+        assert!(output.status.success());
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    };
+    assert!(log(&whole).contains("CUDA, f16"));
+    let log = log(half.path().to_str().unwrap());
+    assert!(log.contains("libnvrtc.so and libcublasLt.so") && log.contains("CPU, "), "{log}");
+}
+
 #[test]
 fn compiled_kernels_are_kept_for_the_next_start() {
     let Some(environment) = environment("cuda-cache-once") else { return };

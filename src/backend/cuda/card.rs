@@ -46,11 +46,18 @@ pub(super) struct Kernels {
     pub(super) head_out: CudaFunction,
 }
 
-/// Whether a CUDA driver is on this machine and has a device. Nothing is loaded that is not there.
+/// Whether this machine has a card and all that is needed to use it. Where only a library is missing, it is worth a warning.
 pub fn is_there() -> bool {
     // SAFETY: opens the library and closes it again.
     let driver = unsafe { driver::sys::is_culib_present() };
-    driver && CudaContext::device_count().is_ok_and(|devices| devices > 0)
+    if !driver || CudaContext::device_count().unwrap_or(0) < 1 {
+        return false;
+    }
+    let libraries = check_libraries();
+    if let Err(missing) = &libraries {
+        tracing::warn!("there is a card, but {missing:#}");
+    }
+    libraries.is_ok()
 }
 
 impl Card {
