@@ -80,7 +80,7 @@ pub struct CudaBackend {
     upload: Arc<CudaStream>,
     lanes: Mutex<Lanes>,
     returned: Condvar,
-    /// Shapes of the model's products, for tuning: outputs, inputs, and one layer's weight and bias.
+    /// Shapes of the model's products: what lanes need memory for, and what is tuned.
     linears: Mutex<BTreeSet<LinearShape>>,
 }
 
@@ -211,8 +211,8 @@ impl CudaBackend {
         self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of a lane's memory for each token. At most seven buffers as wide as the hidden size and the widest of a layer are
-    /// in use at a time; one more is for what rounding and gaps take, and sequences' own buffers.
+    /// Bytes of a lane's memory for each token. A layer holds rows of 7 C (its input, Q, K and V, context, the sum after attention
+    /// and the output) and one of the widest product. The rest is for what rounding and gaps take, and for sequences' own rows.
     fn row_bytes(&self) -> usize {
         let c = self.shape.heads * self.shape.head_size;
         let linears = self.linears.lock().unwrap_or_else(PoisonError::into_inner);
