@@ -40,12 +40,18 @@ pub struct Lane {
 enum Replay {
     /// It was launched once kernel by kernel, with so many downloads.
     Seen(usize),
+    /// Recording it failed: it is launched kernel by kernel.
+    Never,
     Graph(CudaGraph),
 }
 
 impl std::fmt::Debug for Replay {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(if matches!(self, Self::Graph(_)) { "Graph" } else { "Seen" })
+        f.write_str(match self {
+            Self::Seen(_) => "Seen",
+            Self::Never => "Never",
+            Self::Graph(_) => "Graph",
+        })
     }
 }
 
@@ -229,6 +235,7 @@ impl Lane {
                 captured.launch()?;
                 return self.answers(batch.sequences());
             }
+            Some(Replay::Never) => return graph(self),
             Some(Replay::Seen(downloads)) => Some(*downloads),
             None => None,
         };
@@ -239,19 +246,34 @@ impl Lane {
             }
             return Ok(logits);
         }
-        self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
-        self.capturing.set(true);
-        let recorded = graph(self);
-        self.capturing.set(false);
-        let captured =
-            self.stream.end_capture(CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
-        recorded?;
-        let Some(captured) = captured? else {
-            return graph(self);
+        let captured = match self.record(&graph) {
+            Ok(Some(captured)) => captured,
+            failed => {
+                // A device that is lost says so again at once.
+                let why = failed.err().map_or_else(|| "nothing was recorded".to_owned(), |error| error.to_string());
+                tracing::warn!(?layout, why, "this batch cannot be a graph; it is launched kernel by kernel");
+                graphs.insert(layout, Replay::Never);
+                return graph(self);
+            }
         };
         captured.launch()?;
         graphs.insert(layout, Replay::Graph(captured));
         self.answers(batch.sequences())
+    }
+
+    /// The launches of `graph`, as a graph.
+    fn record(
+        &self,
+        graph: impl Fn(&Self) -> Result<Vec<f32>, BackendError>,
+    ) -> Result<Option<CudaGraph>, BackendError> {
+        self.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
+        self.capturing.set(true);
+        let recorded = graph(self);
+        self.capturing.set(false);
+        let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+        let captured = self.stream.end_capture(flags);
+        recorded?;
+        Ok(captured?)
     }
 
     /// Waits for a download that is under way, of `length` values.

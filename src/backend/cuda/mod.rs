@@ -455,6 +455,9 @@ impl Backend for CudaBackend {
 
     fn linear(&self, weight: HostTensor, bias: HostTensor, place: Place) -> Result<Linear, BackendError> {
         let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
+        if place == Place::Encoder && (outputs % 8 != 0 || inputs % 8 != 0) {
+            return Err(unsupported(&format!("a layer of {inputs} to {outputs} values, no multiples of 8,")));
+        }
         let (weight, bias) = match place {
             Place::Encoder => {
                 let mut linears = self.linears.lock().unwrap_or_else(PoisonError::into_inner);
