@@ -23,6 +23,7 @@ mod products;
 
 use std::collections::BTreeSet;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -319,7 +320,8 @@ impl CudaBackend {
 
     fn compute(&self, batch: &Batch, replay: bool, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         let mut lane = self.lane()?;
-        let outcome = self.card.context.bind_to_thread().map_err(BackendError::from).and_then(|()| {
+        let mut run = || {
+            self.card.context.bind_to_thread()?;
             let longest = batch.ranges().map(|rows| rows.len()).max().unwrap_or(0);
             self.fit(&mut lane, longest)?;
             let parts = layout::split(batch, lane.capacity());
@@ -330,7 +332,10 @@ impl CudaBackend {
                 logits.extend(lane.run(&piece, replay, |lane| graph(lane, &piece))?);
             }
             Ok(logits)
-        });
+        };
+        // Nobody knows what a panic has left on the stream, and a lane that does not come back is waited for by every later batch.
+        let outcome = catch_unwind(AssertUnwindSafe(&mut run))
+            .unwrap_or_else(|_| Err(BackendError::DeviceLost("a panic while a batch was launched".into())));
         self.give_back(lane);
         outcome
     }
