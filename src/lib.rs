@@ -12,7 +12,8 @@
 //! - [`batch`], [`error`], [`telemetry`]: words that anyone uses and that use no one.
 //!
 //! Absent on purpose: padding, anywhere; timers in the scheduler; I/O below `loading`; a clock in `scheduler/plan.rs`;
-//! `cfg(feature)` outside `backend` and the choice of device; `unsafe` outside `backend/cpu`.
+//! `cfg(feature)` outside `backend` and the choice of device; `unsafe` outside `backend/cpu` and
+//! `backend/cuda`.
 
 #![deny(unsafe_code)]
 

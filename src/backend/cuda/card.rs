@@ -1,6 +1,7 @@
 //! One card: is there a driver, which device, and our kernels compiled for it.
 
 use std::ffi::CString;
+use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -164,16 +165,23 @@ fn compiled(architecture: &str, element: Element, shape: AttentionShape) -> Resu
     }
     let key: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let file = cache_folder().map(|folder| folder.join(format!("kernels-{key}.cubin")));
-    if let Some(image) = file.as_ref().and_then(|file| std::fs::read(file).ok()).filter(|image| !image.is_empty()) {
+    if let Some(image) = file.as_ref().and_then(|file| std::fs::read(file).ok()).and_then(|kept| whole(&kept)) {
         return Ok(image);
     }
     let start = Instant::now();
     let image = compile(&options).with_context(|| format!("NVRTC {major}.{minor} does not compile the kernels"))?;
     tracing::info!(architecture, seconds = start.elapsed().as_secs_f64(), "compiled the CUDA kernels");
     if let Some(file) = file {
-        store(&file, &image);
+        store(&file, &[&Sha256::digest(&image)[..], &image].concat());
     }
     Ok(image)
+}
+
+/// The image that a file of the cache holds behind its digest. The driver is not told an image's length, so a torn one must not
+/// reach it.
+fn whole(kept: &[u8]) -> Option<Vec<u8>> {
+    let (digest, image) = kept.split_at_checked(32)?;
+    (Sha256::digest(image)[..] == *digest).then(|| image.to_vec())
 }
 
 fn compile(options: &[String]) -> Result<Vec<u8>> {
@@ -212,11 +220,32 @@ pub(super) fn store(file: &std::path::Path, bytes: &[u8]) {
     let write = || {
         let folder = file.parent().unwrap_or(file);
         std::fs::create_dir_all(folder)?;
-        let part = file.with_extension(format!("part-{}", std::process::id()));
-        std::fs::write(&part, bytes)?;
+        // A name of this writer's own: in containers that share the cache, every process has the same number.
+        let part = file.with_extension(format!("part-{}", uuid::Uuid::now_v7()));
+        let mut writer = std::fs::File::create(&part)?;
+        writer.write_all(bytes)?;
+        writer.sync_all()?;
         std::fs::rename(&part, file)
     };
     if let Err(error) = write() {
         tracing::debug!("{} is not kept: {error}", file.display());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_whole_image_leaves_the_cache() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("kernels.cubin");
+        store(&file, &[&Sha256::digest(b"image")[..], b"image"].concat());
+        let kept = std::fs::read(&file).unwrap();
+        assert_eq!(whole(&kept).as_deref(), Some(&b"image"[..]));
+        for torn in [&kept[..kept.len() - 1], &kept[..20], &[]] {
+            assert_eq!(whole(torn), None);
+        }
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "nothing half written stays");
     }
 }

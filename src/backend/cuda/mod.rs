@@ -1,8 +1,8 @@
 //! NVIDIA cards from compute capability 8.0 on: products by cuBLASLt, all else by kernels of our own that NVRTC compiles at start.
 //!
 //! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card; `lane`
-//! is what a batch in flight has to itself, of which `arena` divides the memory; `products` are cuBLASLt's; `failure` says what
-//! an error means. This file puts them behind [`Backend`].
+//! is what a batch in flight has to itself, of which `arena` divides the memory; `lanes` are a card's; `products` are cuBLASLt's;
+//! `failure` says what an error means. This file puts them behind [`Backend`].
 //!
 //! Two lanes a card: while one batch computes, the thread of the other packs, uploads and launches the next, so the card does not
 //! wait for the host. Every buffer is of rounded sizes and counts are read from the card's own memory, so a small batch is
@@ -18,14 +18,13 @@ mod arena;
 mod card;
 mod failure;
 mod lane;
+mod lanes;
 mod layout;
 mod products;
 
-use std::collections::BTreeSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use anyhow::Result;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg};
@@ -36,19 +35,15 @@ use self::card::Card;
 pub use self::card::is_there;
 pub use self::lane::{Buffer, Lane};
 use self::lane::{Rows, Staged};
-use self::layout::rounded;
-use self::products::{Finish, Operands, Shape, Tuning};
+use self::lanes::Lanes;
+use self::products::{Finish, Operands, Shape};
 use super::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, NormWeights, Place,
 };
 use crate::batch::Batch;
 
-/// Batches in flight on one card.
-const LANES: usize = 2;
 /// Threads of a block of the kernels that take a row a warp.
 const ROW_THREADS: u32 = 256;
-/// How long a lane with less memory than it wants waits before it asks the card again.
-const ASK_AGAIN: Duration = Duration::from_secs(10);
 
 /// What activations are, and what products multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,24 +74,7 @@ pub struct CudaBackend {
     options: CudaOptions,
     shape: AttentionShape,
     upload: Arc<CudaStream>,
-    lanes: Mutex<Lanes>,
-    returned: Condvar,
-    /// Shapes of the model's products: what lanes need memory for, and what is tuned.
-    linears: Mutex<BTreeSet<LinearShape>>,
-}
-
-/// Lanes that no batch has; made at the first batch, when the weights are there and their shapes known.
-#[derive(Debug, Default)]
-struct Lanes {
-    made: bool,
-    free: Vec<Lane>,
-    asked: Option<Instant>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct LinearShape {
-    outputs: usize,
-    inputs: usize,
+    lanes: Lanes,
 }
 
 /// Weights on the card: bytes, and where they are.
@@ -180,17 +158,10 @@ impl CudaBackend {
             "attention heads of {} values are not supported on CUDA (32 and 64 are); use --device cpu",
             shape.head_size
         );
-        let card = Card::open(ordinal, options.element, shape)?;
+        let card = Arc::new(Card::open(ordinal, options.element, shape)?);
         let upload = card.context.new_stream()?;
-        Ok(Self {
-            card: Arc::new(card),
-            options,
-            shape,
-            upload,
-            lanes: Mutex::default(),
-            returned: Condvar::new(),
-            linears: Mutex::default(),
-        })
+        let lanes = Lanes::new(Arc::clone(&card), options, shape.heads * shape.head_size);
+        Ok(Self { card, options, shape, upload, lanes })
     }
 
     fn upload(&self, bytes: &[u8]) -> Result<Weights, BackendError> {
@@ -208,136 +179,21 @@ impl CudaBackend {
         self.upload(bytemuck::cast_slice(&tensor.data))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Lanes> {
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Bytes of a lane's memory for each token. A layer holds rows of 7 C (its input, Q, K and V, context, the sum after attention
-    /// and the output) and one of the widest product. The rest is for what rounding and gaps take, and for sequences' own rows.
-    fn row_bytes(&self) -> usize {
-        let c = self.shape.heads * self.shape.head_size;
-        let linears = self.linears.lock().unwrap_or_else(PoisonError::into_inner);
-        let widest = linears.iter().map(|linear| linear.outputs).max().unwrap_or(0);
-        (10 * c + 2 * widest) * self.options.element.bytes()
-    }
-
-    /// A lane of this call's own, waiting for one to be free. The first call makes them all.
-    fn lane(&self) -> Result<Lane, BackendError> {
-        let mut lanes = self.lock();
-        if !lanes.made {
-            self.make(&mut lanes)?;
-        }
-        loop {
-            if let Some(lane) = lanes.free.pop() {
-                return Ok(lane);
-            }
-            lanes = self.returned.wait(lanes).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn give_back(&self, lane: Lane) {
-        self.lock().free.push(lane);
-        self.returned.notify_one();
-    }
-
-    fn make(&self, lanes: &mut Lanes) -> Result<(), BackendError> {
-        self.card.context.bind_to_thread()?;
-        let CudaOptions { element, max_batch_tokens, invariant } = self.options;
-        let tuning = Arc::new(Tuning::open(&self.card.name, element, invariant));
-        let mut made: Vec<Lane> = Vec::with_capacity(LANES);
-        while made.len() < LANES {
-            let (card, tuning) = (Arc::clone(&self.card), Arc::clone(&tuning));
-            match Lane::new(card, element, tuning, max_batch_tokens, self.row_bytes()) {
-                // A card without room for two lanes computes one batch at a time.
-                Err(BackendError::OutOfMemory(_)) if !made.is_empty() => break,
-                lane => made.push(lane?),
-            }
-        }
-        self.tune(&made[0], &tuning)?;
-        // A batch takes the lane that was given back last; the first one given is as good as any.
-        lanes.free = made;
-        lanes.made = true;
-        Ok(())
-    }
-
-    /// Times cuBLASLt's algorithms for the shapes of this model's products, on random numbers.
-    fn tune(&self, lane: &Lane, tuning: &Tuning) -> Result<(), BackendError> {
-        let element = self.options.element;
-        let linears: Vec<LinearShape> =
-            self.linears.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
-        let start = Instant::now();
-        let (base, bytes) = lane.activations();
-        // Numbers like activations: a card computes zeros faster, being cooler.
-        let mut random = fastrand::Rng::with_seed(1);
-        let values: Vec<f32> = (0..1 << 18).map(|_| random.f32() - 0.5).collect();
-        let block = element.encode(&values);
-        for offset in (0..bytes).step_by(block.len()) {
-            let part = &block[..block.len().min(bytes - offset)];
-            // SAFETY: within the lane's memory; the host's block lives until the stream has been waited for.
-            unsafe { cudarc::driver::result::memcpy_htod_async(base + offset as u64, part, lane.stream.cu_stream()) }?;
-        }
-        lane.stream.synchronize()?;
-        let mut news = false;
-        for LinearShape { outputs, inputs } in linears {
-            // x, the output and the weight one after another; the output's own values serve as residual and bias.
-            let size = element.bytes();
-            let weight_bytes = (outputs * inputs * size).next_multiple_of(arena::ALIGNMENT);
-            let rows = (bytes.saturating_sub(weight_bytes + 2 * arena::ALIGNMENT)) / ((outputs + inputs) * size);
-            let rows = rows.min(rounded(lane.capacity()));
-            if rows < 64 {
-                continue;
-            }
-            let x = base + weight_bytes as u64;
-            let output = x + (rows * inputs * size).next_multiple_of(arena::ALIGNMENT) as u64;
-            let operands = Operands { x, weight: base, bias: base, residual: output, output };
-            // Every finish that a layer's products of this shape may have; an algorithm is fit for one.
-            let finish = if outputs <= inputs { Finish::BiasResidual } else { Finish::Bias };
-            news |= lane.products.tune(Shape { rows, outputs, inputs, finish }, rows, operands)?;
-        }
-        if news {
-            tuning.keep();
-            tracing::info!(seconds = start.elapsed().as_secs_f64(), card = self.card.name, "tuned the products");
-        }
-        Ok(())
-    }
-
-    /// Where the card had too little memory at start, or has more now, or one pair is longer than any batch.
-    fn fit(&self, lane: &mut Lane, longest: usize) -> Result<(), BackendError> {
-        let wanted = self.options.max_batch_tokens;
-        if longest > lane.capacity() {
-            return lane.grow(longest, self.row_bytes());
-        }
-        if lane.capacity() < wanted {
-            let mut lanes = self.lock();
-            if lanes.asked.is_none_or(|at| at.elapsed() > ASK_AGAIN) {
-                lanes.asked = Some(Instant::now());
-                drop(lanes);
-                lane.grow(wanted, self.row_bytes()).ok(); // not yet
-            }
-        }
-        Ok(())
-    }
-
     fn compute(&self, batch: &Batch, replay: bool, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
-        let mut lane = self.lane()?;
-        let mut run = || {
-            self.card.context.bind_to_thread()?;
-            let longest = batch.ranges().map(|rows| rows.len()).max().unwrap_or(0);
-            self.fit(&mut lane, longest)?;
-            let parts = layout::split(batch, lane.capacity());
+        let longest = batch.ranges().map(|rows| rows.len()).max().unwrap_or(0);
+        let run = || {
+            let mut lane = self.lanes.take(longest)?;
             let mut logits = Vec::with_capacity(batch.sequences());
-            for part in parts {
+            for part in layout::split(batch, lane.capacity()) {
                 let sequences: Vec<usize> = part.collect();
                 let piece = batch.select(&sequences);
                 logits.extend(lane.run(&piece, replay, |lane| graph(lane, &piece))?);
             }
             Ok(logits)
         };
-        // Nobody knows what a panic has left on the stream, and a lane that does not come back is waited for by every later batch.
-        let outcome = catch_unwind(AssertUnwindSafe(&mut run))
-            .unwrap_or_else(|_| Err(BackendError::DeviceLost("a panic while a batch was launched".into())));
-        self.give_back(lane);
-        outcome
+        // Nobody knows what a panic has left on the lane's stream.
+        catch_unwind(AssertUnwindSafe(run))
+            .unwrap_or_else(|_| Err(BackendError::DeviceLost("a panic while a batch was launched".into())))
     }
 
     /// Launches `function` on the lane's stream.
@@ -438,15 +294,14 @@ impl Backend for CudaBackend {
 
     fn describe(&self) -> String {
         let invariant = if self.options.invariant { ", batch-invariant" } else { "" };
-        let capacity = self.lock().free.iter().map(Lane::capacity).min();
-        let short = capacity.filter(|&tokens| tokens < self.options.max_batch_tokens);
+        let short = self.lanes.capacity().filter(|&tokens| tokens < self.options.max_batch_tokens);
         let memory = short.map(|tokens| format!(", memory for {tokens} tokens at a time")).unwrap_or_default();
         let (element, name, ordinal) = (self.options.element.name(), &self.card.name, self.card.context.ordinal());
         format!("CUDA, {element}{invariant}, {name} (cuda:{ordinal}){memory}")
     }
 
     fn lanes(&self) -> usize {
-        LANES
+        lanes::IN_FLIGHT
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
@@ -465,8 +320,7 @@ impl Backend for CudaBackend {
         }
         let (weight, bias) = match place {
             Place::Encoder => {
-                let mut linears = self.linears.lock().unwrap_or_else(PoisonError::into_inner);
-                linears.insert(LinearShape { outputs, inputs });
+                self.lanes.expect(outputs, inputs);
                 (self.upload_elements(&weight)?, self.upload_elements(&bias)?)
             }
             Place::Head => (self.upload_exact(&weight)?, self.upload_exact(&bias)?),

@@ -1,0 +1,191 @@
+//! A card's lanes: made at the first batch, when the weights are there and their shapes known; lent to one batch at a time.
+
+use std::collections::BTreeSet;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::CudaOptions;
+use super::arena::ALIGNMENT;
+use super::card::Card;
+use super::lane::Lane;
+use super::layout::rounded;
+use super::products::{Finish, Operands, Shape, Tuning};
+use crate::backend::BackendError;
+
+/// Batches in flight on one card.
+pub(super) const IN_FLIGHT: usize = 2;
+/// How long lanes with less memory than they want wait before they ask the card again.
+const ASK_AGAIN: Duration = Duration::from_secs(10);
+
+/// The lanes of one card.
+#[derive(Debug)]
+pub(super) struct Lanes {
+    card: Arc<Card>,
+    options: CudaOptions,
+    /// C
+    hidden_size: usize,
+    state: Mutex<State>,
+    returned: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Outputs and inputs of the model's products: what lanes need memory for, and what is tuned.
+    products: BTreeSet<(usize, usize)>,
+    made: bool,
+    /// Lanes that no batch has.
+    free: Vec<Lane>,
+    asked: Option<Instant>,
+}
+
+/// A lane of one batch's own, given back whatever becomes of the batch.
+pub(super) struct Lent<'a> {
+    lanes: &'a Lanes,
+    lane: Option<Lane>,
+}
+
+impl Lanes {
+    pub(super) fn new(card: Arc<Card>, options: CudaOptions, hidden_size: usize) -> Self {
+        Self { card, options, hidden_size, state: Mutex::default(), returned: Condvar::new() }
+    }
+
+    /// Says before the first batch that there will be products of this shape.
+    pub(super) fn expect(&self, outputs: usize, inputs: usize) {
+        self.lock().products.insert((outputs, inputs));
+    }
+
+    /// Tokens of the largest batch that every free lane has memory for.
+    pub(super) fn capacity(&self) -> Option<usize> {
+        self.lock().free.iter().map(Lane::capacity).min()
+    }
+
+    /// A lane, waiting for one to be free, with memory for a sequence of `longest` tokens. The first call makes them all.
+    pub(super) fn take(&self, longest: usize) -> Result<Lent<'_>, BackendError> {
+        self.card.context.bind_to_thread()?;
+        let mut state = self.lock();
+        if !state.made {
+            state.free = self.make(&state)?;
+            state.made = true;
+        }
+        let lane = loop {
+            // The roomiest divides a batch least.
+            match (0..state.free.len()).max_by_key(|&i| state.free[i].capacity()) {
+                Some(i) => break state.free.swap_remove(i),
+                None => state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner),
+            }
+        };
+        let ask =
+            lane.capacity() < self.options.max_batch_tokens && state.asked.is_none_or(|at| at.elapsed() > ASK_AGAIN);
+        if ask {
+            state.asked = Some(Instant::now());
+        }
+        let row_bytes = self.row_bytes(&state);
+        drop(state);
+        let mut lent = Lent { lanes: self, lane: Some(lane) };
+        if ask {
+            match lent.grow(self.options.max_batch_tokens, row_bytes) {
+                Err(BackendError::OutOfMemory(_)) => {} // not yet
+                outcome => outcome?,
+            }
+        }
+        if longest > lent.capacity() {
+            lent.grow(longest, row_bytes)?;
+        }
+        Ok(lent)
+    }
+
+    /// Bytes of a lane's memory for each token. A layer holds rows of 7 C (its input, Q, K and V, context, the sum after attention
+    /// and the output) and one of the widest product. The rest is for what rounding and gaps take, and for sequences' own rows.
+    fn row_bytes(&self, state: &State) -> usize {
+        let widest = state.products.iter().map(|&(outputs, _)| outputs).max().unwrap_or(0);
+        (10 * self.hidden_size + 2 * widest) * self.options.element.bytes()
+    }
+
+    fn make(&self, state: &State) -> Result<Vec<Lane>, BackendError> {
+        let CudaOptions { element, max_batch_tokens, invariant } = self.options;
+        let tuning = Arc::new(Tuning::open(&self.card.name, element, invariant));
+        let new = || {
+            let (card, tuning) = (Arc::clone(&self.card), Arc::clone(&tuning));
+            Lane::new(card, element, tuning, max_batch_tokens, self.row_bytes(state))
+        };
+        let mut made = vec![new()?];
+        while made.len() < IN_FLIGHT {
+            match new() {
+                // A card without room for two lanes of like size computes one batch at a time.
+                Err(BackendError::OutOfMemory(_)) => break,
+                Ok(lane) if 2 * lane.capacity() < made[0].capacity() => break,
+                lane => made.push(lane?),
+            }
+        }
+        self.tune(&made[0], &tuning, &state.products)?;
+        Ok(made)
+    }
+
+    /// Times cuBLASLt's algorithms for the shapes of this model's products, on random numbers.
+    fn tune(&self, lane: &Lane, tuning: &Tuning, products: &BTreeSet<(usize, usize)>) -> Result<(), BackendError> {
+        let element = self.options.element;
+        let start = Instant::now();
+        let (base, bytes) = lane.activations();
+        // Numbers like activations: a card computes zeros faster, being cooler.
+        let mut random = fastrand::Rng::with_seed(1);
+        let values: Vec<f32> = (0..1 << 18).map(|_| random.f32() - 0.5).collect();
+        let block = element.encode(&values);
+        let mut news = false;
+        for &(outputs, inputs) in products {
+            // x, the output and the weight one after another; the output's own values serve as residual, the weight's as bias.
+            let size = element.bytes();
+            let weight_bytes = (outputs * inputs * size).next_multiple_of(ALIGNMENT);
+            let rows = (bytes.saturating_sub(weight_bytes + 2 * ALIGNMENT)) / ((outputs + inputs) * size);
+            let rows = rows.min(rounded(lane.capacity()));
+            if rows < 64 {
+                continue;
+            }
+            // Afresh for each shape: a residual that is its own output grows from run to run.
+            for offset in (0..bytes).step_by(block.len()) {
+                let part = &block[..block.len().min(bytes - offset)];
+                // SAFETY: within the lane's memory; the host's block lives until the stream has been waited for.
+                unsafe {
+                    cudarc::driver::result::memcpy_htod_async(base + offset as u64, part, lane.stream.cu_stream())
+                }?;
+            }
+            lane.stream.synchronize()?;
+            let x = base + weight_bytes as u64;
+            let output = x + (rows * inputs * size).next_multiple_of(ALIGNMENT) as u64;
+            let operands = Operands { x, weight: base, bias: base, residual: output, output };
+            // Narrowing products are those with a residual; an algorithm is fit for one finish.
+            let finish = if outputs <= inputs { Finish::BiasResidual } else { Finish::Bias };
+            news |= lane.products.tune(Shape { rows, outputs, inputs, finish }, rows, operands)?;
+        }
+        if news {
+            tuning.keep();
+            tracing::info!(seconds = start.elapsed().as_secs_f64(), card = self.card.name, "tuned the products");
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Deref for Lent<'_> {
+    type Target = Lane;
+
+    fn deref(&self) -> &Lane {
+        self.lane.as_ref().expect("given back by drop alone")
+    }
+}
+
+impl DerefMut for Lent<'_> {
+    fn deref_mut(&mut self) -> &mut Lane {
+        self.lane.as_mut().expect("given back by drop alone")
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        self.lanes.lock().free.extend(self.lane.take());
+        self.lanes.returned.notify_one();
+    }
+}
