@@ -199,6 +199,8 @@ impl<E: Element> Op for Head<'_, E> {
                                 sums: scores.shared().row(tile.start).add(panel * I::PANEL).cast(),
                                 sums_stride: scores.stride(),
                                 resume: false,
+                                ahead: std::ptr::null(),
+                                ahead_stride: 0,
                             };
                             product::multiply(isa, E::FORMAT, operands, tile.len(), I::PANEL_VECTORS);
                         }
@@ -231,6 +233,8 @@ impl<E: Element> Op for Head<'_, E> {
                                 sums: context.shared().row(tile.start).add(panel * value_width).cast(),
                                 sums_stride: context.stride(),
                                 resume: first_key > 0,
+                                ahead: std::ptr::null(),
+                                ahead_stride: 0,
                             };
                             product::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
                         }

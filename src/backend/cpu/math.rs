@@ -40,7 +40,10 @@ pub(super) fn exp2<I: Isa>(isa: I, x: I::F, exactness: Exactness) -> I::F {
 #[inline(always)]
 pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::F, exactness: Exactness) -> I::F {
     match activation {
-        Activation::Gelu => gelu(isa, x, exactness),
+        Activation::Gelu => match exactness {
+            Exactness::F32 => gelu(isa, x),
+            Exactness::Bf16 => gelu_for_bf16(isa, x),
+        },
         Activation::GeluTanh => gelu_tanh(isa, x),
         Activation::Relu => isa.max(x, isa.splat(0.0)),
         Activation::Tanh => x,
@@ -50,9 +53,9 @@ pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::F, exactnes
 /// `x / 2 * (1 + erf(x / sqrt 2))`.
 ///
 /// erf is the ratio of polynomials that Eigen uses (`generic_fast_erf_float`, MPL-2.0, whose coefficients these are): within
-/// a few units in the last place of f32. Where the result is rounded to bf16 next, the ratio is taken within 1e-4.
+/// a few units in the last place of f32.
 #[inline(always)]
-fn gelu<I: Isa>(isa: I, x: I::F, exactness: Exactness) -> I::F {
+fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
     let z = isa.mul(x, isa.splat(std::f32::consts::FRAC_1_SQRT_2));
     let z = isa.max(isa.min(z, isa.splat(4.0)), isa.splat(-4.0));
     let z2 = isa.mul(z, z);
@@ -64,12 +67,21 @@ fn gelu<I: Isa>(isa: I, x: I::F, exactness: Exactness) -> I::F {
     for c in [-2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2] {
         q = isa.fma(q, z2, isa.splat(c));
     }
-    let erf = match exactness {
-        Exactness::F32 => isa.div(isa.mul(z, p), q),
-        Exactness::Bf16 => isa.div_for_bf16(isa.mul(z, p), q),
-    };
+    let erf = isa.div(isa.mul(z, p), q);
     let half = isa.mul(x, isa.splat(0.5));
     isa.fma(half, erf, half)
+}
+
+/// [`gelu`] for what is rounded to bf16 next: `x / (1 + 2^-u)`, u being x times a polynomial of x^2 that was fitted to the
+/// logarithm of the normal distribution's odds. Within 7.5e-5 of the exact value or 6.5e-4 of its size; below -20 it is `4e-6 x`.
+#[inline(always)]
+fn gelu_for_bf16<I: Isa>(isa: I, x: I::F) -> I::F {
+    let y = isa.max(isa.min(x, isa.splat(4.5)), isa.splat(-4.5));
+    let y2 = isa.mul(y, y);
+    let p = isa.fma(y2, isa.splat(1.120_783_7e-3), isa.splat(-0.107_483_2));
+    let p = isa.fma(y2, p, isa.splat(-2.300_526));
+    let power = isa.exp2_for_bf16(isa.mul(y, p));
+    isa.div_for_bf16(x, isa.add(power, isa.splat(1.0)))
 }
 
 /// `x / 2 * (1 + tanh(u))` with `u = sqrt(2/pi) (x + 0.044715 x^3)`, as `x / (1 + e^-2u)`.

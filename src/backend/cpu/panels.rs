@@ -58,30 +58,26 @@ impl Panels {
         let panels = outputs.div_ceil(width);
         let mut padded_bias = bias.data.clone();
         padded_bias.resize(panels * width, 0.0);
-        let (mut scale, mut column_sum) = (Vec::new(), Vec::new());
-        if format == Format::Int8 {
-            let row = |output: usize| &weight.data[output * inputs..][..inputs];
-            scale = (0..outputs).map(|output| int8_scale(row(output))).collect();
-            column_sum = (0..outputs)
-                .map(|o| row(o).iter().map(|&w| int8(w, scale[o])).sum::<i32>())
-                .zip(&scale)
-                .map(|(sum, scale)| sum as f32 * scale)
-                .collect();
-            scale.resize(panels * width, 0.0);
-            column_sum.resize(panels * width, 0.0);
-        }
+        let (mut scale, mut column_sum) = (vec![0.0; panels * width], vec![0.0; panels * width]);
         let mut words = Line::zeros(panels * steps * width * 4);
         let panel_lines = steps * width * 4 / 64;
-        pool.for_each(words.chunks_mut(panel_lines).enumerate().collect(), |(panel, lines)| {
+        let columns = scale.chunks_mut(width).zip(column_sum.chunks_mut(width));
+        pool.for_each(words.chunks_mut(panel_lines).zip(columns).enumerate().collect(), |(panel, (lines, columns))| {
             let words: &mut [u32] = cast_slice_mut(lines);
+            let (scales, sums): (&mut [f32], &mut [f32]) = columns;
             for column in 0..width.min(outputs - panel * width) {
-                let output = panel * width + column;
-                let row = &weight.data[output * inputs..][..inputs];
+                let row = &weight.data[(panel * width + column) * inputs..][..inputs];
+                if format == Format::Int8 {
+                    let scale = int8_scale(row);
+                    scales[column] = scale;
+                    sums[column] = row.iter().map(|&w| i32::from(int8(w, scale))).sum::<i32>() as f32 * scale;
+                }
+                let scale = scales[column];
                 for (step, values) in row.chunks(format.values_per_step()).enumerate() {
                     words[step * width + column] = match format {
                         Format::F32 => values[0].to_bits(),
                         Format::Bf16 => word(values, |v| u32::from(bf16::from_f32(v).to_bits()), 16),
-                        Format::Int8 => word(values, |v| u32::from(int8(v, scale[output]) as u8), 8),
+                        Format::Int8 => word(values, |v| u32::from(int8(v, scale) as u8), 8),
                     };
                 }
             }
@@ -105,6 +101,9 @@ fn int8_scale(weights: &[f32]) -> f32 {
     weights.iter().fold(0f32, |largest, weight| largest.max(weight.abs())).max(f32::MIN_POSITIVE) / 127.0
 }
 
-fn int8(weight: f32, scale: f32) -> i32 {
-    (weight / scale).round_ties_even().clamp(-127.0, 127.0) as i32
+/// The nearest whole number of scales, ties to even. No library's `round`, which is a call for each weight.
+fn int8(weight: f32, scale: f32) -> i8 {
+    /// 1.5 * 2^23: the sum with it is rounded to a whole number, which is in its low bits.
+    const ROUNDED: f32 = 12_582_912.0;
+    ((weight / scale).clamp(-127.0, 127.0) + ROUNDED).to_bits() as i8
 }

@@ -8,6 +8,7 @@
 //!     for each block of k-steps:               so that long rows do not push the panel out
 //!         for each tile of rows:               the rows' words are broadcast, the panel's are loaded
 //!             acc[row][vector] += row word * panel vector
+//!             and a share of the words behind the block is fetched into the cache
 //!     epilogue: scales, bias, activation, residual, rounding
 //! ```
 //!
@@ -187,10 +188,11 @@ impl<D: Dot> Op for Loops<'_, D> {
         if steps <= BLOCK_STEPS {
             let mut tile = Tile([0; TILE_ROWS * MAX_PANEL]);
             for panel in self.panels.clone() {
-                for rows in tiles(self.rows.clone()) {
+                for (i, rows) in tiles(self.rows.clone()).enumerate() {
+                    let share = Share { index: i, of: tiles(self.rows.clone()).len() };
                     // SAFETY: a tile's sums fit; the panel and the rows are the product's.
                     unsafe {
-                        self.sum(isa, panel, rows.clone(), 0..steps, tile.0.as_mut_ptr());
+                        self.sum(isa, panel, rows.clone(), 0..steps, share, tile.0.as_mut_ptr());
                         self.finish(isa, &tile.0, panel, rows);
                     }
                 }
@@ -202,11 +204,12 @@ impl<D: Dot> Op for Loops<'_, D> {
             for start in self.rows.clone().step_by(BLOCK_ROWS) {
                 let block = start..(start + BLOCK_ROWS).min(self.rows.end);
                 for step in (0..steps).step_by(BLOCK_STEPS) {
-                    for rows in tiles(block.clone()) {
+                    for (i, rows) in tiles(block.clone()).enumerate() {
+                        let share = Share { index: i, of: tiles(block.clone()).len() };
                         // SAFETY: the sums have a row for each row of the block, and the stride of a panel's width.
                         unsafe {
                             let to = sums.shared().row(rows.start - start);
-                            self.sum(isa, panel, rows, step..(step + BLOCK_STEPS).min(steps), to);
+                            self.sum(isa, panel, rows, step..(step + BLOCK_STEPS).min(steps), share, to);
                         }
                     }
                 }
@@ -225,18 +228,31 @@ impl<D: Dot> Loops<'_, D> {
     /// # Safety
     /// `sums` has a panel's width for each of the rows, which `compute` has checked to be the input's.
     #[inline(always)]
-    unsafe fn sum<I: Isa>(&self, isa: I, panel: usize, rows: Range<usize>, steps: Range<usize>, sums: *mut u32) {
+    unsafe fn sum<I: Isa>(
+        &self,
+        isa: I,
+        panel: usize,
+        rows: Range<usize>,
+        steps: Range<usize>,
+        share: Share,
+        sums: *mut u32,
+    ) {
         let Product { input, weights, .. } = *self.product;
+        let block = steps.len() * weights.width;
         // SAFETY: the rows and the panel have all the weights' k-steps.
         unsafe {
+            let b = weights.panel(panel).as_ptr().add(steps.start * weights.width);
             let operands = Operands {
                 a: input.words.as_ptr().add(rows.start * input.stride + steps.start),
                 a_stride: input.stride,
-                b: weights.panel(panel).as_ptr().add(steps.start * weights.width),
+                b,
                 steps: steps.len(),
                 sums,
                 sums_stride: weights.width,
                 resume: steps.start > 0,
+                // Panels follow one another. Behind the last lies nothing that is wanted; fetching is no access.
+                ahead: b.wrapping_add(block + block * share.index / share.of),
+                ahead_stride: weights.width.div_ceil(share.of),
             };
             multiply(isa, self.format, operands, rows.len(), I::PANEL_VECTORS);
         }
@@ -295,9 +311,16 @@ impl<D: Dot> Loops<'_, D> {
     }
 }
 
+/// A tile's part in fetching what comes after a block.
+#[derive(Clone, Copy)]
+struct Share {
+    index: usize,
+    of: usize,
+}
+
 /// Cuts rows into tiles of like size.
 #[inline(always)]
-pub(super) fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+pub(super) fn tiles(rows: Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> {
     let (start, n) = (rows.start, rows.len());
     let count = n.div_ceil(TILE_ROWS);
     (0..count).map(move |i| start + n * i / count..start + n * (i + 1) / count)
@@ -319,6 +342,10 @@ pub(super) struct Operands {
     pub(super) sums_stride: usize,
     /// Whether to add to the sums that are there.
     pub(super) resume: bool,
+    /// Words that will be wanted soon, wherever that is: a line is fetched into the second-level cache at each k-step.
+    pub(super) ahead: *const u32,
+    /// Words from one such place to the next one; none where it is 0.
+    pub(super) ahead_stride: usize,
 }
 
 /// `sums[row][column] (+)= sum over steps of a[row][step] * b[step][column]`, for one to six rows and some vectors of columns.
@@ -354,7 +381,7 @@ impl<D: Dot, const R: usize, const V: usize> Op for Kernel<D, R, V> {
         if V > I::PANEL_VECTORS {
             unreachable!("wider than a panel");
         }
-        let Operands { a, a_stride, mut b, steps, sums, sums_stride, resume } = self.operands;
+        let Operands { a, a_stride, mut b, steps, sums, sums_stride, resume, mut ahead, ahead_stride } = self.operands;
         let mut acc = [[isa.splat_bits(0); V]; R];
         // SAFETY: `multiply`'s caller has said how far each pointer reaches.
         unsafe {
@@ -378,6 +405,10 @@ impl<D: Dot, const R: usize, const V: usize> Op for Kernel<D, R, V> {
                     }
                 }
                 b = b.add(V * I::LANES);
+                if ahead_stride > 0 {
+                    isa.fetch(ahead);
+                    ahead = ahead.wrapping_add(ahead_stride);
+                }
             }
             for (r, row) in acc.iter().enumerate() {
                 for (v, &sum) in row.iter().enumerate() {

@@ -3,6 +3,8 @@
 
 use candle_core::{Device, Tensor};
 
+use super::math::{self, Exactness};
+use super::simd::{Isa, Op};
 use super::*;
 use crate::backend::candle::CandleBackend;
 use crate::batch::Pair;
@@ -192,6 +194,33 @@ fn products_equal_their_definition() {
             }
         }
     });
+}
+
+/// The form of GELU that is rounded to bf16 next against the exact one, which the products' test holds to candle.
+#[test]
+fn the_shorter_gelu_is_as_near_as_it_says() {
+    struct Both(f32);
+    impl Op for Both {
+        type Output = [f32; 2];
+        #[inline(always)]
+        fn run<I: Isa>(self, isa: I) -> [f32; 2] {
+            let of = |exactness| {
+                // All lanes are alike.
+                let value = math::activate(isa, Activation::Gelu, isa.splat(self.0), exactness);
+                isa.max_of(value)
+            };
+            [of(Exactness::F32), of(Exactness::Bf16)]
+        }
+    }
+    for path in Path::every_one_here() {
+        eprintln!("gelu: {}", path.name());
+        let extremes = [f32::MAX, f32::MIN_POSITIVE, 0.0];
+        for x in (-40_000..40_000).map(|i| i as f32 / 2000.0).chain(extremes) {
+            let [exact, short] = path.enter(Both(x));
+            let (difference, size) = ((short - exact).abs(), exact.abs());
+            assert!(difference <= 7.5e-5_f32.max(6.5e-4 * size), "{}: {short} for {exact} at {x}", path.name());
+        }
+    }
 }
 
 #[test]

@@ -87,6 +87,10 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
             _mm_storel_epi64(to.cast(), _mm_packus_epi16(words, words));
         }
     }
+    #[inline(always)]
+    fn fetch(self, line: *const u32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
+    }
 
     #[inline(always)]
     fn floats(self, x: __m256i) -> __m256 {

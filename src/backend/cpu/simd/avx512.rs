@@ -107,6 +107,10 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
     unsafe fn store_u8(self, to: *mut u8, x: __m512) {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))) }
     }
+    #[inline(always)]
+    fn fetch(self, line: *const u32) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
+    }
 
     #[inline(always)]
     fn floats(self, x: __m512i) -> __m512 {

@@ -58,6 +58,9 @@ pub(super) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn load_bf16(self, from: *const u16) -> Self::F;
     /// Writes the low byte of each lane, of whole numbers from 0 to 255 in x.
     unsafe fn store_u8(self, to: *mut u8, x: Self::F);
+    /// Fetches the line into the second-level cache, where there is an instruction for it. Any address will do.
+    #[inline(always)]
+    fn fetch(self, _line: *const u32) {}
 
     fn floats(self, x: Self::I) -> Self::F;
     /// i32 lanes as f32.
