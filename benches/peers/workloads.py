@@ -41,6 +41,17 @@ SHAPES = {
 }
 
 
+def operations(shape: Shape, lengths: list[int]) -> tuple[float, float]:
+    """Multiplications and additions of linear layers, and of attention: what no engine gets around. Of the last layer only keys and
+    values are needed for every token, all else for a pair's first one. Embeddings, norms, activations and the head are left out."""
+    tokens, pairs = sum(lengths), len(lengths)
+    weights = 4 * shape.hidden * shape.hidden + 2 * shape.hidden * shape.feed_forward
+    keys_and_values = 2 * shape.hidden * shape.hidden
+    linear = (shape.layers - 1) * weights * tokens + keys_and_values * tokens + (weights - keys_and_values) * pairs
+    scores = (shape.layers - 1) * sum(n * n for n in lengths) + tokens
+    return 2.0 * linear, 2.0 * 2 * shape.hidden * scores
+
+
 def lengths(shape: Shape, workload: str) -> list[int]:
     """Tokens of each pair. Smaller shapes have more pairs, and their first ones are those of the larger shapes."""
     dice = random.Random(1234)

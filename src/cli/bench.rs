@@ -13,8 +13,9 @@ use serde_json::json;
 
 use super::{Failure, print, table};
 use crate::backend::BackendError;
+use crate::backend::cpu::probe;
 use crate::batch::{Batch, Pair};
-use crate::loading::{self, LoadedModel};
+use crate::loading::{self, DeviceChoice, LoadedModel};
 use crate::settings::ModelArgs;
 use crate::telemetry;
 
@@ -54,7 +55,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             None => own(&model),
         };
         if args.json {
-            answer(&format!("rerankd-{}", settings.load.device.name()), &model, &workloads, batch_tokens)?;
+            answer(&settings.load.device, &model, &workloads, batch_tokens)?;
         } else {
             report(&model, &workloads, args.runs, batch_tokens)?;
         }
@@ -145,9 +146,18 @@ struct Turn {
 }
 
 /// A line for each line, until the input ends.
-fn answer(engine: &str, model: &LoadedModel, workloads: &Workloads, batch_tokens: usize) -> Result<(), Failure> {
-    let version = env!("CARGO_PKG_VERSION");
-    print(&format!("{}\n", json!({"engine": engine, "ready": true, "version": version})))?;
+fn answer(
+    device: &DeviceChoice,
+    model: &LoadedModel,
+    workloads: &Workloads,
+    batch_tokens: usize,
+) -> Result<(), Failure> {
+    let engine = format!("rerankd-{}", device.name());
+    let mut ready = json!({"engine": engine, "ready": true, "version": env!("CARGO_PKG_VERSION")});
+    if let DeviceChoice::Cpu(dtype, pool) = device {
+        ready["peak"] = probe::peak(*dtype, pool.threads()).into();
+    }
+    print(&format!("{ready}\n"))?;
     for line in std::io::stdin().lines() {
         let line = line.context("standard input").map_err(Failure::Other)?;
         let turn: Turn = serde_json::from_str(&line)
