@@ -17,7 +17,7 @@
 use std::ops::Range;
 
 use super::epilogue::Output;
-use super::math::{Exactness, MAX_LANES, exp2, load_some, store_some, store_some_bf16};
+use super::math::{Exactness, exp2, store_some, store_some_bf16};
 use super::matrix::Matrix;
 use super::product::{self, Dot, Operands};
 use super::simd::{Isa, Op, Path};
@@ -264,7 +264,7 @@ impl<E: Element> Op for Head<'_, E> {
 /// Returns the largest score up to here and the sum of these weights.
 ///
 /// # Safety
-/// `scores` has n values and may be read to the end of the vector; `to` has room for n, and for the k-step that n ends in.
+/// `scores` has n values and may be read, as `to` may be written, to the end of the vector that n ends in.
 #[inline(always)]
 unsafe fn soften<I: Isa, E: Element>(
     isa: I,
@@ -290,7 +290,7 @@ unsafe fn soften<I: Isa, E: Element>(
         }
         let mut most = isa.max(isa.max(parts[0], parts[1]), isa.max(parts[2], parts[3]));
         if whole < n {
-            most = isa.max(most, load_some(isa, scores.add(whole), n - whole, f32::NEG_INFINITY));
+            most = isa.max(most, isa.first_lanes(isa.load(scores.add(whole)), n - whole, f32::NEG_INFINITY));
         }
         let largest = isa.max_of(most);
         let (scale, shift) = (isa.splat(factor), isa.splat(-largest * factor));
@@ -302,13 +302,10 @@ unsafe fn soften<I: Isa, E: Element>(
         }
         if whole < n {
             let weight = power::<I, E>(isa, isa.fma(isa.load(scores.add(whole)), scale, shift));
-            let mut lanes = [0f32; MAX_LANES];
-            isa.store(lanes.as_mut_ptr(), weight);
-            lanes[n - whole..].fill(0.0);
-            let weight = isa.load(lanes.as_ptr());
+            let weight = isa.first_lanes(weight, n - whole, 0.0);
             sum = isa.add(sum, weight);
             // With the zeros that fill the last k-step.
-            E::store(isa, to.add(whole), (n - whole).next_multiple_of(E::PER_STEP), weight);
+            E::store(isa, to.add(whole), I::LANES, weight);
         }
         (largest, isa.sum(sum))
     }

@@ -175,6 +175,10 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
         unsafe { _mm512_scalef_ps(x, n) }
     }
     #[inline(always)]
+    fn first_lanes(self, x: __m512, n: usize, fill: f32) -> __m512 {
+        unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(fill), ((1u32 << n) - 1) as __mmask16, x) }
+    }
+    #[inline(always)]
     fn sum(self, x: __m512) -> f32 {
         unsafe { _mm512_reduce_add_ps(x) }
     }

@@ -15,7 +15,7 @@ mod portable;
 
 pub(super) use portable::Portable;
 
-use super::math::{Exactness, exp2};
+use super::math::{Exactness, MAX_LANES, exp2};
 
 /// A computation that is written once for all instruction sets.
 pub(super) trait Op {
@@ -88,6 +88,17 @@ pub(super) unsafe trait Isa: Copy + Send + Sync + 'static {
     }
     /// `x * 2^n` for whole n from -126 to 127.
     fn scale_by_power(self, x: Self::F, n: Self::F) -> Self::F;
+    /// The first n lanes of x, and `fill` in the others.
+    #[inline(always)]
+    fn first_lanes(self, x: Self::F, n: usize, fill: f32) -> Self::F {
+        let mut lanes = [0f32; MAX_LANES];
+        // SAFETY: the array has room for the widest vector.
+        unsafe {
+            self.store(lanes.as_mut_ptr(), x);
+            lanes[n..].fill(fill);
+            self.load(lanes.as_ptr())
+        }
+    }
     fn sum(self, x: Self::F) -> f32;
     fn max_of(self, x: Self::F) -> f32;
     fn min_of(self, x: Self::F) -> f32;
