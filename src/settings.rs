@@ -71,7 +71,8 @@ pub struct ModelArgs {
 
     /// Numbers that encoder layers multiply
     ///
-    /// `f32` is exact. `bf16` halves the memory and is about twice as fast where the processor multiplies bf16 (AVX-512 BF16).
+    /// `f32` is exact. `bf16` halves the memory and is about twice as fast where the processor multiplies bf16 (AVX-512 BF16;
+    /// NEON's was not measured).
     /// `int8` halves it again. `f16` is for cards. `auto` is f16 on a card, bf16 where the processor has it, and f32 elsewhere.
     #[arg(long, value_enum, default_value = "auto", env = "RERANKD_DTYPE")]
     pub dtype: DtypeArg,

@@ -159,11 +159,13 @@ impl Dot for Int8 {
     fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I {
         isa.dot_int8(acc, a, b)
     }
-    /// `sum (low + scale_x byte) (scale_w q) = scale_x scale_w (sum byte q) + low (sum scale_w q)`
+    /// `sum (low + scale_x byte) (scale_w q) = scale_x scale_w (sum byte q) + low (sum scale_w q)`, and likewise for
+    /// `byte - 128` from `low + 128 scale_x` on.
     #[inline(always)]
     fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, range: ByteRange) -> I::F {
         let scale = isa.mul(columns.scale, isa.splat(range.scale));
-        isa.fma(isa.i32_to_f32(sums), scale, isa.fma(columns.column_sum, isa.splat(range.low), columns.bias))
+        let low = if I::SIGNED_BYTES { range.low + 128.0 * range.scale } else { range.low };
+        isa.fma(isa.i32_to_f32(sums), scale, isa.fma(columns.column_sum, isa.splat(low), columns.bias))
     }
 }
 

@@ -14,7 +14,9 @@ fn everywhere(test: &str, check: impl Fn(&CpuBackend, &Bound)) {
     let paths = Path::every_one_here();
     let names: Vec<&str> = paths.iter().map(|path| path.name()).collect();
     eprintln!("{test}: on {}", names.join(", "));
-    for missing in ["AVX-512 BF16 VNNI", "AVX-512 VNNI", "AVX-512", "AVX2 VNNI", "AVX2"] {
+    for missing in
+        ["AVX-512 BF16 VNNI", "AVX-512 VNNI", "AVX-512", "AVX2 VNNI", "AVX2", "NEON BF16 I8MM", "NEON DotProd", "NEON"]
+    {
         if !names.contains(&missing) {
             eprintln!("{test}: SKIPPED on {missing}, which this machine does not have");
         }
@@ -349,6 +351,70 @@ fn embeddings_equal_their_definition() {
             }
         }
     });
+}
+
+/// What is exact of an instruction set: dot products of bytes, the largest ones among them, and the two roundings.
+#[test]
+fn bytes_and_halves_are_exact() {
+    everywhere("bytes and halves", |backend, bound| backend.path.enter(BytesAndHalves { at: &bound.at }));
+}
+
+struct BytesAndHalves<'a> {
+    at: &'a str,
+}
+
+impl Op for BytesAndHalves<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<I: Isa>(self, isa: I) {
+        let mut random = fastrand::Rng::with_seed(11);
+        for round in 0..2000 {
+            // Every other round, nothing but the ends of the ranges: what saturates, saturates here.
+            let ends = round % 2 == 0;
+            let mut bytes = |low: i32, high: i32| -> Vec<i32> {
+                let byte = |_| if ends { [low, high][random.usize(..2)] } else { random.i32(low..=high) };
+                (0..4 * I::LANES).map(byte).collect()
+            };
+            let (a, b) = (bytes(0, 255), bytes(-127, 127));
+            let words = |bytes: &[i32]| -> Vec<u32> {
+                bytes.chunks(4).map(|four| u32::from_le_bytes(std::array::from_fn(|i| four[i] as u8))).collect()
+            };
+            let mut lanes = words(&bytes(0, 255));
+            let offset = if I::SIGNED_BYTES { 128 } else { 0 };
+            let expected: Vec<u32> = (0..I::LANES)
+                .map(|i| {
+                    let sum: i32 = (4 * i..4 * i + 4).map(|j| (a[j] - offset) * b[j]).sum();
+                    lanes[i].wrapping_add_signed(sum)
+                })
+                .collect();
+            let (a, b) = (words(&a), words(&b));
+            // SAFETY: each has LANES words.
+            unsafe {
+                let acc = isa.load_bits(lanes.as_ptr());
+                let sums = isa.dot_int8(acc, isa.load_bits(a.as_ptr()), isa.load_bits(b.as_ptr()));
+                isa.store_bits(lanes.as_mut_ptr(), sums);
+            }
+            assert_eq!(lanes, expected, "{}", self.at);
+
+            // Quarters, so that a quarter of the bytes are ties; and bf16's ties, on both sides.
+            let whole: Vec<f32> = (0..I::LANES).map(|_| random.u32(0..=4 * 255) as f32 / 4.0).collect();
+            let float = |_| f32::from_bits(random.u32(1 << 23..0x7f00_0000) & !0x7fff | random.u32(0..2) << 31);
+            let floats: Vec<f32> = (0..I::LANES).map(float).collect();
+            let (mut bytes, mut halves) = (vec![0u8; I::LANES], vec![0u16; I::LANES]);
+            let mut widened = vec![0f32; I::LANES];
+            // SAFETY: each has LANES values.
+            unsafe {
+                isa.store_u8(bytes.as_mut_ptr(), isa.load(whole.as_ptr()));
+                isa.store_bf16(halves.as_mut_ptr(), isa.load(floats.as_ptr()));
+                isa.store(widened.as_mut_ptr(), isa.load_bf16(halves.as_ptr()));
+            }
+            let expected: Vec<half::bf16> = floats.iter().map(|&x| half::bf16::from_f32(x)).collect();
+            assert!(bytes.iter().zip(&whole).all(|(&byte, x)| f32::from(byte) == x.round_ties_even()), "{}", self.at);
+            assert!(halves.iter().zip(&expected).all(|(&bits, x)| bits == x.to_bits()), "{}", self.at);
+            assert!(widened.iter().zip(&expected).all(|(&x, half)| x == half.to_f32()), "{}", self.at);
+        }
+    }
 }
 
 /// A number that is no number anywhere in a row reaches the result, in every precision: the server answers an error.

@@ -11,6 +11,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 
 pub(super) use portable::Portable;
@@ -41,6 +43,8 @@ pub(super) unsafe trait Isa: Copy + Send + Sync + 'static {
     const PANEL_VECTORS: usize;
     /// Columns of a panel.
     const PANEL: usize = Self::LANES * Self::PANEL_VECTORS;
+    /// Whether `dot_int8` takes 128 from each byte of a, for instructions that multiply signed bytes alone.
+    const SIGNED_BYTES: bool = false;
 
     /// Runs `op` compiled for this instruction set.
     fn enter<O: Op>(self, op: O) -> O::Output;
@@ -107,7 +111,7 @@ pub(super) unsafe trait Isa: Copy + Send + Sync + 'static {
     fn dot_f32(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
     /// `acc + a0 * b0 + a1 * b1` in f32 lanes of two bf16 each.
     fn dot_bf16(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
-    /// `acc + sum of a_i * b_i` in i32 lanes of four bytes each, a unsigned, b signed.
+    /// `acc + sum of a_i * b_i` in i32 lanes of four bytes each, a unsigned ([`Self::SIGNED_BYTES`]), b from -127 to 127.
     fn dot_int8(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
 
     /// The 16 x 16 transposition of words, or its plain form: `to[w * to_stride + i] = from[i * from_stride + w]`
@@ -140,7 +144,16 @@ pub(super) enum Path {
     /// AVX2 and FMA (Haswell to Zen 3).
     #[cfg(target_arch = "x86_64")]
     Avx2(avx2::Avx2<false>),
-    /// Plain Rust, which the compiler vectorises for the target's baseline: SSE2 on x86-64, NEON on AArch64.
+    /// NEON with dot products of bf16, and of unsigned by signed int8 (Neoverse V1 and N2, Apple M2, and later).
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16I8mm(neon::Neon<true, true>),
+    /// NEON with dot products of signed int8 (Neoverse N1, Apple M1).
+    #[cfg(target_arch = "aarch64")]
+    NeonDot(neon::Neon<false, true>),
+    /// NEON (every AArch64).
+    #[cfg(target_arch = "aarch64")]
+    Neon(neon::Neon<false, false>),
+    /// Plain Rust, which the compiler vectorises for the target's baseline: SSE2 on x86-64.
     Portable(Portable),
 }
 
@@ -155,6 +168,12 @@ impl Path {
             paths.extend(avx512::Avx512::<false, false>::detect().map(Self::Avx512));
             paths.extend(avx2::Avx2::<true>::detect().map(Self::Avx2Vnni));
             paths.extend(avx2::Avx2::<false>::detect().map(Self::Avx2));
+        }
+        #[cfg(target_arch = "aarch64")]
+        {
+            paths.extend(neon::Neon::<true, true>::detect().map(Self::NeonBf16I8mm));
+            paths.extend(neon::Neon::<false, true>::detect().map(Self::NeonDot));
+            paths.extend(neon::Neon::<false, false>::detect().map(Self::Neon));
         }
         paths.push(Self::Portable(Portable));
         paths
@@ -178,6 +197,12 @@ impl Path {
             Self::Avx2Vnni(_) => "AVX2 VNNI",
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(_) => "AVX2",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonBf16I8mm(_) => "NEON BF16 I8MM",
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot(_) => "NEON DotProd",
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(_) => "NEON",
             Self::Portable(_) => "portable",
         }
     }
@@ -187,6 +212,8 @@ impl Path {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(_) => true,
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonBf16I8mm(_) => true,
             _ => false,
         }
     }
@@ -216,6 +243,12 @@ impl Path {
             Self::Avx2Vnni(isa) => isa.enter(op),
             #[cfg(target_arch = "x86_64")]
             Self::Avx2(isa) => isa.enter(op),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonBf16I8mm(isa) => isa.enter(op),
+            #[cfg(target_arch = "aarch64")]
+            Self::NeonDot(isa) => isa.enter(op),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon(isa) => isa.enter(op),
             Self::Portable(isa) => isa.enter(op),
         }
     }

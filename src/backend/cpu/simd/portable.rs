@@ -1,6 +1,6 @@
 //! Plain Rust over arrays of lanes: the path of every machine without a file of its own, and the definition of the others.
 //!
-//! The compiler turns the loops into the target's baseline vectors (SSE2 on x86-64, NEON on AArch64).
+//! The compiler turns the loops into the target's baseline vectors (SSE2 on x86-64).
 
 use super::{Isa, Op};
 
