@@ -10,6 +10,7 @@ use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, result};
 
 use super::arena::{Arena, Region};
 use super::card::Card;
+use super::e4m3::Bound;
 use super::layout::Layout;
 use super::products::{Products, Tuning};
 use super::{Element, address};
@@ -86,9 +87,23 @@ pub struct Buffer {
     pub(super) at: u64,
     pub(super) rows: Rows,
     pub(super) columns: usize,
-    /// Of f32, whatever the backend's element.
-    pub(super) exact: bool,
+    pub(super) form: Form,
+    /// What rows are at most, where products are of E4M3 and it is known.
+    pub(super) bound: Option<Bound>,
+    /// The same rows as products multiply them, where whoever made these made those along.
+    pub(super) operand: Option<Box<Buffer>>,
     _region: Region,
+}
+
+/// How a buffer's values are stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Form {
+    /// As the backend's element.
+    Element,
+    /// As f32.
+    Exact,
+    /// As E4M3, multiplied by `scale`: for products alone.
+    E4m3 { scale: f32 },
 }
 
 /// How many rows a buffer has.
@@ -117,6 +132,16 @@ impl Staged {
             Rows::Tokens => self.layout.token_rows,
             Rows::Sequences => self.layout.sequence_rows,
         }
+    }
+}
+
+impl Buffer {
+    /// The address of values of the element, which all but products and the head read.
+    pub(super) fn elements(&self) -> Result<u64, BackendError> {
+        if self.form == Form::Element {
+            return Ok(self.at);
+        }
+        Err(BackendError::Failed(format!("values are wanted that are stored as {:?}", self.form).into()))
     }
 }
 
@@ -183,14 +208,19 @@ impl Lane {
         rows: Rows,
         columns: usize,
         element: Element,
-        exact: bool,
+        form: Form,
     ) -> Result<Buffer, BackendError> {
-        let size = if exact { 4 } else { element.bytes() };
+        let size = match form {
+            Form::Element => element.bytes(),
+            Form::Exact => 4,
+            Form::E4m3 { .. } => 1,
+        };
         let bytes = self.staged().rows(rows) * columns * size;
         let region = self.memory.arena.take(bytes).ok_or_else(|| {
             BackendError::Failed(format!("a lane's memory for {} tokens is too small", self.memory.tokens).into())
         })?;
-        Ok(Buffer { at: self.memory.base + region.offset() as u64, rows, columns, exact, _region: region })
+        let at = self.memory.base + region.offset() as u64;
+        Ok(Buffer { at, rows, columns, form, bound: None, operand: None, _region: region })
     }
 
     /// Uploads the batch and runs `graph` over it, as a captured graph where `replay` allows it and it is worth it, and waits

@@ -5,12 +5,13 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::CudaOptions;
 use super::arena::ALIGNMENT;
 use super::card::Card;
+use super::e4m3;
 use super::lane::Lane;
 use super::layout::rounded;
 use super::products::{Finish, Operands, Shape, Tuning};
+use super::{CudaOptions, Element};
 use crate::backend::BackendError;
 
 /// Batches in flight on one card.
@@ -96,10 +97,13 @@ impl Lanes {
     }
 
     /// Bytes of a lane's memory for each token. A layer holds rows of 7 C (its input, Q, K and V, context, the sum after attention
-    /// and the output) and one of the widest product. The rest is for what rounding and gaps take, and for sequences' own rows.
+    /// and the output) and one of the widest product; where products are of E4M3, some of these a second time. The rest is for
+    /// what rounding and gaps take, and for sequences' own rows.
     fn row_bytes(&self, state: &State) -> usize {
         let widest = state.products.iter().map(|&(outputs, _)| outputs).max().unwrap_or(0);
-        (10 * self.hidden_size + 2 * widest) * self.options.element.bytes()
+        let element = self.options.element;
+        let copied = if element == Element::Fp8 { element.operand_bytes() } else { 0 };
+        (10 * self.hidden_size + 2 * widest) * (element.bytes() + copied)
     }
 
     fn make(&self, state: &State) -> Result<Vec<Lane>, BackendError> {
@@ -130,13 +134,17 @@ impl Lanes {
         // Numbers like activations: a card computes zeros faster, being cooler.
         let mut random = fastrand::Rng::with_seed(1);
         let values: Vec<f32> = (0..1 << 18).map(|_| random.f32() - 0.5).collect();
-        let block = element.encode(&values);
+        let block = match element {
+            Element::Fp8 => e4m3::encode(&values, 16.0),
+            _ => element.encode(&values),
+        };
+        let alpha = if element == Element::Fp8 { 1.0 / 256.0 } else { 1.0 };
         let mut news = false;
         for &(outputs, inputs) in products {
             // x, the output and the weight one after another; the output's own values serve as residual, the weight's as bias.
-            let size = element.bytes();
+            let (size, output_size) = (element.operand_bytes(), element.bytes());
             let weight_bytes = (outputs * inputs * size).next_multiple_of(ALIGNMENT);
-            let rows = (bytes.saturating_sub(weight_bytes + 2 * ALIGNMENT)) / ((outputs + inputs) * size);
+            let rows = bytes.saturating_sub(weight_bytes + 2 * ALIGNMENT) / (outputs * output_size + inputs * size);
             let rows = rows.min(rounded(lane.capacity()));
             if rows < 64 {
                 continue;
@@ -152,7 +160,7 @@ impl Lanes {
             lane.stream.synchronize()?;
             let x = base + weight_bytes as u64;
             let output = x + (rows * inputs * size).next_multiple_of(ALIGNMENT) as u64;
-            let operands = Operands { x, weight: base, bias: base, residual: output, output };
+            let operands = Operands { x, weight: base, bias: base, residual: output, output, alpha };
             // Narrowing products are those with a residual; an algorithm is fit for one finish.
             let finish = if outputs <= inputs { Finish::BiasResidual } else { Finish::Bias };
             news |= lane.products.tune(Shape { rows, outputs, inputs, finish }, rows, operands)?;

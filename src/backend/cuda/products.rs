@@ -49,6 +49,8 @@ pub(super) struct Operands {
     /// Read by [`Finish::BiasResidual`]; the output elsewhere.
     pub(super) residual: u64,
     pub(super) output: u64,
+    /// What the product is multiplied by before all else: the inverse of its operands' scales.
+    pub(super) alpha: f32,
 }
 
 /// Algorithms that were found fastest, shared by the lanes of a card and kept from one start to the next.
@@ -261,6 +263,7 @@ impl Products {
 
     fn run(&self, plan: &Plan, shape: Shape, operands: Operands) -> Result<(), BackendError> {
         let (one, zero) = (1f32, 0f32);
+        let alpha = operands.alpha;
         let beta = if shape.finish == Finish::BiasResidual { &one } else { &zero };
         let residual = if shape.finish == Finish::BiasResidual { operands.residual } else { operands.output };
         // SAFETY: the addresses are of buffers in the lane's memory that hold the shape's rows, and of the layer's weights, which
@@ -271,7 +274,7 @@ impl Products {
             lt::matmul(
                 self.handle,
                 plan.product,
-                (&raw const one).cast(),
+                (&raw const alpha).cast(),
                 std::ptr::from_ref(beta).cast(),
                 operands.weight as *const c_void,
                 plan.weight,
@@ -326,10 +329,14 @@ impl Plan {
     fn new(element: Element, shape: Shape) -> Result<Self, BackendError> {
         use sys::cublasLtEpilogue_t as Epilogue;
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        let numbers = match element {
-            Element::F16 => sys::cudaDataType_t::CUDA_R_16F,
-            Element::Bf16 => sys::cudaDataType_t::CUDA_R_16BF,
-            Element::F32 => sys::cudaDataType_t::CUDA_R_32F,
+        use sys::cudaDataType_t as Numbers;
+        // Sums of E4M3 are of f32, as the others are: cuBLASLt's faster mode (FAST_ACCUM), which leaves long ones in the tensor
+        // core's fewer bits, stays off, since its error cannot be measured without a card.
+        let (multiplied, stored) = match element {
+            Element::F16 => (Numbers::CUDA_R_16F, Numbers::CUDA_R_16F),
+            Element::Bf16 => (Numbers::CUDA_R_16BF, Numbers::CUDA_R_16BF),
+            Element::F32 => (Numbers::CUDA_R_32F, Numbers::CUDA_R_32F),
+            Element::Fp8 => (Numbers::CUDA_R_8F_E4M3, Numbers::CUDA_R_16F),
         };
         let Shape { rows, outputs, inputs, finish } = shape;
         let [rows, outputs, inputs] = [rows, outputs, inputs].map(|n| n as u64);
@@ -342,9 +349,9 @@ impl Plan {
             output: std::ptr::null_mut(),
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
-        plan.weight = lt::create_matrix_layout(numbers, inputs, outputs, inputs as i64)?;
-        plan.x = lt::create_matrix_layout(numbers, inputs, rows, inputs as i64)?;
-        plan.output = lt::create_matrix_layout(numbers, outputs, rows, outputs as i64)?;
+        plan.weight = lt::create_matrix_layout(multiplied, inputs, outputs, inputs as i64)?;
+        plan.x = lt::create_matrix_layout(multiplied, inputs, rows, inputs as i64)?;
+        plan.output = lt::create_matrix_layout(stored, outputs, rows, outputs as i64)?;
         let epilogue = match finish {
             Finish::Bias | Finish::BiasResidual => Epilogue::CUBLASLT_EPILOGUE_BIAS,
             Finish::BiasGeluTanh => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
