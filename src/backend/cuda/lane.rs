@@ -152,11 +152,12 @@ impl Lane {
         card: Arc<Card>,
         element: Element,
         tuning: Arc<Tuning>,
+        invariant: bool,
         tokens: usize,
         row_bytes: usize,
     ) -> Result<Self, BackendError> {
         let stream = card.context.new_stream()?;
-        let products = Products::new(Arc::clone(&stream), element, tuning)?;
+        let products = Products::new(Arc::clone(&stream), element, tuning, invariant)?;
         let mut tokens = tokens;
         let memory = loop {
             match Memory::new(&stream, tokens, row_bytes) {
@@ -190,6 +191,12 @@ impl Lane {
         self.graphs.borrow_mut().clear(); // they know the old memory's addresses
         self.memory = memory;
         Ok(())
+    }
+
+    /// Has the next batch of each layout choose its products' algorithms again.
+    pub(super) fn forget_plans(&mut self) {
+        self.graphs.borrow_mut().clear();
+        self.products.forget_plans();
     }
 
     /// The memory itself, and its bytes, for tuning.

@@ -223,6 +223,7 @@ impl CudaBackend {
                 let piece = batch.select(&sequences);
                 logits.extend(lane.run(&piece, replay, |lane| graph(lane, &piece))?);
             }
+            self.lanes.tune_once(&mut lane)?;
             Ok(logits)
         };
         // Nobody knows what a panic has left on the lane's stream.
@@ -405,13 +406,13 @@ impl Backend for CudaBackend {
         let mut eight = None;
         let (weight, bias) = match place {
             Place::Encoder if self.options.element == Element::Fp8 => {
-                self.lanes.expect(outputs, inputs);
+                self.lanes.expect(outputs);
                 let scale = e4m3::weight_scale(&weight.data);
                 eight = Some(Eight { scale, reach: Reach::of(&weight.data, &bias.data, inputs) });
                 (self.upload(&e4m3::encode(&weight.data, scale))?, self.upload_elements(&bias)?)
             }
             Place::Encoder => {
-                self.lanes.expect(outputs, inputs);
+                self.lanes.expect(outputs);
                 (self.upload_elements(&weight)?, self.upload_elements(&bias)?)
             }
             Place::Head => (self.upload_exact(&weight)?, self.upload_exact(&bias)?),
