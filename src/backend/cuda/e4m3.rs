@@ -3,7 +3,9 @@
 //! The scale of a weight comes from its own largest value. That of an activation comes from what the weights let it be at most,
 //! so it is fixed at load: nothing is calibrated, a score does not depend on its company, and no value is ever cut. Such a bound
 //! is loose, which costs little: over fifteen powers of two E4M3 has the same relative error, so a scale matters only for
-//! values that are 2^-14 of the bound, below which its steps no longer shrink.
+//! values that are 2^-14 of the bound, below which its steps no longer shrink. A tighter scale was measured, eight times as large
+//! and cutting what is beyond: on tests/precision.rs's 200 pairs, scores up to 0.77 from f32's instead of 0.074, and a Kendall
+//! tau of 0.813 instead of 0.978.
 
 /// The largest E4M3.
 const LARGEST: f32 = 448.0;
