@@ -72,8 +72,8 @@ pub struct ModelArgs {
     /// Numbers that encoder layers multiply
     ///
     /// `f32` is exact. `bf16` halves the memory and is about twice as fast where the processor multiplies bf16 (AVX-512 BF16;
-    /// NEON's was not measured).
-    /// `int8` halves it again. `f16` is for cards. `auto` is f16 on a card, bf16 where the processor has it, and f32 elsewhere.
+    /// NEON's was not measured). `int8` halves it again. `f16` is for cards, and so is `fp8` (E4M3), which halves its memory and
+    /// is less exact than int8. `auto` is f16 on a card, bf16 where the processor has it, and f32 elsewhere.
     #[arg(long, value_enum, default_value = "auto", env = "RERANKD_DTYPE")]
     pub dtype: DtypeArg,
 
@@ -235,6 +235,7 @@ pub enum DtypeArg {
     F16,
     Bf16,
     Int8,
+    Fp8,
 }
 
 /// Models to load, and how.
@@ -288,6 +289,7 @@ impl ModelArgs {
                     DtypeArg::Bf16 => Dtype::Bf16,
                     DtypeArg::Int8 => Dtype::Int8,
                     DtypeArg::F16 => bail!("--dtype f16 is for cards; on a processor choose bf16, int8 or f32"),
+                    DtypeArg::Fp8 => bail!("--dtype fp8 is for cards; on a processor choose int8, bf16 or f32"),
                     DtypeArg::Auto if CpuBackend::has_bf16() => Dtype::Bf16,
                     DtypeArg::Auto => Dtype::F32,
                 };
@@ -325,7 +327,8 @@ impl ModelArgs {
             DtypeArg::Auto | DtypeArg::F16 => Element::F16,
             DtypeArg::Bf16 => Element::Bf16,
             DtypeArg::F32 => Element::F32,
-            DtypeArg::Int8 => bail!("--dtype int8 is for processors; on a card choose f16, bf16 or f32"),
+            DtypeArg::Fp8 => Element::Fp8,
+            DtypeArg::Int8 => bail!("--dtype int8 is for processors; on a card choose fp8, f16, bf16 or f32"),
         };
         let max_batch_tokens = self.max_batch_tokens.unwrap_or(CUDA_BATCH_TOKENS);
         Ok(DeviceChoice::Cuda(ordinals, CudaOptions { element, max_batch_tokens, invariant: self.batch_invariant }))

@@ -82,6 +82,7 @@ fn candidates() -> Vec<Candidate> {
         all.push(on("f32 on the card", card(Element::F32), 1e-4, 0.9999, 0.001));
         all.push(on("f16 on the card", card(Element::F16), 2e-3, 0.999, 0.001));
         all.push(on("bf16 on the card", card(Element::Bf16), 0.02, 0.99, 0.005));
+        all.push(on("fp8 on the card", card(Element::Fp8), 0.15, 0.95, 0.01));
     }
     all
 }

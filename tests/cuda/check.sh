@@ -79,6 +79,8 @@ F32 384 64
 F16 1024 64
 F16 72 32
 F32 72 32
+FP8 256 64 quick
+FP8 384 32
 CONFIGURATIONS
 
 if [ -n "$quick" ]; then

@@ -39,6 +39,11 @@
 #include <ucontext.h>
 #endif
 
+// As in kernels.cu.
+#if defined(ELEMENT_FP8) && !defined(ELEMENT_F16)
+#define ELEMENT_F16
+#endif
+
 // Nothing is exported but the kernels, so that shared objects of several configurations can live in one process.
 #pragma GCC visibility push(hidden)
 
@@ -403,6 +408,22 @@ inline float __shfl_xor_sync(unsigned mask, float value, unsigned distance) {
 
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float exp2_fast(float x) { return exp2f(x); }
+
+namespace emulated {
+inline unsigned narrowed_e4m3(float x) {
+    const unsigned sign = as_bits(x) >> 24 & 0x80, magnitude = as_bits(x) & 0x7fffffff;
+    if (magnitude > 0x7f800000) return 0x7f;
+    if (magnitude >= 0x43e00000) return sign | 0x7e; // 448
+    if (magnitude < 0x3c800000) { // subnormal: the sum with 2^14 rounds to a multiple of 2^-9
+        return sign | (as_bits(as_float(magnitude) + 0x1p14f) - 0x46800000);
+    }
+    return sign | ((magnitude + 0x7ffff + (magnitude >> 20 & 1) - 0x3c000000) >> 20);
+}
+} // namespace emulated
+
+inline unsigned packed_e4m3(float low, float high) {
+    return emulated::narrowed_e4m3(low) | emulated::narrowed_e4m3(high) << 8;
+}
 
 #if defined(ELEMENT_BF16)
 inline float widened(uint16_t x) { return emulated::as_float(static_cast<unsigned>(x) << 16); }

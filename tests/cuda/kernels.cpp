@@ -19,6 +19,9 @@ EMULATED_KERNEL(attention)
 EMULATED_KERNEL(first_token_attention)
 EMULATED_KERNEL(first_rows)
 EMULATED_KERNEL(activate)
+#ifdef ELEMENT_FP8
+EMULATED_KERNEL(quantise)
+#endif
 EMULATED_KERNEL(widen)
 EMULATED_KERNEL(head_dense)
 EMULATED_KERNEL(head_out)
@@ -41,7 +44,7 @@ namespace {
 // worth 1 / sqrt(row), 3e-2 or more. The worst of all configurations were f16 4.8e-4, bf16 4.4e-3 and f32 6.3e-6, so the
 // bounds leave a factor of two to three for another compiler's order.
 #if defined(ELEMENT_F16)
-const char* const ELEMENT_NAME = "f16";
+const char* const ELEMENT_NAME = PRODUCTS_OF_E4M3 ? "f16, products of e4m3" : "f16";
 constexpr double BOUND = 1e-3;
 #elif defined(ELEMENT_BF16)
 const char* const ELEMENT_NAME = "bf16";
@@ -183,6 +186,27 @@ void check(const std::string& name, Buffer<T>& result, const std::vector<double>
     char text[80];
     snprintf(text, sizeof text, "error %.1e, bound %.0e%s", worst, bound, result.kept_within() ? "" : ", WROTE BEYOND");
     verdict(name, worst <= bound && result.kept_within(), text);
+}
+
+double value_of_e4m3(e4m3 x) {
+    const int exponent = x >> 3 & 15, fraction = x & 7;
+    const double magnitude = exponent == 0 ? fraction * 0x1p-9 : std::ldexp(8 + fraction, exponent - 10);
+    return (x & 0x7f) == 0x7f ? NAN : x & 0x80 ? -magnitude : magnitude;
+}
+
+// An operand against `reference` times `scale`, each value by itself: half a step away at most, and 448 beyond. The twentieth
+// is for f32, which may come to the other side of a tie, and near zero is known to 1e-5 of its row's mean.
+void check_operand(const std::string& name, Buffer<e4m3>& result, const std::vector<double>& reference, double scale) {
+    double worst = 0;
+    for (size_t i = 0; i < reference.size(); ++i) {
+        const double wanted = std::clamp(reference[i] * scale, -448.0, 448.0);
+        const double half_step = std::ldexp(1, std::max(wanted == 0 ? -6 : std::ilogb(wanted), -6) - 4);
+        const double steps = std::fabs(value_of_e4m3(result[i]) - wanted) / half_step;
+        worst = steps <= worst ? worst : steps;
+    }
+    char text[80];
+    snprintf(text, sizeof text, "%.4f half steps%s", worst, result.kept_within() ? "" : ", WROTE BEYOND");
+    verdict(name, worst <= 1.05 && result.kept_within(), text);
 }
 
 void check_same(const std::string& name, bool same) { verdict(name, same, same ? "same bits" : "OTHER BITS"); }
@@ -385,6 +409,8 @@ void check_first_rows() {
 // ---------------------------------------------------------------------------------------------------------------------
 
 constexpr float EPS = 1e-5f;
+// What normal numbers are multiplied by on their way to e4m3: some come to more than 448, some to steps of 2^-9.
+constexpr float OPERAND_SCALE = 128;
 
 // In place: the norm of each row of C.
 void norm_rows(std::vector<double>& rows, const std::vector<float>& weight, const std::vector<float>& bias) {
@@ -421,12 +447,15 @@ void check_embed_norm(u32 tokens, unsigned blocks) {
     auto types_table_in = Buffer<element>::of(type_table);
     auto position_table_in = Buffer<element>::of(position_table);
     auto out = Buffer<element>::unset(reference.size());
+    auto operand = Buffer<e4m3>::unset(PRODUCTS_OF_E4M3 ? reference.size() : 0);
     auto weight_in = Buffer<float>::of(weight);
     auto bias_in = Buffer<float>::of(bias);
     launch(emulated_kernel_embed_norm, {blocks, 1}, 256, 0, counts.data(), ids_in.data(), types_in.data(),
            positions_in.data(), words_in.data(), position_table_in.data(), types_table_in.data(), weight_in.data(),
-           bias_in.data(), EPS, out.data());
-    check("embed_norm, " + std::to_string(tokens) + " tokens, grid " + std::to_string(blocks), out, reference, C, BOUND);
+           bias_in.data(), EPS, out.data(), operand.data(), OPERAND_SCALE);
+    const std::string name = "embed_norm, " + std::to_string(tokens) + " tokens, grid " + std::to_string(blocks);
+    check(name, out, reference, C, BOUND);
+    if (PRODUCTS_OF_E4M3) check_operand(name + ", operand", operand, reference, OPERAND_SCALE);
 }
 
 // Rows with a mean far from zero, which an accumulated sum of squares would not survive; one row is constant.
@@ -444,16 +473,20 @@ void check_layer_norm(u32 rows, unsigned blocks) {
     auto x = Buffer<element>::of(host);
     auto out = Buffer<element>::unset(host.size());
     auto in_place = Buffer<element>::unset(host.size());
+    auto operand = Buffer<e4m3>::unset(PRODUCTS_OF_E4M3 ? host.size() : 0);
+    auto operand_in_place = Buffer<e4m3>::unset(operand.size());
     std::copy(host.begin(), host.end(), in_place.data());
     auto weight_in = Buffer<float>::of(weight);
     auto bias_in = Buffer<float>::of(bias);
     launch(emulated_kernel_layer_norm, {blocks, 1}, 256, 0, rows_in.data(), x.data(), weight_in.data(), bias_in.data(), EPS,
-           out.data());
+           out.data(), operand.data(), OPERAND_SCALE);
     launch(emulated_kernel_layer_norm, {blocks + 1, 1}, 256, 0, rows_in.data(), in_place.data(), weight_in.data(),
-           bias_in.data(), EPS, in_place.data());
+           bias_in.data(), EPS, in_place.data(), operand_in_place.data(), OPERAND_SCALE);
     const std::string name = "layer_norm, " + std::to_string(rows) + " rows, grid " + std::to_string(blocks);
     check(name, out, reference, C, BOUND);
-    check_same(name + ", in place and in another grid", out.same_bits(in_place, 0, 0, out.size()) && in_place.kept_within());
+    const bool same = out.same_bits(in_place, 0, 0, out.size()) && operand.same_bits(operand_in_place, 0, 0, operand.size());
+    check_same(name + ", in place and in another grid", same && in_place.kept_within());
+    if (PRODUCTS_OF_E4M3) check_operand(name + ", operand", operand, reference, OPERAND_SCALE);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -479,6 +512,35 @@ void check_activate(u32 function, const char* name, double (*reference_of)(doubl
     launch(emulated_kernel_activate, {3, 1}, 256, 0, rows_in.data(), columns, function, x.data());
     check(std::string("activate, ") + name, x, reference, columns, BOUND);
 }
+
+#ifdef ELEMENT_FP8
+double itself(double x) { return x; }
+
+// Every finite f16 is among the values, and so every tie of e4m3 and all that lies beyond it.
+void check_quantise(u32 function, const char* name, double (*reference_of)(double), float scale) {
+    const u32 rows = 8, columns = 2 * 31 * 256;
+    const std::vector<element> host =
+        filled<element>(rows * columns, [](size_t i) { return value_of(static_cast<u16>(i % 0x7c00 | i / 0x7c00 << 15)); });
+    std::vector<double> reference;
+    for (element x : host) reference.push_back(reference_of(value_of(x)));
+    auto rows_in = Buffer<u32>::of({rows / 2}); // half of the rows are there: all magnitudes, of both signs
+    auto x = Buffer<element>::of(host);
+    auto out = Buffer<e4m3>::unset(host.size() / 2);
+    reference.resize(out.size());
+    launch(emulated_kernel_quantise, {5, 1}, 256, 0, rows_in.data(), columns, function, x.data(), out.data(), scale);
+    const std::string what = std::string("quantise, ") + name + ", scale " + std::to_string(scale);
+    check_operand(what, out, reference, scale);
+    if (function != 3) return;
+    // Nothing is rounded before e4m3 here, so a tie goes to the even neighbour: half a step exactly, and an even number.
+    bool even = true;
+    for (size_t i = 0; i < reference.size(); ++i) {
+        const double wanted = reference[i] * scale, step = std::fabs(value_of_e4m3(out[i] ^ 1) - value_of_e4m3(out[i]));
+        const bool tie = std::fabs(wanted) < 448 && std::fabs(value_of_e4m3(out[i]) - wanted) * 2 == step;
+        even = even && !(tie && out[i] % 2 == 1);
+    }
+    check_same(what + ", ties to even", even);
+}
+#endif
 
 void check_head(u32 rows, unsigned blocks) {
     const std::vector<element> host = normal_elements(static_cast<size_t>(rows) * C);
@@ -575,6 +637,12 @@ int main() {
     check_activate(0, "gelu by erf", gelu_erf);
     check_activate(1, "gelu by tanh", gelu_tanh);
     check_activate(2, "relu", relu);
+#ifdef ELEMENT_FP8
+    for (float scale : {1.0f, 0.125f, 4096.0f}) check_quantise(3, "as it is", itself, scale);
+    check_quantise(0, "gelu by erf", gelu_erf, 8);
+    check_quantise(1, "gelu by tanh", gelu_tanh, 8);
+    check_quantise(2, "relu", relu, 8);
+#endif
     for (u32 rows : {1, 8, 9}) check_head(rows, rows * 3);
     check_widen(5, C);
     check_widen(3, 1);

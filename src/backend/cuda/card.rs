@@ -42,6 +42,8 @@ pub(super) struct Kernels {
     pub(super) first_token_attention: CudaFunction,
     pub(super) first_rows: CudaFunction,
     pub(super) activate: CudaFunction,
+    /// Where products are of E4M3.
+    pub(super) quantise: Option<CudaFunction>,
     pub(super) widen: CudaFunction,
     pub(super) head_dense: CudaFunction,
     pub(super) head_out: CudaFunction,
@@ -93,18 +95,23 @@ impl Card {
             major >= 8,
             "{name} has compute capability {major}.{minor}; the kernels need 8.0 (A100, RTX 30) or later. Use --device cpu"
         );
+        ensure!(
+            element != Element::Fp8 || (major, minor) >= (8, 9),
+            "{name} has compute capability {major}.{minor}, which has no numbers of eight bits; --dtype fp8 needs 8.9 (L4, RTX 40) \
+             or later. Use --dtype f16"
+        );
         let multiprocessors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
         let architecture = if (major, minor) == (9, 0) { "sm_90a".to_owned() } else { format!("sm_{major}{minor}") };
         let image = compiled(&architecture, element, shape)?;
         let module = context
             .load_module(cudarc::nvrtc::Ptx::from_binary(image))
             .context("the driver refuses the compiled kernels; it may be older than the CUDA libraries")?;
-        Ok(Self { kernels: Kernels::of(&module)?, context, name, multiprocessors })
+        Ok(Self { kernels: Kernels::of(&module, element)?, context, name, multiprocessors })
     }
 }
 
 impl Kernels {
-    fn of(module: &Arc<CudaModule>) -> Result<Self> {
+    fn of(module: &Arc<CudaModule>, element: Element) -> Result<Self> {
         let function = |name: &str| module.load_function(name).with_context(|| format!("the kernel {name}"));
         Ok(Self {
             embed_norm: function("embed_norm")?,
@@ -113,6 +120,7 @@ impl Kernels {
             first_token_attention: function("first_token_attention")?,
             first_rows: function("first_rows")?,
             activate: function("activate")?,
+            quantise: (element == Element::Fp8).then(|| function("quantise")).transpose()?,
             widen: function("widen")?,
             head_dense: function("head_dense")?,
             head_out: function("head_out")?,

@@ -2,6 +2,7 @@
 //
 // The file includes nothing, so that NVRTC compiles it at start-up with no include path. The host gives these options:
 //   one of -DELEMENT_F16, -DELEMENT_BF16, -DELEMENT_F32   the working type `element` of activations and tables
+//   or -DELEMENT_FP8                                       f16, and what products multiply is e4m3; from sm_89 on
 //   -DHIDDEN_SIZE=<C>                                      a multiple of 8
 //   -DHEAD_SIZE=<D>                                        32 or 64
 //
@@ -17,13 +18,24 @@
 
 typedef unsigned short u16;
 typedef unsigned int u32;
+// One sign, four bits of exponent, three of fraction: 448 at most, and steps of 2^-9 below 2^-6. No infinity.
+typedef unsigned char e4m3;
+
+#ifdef ELEMENT_FP8
+#ifndef ELEMENT_F16
+#define ELEMENT_F16
+#endif
+constexpr bool PRODUCTS_OF_E4M3 = true;
+#else
+constexpr bool PRODUCTS_OF_E4M3 = false;
+#endif
 
 #if defined(ELEMENT_F32)
 typedef float element;
 #elif defined(ELEMENT_F16) || defined(ELEMENT_BF16)
 typedef u16 element;
 #else
-#error "define one of ELEMENT_F16, ELEMENT_BF16, ELEMENT_F32"
+#error "define one of ELEMENT_F16, ELEMENT_BF16, ELEMENT_F32, ELEMENT_FP8"
 #endif
 
 constexpr u32 C = HIDDEN_SIZE;
@@ -43,6 +55,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// Two e4m3, each rounded to the nearest and to 448 at most: `low` in the lower byte, so first in memory. From sm_89 on.
+__device__ __forceinline__ u32 packed_e4m3(float low, float high) {
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
 }
 
 #ifndef ELEMENT_F32
@@ -146,6 +165,15 @@ __device__ __forceinline__ void store_octet(u16* to, const Octet& x) {
 }
 #endif
 
+// scale x, for a product.
+__device__ __forceinline__ void store_octet(e4m3* to, const Octet& x, float scale) {
+    float v[8];
+#pragma unroll
+    for (u32 j = 0; j < 8; ++j) v[j] = x.values[j] * scale;
+    *reinterpret_cast<uint2*>(to) = {packed_e4m3(v[0], v[1]) | packed_e4m3(v[2], v[3]) << 16,
+                                     packed_e4m3(v[4], v[5]) | packed_e4m3(v[6], v[7]) << 16};
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Warps
 // ---------------------------------------------------------------------------------------------------------------------
@@ -181,10 +209,18 @@ __device__ __forceinline__ bool lane_has(u32 index, u32 lane) {
 // Norms
 // ---------------------------------------------------------------------------------------------------------------------
 
-// out = (row - mean) / sqrt(variance + eps) * weight + bias, by one warp. The variance is that of the differences from the
-// mean, taken in registers: no cancellation. `out`, `weight` and `bias` are [C].
+// Where normed rows go: to `out`, and where products are of e4m3 also to `operand`, times `scale`. Both are [rows, C].
+struct Normed {
+    element* out;
+    e4m3* operand;
+    float scale;
+};
+
+// (row - mean) / sqrt(variance + eps) * weight + bias into row `r` of `to`, by one warp. The variance is that of the
+// differences from the mean, taken in registers: no cancellation. `weight` and `bias` are [C].
 __device__ __forceinline__ void store_normed(
-    const Row& row, const float* __restrict__ weight, const float* __restrict__ bias, float eps, element* out, u32 lane) {
+    const Row& row, const float* __restrict__ weight, const float* __restrict__ bias, float eps, const Normed& to, u32 r,
+    u32 lane) {
     float sum = 0;
 #pragma unroll
     for (u32 i = 0; i < LANE_OCTETS; ++i) {
@@ -216,19 +252,20 @@ __device__ __forceinline__ void store_normed(
         for (u32 j = 0; j < 8; ++j) {
             normed.values[j] = (row.octets[i].values[j] - mean) * scale * weights.values[j] + biases.values[j];
         }
-        store_octet(out + column, normed);
+        store_octet(to.out + (size_t)r * C + column, normed);
+        if constexpr (PRODUCTS_OF_E4M3) store_octet(to.operand + (size_t)r * C + column, normed, to.scale);
     }
 }
 
 // out[t] = norm(words[ids[t]] + type_table[types[t]] + position_table[positions[t]]) for each of T tokens.
 //
 // ids, types, positions [T], all within their tables; words [vocabulary, C], position_table [positions, C], type_table
-// [types, C]; weight, bias [C]; out [T, C]. Blocks of 256, a warp a row, any grid.
+// [types, C]; weight, bias [C]; out [T, C], and operand as in Normed. Blocks of 256, a warp a row, any grid.
 extern "C" __global__ void __launch_bounds__(256, 2) embed_norm(
     const u32* __restrict__ counts, const u32* __restrict__ ids, const u32* __restrict__ types,
     const u32* __restrict__ positions, const element* __restrict__ words, const element* __restrict__ position_table,
     const element* __restrict__ type_table, const float* __restrict__ weight, const float* __restrict__ bias, float eps,
-    element* __restrict__ out) {
+    element* __restrict__ out, e4m3* __restrict__ operand, float scale) {
     const u32 lane = lane_in_warp(), tokens = counts[0];
     for (u32 token = warp_in_grid(); token < tokens; token += warps_in_grid()) {
         const element* word = words + (size_t)ids[token] * C;
@@ -243,15 +280,15 @@ extern "C" __global__ void __launch_bounds__(256, 2) embed_norm(
 #pragma unroll
             for (u32 j = 0; j < 8; ++j) row.octets[i].values[j] = a.values[j] + b.values[j] + c.values[j];
         }
-        store_normed(row, weight, bias, eps, out + (size_t)token * C, lane);
+        store_normed(row, weight, bias, eps, {out, operand, scale}, token, lane);
     }
 }
 
-// out[r] = norm(x[r]) for each of `*rows` rows. x, out [rows, C], and out may be x; weight, bias [C].
+// out[r] = norm(x[r]) for each of `*rows` rows. x, out [rows, C], and out may be x; weight, bias [C]; operand as in Normed.
 // Blocks of 256, a warp a row, any grid.
 extern "C" __global__ void __launch_bounds__(256, 2) layer_norm(
     const u32* __restrict__ rows, const element* x, const float* __restrict__ weight, const float* __restrict__ bias,
-    float eps, element* out) {
+    float eps, element* out, e4m3* __restrict__ operand, float scale) {
     const u32 lane = lane_in_warp(), end = *rows;
     for (u32 r = warp_in_grid(); r < end; r += warps_in_grid()) {
         Row row;
@@ -259,7 +296,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) layer_norm(
         for (u32 i = 0; i < LANE_OCTETS; ++i) {
             if (lane_has(i, lane)) row.octets[i] = load_octet(x + (size_t)r * C + octet_of(i, lane) * 8);
         }
-        store_normed(row, weight, bias, eps, out + (size_t)r * C, lane);
+        store_normed(row, weight, bias, eps, {out, operand, scale}, r, lane);
     }
 }
 
@@ -752,26 +789,50 @@ struct Relu {
     static __device__ __forceinline__ float of(float x) { return fmaxf(x, 0); }
 };
 
-template <typename Function>
-__device__ __forceinline__ void apply_to_octets(u32 octets, element* x) {
+struct Itself {
+    static __device__ __forceinline__ float of(float x) { return x; }
+};
+
+// store(i, function(octet i of x)) for each.
+template <typename Function, typename Store>
+__device__ __forceinline__ void apply_to_octets(u32 octets, const element* x, Store store) {
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < octets; i += gridDim.x * blockDim.x) {
         Octet octet = load_octet(x + (size_t)i * 8);
 #pragma unroll
         for (u32 j = 0; j < 8; ++j) octet.values[j] = Function::of(octet.values[j]);
-        store_octet(x + (size_t)i * 8, octet);
+        store(i, octet);
     }
 }
 
-// x = function(x) in place: 0 gelu by erf, 1 gelu by tanh, 2 relu. x [rows, columns], columns a multiple of 8, and fewer
-// than 2^34 values. Any grid of any blocks.
-extern "C" __global__ void activate(const u32* __restrict__ rows, u32 columns, u32 function, element* x) {
-    const u32 octets = *rows * (columns / 8);
+// The same by number: 0 gelu by erf, 1 gelu by tanh, 2 relu, 3 x itself.
+template <typename Store>
+__device__ __forceinline__ void apply_numbered(u32 function, u32 octets, const element* x, Store store) {
     switch (function) {
-        case 0: apply_to_octets<GeluErf>(octets, x); break;
-        case 1: apply_to_octets<GeluTanh>(octets, x); break;
-        case 2: apply_to_octets<Relu>(octets, x); break;
+        case 0: apply_to_octets<GeluErf>(octets, x, store); break;
+        case 1: apply_to_octets<GeluTanh>(octets, x, store); break;
+        case 2: apply_to_octets<Relu>(octets, x, store); break;
+        case 3: apply_to_octets<Itself>(octets, x, store); break;
     }
 }
+
+// x = function(x) in place, by its number. x [rows, columns], columns a multiple of 8, and fewer than 2^34 values.
+// Any grid of any blocks.
+extern "C" __global__ void activate(const u32* __restrict__ rows, u32 columns, u32 function, element* x) {
+    const auto store = [=](u32 i, const Octet& octet) { store_octet(x + (size_t)i * 8, octet); };
+    apply_numbered(function, *rows * (columns / 8), x, store);
+}
+
+#ifdef ELEMENT_FP8
+
+// out = scale * function(x) in e4m3: the operand of a product. out [rows, columns]; all else as above.
+extern "C" __global__ void quantise(
+    const u32* __restrict__ rows, u32 columns, u32 function, const element* __restrict__ x, e4m3* __restrict__ out,
+    float scale) {
+    const auto store = [=](u32 i, const Octet& octet) { store_octet(out + (size_t)i * 8, octet, scale); };
+    apply_numbered(function, *rows * (columns / 8), x, store);
+}
+
+#endif
 
 // out = x as floats, for the host. x, out [rows, columns], fewer than 2^31 values. Any grid of any blocks.
 extern "C" __global__ void widen(

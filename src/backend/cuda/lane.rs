@@ -10,6 +10,7 @@ use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, result};
 
 use super::arena::{Arena, Region};
 use super::card::Card;
+use super::e4m3::Bound;
 use super::layout::Layout;
 use super::products::{Products, Tuning};
 use super::{Element, address};
@@ -86,9 +87,23 @@ pub struct Buffer {
     pub(super) at: u64,
     pub(super) rows: Rows,
     pub(super) columns: usize,
-    /// Of f32, whatever the backend's element.
-    pub(super) exact: bool,
+    pub(super) form: Form,
+    /// What rows are at most, where products are of E4M3 and it is known.
+    pub(super) bound: Option<Bound>,
+    /// The same rows as products multiply them, where whoever made these made those along.
+    pub(super) operand: Option<Box<Buffer>>,
     _region: Region,
+}
+
+/// How a buffer's values are stored.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Form {
+    /// As the backend's element.
+    Element,
+    /// As f32.
+    Exact,
+    /// As E4M3, multiplied by `scale`: for products alone.
+    E4m3 { scale: f32 },
 }
 
 /// How many rows a buffer has.
@@ -120,6 +135,16 @@ impl Staged {
     }
 }
 
+impl Buffer {
+    /// The address of values of the element, which all but products and the head read.
+    pub(super) fn elements(&self) -> Result<u64, BackendError> {
+        if self.form == Form::Element {
+            return Ok(self.at);
+        }
+        Err(BackendError::Failed(format!("values are wanted that are stored as {:?}", self.form).into()))
+    }
+}
+
 impl Lane {
     /// A lane with memory for batches of `tokens` tokens, or of as many as the card has memory for: half, a quarter and so on.
     /// `row_bytes` is what a token needs.
@@ -127,11 +152,12 @@ impl Lane {
         card: Arc<Card>,
         element: Element,
         tuning: Arc<Tuning>,
+        invariant: bool,
         tokens: usize,
         row_bytes: usize,
     ) -> Result<Self, BackendError> {
         let stream = card.context.new_stream()?;
-        let products = Products::new(Arc::clone(&stream), element, tuning)?;
+        let products = Products::new(Arc::clone(&stream), element, tuning, invariant)?;
         let mut tokens = tokens;
         let memory = loop {
             match Memory::new(&stream, tokens, row_bytes) {
@@ -167,6 +193,12 @@ impl Lane {
         Ok(())
     }
 
+    /// Has the next batch of each layout choose its products' algorithms again.
+    pub(super) fn forget_plans(&mut self) {
+        self.graphs.borrow_mut().clear();
+        self.products.forget_plans();
+    }
+
     /// The memory itself, and its bytes, for tuning.
     pub(super) fn activations(&self) -> (u64, usize) {
         (self.memory.base, self.memory.activations.len())
@@ -183,14 +215,19 @@ impl Lane {
         rows: Rows,
         columns: usize,
         element: Element,
-        exact: bool,
+        form: Form,
     ) -> Result<Buffer, BackendError> {
-        let size = if exact { 4 } else { element.bytes() };
+        let size = match form {
+            Form::Element => element.bytes(),
+            Form::Exact => 4,
+            Form::E4m3 { .. } => 1,
+        };
         let bytes = self.staged().rows(rows) * columns * size;
         let region = self.memory.arena.take(bytes).ok_or_else(|| {
             BackendError::Failed(format!("a lane's memory for {} tokens is too small", self.memory.tokens).into())
         })?;
-        Ok(Buffer { at: self.memory.base + region.offset() as u64, rows, columns, exact, _region: region })
+        let at = self.memory.base + region.offset() as u64;
+        Ok(Buffer { at, rows, columns, form, bound: None, operand: None, _region: region })
     }
 
     /// Uploads the batch and runs `graph` over it, as a captured graph where `replay` allows it and it is worth it, and waits

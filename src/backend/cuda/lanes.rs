@@ -1,16 +1,16 @@
 //! A card's lanes: made at the first batch, when the weights are there and their shapes known; lent to one batch at a time.
 
-use std::collections::BTreeSet;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::CudaOptions;
 use super::arena::ALIGNMENT;
 use super::card::Card;
+use super::e4m3;
 use super::lane::Lane;
 use super::layout::rounded;
-use super::products::{Finish, Operands, Shape, Tuning};
+use super::products::{Operands, Shape, Tuning};
+use super::{CudaOptions, Element};
 use crate::backend::BackendError;
 
 /// Batches in flight on one card.
@@ -31,9 +31,10 @@ pub(super) struct Lanes {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Outputs and inputs of the model's products: what lanes need memory for, and what is tuned.
-    products: BTreeSet<(usize, usize)>,
+    /// Outputs of the model's widest product: what lanes need memory for.
+    widest: usize,
     made: bool,
+    tuned: bool,
     /// Lanes that no batch has.
     free: Vec<Lane>,
     asked: Option<Instant>,
@@ -50,9 +51,10 @@ impl Lanes {
         Self { card, options, hidden_size, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// Says before the first batch that there will be products of this shape.
-    pub(super) fn expect(&self, outputs: usize, inputs: usize) {
-        self.lock().products.insert((outputs, inputs));
+    /// Says before the first batch that there will be a product of so many outputs.
+    pub(super) fn expect(&self, outputs: usize) {
+        let mut state = self.lock();
+        state.widest = state.widest.max(outputs);
     }
 
     /// Tokens of the largest batch that every free lane has memory for.
@@ -96,18 +98,20 @@ impl Lanes {
     }
 
     /// Bytes of a lane's memory for each token. A layer holds rows of 7 C (its input, Q, K and V, context, the sum after attention
-    /// and the output) and one of the widest product. The rest is for what rounding and gaps take, and for sequences' own rows.
+    /// and the output) and one of the widest product; where products are of E4M3, some of these a second time. The rest is for
+    /// what rounding and gaps take, and for sequences' own rows.
     fn row_bytes(&self, state: &State) -> usize {
-        let widest = state.products.iter().map(|&(outputs, _)| outputs).max().unwrap_or(0);
-        (10 * self.hidden_size + 2 * widest) * self.options.element.bytes()
+        let element = self.options.element;
+        let copied = if element == Element::Fp8 { element.operand_bytes() } else { 0 };
+        (10 * self.hidden_size + 2 * state.widest) * (element.bytes() + copied)
     }
 
     fn make(&self, state: &State) -> Result<Vec<Lane>, BackendError> {
         let CudaOptions { element, max_batch_tokens, invariant } = self.options;
-        let tuning = Arc::new(Tuning::open(&self.card.name, element, invariant));
+        let tuning = Arc::new(Tuning::open(&self.card.name, element));
         let new = || {
             let (card, tuning) = (Arc::clone(&self.card), Arc::clone(&tuning));
-            Lane::new(card, element, tuning, max_batch_tokens, self.row_bytes(state))
+            Lane::new(card, element, tuning, invariant, max_batch_tokens, self.row_bytes(state))
         };
         let mut made = vec![new()?];
         while made.len() < IN_FLIGHT {
@@ -118,25 +122,38 @@ impl Lanes {
                 lane => made.push(lane?),
             }
         }
-        self.tune(&made[0], &tuning, &state.products)?;
         Ok(made)
     }
 
-    /// Times cuBLASLt's algorithms for the shapes of this model's products, on random numbers.
-    fn tune(&self, lane: &Lane, tuning: &Tuning, products: &BTreeSet<(usize, usize)>) -> Result<(), BackendError> {
+    /// Times cuBLASLt's algorithms for what the first batch has launched, which is what every batch launches, on random numbers.
+    /// Loading runs that batch, alone. Other calls do nothing.
+    pub(super) fn tune_once(&self, lane: &mut Lane) -> Result<(), BackendError> {
+        if self.options.invariant || std::mem::replace(&mut self.lock().tuned, true) {
+            return Ok(());
+        }
+        self.tune(lane)?;
+        lane.forget_plans();
+        Ok(())
+    }
+
+    fn tune(&self, lane: &Lane) -> Result<(), BackendError> {
         let element = self.options.element;
         let start = Instant::now();
         let (base, bytes) = lane.activations();
         // Numbers like activations: a card computes zeros faster, being cooler.
         let mut random = fastrand::Rng::with_seed(1);
         let values: Vec<f32> = (0..1 << 18).map(|_| random.f32() - 0.5).collect();
-        let block = element.encode(&values);
+        let block = match element {
+            Element::Fp8 => e4m3::encode(&values, 16.0),
+            _ => element.encode(&values),
+        };
+        let alpha = if element == Element::Fp8 { 1.0 / 256.0 } else { 1.0 };
         let mut news = false;
-        for &(outputs, inputs) in products {
+        for (outputs, inputs, finish) in lane.products.launched() {
             // x, the output and the weight one after another; the output's own values serve as residual, the weight's as bias.
-            let size = element.bytes();
+            let (size, output_size) = (element.operand_bytes(), element.bytes());
             let weight_bytes = (outputs * inputs * size).next_multiple_of(ALIGNMENT);
-            let rows = (bytes.saturating_sub(weight_bytes + 2 * ALIGNMENT)) / ((outputs + inputs) * size);
+            let rows = bytes.saturating_sub(weight_bytes + 2 * ALIGNMENT) / (outputs * output_size + inputs * size);
             let rows = rows.min(rounded(lane.capacity()));
             if rows < 64 {
                 continue;
@@ -152,13 +169,11 @@ impl Lanes {
             lane.stream.synchronize()?;
             let x = base + weight_bytes as u64;
             let output = x + (rows * inputs * size).next_multiple_of(ALIGNMENT) as u64;
-            let operands = Operands { x, weight: base, bias: base, residual: output, output };
-            // Narrowing products are those with a residual; an algorithm is fit for one finish.
-            let finish = if outputs <= inputs { Finish::BiasResidual } else { Finish::Bias };
+            let operands = Operands { x, weight: base, bias: base, residual: output, output, alpha };
             news |= lane.products.tune(Shape { rows, outputs, inputs, finish }, rows, operands)?;
         }
         if news {
-            tuning.keep();
+            lane.products.keep_tuning();
             tracing::info!(seconds = start.elapsed().as_secs_f64(), card = self.card.name, "tuned the products");
         }
         Ok(())

@@ -2,7 +2,8 @@
 //!
 //! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card; `lane`
 //! is what a batch in flight has to itself, of which `arena` divides the memory; `lanes` are a card's; `products` are cuBLASLt's;
-//! `failure` says what an error means. This file puts them behind [`Backend`].
+//! `e4m3` are the numbers that they multiply at eight bits; `failure` says what an error means. This file puts them behind
+//! [`Backend`].
 //!
 //! Two lanes a card: while one batch computes, the thread of the other packs, uploads and launches the next, so the card does not
 //! wait for the host. Every buffer is of rounded sizes and counts are read from the card's own memory, so a small batch is
@@ -16,6 +17,7 @@
 
 mod arena;
 mod card;
+mod e4m3;
 mod failure;
 mod lane;
 mod lanes;
@@ -33,8 +35,9 @@ use half::{bf16, f16};
 
 use self::card::Card;
 pub use self::card::is_there;
+use self::e4m3::{Bound, Reach};
 pub use self::lane::{Buffer, Lane};
-use self::lane::{Rows, Staged};
+use self::lane::{Form, Rows, Staged};
 use self::lanes::Lanes;
 use self::products::{Finish, Operands, Shape};
 use super::{
@@ -44,6 +47,11 @@ use crate::batch::Batch;
 
 /// Threads of a block of the kernels that take a row a warp.
 const ROW_THREADS: u32 = 256;
+/// Functions by their numbers in `kernels.cu`.
+const GELU_ERF: u32 = 0;
+const GELU_TANH: u32 = 1;
+const RELU: u32 = 2;
+const ITSELF: u32 = 3;
 
 /// What activations are, and what products multiply.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +62,8 @@ pub enum Element {
     Bf16,
     /// Single precision: for comparison.
     F32,
+    /// Half precision, and products of E4M3.
+    Fp8,
 }
 
 /// How to use a card.
@@ -101,6 +111,22 @@ pub struct Linear {
     outputs: usize,
     inputs: usize,
     place: Place,
+    eight: Option<Eight>,
+}
+
+/// What is to know of a weight that is stored as E4M3.
+#[derive(Debug)]
+struct Eight {
+    scale: f32,
+    reach: Reach,
+}
+
+/// What a product multiplies, and what with, that it be undone.
+struct Operand {
+    at: u64,
+    alpha: f32,
+    /// Keeps what was made for this product alone until it is launched.
+    _made: Option<Buffer>,
 }
 
 /// A layer norm on the card, f32.
@@ -109,6 +135,7 @@ pub struct Norm {
     weight: Weights,
     bias: Weights,
     eps: f32,
+    bound: Bound,
 }
 
 impl Element {
@@ -118,16 +145,23 @@ impl Element {
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
             Self::F32 => "f32",
+            Self::Fp8 => "fp8",
         }
     }
 
+    /// Of an activation.
     fn bytes(self) -> usize {
         if self == Self::F32 { 4 } else { 2 }
     }
 
+    /// Of what a product multiplies.
+    fn operand_bytes(self) -> usize {
+        if self == Self::Fp8 { 1 } else { self.bytes() }
+    }
+
     fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
-            Self::F16 => {
+            Self::F16 | Self::Fp8 => {
                 let mut halves = vec![f16::ZERO; values.len()];
                 halves.convert_from_f32_slice(values);
                 bytemuck::cast_slice::<u16, u8>(halves.reinterpret_cast()).to_vec()
@@ -189,6 +223,7 @@ impl CudaBackend {
                 let piece = batch.select(&sequences);
                 logits.extend(lane.run(&piece, replay, |lane| graph(lane, &piece))?);
             }
+            self.lanes.tune_once(&mut lane)?;
             Ok(logits)
         };
         // Nobody knows what a panic has left on the lane's stream.
@@ -226,6 +261,55 @@ impl CudaBackend {
         (rows.div_ceil(warps).min(8 * self.card.multiprocessors as usize), 1)
     }
 
+    /// A product's operand: what `function` makes of the values, in E4M3.
+    fn quantise(&self, lane: &Lane, x: &Buffer, function: u32) -> Result<Buffer, BackendError> {
+        let (Some(bound), Some(kernel)) = (x.bound, &self.card.kernels.quantise) else {
+            return Err(unsupported("a product of values without a bound"));
+        };
+        let scale = bound.scale();
+        let mut out = lane.buffer(x.rows, x.columns, self.options.element, Form::E4m3 { scale })?;
+        out.bound = x.bound;
+        let staged = lane.staged();
+        let (count, columns, from) = (staged.count(x.rows), x.columns as u32, x.elements()?);
+        let grid = (staged.rows(x.rows) * x.columns / 8).div_ceil(256).min(16 * self.card.multiprocessors as usize);
+        // SAFETY: quantise(rows, columns, function, x, out, scale).
+        unsafe {
+            Self::launch(lane, kernel, (grid, 1), 256, 0, |arguments| {
+                push(arguments, [&count]);
+                arguments.arg(&columns).arg(&function);
+                push(arguments, [&from, &out.at]);
+                arguments.arg(&scale);
+            })
+        }?;
+        Ok(out)
+    }
+
+    /// `x` as this layer multiplies it.
+    fn operand(&self, lane: &Lane, weights: &Linear, x: &Buffer) -> Result<Operand, BackendError> {
+        let Some(eight) = &weights.eight else {
+            return Ok(Operand { at: x.elements()?, alpha: 1.0, _made: None });
+        };
+        let made = match (x.form, &x.operand) {
+            (Form::E4m3 { .. }, _) | (_, Some(_)) => None,
+            // Attention's context, and first rows. Attention could store its own.
+            _ => Some(self.quantise(lane, x, ITSELF)?),
+        };
+        let operand = made.as_ref().or(x.operand.as_deref()).unwrap_or(x);
+        let Form::E4m3 { scale } = operand.form else { return Err(unsupported("this operand")) };
+        Ok(Operand { at: operand.at, alpha: 1.0 / (scale * eight.scale), _made: made })
+    }
+
+    /// Room for what a norm makes of rows, beside the rows themselves: the next product's operand, where that is of E4M3.
+    fn room_for_operand(&self, lane: &Lane, rows: Rows, norm: &Norm) -> Result<Option<Buffer>, BackendError> {
+        if self.options.element != Element::Fp8 {
+            return Ok(None);
+        }
+        let c = self.shape.heads * self.shape.head_size;
+        let mut room = lane.buffer(rows, c, Element::Fp8, Form::E4m3 { scale: norm.bound.scale() })?;
+        room.bound = Some(norm.bound);
+        Ok(Some(room))
+    }
+
     /// Applies a function to a buffer in place, by its number in `kernels.cu`.
     fn activate(&self, lane: &Lane, x: &Buffer, function: u32) -> Result<(), BackendError> {
         let staged = lane.staged();
@@ -245,12 +329,12 @@ impl CudaBackend {
     fn head(&self, lane: &Lane, weights: &Linear, x: &Buffer, tanh: bool) -> Result<Buffer, BackendError> {
         let c = self.shape.heads * self.shape.head_size;
         let kernels = &self.card.kernels;
-        let (kernel, outputs) = match (tanh, weights.outputs, x.exact) {
-            (true, outputs, false) if outputs == c && weights.inputs == c => (&kernels.head_dense, c),
-            (false, 1, true) if weights.inputs == c => (&kernels.head_out, 1),
+        let (kernel, outputs) = match (tanh, weights.outputs, x.form) {
+            (true, outputs, Form::Element) if outputs == c && weights.inputs == c => (&kernels.head_dense, c),
+            (false, 1, Form::Exact) if weights.inputs == c => (&kernels.head_out, 1),
             _ => return Err(unsupported("this classification head")),
         };
-        let out = lane.buffer(x.rows, outputs, self.options.element, true)?;
+        let out = lane.buffer(x.rows, outputs, self.options.element, Form::Exact)?;
         let staged = lane.staged();
         let count = staged.count(x.rows);
         let grid = (staged.rows(x.rows) * outputs).div_ceil(8).min(16 * self.card.multiprocessors as usize);
@@ -268,7 +352,7 @@ impl CudaBackend {
         let d = self.shape.head_size;
         let shared = match self.options.element {
             Element::F32 => 2 * 64 * d * 4,
-            Element::F16 | Element::Bf16 => 128 * d * 2 + 2 * 2 * 64 * d * 2,
+            Element::F16 | Element::Bf16 | Element::Fp8 => 128 * d * 2 + 2 * 2 * 64 * d * 2,
         };
         ((d as f32).sqrt().recip(), shared)
     }
@@ -315,17 +399,25 @@ impl Backend for CudaBackend {
 
     fn linear(&self, weight: HostTensor, bias: HostTensor, place: Place) -> Result<Linear, BackendError> {
         let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
-        if place == Place::Encoder && (outputs % 8 != 0 || inputs % 8 != 0) {
-            return Err(unsupported(&format!("a layer of {inputs} to {outputs} values, no multiples of 8,")));
+        let multiple = if self.options.element == Element::Fp8 { 16 } else { 8 };
+        if place == Place::Encoder && (outputs % multiple != 0 || inputs % multiple != 0) {
+            return Err(unsupported(&format!("a layer of {inputs} to {outputs} values, no multiples of {multiple},")));
         }
+        let mut eight = None;
         let (weight, bias) = match place {
+            Place::Encoder if self.options.element == Element::Fp8 => {
+                self.lanes.expect(outputs);
+                let scale = e4m3::weight_scale(&weight.data);
+                eight = Some(Eight { scale, reach: Reach::of(&weight.data, &bias.data, inputs) });
+                (self.upload(&e4m3::encode(&weight.data, scale))?, self.upload_elements(&bias)?)
+            }
             Place::Encoder => {
-                self.lanes.expect(outputs, inputs);
+                self.lanes.expect(outputs);
                 (self.upload_elements(&weight)?, self.upload_elements(&bias)?)
             }
             Place::Head => (self.upload_exact(&weight)?, self.upload_exact(&bias)?),
         };
-        Ok(Linear { weight, bias, outputs, inputs, place })
+        Ok(Linear { weight, bias, outputs, inputs, place, eight })
     }
 
     fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
@@ -333,6 +425,7 @@ impl Backend for CudaBackend {
             weight: self.upload_exact(&weights.weight)?,
             bias: self.upload_exact(&weights.bias)?,
             eps: weights.eps as f32,
+            bound: Bound::of_norm(&weights.weight.data, &weights.bias.data),
         })
     }
 
@@ -346,22 +439,28 @@ impl Backend for CudaBackend {
 
     fn embed(&self, lane: &Lane, weights: &Embeddings, _: &Batch) -> Result<Buffer, BackendError> {
         let c = self.shape.heads * self.shape.head_size;
-        let out = lane.buffer(Rows::Tokens, c, self.options.element, false)?;
+        let mut out = lane.buffer(Rows::Tokens, c, self.options.element, Form::Element)?;
         let staged = lane.staged();
         let layout = staged.layout;
         let [counts, ids, types, positions] =
             [layout.counts(), layout.ids(), layout.types(), layout.positions()].map(|place| staged.address(place));
         let Embeddings { words, positions: table, types: type_table, norm } = weights;
-        // SAFETY: embed_norm(counts, ids, types, positions, words, position_table, type_table, weight, bias, eps, out).
+        let operand = self.room_for_operand(lane, Rows::Tokens, norm)?;
+        let (operand_at, scale) = (operand.as_ref().map_or(0, |operand| operand.at), norm.bound.scale());
+        // SAFETY: embed_norm(counts, ids, types, positions, words, position_table, type_table, weight, bias, eps, out, operand,
+        // scale). The operand is written where products are of E4M3, and then there is one.
         unsafe {
             let grid = self.row_grid(layout.token_rows);
             Self::launch(lane, &self.card.kernels.embed_norm, grid, ROW_THREADS, 0, |arguments| {
                 push(arguments, [&counts, &ids, &types, &positions, &words.at, &table.at, &type_table.at]);
                 push(arguments, [&norm.weight.at, &norm.bias.at]);
                 arguments.arg(&norm.eps);
-                push(arguments, [&out.at]);
+                push(arguments, [&out.at, &operand_at]);
+                arguments.arg(&scale);
             })
         }?;
+        out.bound = operand.as_ref().and_then(|operand| operand.bound);
+        out.operand = operand.map(Box::new);
         Ok(out)
     }
 
@@ -381,50 +480,73 @@ impl Backend for CudaBackend {
             };
         }
         let element = self.options.element;
-        let output = lane.buffer(x.rows, outputs.len(), element, false)?;
-        let (finish, residual, then) = match epilogue {
-            Epilogue::Bias => (Finish::Bias, output.at, None),
-            Epilogue::Residual(residual) => (Finish::BiasResidual, residual.at, None),
+        let mut output = lane.buffer(x.rows, outputs.len(), element, Form::Element)?;
+        let (finish, residual, function) = match epilogue {
+            Epilogue::Bias => (Finish::Bias, None, None),
+            Epilogue::Residual(residual) => (Finish::BiasResidual, Some(residual), None),
             // cuBLASLt's GELU is the tanh form; the one by erf is a kernel of its own.
-            Epilogue::Activation(Activation::Gelu) => (Finish::Bias, output.at, Some(0)),
-            Epilogue::Activation(Activation::GeluTanh) => (Finish::BiasGeluTanh, output.at, None),
-            Epilogue::Activation(Activation::Relu) => (Finish::BiasRelu, output.at, None),
+            Epilogue::Activation(Activation::Gelu) => (Finish::Bias, None, Some(GELU_ERF)),
+            // The kernel that makes the next product's operand applies these along.
+            Epilogue::Activation(Activation::GeluTanh) if weights.eight.is_some() => {
+                (Finish::Bias, None, Some(GELU_TANH))
+            }
+            Epilogue::Activation(Activation::Relu) if weights.eight.is_some() => (Finish::Bias, None, Some(RELU)),
+            Epilogue::Activation(Activation::GeluTanh) => (Finish::BiasGeluTanh, None, None),
+            Epilogue::Activation(Activation::Relu) => (Finish::BiasRelu, None, None),
             Epilogue::Activation(Activation::Tanh) => return Err(unsupported("tanh in an encoder layer")),
         };
+        let operand = self.operand(lane, weights, x)?;
         let rows = lane.staged().rows(x.rows);
         let shape = Shape { rows, outputs: outputs.len(), inputs: weights.inputs, finish };
-        let size = element.bytes();
         let operands = Operands {
-            x: x.at,
-            weight: weights.weight.at + (outputs.start * weights.inputs * size) as u64,
-            bias: weights.bias.at + (outputs.start * size) as u64,
-            residual,
+            x: operand.at,
+            weight: weights.weight.at + (outputs.start * weights.inputs * element.operand_bytes()) as u64,
+            bias: weights.bias.at + (outputs.start * element.bytes()) as u64,
+            residual: residual.map_or(Ok(output.at), Buffer::elements)?,
             output: output.at,
+            alpha: operand.alpha,
         };
         lane.products.launch(shape, operands)?;
-        if let Some(function) = then {
-            self.activate(lane, &output, function)?;
+        if let (Some(eight), Some(bound)) = (&weights.eight, x.bound) {
+            let product = eight.reach.from(bound, outputs.len());
+            output.bound = match residual {
+                None => Some(product),
+                Some(residual) => residual.bound.map(|bound| product.plus(bound)),
+            };
         }
-        Ok(output)
+        match function {
+            None => Ok(output),
+            Some(function) if weights.eight.is_some() => self.quantise(lane, &output, function),
+            Some(function) => self.activate(lane, &output, function).map(|()| output),
+        }
     }
 
-    fn layer_norm(&self, lane: &Lane, weights: &Norm, x: Buffer) -> Result<Buffer, BackendError> {
+    fn layer_norm(&self, lane: &Lane, weights: &Norm, mut x: Buffer) -> Result<Buffer, BackendError> {
         let staged = lane.staged();
-        let count = staged.count(x.rows);
-        // SAFETY: layer_norm(rows, x, weight, bias, eps, out), in place.
+        let (count, at) = (staged.count(x.rows), x.elements()?);
+        let operand = self.room_for_operand(lane, x.rows, weights)?;
+        let (operand_at, scale) = (operand.as_ref().map_or(0, |operand| operand.at), weights.bound.scale());
+        // SAFETY: layer_norm(rows, x, weight, bias, eps, out, operand, scale), in place; the operand as in `embed`.
         unsafe {
             let grid = self.row_grid(staged.rows(x.rows));
             Self::launch(lane, &self.card.kernels.layer_norm, grid, ROW_THREADS, 0, |arguments| {
-                push(arguments, [&count, &x.at, &weights.weight.at, &weights.bias.at]);
+                push(arguments, [&count, &at, &weights.weight.at, &weights.bias.at]);
                 arguments.arg(&weights.eps);
-                push(arguments, [&x.at]);
+                push(arguments, [&at, &operand_at]);
+                arguments.arg(&scale);
             })
         }?;
+        x.bound = operand.as_ref().and_then(|operand| operand.bound);
+        x.operand = operand.map(Box::new);
         Ok(x)
     }
 
     fn attention(&self, lane: &Lane, shape: AttentionShape, qkv: &Buffer, _: &Batch) -> Result<Buffer, BackendError> {
-        let out = lane.buffer(Rows::Tokens, shape.heads * shape.head_size, self.options.element, false)?;
+        let c = shape.heads * shape.head_size;
+        let mut out = lane.buffer(Rows::Tokens, c, self.options.element, Form::Element)?;
+        // Weighted means of values.
+        out.bound = qkv.bound.map(|bound| bound.narrowed(c));
+        let from = qkv.elements()?;
         let staged = lane.staged();
         let layout = staged.layout;
         let [counts, offsets, tiles] =
@@ -434,7 +556,7 @@ impl Backend for CudaBackend {
         unsafe {
             let grid = (layout.tiles, shape.heads);
             Self::launch(lane, &self.card.kernels.attention, grid, 128, shared, |arguments| {
-                push(arguments, [&counts, &offsets, &tiles, &qkv.at, &out.at]);
+                push(arguments, [&counts, &offsets, &tiles, &from, &out.at]);
                 arguments.arg(&scale);
             })
         }?;
@@ -449,7 +571,10 @@ impl Backend for CudaBackend {
         kv: &Buffer,
         _: &Batch,
     ) -> Result<Buffer, BackendError> {
-        let out = lane.buffer(Rows::Sequences, shape.heads * shape.head_size, self.options.element, false)?;
+        let c = shape.heads * shape.head_size;
+        let mut out = lane.buffer(Rows::Sequences, c, self.options.element, Form::Element)?;
+        out.bound = kv.bound.map(|bound| bound.narrowed(c));
+        let (q, kv) = (q.elements()?, kv.elements()?);
         let staged = lane.staged();
         let layout = staged.layout;
         let [counts, offsets] = [layout.counts(), layout.offsets()].map(|place| staged.address(place));
@@ -458,7 +583,7 @@ impl Backend for CudaBackend {
         unsafe {
             let grid = (layout.sequence_rows, shape.heads);
             Self::launch(lane, &self.card.kernels.first_token_attention, grid, 128, 0, |arguments| {
-                push(arguments, [&counts, &offsets, &q.at, &kv.at, &out.at]);
+                push(arguments, [&counts, &offsets, &q, &kv, &out.at]);
                 arguments.arg(&scale);
             })
         }?;
@@ -466,7 +591,9 @@ impl Backend for CudaBackend {
     }
 
     fn first_rows(&self, lane: &Lane, x: &Buffer, _: &Batch) -> Result<Buffer, BackendError> {
-        let out = lane.buffer(Rows::Sequences, x.columns, self.options.element, false)?;
+        let mut out = lane.buffer(Rows::Sequences, x.columns, self.options.element, Form::Element)?;
+        out.bound = x.bound;
+        let from = x.elements()?;
         let staged = lane.staged();
         let layout = staged.layout;
         let [counts, offsets] = [layout.counts(), layout.offsets()].map(|place| staged.address(place));
@@ -475,7 +602,7 @@ impl Backend for CudaBackend {
         unsafe {
             let grid = (pieces.div_ceil(256).min(8 * self.card.multiprocessors as usize), 1);
             Self::launch(lane, &self.card.kernels.first_rows, grid, 256, 0, |arguments| {
-                push(arguments, [&counts, &offsets, &x.at, &out.at]);
+                push(arguments, [&counts, &offsets, &from, &out.at]);
             })
         }?;
         Ok(out)
@@ -484,10 +611,11 @@ impl Backend for CudaBackend {
     fn download(&self, lane: &Lane, x: &Buffer) -> Result<Vec<f32>, BackendError> {
         let staged = lane.staged();
         let length = true_rows(&staged, x) * x.columns;
-        if x.exact {
+        if x.form == Form::Exact {
             return lane.download(x.at, length);
         }
-        let wide = lane.buffer(x.rows, x.columns, self.options.element, true)?;
+        let from = x.elements()?;
+        let wide = lane.buffer(x.rows, x.columns, self.options.element, Form::Exact)?;
         let (count, columns) = (staged.count(x.rows), x.columns as u32);
         // SAFETY: widen(rows, columns, x, out).
         unsafe {
@@ -495,7 +623,7 @@ impl Backend for CudaBackend {
             Self::launch(lane, &self.card.kernels.widen, grid, 256, 0, |arguments| {
                 push(arguments, [&count]);
                 arguments.arg(&columns);
-                push(arguments, [&x.at, &wide.at]);
+                push(arguments, [&from, &wide.at]);
             })
         }?;
         lane.download(wide.at, length)

@@ -1,14 +1,15 @@
 // A stand-in for libcublasLt.so.13: cublasLtMatmul with the real ABI, on a CPU, in the streams of driver.cpp.
 //
 // D = activation(alpha * op(A) op(B) + beta * C + bias), column-major, batched by strides. A and B are both f16, bf16 or
-// f32; C and D have that type or, of f16 and bf16, f32. Sums are f32, and rounded once to D's type. Epilogues: none, RELU,
-// GELU (by tanh), each with BIAS or without; the bias has m elements of D's type.
+// f32; C and D have that type or, of f16 and bf16, f32. Or A and B are both E4M3, on devices that have it, with A transposed,
+// B not, and sizes and leading dimensions of multiples of 16; C and D are then f16 or bf16. Sums are f32, and rounded once to
+// D's type. Epilogues: none, RELU, GELU (by tanh), each with BIAS or without; the bias has m elements of D's type.
 //
 // There are three algorithms. They add up k in different orders, so they differ in the last bits, and which the heuristic
 // puts first depends on the shape, as with the real one. One splits k in two and needs workspace.
 //
-// It refuses what the real one refuses, as far as that is documented, and takes no part in: 8-bit types and their scales,
-// integers and complex numbers, row-major and tiled orders, scalars on the device, auxiliary outputs, batches of pointers,
+// It refuses what the real one refuses, as far as that is documented, and takes no part in: other 8-bit types, scales of A to D
+// (alpha does their work), integers and complex numbers, row-major and tiled orders, scalars on the device, auxiliary outputs, batches of pointers,
 // and the order of sums inside a tensor core. cublasLtMatmulAlgoInit and the search by algorithm are not there.
 //
 // Environment: STANDIN_LOG=path gets a line for each product.
@@ -27,6 +28,11 @@
 
 #include "shared.h"
 
+// In driver.cpp.
+EXPORT Result cuCtxGetCurrent(void** handle);
+EXPORT Result cuCtxGetDevice(int* device);
+EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int device);
+
 namespace {
 
 // cublasStatus_t, as cublas_api.h numbers it.
@@ -38,7 +44,7 @@ enum Status : int {
     BLAS_NOT_SUPPORTED = 15,
 };
 
-enum Type : int { F32 = 0, F16 = 2, BF16 = 14 };
+enum Type : int { F32 = 0, F16 = 2, BF16 = 14, E4M3 = 28 };
 
 enum Compute : int { COMPUTE_32F = 68, COMPUTE_32F_PEDANTIC = 69, COMPUTE_32F_FAST_TF32 = 77 };
 
@@ -145,7 +151,14 @@ float to_tf32(float value) {
     return std::isfinite(value) ? as_float((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu) : value;
 }
 
-size_t bytes_of(int type) { return type == F32 ? 4 : 2; }
+float from_e4m3(uint8_t bits) {
+    const int exponent = bits >> 3 & 15, fraction = bits & 7;
+    if (exponent == 15 && fraction == 7) return NAN;
+    const float magnitude = exponent == 0 ? std::ldexp(float(fraction), -9) : std::ldexp(float(8 + fraction), exponent - 10);
+    return (bits & 0x80) != 0 ? -magnitude : magnitude;
+}
+
+size_t bytes_of(int type) { return type == F32 ? 4 : type == E4M3 ? 1 : 2; }
 
 float load(const void* from, size_t index, int type) {
     if (type == F32) return static_cast<const float*>(from)[index];
@@ -203,6 +216,10 @@ std::vector<float> packed(const void* from, int type, bool tf32, uint64_t outer,
         fill([=](size_t i) { return from_f16(static_cast<const uint16_t*>(from)[i]); });
     } else if (type == BF16) {
         fill([=](size_t i) { return from_bf16(static_cast<const uint16_t*>(from)[i]); });
+    } else if (type == E4M3) {
+        float values[256];
+        for (int bits = 0; bits < 256; ++bits) values[bits] = from_e4m3(uint8_t(bits));
+        fill([=](size_t i) { return values[static_cast<const uint8_t*>(from)[i]]; });
     } else if (tf32) {
         fill([=](size_t i) { return to_tf32(static_cast<const float*>(from)[i]); });
     } else {
@@ -313,6 +330,13 @@ struct Shape {
     uint64_t m, n, k;
 };
 
+// Numbers of eight bits came with compute capability 8.9.
+bool device_has_e4m3() {
+    int device = 0, major = 0, minor = 0;
+    return cuCtxGetDevice(&device) == SUCCESS && cuDeviceGetAttribute(&major, 75, device) == SUCCESS &&
+           cuDeviceGetAttribute(&minor, 76, device) == SUCCESS && major * 10 + minor >= 89;
+}
+
 Status check(const Description* description, const Layout* a, const Layout* b, const Layout* c, const Layout* d,
              Shape& shape) {
     for (const Layout* const layout : {a, b, c, d}) {
@@ -331,8 +355,16 @@ Status check(const Description* description, const Layout* a, const Layout* b, c
     const int compute = description->compute;
     const bool computes = compute == COMPUTE_32F || compute == COMPUTE_32F_PEDANTIC ||
                           (compute == COMPUTE_32F_FAST_TF32 && a->type == F32);
-    const bool input = a->type == F32 || a->type == F16 || a->type == BF16;
-    const bool output = d->type == a->type || d->type == F32;
+    const bool eight = a->type == E4M3;
+    const bool input = a->type == F32 || a->type == F16 || a->type == BF16 || eight;
+    const bool output = eight ? d->type == F16 || d->type == BF16 : d->type == a->type || d->type == F32;
+    if (eight) {
+        if (!device_has_e4m3() || !turned_a || turned_b) return BLAS_NOT_SUPPORTED;
+        const uint64_t sizes[] = {shape.m, shape.n, shape.k, uint64_t(a->leading), uint64_t(b->leading), uint64_t(d->leading)};
+        for (const uint64_t size : sizes) {
+            if (size % 16 != 0) return BLAS_NOT_SUPPORTED;
+        }
+    }
     if (!computes || description->scale_type != F32 || !input || !output) return BLAS_NOT_SUPPORTED;
     if (a->type != b->type || c->type != d->type) return BLAS_NOT_SUPPORTED;
 
@@ -418,8 +450,6 @@ Status give(T value, void* to, size_t bytes, size_t* written) {
 }
 
 } // namespace
-
-EXPORT Result cuCtxGetCurrent(void** handle); // in driver.cpp
 
 EXPORT size_t cublasLtGetVersion() { return 130000; }
 

@@ -531,7 +531,7 @@ void own_kernels() {
     const string source{std::istreambuf_iterator<char>(file), {}};
     CHECK(!source.empty());
     constexpr unsigned C = 256, ROWS = 5;
-    for (const char* type : {"-DELEMENT_F32", "-DELEMENT_F16", "-DELEMENT_BF16"}) {
+    for (const char* type : {"-DELEMENT_F32", "-DELEMENT_F16", "-DELEMENT_BF16", "-DELEMENT_FP8"}) {
         const Compiled compiled = compile(source, {"-arch=sm_90", type, "-DHIDDEN_SIZE=256", "-DHEAD_SIZE=64"});
         if (compiled.status != 0) printf("%s", compiled.log.c_str());
         CHECK_IS(compiled.status, 0);
@@ -544,9 +544,10 @@ void own_kernels() {
         for (size_t i = 0; i < values.size(); ++i) values[i] = float(i % 17) - float(i / C);
         Pointer rows = on_device(std::vector<unsigned>{ROWS}), x = on_device(values);
         Pointer weight = on_device(std::vector<float>(C, 2)), bias = on_device(std::vector<float>(C, 3));
-        float eps = 1e-5f;
+        Pointer no_operand = 0;
+        float eps = 1e-5f, scale = 0;
         void* const stream = new_stream();
-        DO(launch(layer_norm, 2, 256, 0, stream, {&rows, &x, &weight, &bias, &eps, &x}));
+        DO(launch(layer_norm, 2, 256, 0, stream, {&rows, &x, &weight, &bias, &eps, &x, &no_operand, &scale}));
         DO(cuMemcpyDtoHAsync_v2(results.data(), x, results.size() * 4, stream));
         for (unsigned row = 0; row < ROWS; ++row) {
             double mean = 0, squares = 0;
@@ -726,13 +727,18 @@ void copy_outside_allocations() {
 // Matrix products
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int F32 = 0, F16 = 2, BF16 = 14;
+constexpr int F32 = 0, F16 = 2, BF16 = 14, E4M3 = 28;
 constexpr unsigned NO_EPILOGUE = 1, RELU = 2, BIAS = 4, GELU = 32;
 
-size_t bytes_of(int type) { return type == F32 ? 4 : 2; }
+size_t bytes_of(int type) { return type == F32 ? 4 : type == E4M3 ? 1 : 2; }
 
 // Written apart from cublaslt.cpp, in double precision.
 double decoded(const std::vector<char>& bytes, size_t index, int type) {
+    if (type == E4M3) {
+        const unsigned char bits = static_cast<unsigned char>(bytes[index]);
+        const int exponent = bits >> 3 & 15, fraction = bits & 7;
+        return (bits >> 7 ? -1 : 1) * std::ldexp(exponent == 0 ? fraction : fraction + 8, std::max(exponent, 1) - 10);
+    }
     if (type == F32) {
         float value;
         memcpy(&value, &bytes[index * 4], 4);
@@ -761,6 +767,10 @@ double rounding(double value, int type) {
 std::vector<char> random_matrix(size_t count, int type, std::mt19937& random) {
     std::vector<char> bytes(count * bytes_of(type));
     for (size_t i = 0; i < count; ++i) {
+        if (type == E4M3) { // all that are below 4
+            bytes[i] = static_cast<char>(random() % 0x48 | random() % 2 << 7);
+            continue;
+        }
         const float value = (int(random() % 255) - 127) / 64.0f;
         uint32_t bits;
         memcpy(&bits, &value, 4);
@@ -916,6 +926,12 @@ void products() {
             }
         }
     }
+    // Eight bits: the one layout, and results of sixteen bits.
+    for (const int output : {F16, BF16}) {
+        for (const unsigned epilogue : {NO_EPILOGUE, BIAS, RELU | BIAS, GELU | BIAS}) {
+            check_product(blas, {E4M3, output, true, false, epilogue, 48, 32, 112, 0.5f, 1});
+        }
+    }
     // Splitting k is offered where its workspace suffices.
     CHECK(check_product(blas, {F16, F16, true, false, BIAS, 64, 32, 1024}) == 3);
     CHECK(check_product(blas, {F16, F16, true, false, BIAS, 512, 300, 40}) == 2);
@@ -996,6 +1012,22 @@ void refused_products() {
     CHECK_IS(heuristic(short_layout, d.layout), INVALID);
     CHECK_IS(heuristic(other_layout, d.layout), INVALID);
     CHECK_IS(heuristic(a.layout, type_layout), UNSUPPORTED);
+
+    // Eight bits: one orientation, and sizes of whole 16 bytes.
+    const auto of_e4m3 = [&](bool turned_a, uint64_t k) {
+        const uint64_t rows = turned_a ? k : 64, columns = turned_a ? 64 : k;
+        const int turned = turned_a;
+        void *description = nullptr, *a = nullptr, *b = nullptr;
+        CHECK_IS(cublasLtMatmulDescCreate(&description, 68, F32), 0);
+        CHECK_IS(cublasLtMatmulDescSetAttribute(description, 3, &turned, 4), 0);
+        CHECK_IS(cublasLtMatrixLayoutCreate(&a, E4M3, rows, columns, int64_t(rows)), 0);
+        CHECK_IS(cublasLtMatrixLayoutCreate(&b, E4M3, k, 32, int64_t(k)), 0);
+        return cublasLtMatmulAlgoGetHeuristic(blas.handle, description, a, b, d.layout, d.layout, blas.preference, 4, found,
+                                              &count);
+    };
+    CHECK_IS(of_e4m3(true, 64), 0);
+    CHECK_IS(of_e4m3(true, 72), UNSUPPORTED);
+    CHECK_IS(of_e4m3(false, 64), UNSUPPORTED);
 
     unsigned epilogue = BIAS;
     const int bias_type = F32;
