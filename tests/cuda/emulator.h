@@ -645,7 +645,7 @@ inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
     for (float& sum : sums[5]) sum *= 1.1f;
 #endif
 #ifdef EMULATED_WGMMA_SLOW
-    usleep(1000);
+    usleep(100);
 #endif
     for (unsigned lane = 0; lane < WARP; ++lane)
         for (unsigned i = 0; i < 32; ++i) {
