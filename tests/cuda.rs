@@ -225,6 +225,36 @@ fn compiled_kernels_are_kept_for_the_next_start() {
     assert!(!start());
 }
 
+#[test]
+fn attention_on_wgmma_is_chosen_where_it_agrees_and_is_faster() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = workloads(folder.path());
+    let expected = expected(&file);
+    for (i, (fault, chosen, said)) in [
+        (("", ""), "attention_wgmma", "attention runs on the kernel attention_wgmma"),
+        (("STANDIN_CXXFLAGS", "-DEMULATED_WGMMA_WRONG"), "attention", "gives other results"),
+        (("STANDIN_CXXFLAGS", "-DEMULATED_WGMMA_SLOW"), "attention", "attention runs on the kernel attention"),
+        (("RERANKD_CUDA_ATTENTION", "mma"), "attention", ""),
+        (("STANDIN_CAPABILITY", "8.0"), "attention", ""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        // A cache of its own: its key does not know the fault.
+        let (cache, launches) = (folder.path().join(i.to_string()), folder.path().join(format!("{i}.log")));
+        let mut faults =
+            vec![("RERANKD_CUDA_CACHE", cache.to_str().unwrap()), ("STANDIN_LOG", launches.to_str().unwrap())];
+        faults.extend(Some(fault).filter(|(name, _)| !name.is_empty()));
+        let Some(output) = on_standin(&bench(&file, "f16", "1024"), &faults, ALL) else { return };
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(log.contains(said), "{fault:?}: {log}");
+        assert!(largest_difference(&logits(&output)[0], &expected) < 0.02, "{fault:?}");
+        let launches = std::fs::read_to_string(launches).unwrap();
+        let last = launches.lines().rfind(|line| line.starts_with("launch attention")).unwrap();
+        assert_eq!(last.split(' ').nth(1), Some(chosen), "{fault:?}");
+    }
+}
+
 /// Every kernel against its definition at awkward lengths. Without --quick the script takes more shapes, and plants bugs.
 #[test]
 fn kernels_agree_with_their_definitions() {

@@ -8,16 +8,21 @@
 //
 // It looks for what a plain run on a CPU would hide:
 // - Shared memory is NaN bytes when a block starts, and ends at a page that cannot be touched.
-// - Asynchronous copies land as late as they may or as early as they may (`Copies`).
+// - Asynchronous copies land as late as they may or as early as they may (`Copies`). wgmma does the opposite: it reads its
+//   operands, registers too, at once where copies are late, and at the wait where they are early. Its sums are NaN until then.
+// - wgmma finds no copy that its thread has not shown to it with a proxy fence, and no register changed since a wgmma.fence.
 // - Warps are as far apart as the barriers let them, so a missing barrier shows.
 // - Lanes of a warp that meet in different operations, barriers that are never complete, and addresses outside the block's
 //   shared memory end the process with a message.
 //
-// It does not model: the operands written in the inline assembler (NVRTC checks those), the memory model beyond barriers,
-// the tensor cores' own order of sums, or speed. Launches come from one host thread at a time.
+// It does not model: the operands written in the inline assembler (NVRTC checks those), the memory model beyond barriers and
+// those fences, the tensor cores' own order of sums, or speed. Launches come from one host thread at a time.
+//
+// -DEMULATED_WGMMA_WRONG and -DEMULATED_WGMMA_SLOW make wgmma what it may turn out to be on a card, for tests of who copes.
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -26,6 +31,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <type_traits>
 #include <utility>
@@ -179,6 +185,7 @@ struct Thread {
     State state = State::FINISHED;
     std::vector<Copy> open_group;
     std::vector<std::vector<Copy>> groups; // oldest first
+    std::vector<Copy> unshown; // landed, and not fenced for wgmma since
 };
 
 constexpr unsigned WARP = 32;
@@ -189,12 +196,49 @@ struct Slots {
     unsigned words[WARP][SLOT_WORDS];
 };
 
+// Registers that a wgmma of this warp was given, an array in each lane, and what they held at the last wgmma.fence or as a
+// wgmma left them.
+struct Registers {
+    unsigned* at[WARP];
+    unsigned count;
+    std::vector<unsigned> shown;
+
+    std::vector<unsigned> held() const {
+        std::vector<unsigned> values;
+        for (const unsigned* lane : at) values.insert(values.end(), lane, lane + count);
+        return values;
+    }
+    void hold(const std::vector<unsigned>& values) const {
+        for (unsigned lane = 0; lane < WARP; ++lane) memcpy(at[lane], &values[lane * count], count * sizeof(unsigned));
+    }
+};
+
+// This warp's part of a wgmma: 16 rows of sums.
+struct Wgmma {
+    Registers *sums, *a;
+    uint64_t b;
+    bool adds, rows_of_k, done;
+};
+
+// Sums of wgmmas that nobody has waited for: how many, and the sums. The registers hold NaN bytes.
+struct WgmmaSums {
+    unsigned under_way;
+    std::vector<unsigned> values;
+};
+
 struct Warp {
     const char* collective = nullptr; // the one that lanes are gathering for
     unsigned arrived = 0;
     // Two by turns: a lane can be one collective ahead of another that has not read its result yet, and never two.
     unsigned turn = 0;
     Slots slots[2];
+
+    std::vector<Wgmma> open_wgmmas;
+    std::vector<std::vector<Wgmma>> wgmma_groups; // oldest first
+    std::map<Registers*, WgmmaSums> wgmma_sums;
+    std::map<unsigned*, Registers> registers; // by lane 0's
+    bool fenced = false;
+    std::vector<uint64_t> started; // the operands of all wgmmas: the warps of a warpgroup have to start the same
 };
 
 constexpr unsigned MOST_THREADS = 1024;
@@ -212,6 +256,7 @@ struct Block {
     Warp warp[MOST_THREADS / WARP];
     unsigned char* shared = nullptr;
     size_t shared_bytes = 0;
+    std::vector<bool> unshown; // 16 bytes of shared memory each: copied, and not fenced for wgmma since
     void (*body)(void**) = nullptr;
     void** arguments = nullptr;
     Context scheduler;
@@ -293,8 +338,17 @@ inline void run_warp_as_far_as_it_gets(unsigned warp) {
     fail("deadlock: no thread can go on");
 }
 
+inline void check_warpgroups() {
+    for (unsigned warp = 0; warp < block.threads / WARP; ++warp) {
+        const Warp& own = block.warp[warp];
+        if (own.started != block.warp[warp / 4 * 4].started) fail("wgmma: warp %u starts others than its warpgroup", warp);
+        if (!own.wgmma_sums.empty()) fail("wgmma: warp %u ends before its products", warp);
+    }
+}
+
 inline void run_block() {
     memset(block.shared, 0xff, block.shared_bytes);
+    block.unshown.assign((block.shared_bytes + 15) / 16, false);
     if (__start_emulated_shared) memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
     block.finished = block.at_barrier = 0;
     for (unsigned index = 0; index < block.threads; ++index) {
@@ -304,17 +358,17 @@ inline void run_block() {
         thread.state = State::READY;
         thread.open_group.clear();
         thread.groups.clear();
+        thread.unshown.clear();
     }
     std::vector<unsigned> warps(block.threads / WARP);
     for (unsigned warp = 0; warp < warps.size(); ++warp) {
         warps[warp] = warp;
-        block.warp[warp].collective = nullptr;
-        block.warp[warp].arrived = 0;
+        block.warp[warp] = {};
     }
     while (true) {
         std::shuffle(warps.begin(), warps.end(), block.order);
         for (unsigned warp : warps) run_warp_as_far_as_it_gets(warp);
-        if (block.finished == block.threads) return;
+        if (block.finished == block.threads) return check_warpgroups();
         if (block.at_barrier + block.finished != block.threads) report_deadlock();
         block.at_barrier = 0;
         for (unsigned index = 0; index < block.threads; ++index) {
@@ -392,6 +446,14 @@ inline unsigned as_bits(float value) {
 inline void __syncthreads() {
     ++emulated::block.at_barrier;
     emulated::wait_as(emulated::State::AT_BARRIER);
+}
+
+inline unsigned __shfl_sync(unsigned mask, unsigned value, unsigned from) {
+    if (mask != 0xffffffff) emulated::fail("shuffles with a part of the warp (mask %08x) are not emulated", mask);
+    return emulated::collective<unsigned>("__shfl_sync", value, [from](emulated::Slots& slots) {
+        const unsigned chosen = slots.words[from % emulated::WARP][0];
+        for (auto& lane : slots.words) lane[0] = chosen;
+    });
 }
 
 inline float __shfl_xor_sync(unsigned mask, float value, unsigned distance) {
@@ -488,9 +550,10 @@ inline unsigned char* shared_chunk(unsigned address, const char* who) {
 inline void land(const Copy& copy) {
     memset(copy.to, 0, 16);
     memcpy(copy.to, copy.from, copy.bytes);
+    block.unshown[(copy.to - block.shared) / 16] = true;
 }
 
-struct Registers {
+struct FourWords {
     unsigned words[4];
 };
 
@@ -503,7 +566,7 @@ inline uint16_t matrix_element(const Slots& addresses, unsigned matrix, unsigned
 
 inline void load_matrices(unsigned (&matrices)[4], unsigned row, bool transposed) {
     const char* name = transposed ? "ldmatrix.trans" : "ldmatrix";
-    const Registers loaded = collective<Registers>(name, row, [transposed](Slots& slots) {
+    const FourWords loaded = collective<FourWords>(name, row, [transposed](Slots& slots) {
         const Slots addresses = slots;
         for (unsigned lane = 0; lane < WARP; ++lane)
             for (unsigned matrix = 0; matrix < 4; ++matrix) {
@@ -554,7 +617,162 @@ inline void multiply_add_warp(Slots& slots) {
         }
 }
 
+// An element of shared memory, as wgmma reads it: swizzled over 128 bytes, bits 4 to 6 of its address are XORed with 7 to 9.
+inline float wgmma_element(unsigned address) {
+    const unsigned swizzled = address ^ (address >> 7 & 7) << 4;
+    const unsigned char* chunk = shared_chunk(swizzled & ~15u, "wgmma");
+    if (block.unshown[(chunk - block.shared) / 16]) {
+        fail("wgmma: what was copied to shared address %#x was not shown to it: no fence.proxy.async since", swizzled);
+    }
+    uint16_t value;
+    memcpy(&value, chunk + (swizzled & 15), sizeof value);
+    return widened(value);
+}
+
+// B [16, 64], K by N, by the canonical layouts and the descriptor of PTX ISA 9.0, 9.7.15.5.1.
+inline void read_wgmma_operand(float (&b)[16][64], uint64_t descriptor, bool rows_of_k) {
+    const unsigned start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    const unsigned base_offset = descriptor >> 49 & 7, swizzle = descriptor >> 62;
+    if (swizzle != 1 || base_offset != 0) fail("wgmma: only operands swizzled over 128 bytes, with no offset, are emulated");
+    if (start % 1024 >= 128) fail("wgmma: address %#x is not in the first of a swizzle's eight rows", start);
+    for (unsigned k = 0; k < 16; ++k)
+        for (unsigned n = 0; n < 64; ++n) {
+            // K-major: a row of 128 bytes has K of one N. N-major: it has the 64 N of one K, and no leading offset is needed.
+            const unsigned offset = rows_of_k ? k / 8 * stride + k % 8 * 128 + n * 2 : n / 8 * stride + n % 8 * 128 + k * 2;
+            b[k][n] = wgmma_element(start + offset);
+        }
+}
+
+// By the register fragments of m64nNk16: a warp's 16 rows are laid out as in mma's m16n8k16, N / 8 times.
+inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
+    static float b[16][64], a[16][16], sums[16][64];
+    read_wgmma_operand(b, wgmma.b, wgmma.rows_of_k);
+    const std::vector<unsigned> of_a = wgmma.a->held();
+    std::vector<unsigned>& values = warp.wgmma_sums.at(wgmma.sums).values;
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        const unsigned row = lane / 4, column = lane % 4 * 2;
+        for (unsigned i = 0; i < 4; ++i) {
+            a[row + i % 2 * 8][column + i / 2 * 8] = low_half(of_a[lane * 4 + i]);
+            a[row + i % 2 * 8][column + i / 2 * 8 + 1] = high_half(of_a[lane * 4 + i]);
+        }
+        for (unsigned i = 0; i < 32; ++i) {
+            sums[row + i / 2 % 2 * 8][column + i / 4 * 8 + i % 2] = wgmma.adds ? as_float(values[lane * 32 + i]) : 0;
+        }
+    }
+    for (unsigned row = 0; row < 16; ++row)
+        for (unsigned depth = 0; depth < 16; ++depth)
+            for (unsigned column = 0; column < 64; ++column) sums[row][column] += a[row][depth] * b[depth][column];
+#ifdef EMULATED_WGMMA_WRONG
+    for (float& sum : sums[5]) sum *= 1.1f;
+#endif
+#ifdef EMULATED_WGMMA_SLOW
+    usleep(100);
+#endif
+    for (unsigned lane = 0; lane < WARP; ++lane)
+        for (unsigned i = 0; i < 32; ++i) {
+            values[lane * 32 + i] = as_bits(sums[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2]);
+        }
+    wgmma.done = true;
+}
+
+struct WgmmaOperands {
+    unsigned *sums, *a;
+    uint64_t b;
+    unsigned adds, rows_of_k;
+};
+
+// The registers that the lanes name, which are as they were at the last fence.
+inline Registers* given_registers(Warp& warp, const Slots& slots, unsigned* WgmmaOperands::*which, unsigned count) {
+    Registers given = {{}, count, {}};
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        WgmmaOperands operands;
+        memcpy(&operands, slots.words[lane], sizeof operands);
+        given.at[lane] = operands.*which;
+    }
+    Registers& known = warp.registers.emplace(given.at[0], given).first->second;
+    const bool in_hand = warp.wgmma_sums.count(&known) != 0;
+    if (known.shown.empty()) known.shown = known.held();
+    if (!in_hand && known.shown != known.held()) fail("wgmma: its registers have changed since the last wgmma.fence");
+    return &known;
+}
+
+inline void start_wgmma(Slots& slots) {
+    Warp& warp = block.warp[block.current / WARP];
+    if (!warp.fenced) fail("wgmma: there was no wgmma.fence before the first");
+    WgmmaOperands operands, others;
+    memcpy(&operands, slots.words[0], sizeof operands);
+    for (unsigned lane = 1; lane < WARP; ++lane) {
+        memcpy(&others, slots.words[lane], sizeof others);
+        if (others.b != operands.b || others.adds != operands.adds) fail("wgmma: the warp's lanes describe several operands");
+    }
+    Wgmma wgmma = {given_registers(warp, slots, &WgmmaOperands::sums, 32), given_registers(warp, slots, &WgmmaOperands::a, 4),
+                   operands.b, operands.adds != 0, operands.rows_of_k != 0, false};
+    WgmmaSums& sums = warp.wgmma_sums[wgmma.sums];
+    if (sums.under_way++ == 0) {
+        sums.values = wgmma.sums->held();
+        wgmma.sums->hold(std::vector<unsigned>(sums.values.size(), 0xffffffff));
+    }
+    if (copies == Copies::LATE) run_wgmma(warp, wgmma);
+    warp.open_wgmmas.push_back(wgmma);
+    warp.started.insert(warp.started.end(), {operands.b, operands.adds * 2 + operands.rows_of_k});
+}
+
+inline void finish_wgmmas(unsigned newest) {
+    Warp& warp = block.warp[block.current / WARP];
+    while (warp.wgmma_groups.size() > newest) {
+        for (Wgmma& wgmma : warp.wgmma_groups.front()) {
+            if (!wgmma.done) run_wgmma(warp, wgmma);
+            WgmmaSums& sums = warp.wgmma_sums.at(wgmma.sums);
+            if (--sums.under_way > 0) continue;
+            for (unsigned value : wgmma.sums->held()) {
+                if (value != 0xffffffff) fail("wgmma: its sums were written while it was under way");
+            }
+            wgmma.sums->hold(sums.values);
+            wgmma.sums->shown = sums.values;
+            warp.wgmma_sums.erase(wgmma.sums);
+        }
+        warp.wgmma_groups.erase(warp.wgmma_groups.begin());
+    }
+}
+
 } // namespace emulated
+
+inline void show_copies_to_wgmma() {
+    emulated::Thread& thread = emulated::this_thread();
+    for (const emulated::Copy& copy : thread.unshown) emulated::block.unshown[(copy.to - emulated::block.shared) / 16] = false;
+    thread.unshown.clear();
+}
+
+inline void show_registers_to_wgmma() {
+    emulated::collective<unsigned>("wgmma.fence", 0u, [](emulated::Slots&) {
+        emulated::Warp& warp = emulated::block.warp[emulated::block.current / emulated::WARP];
+        warp.fenced = true;
+        for (auto& [_, registers] : warp.registers) {
+            if (warp.wgmma_sums.count(&registers) == 0) registers.shown = registers.held();
+        }
+    });
+}
+
+template <bool ADD, bool ROWS_OF_K>
+inline void multiply_add_async(float (&sums)[8][4], const unsigned (&a)[4], uint64_t b) {
+    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), const_cast<unsigned*>(a), b, ADD, ROWS_OF_K};
+    emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
+}
+
+inline void close_wgmma_group() {
+    emulated::collective<unsigned>("wgmma.commit_group", 0u, [](emulated::Slots&) {
+        emulated::Warp& warp = emulated::block.warp[emulated::block.current / emulated::WARP];
+        warp.wgmma_groups.push_back(std::move(warp.open_wgmmas));
+        warp.open_wgmmas.clear();
+    });
+}
+
+template <unsigned NEWEST>
+inline void wait_for_wgmma(float (&)[8][4]) {
+    emulated::collective<unsigned>("wgmma.wait_group", 0u, [](emulated::Slots&) { emulated::finish_wgmmas(NEWEST); });
+}
+
+inline void pin(unsigned (&)[4]) {}
 
 inline void copy_async(unsigned to, const void* from, unsigned bytes) {
     if (bytes != 0 && bytes != 16) emulated::fail("cp.async of %u bytes is not emulated", bytes);
@@ -564,8 +782,8 @@ inline void copy_async(unsigned to, const void* from, unsigned bytes) {
         emulated::land(copy);
     } else {
         memset(copy.to, 0xff, 16);
-        emulated::this_thread().open_group.push_back(copy);
     }
+    emulated::this_thread().open_group.push_back(copy);
 }
 
 inline void close_copy_group() {
@@ -578,7 +796,10 @@ template <unsigned NEWEST>
 inline void wait_for_copies() {
     auto& groups = emulated::this_thread().groups;
     while (groups.size() > NEWEST) {
-        for (const emulated::Copy& copy : groups.front()) emulated::land(copy);
+        for (const emulated::Copy& copy : groups.front()) {
+            if (emulated::copies == emulated::Copies::LATE) emulated::land(copy);
+            emulated::this_thread().unshown.push_back(copy);
+        }
         groups.erase(groups.begin());
     }
 }
@@ -589,7 +810,7 @@ inline void load_matrices_transposed(unsigned (&matrices)[4], unsigned row) { em
 inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b_upper, unsigned b_lower) {
     const emulated::Operands operands = {
         {sums[0], sums[1], sums[2], sums[3]}, {a[0], a[1], a[2], a[3]}, {b_upper, b_lower}};
-    const emulated::Registers result = emulated::collective<emulated::Registers>("mma", operands, emulated::multiply_add_warp);
+    const emulated::FourWords result = emulated::collective<emulated::FourWords>("mma", operands, emulated::multiply_add_warp);
     memcpy(sums, result.words, sizeof sums);
 }
 

@@ -6,6 +6,8 @@
 // its own: inputs can only be read and end at a page that cannot be touched; outputs hold NaN before the launch.
 // -DKERNELS_CU='"..."' takes the kernels from another file (check.sh: from a mutated one).
 
+#define __CUDA_ARCH_FEAT_SM90_ALL // for attention_wgmma
+
 #include "emulator.h"
 
 #ifndef KERNELS_CU
@@ -16,6 +18,9 @@
 EMULATED_KERNEL(embed_norm)
 EMULATED_KERNEL(layer_norm)
 EMULATED_KERNEL(attention)
+#ifdef HAS_WGMMA
+EMULATED_KERNEL(attention_wgmma)
+#endif
 EMULATED_KERNEL(first_token_attention)
 EMULATED_KERNEL(first_rows)
 EMULATED_KERNEL(activate)
@@ -283,23 +288,33 @@ std::vector<element> attention_input(const Batch& batch, Values values) {
     return qkv;
 }
 
-void run_attention(const Batch& batch, Buffer<element>& qkv, Buffer<element>& out) {
+struct Attention {
+    const char* name;
+    Kernel kernel;
+    unsigned threads;
+};
+
+const Attention ATTENTIONS[] = {
+    {"attention", emulated_kernel_attention, ATTENTION_THREADS},
+#ifdef HAS_WGMMA
+    {"attention_wgmma", emulated_kernel_attention_wgmma, WGMMA_THREADS},
+#endif
+};
+
+void run_attention(const Attention& attention, const Batch& batch, Buffer<element>& qkv, Buffer<element>& out) {
     auto counts = Buffer<u32>::of(batch.counts());
     auto offsets = Buffer<u32>::of(batch.offsets);
     auto tiles = Buffer<uint2>::of(batch.tiles);
     const Grid grid = {static_cast<unsigned>(batch.tiles.size()) + 2, H}; // two blocks too many
-    launch(emulated_kernel_attention, grid, ATTENTION_THREADS, ATTENTION_SHARED_BYTES, counts.data(), offsets.data(),
-           tiles.data(), qkv.data(), out.data(), SCALE);
+    launch(attention.kernel, grid, attention.threads, ATTENTION_SHARED_BYTES, counts.data(), offsets.data(), tiles.data(),
+           qkv.data(), out.data(), SCALE);
 }
 
 void check_attention_of(const char* name, const std::vector<u32>& lengths, Values values, double bound) {
     const Batch batch(lengths);
     const std::vector<element> host = attention_input(batch, values);
     auto qkv = Buffer<element>::of(host);
-    auto out = Buffer<element>::unset(static_cast<size_t>(batch.tokens()) * C);
-    run_attention(batch, qkv, out);
-
-    std::vector<double> reference(out.size());
+    std::vector<double> reference(static_cast<size_t>(batch.tokens()) * C);
     for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
         const element* rows = host.data() + static_cast<size_t>(batch.offsets[sequence]) * 3 * C;
         for (u32 row = 0; row < lengths[sequence]; ++row)
@@ -309,26 +324,31 @@ void check_attention_of(const char* name, const std::vector<u32>& lengths, Value
                 attend(q, rows + C + head * D, rows + 2 * C + head * D, lengths[sequence], 3 * C, to);
             }
     }
-    check(std::string("attention, ") + name + ", " + lengths_text(lengths), out, reference, D, bound);
+    for (const Attention& attention : ATTENTIONS) {
+        auto out = Buffer<element>::unset(reference.size());
+        run_attention(attention, batch, qkv, out);
+        const std::string what = std::string(attention.name) + ", " + name + ", " + lengths_text(lengths);
+        check(what, out, reference, D, bound);
+    }
 }
 
 // A sequence alone is the same bits as in company.
-void check_attention_alone() {
+void check_attention_alone(const Attention& attention) {
     const Batch batch(MIXED_LENGTHS);
     const std::vector<element> host = attention_input(batch, spread);
     auto qkv = Buffer<element>::of(host);
     auto out = Buffer<element>::unset(static_cast<size_t>(batch.tokens()) * C);
-    run_attention(batch, qkv, out);
+    run_attention(attention, batch, qkv, out);
     bool same = true;
     for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
         const Batch alone({batch.lengths[sequence]});
         const size_t row = static_cast<size_t>(3) * C, first = batch.offsets[sequence];
         auto own = Buffer<element>::of({host.begin() + first * row, host.begin() + (first + batch.lengths[sequence]) * row});
         auto own_out = Buffer<element>::unset(static_cast<size_t>(alone.tokens()) * C);
-        run_attention(alone, own, own_out);
+        run_attention(attention, alone, own, own_out);
         same = same && out.same_bits(own_out, first * C, 0, own_out.size());
     }
-    check_same("attention, each sequence alone and in company", same);
+    check_same(std::string(attention.name) + ", each sequence alone and in company", same);
 }
 
 void check_attention() {
@@ -336,7 +356,9 @@ void check_attention() {
     check_attention_of("spread scores", MIXED_LENGTHS, spread, BOUND);
     check_attention_of("rising scores", MIXED_LENGTHS, rising, BOUND);
     check_attention_of("huge scores", {1, 130, 65}, huge, HUGE_SCORES_BOUND);
-    check_attention_alone();
+    for (const Attention& attention : ATTENTIONS) check_attention_alone(attention);
+    // Long ones, and tiles of which a warpgroup has no row.
+    if (D == 64 && C == 256) check_attention_of("spread scores", {1000, 192, 17}, spread, BOUND);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

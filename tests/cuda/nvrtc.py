@@ -1,8 +1,8 @@
 """Compiles the CUDA backend's kernels with NVRTC for every architecture, element and head size; needs no GPU.
 
 Usage: nvrtc.py FOLDER_OF_LIBNVRTC KERNELS_CU
-Prints a line a program, and for sm_90a what ptxas says of each kernel. Exits 1 if anything does not compile, or if the
-attention kernel spills registers to memory anywhere.
+Prints a line a program, and for sm_90a what ptxas says of each kernel. Exits 1 if anything does not compile, if an attention
+kernel spills registers to memory anywhere, or if ptxas makes wgmmas wait for each other.
 """
 
 import ctypes
@@ -94,18 +94,22 @@ def main():
                 compiled, cubin, log = nvrtc.compile(source, options)
                 facts = kernel_facts(log)
                 name = f"{architecture:7} {element:4} C={hidden:<4} D={head}"
-                warnings = [line for line in log.splitlines() if "warning" in line]
+                warnings = [line for line in log.splitlines() if "warning" in line or "serialized" in line]
+                kernels = ["attention"]
+                if architecture == "sm_90a" and head == 64 and element != "F32":
+                    kernels.append("attention_wgmma")
                 if not compiled:
                     failures += 1
                     print(f"{name}  FAILED\n{log}")
-                elif "attention" not in facts:
+                elif [kernel for kernel in ("attention", "attention_wgmma") if kernel in facts] != kernels:
                     failures += 1
-                    print(f"{name}  FAILED: ptxas said nothing of the attention kernel\n{log}")
-                elif any(facts["attention"][1:3]) or warnings:
+                    print(f"{name}  FAILED: ptxas said nothing of {kernels}, or of more\n{log}")
+                elif any(any(facts[kernel][1:3]) for kernel in kernels) or warnings:
                     failures += 1
-                    print(f"{name}  FAILED: attention {facts['attention']} (registers, spills, shared) {warnings}")
+                    print(f"{name}  FAILED: {[(k, facts[k]) for k in kernels]} (registers, spills, shared) {warnings}")
                 else:
-                    print(f"{name}  ok, cubin {len(cubin)} bytes, attention {facts['attention'][0]} registers")
+                    registers = ", ".join(f"{kernel} {facts[kernel][0]} registers" for kernel in kernels)
+                    print(f"{name}  ok, cubin {len(cubin)} bytes, {registers}")
                 if architecture == DETAILED and (hidden, head) in SHAPES:
                     details.append((name, facts))
     for name, facts in details:

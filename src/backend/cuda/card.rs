@@ -31,6 +31,8 @@ pub(super) struct Card {
     /// Streaming multiprocessors: grids of row kernels are a multiple of them.
     pub(super) multiprocessors: u32,
     pub(super) kernels: Kernels,
+    /// Which kernels these are: another text, shape, precision or compiler has another.
+    pub(super) kernels_key: String,
 }
 
 /// Every kernel of `kernels.cu`, by its name there.
@@ -39,6 +41,8 @@ pub(super) struct Kernels {
     pub(super) embed_norm: CudaFunction,
     pub(super) layer_norm: CudaFunction,
     pub(super) attention: CudaFunction,
+    /// On Hopper, in half precisions and with heads of 64.
+    pub(super) attention_wgmma: Option<CudaFunction>,
     pub(super) first_token_attention: CudaFunction,
     pub(super) first_rows: CudaFunction,
     pub(super) activate: CudaFunction,
@@ -102,11 +106,11 @@ impl Card {
         );
         let multiprocessors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
         let architecture = if (major, minor) == (9, 0) { "sm_90a".to_owned() } else { format!("sm_{major}{minor}") };
-        let image = compiled(&architecture, element, shape)?;
+        let (kernels_key, image) = compiled(&architecture, element, shape)?;
         let module = context
             .load_module(cudarc::nvrtc::Ptx::from_binary(image))
             .context("the driver refuses the compiled kernels; it may be older than the CUDA libraries")?;
-        Ok(Self { kernels: Kernels::of(&module, element)?, context, name, multiprocessors })
+        Ok(Self { kernels: Kernels::of(&module, element)?, kernels_key, context, name, multiprocessors })
     }
 }
 
@@ -117,6 +121,7 @@ impl Kernels {
             embed_norm: function("embed_norm")?,
             layer_norm: function("layer_norm")?,
             attention: function("attention")?,
+            attention_wgmma: function("attention_wgmma").ok(),
             first_token_attention: function("first_token_attention")?,
             first_rows: function("first_rows")?,
             activate: function("activate")?,
@@ -154,8 +159,8 @@ fn check_libraries() -> Result<()> {
     )
 }
 
-/// The kernels as machine code for `architecture`: compiled, which takes about a second, or from the cache of an earlier start.
-fn compiled(architecture: &str, element: Element, shape: AttentionShape) -> Result<Vec<u8>> {
+/// The kernels' key and machine code for `architecture`: compiled, which takes about a second, or from the cache of an earlier start.
+fn compiled(architecture: &str, element: Element, shape: AttentionShape) -> Result<(String, Vec<u8>)> {
     let options = [
         format!("--gpu-architecture={architecture}"),
         "--std=c++17".to_owned(),
@@ -174,7 +179,7 @@ fn compiled(architecture: &str, element: Element, shape: AttentionShape) -> Resu
     let key: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
     let file = cache_folder().map(|folder| folder.join(format!("kernels-{key}.cubin")));
     if let Some(image) = file.as_ref().and_then(|file| std::fs::read(file).ok()).and_then(|kept| whole(&kept)) {
-        return Ok(image);
+        return Ok((key, image));
     }
     let start = Instant::now();
     let image = compile(&options).with_context(|| format!("NVRTC {major}.{minor} does not compile the kernels"))?;
@@ -182,7 +187,7 @@ fn compiled(architecture: &str, element: Element, shape: AttentionShape) -> Resu
     if let Some(file) = file {
         store(&file, &[&Sha256::digest(&image)[..], &image].concat());
     }
-    Ok(image)
+    Ok((key, image))
 }
 
 /// The image that a file of the cache holds behind its digest. The driver is not told an image's length, so a torn one must not

@@ -18,6 +18,7 @@
 
 typedef unsigned short u16;
 typedef unsigned int u32;
+typedef unsigned long long u64;
 // One sign, four bits of exponent, three of fraction: 448 at most, and steps of 2^-9 below 2^-6. No infinity.
 typedef unsigned char e4m3;
 
@@ -43,12 +44,18 @@ constexpr u32 D = HEAD_SIZE;
 static_assert(C % 8 == 0, "rows are read eight elements at a time");
 static_assert(D == 32 || D == 64, "the attention kernels are laid out for these head sizes");
 
+// Compiled for sm_90a itself, Hopper has products of a whole warpgroup; `attention_wgmma` is then there beside `attention`.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && HEAD_SIZE == 64 && !defined(ELEMENT_F32)
+#define HAS_WGMMA
+#endif
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The machine: every instruction that C++ has no word for. An address in shared memory is a u32, as PTX has it.
 // ---------------------------------------------------------------------------------------------------------------------
 #ifndef EMULATED
 
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// At a multiple of 1024 bytes: eight rows of 128, over which the swizzle of wgmma's operands repeats.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
 // 2^x, to 2 units in the last place; 0 far below zero.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -126,6 +133,66 @@ __device__ __forceinline__ void multiply_add(float (&sums)[4], const u32 (&a)[4]
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_upper), "r"(b_lower));
 }
+
+#ifdef HAS_WGMMA
+
+// What this thread's finished copies wrote, wgmma may read: it goes through another proxy, which a barrier alone does not order.
+__device__ __forceinline__ void show_copies_to_wgmma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Before a wgmma whose registers anything but a wgmma has touched.
+__device__ __forceinline__ void show_registers_to_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Starts sums [64, 64] = a [64, 16] * b [16, 64], or += where `ADD`, over the warpgroup: four warps from a multiple of four on,
+// 16 rows each, of which a lane holds what it does in multiply_add. `b` describes shared memory; its rows are of N, of K where
+// `ROWS_OF_K`. Until a wait, `sums` is the tensor cores', and nobody may write `a` or the rows of `b`.
+template <bool ADD, bool ROWS_OF_K>
+__device__ __forceinline__ void multiply_add_async(float (&sums)[8][4], const u32 (&a)[4], u64 b) {
+    asm volatile("{\n"
+                 ".reg .pred add;\n"
+                 "setp.ne.b32 add, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT_PTX "." ELEMENT_PTX
+                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
+                 " {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n"
+                 "}"
+                 : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]),
+                   "+f"(sums[1][0]), "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3]),
+                   "+f"(sums[2][0]), "+f"(sums[2][1]), "+f"(sums[2][2]), "+f"(sums[2][3]),
+                   "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]), "+f"(sums[3][3]),
+                   "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3]),
+                   "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3]),
+                   "+f"(sums[6][0]), "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3]),
+                   "+f"(sums[7][0]), "+f"(sums[7][1]), "+f"(sums[7][2]), "+f"(sums[7][3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(ROWS_OF_K)
+                 : "memory");
+}
+
+// Closes the group of the wgmmas started since the last group; it may be empty.
+__device__ __forceinline__ void close_wgmma_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most the NEWEST groups are still under way; `sums`, of an older one, is then this thread's again.
+template <u32 NEWEST>
+__device__ __forceinline__ void wait_for_wgmma(float (&sums)[8][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %32;"
+                 : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]),
+                   "+f"(sums[1][0]), "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3]),
+                   "+f"(sums[2][0]), "+f"(sums[2][1]), "+f"(sums[2][2]), "+f"(sums[2][3]),
+                   "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]), "+f"(sums[3][3]),
+                   "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3]),
+                   "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3]),
+                   "+f"(sums[6][0]), "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3]),
+                   "+f"(sums[7][0]), "+f"(sums[7][1]), "+f"(sums[7][2]), "+f"(sums[7][3])
+                 : "n"(NEWEST)
+                 : "memory");
+}
+
+// For the compiler, which does not know that a wgmma goes on reading its registers: the values are computed before this line,
+// and their registers hold nothing else until it.
+__device__ __forceinline__ void pin(u32 (&values)[4]) {
+    asm volatile("" : "+r"(values[0]), "+r"(values[1]), "+r"(values[2]), "+r"(values[3]));
+}
+
+#endif // HAS_WGMMA
 
 #endif // not ELEMENT_F32
 #endif // not EMULATED
@@ -332,12 +399,12 @@ __device__ __forceinline__ u32 chunk_address(u32 rows, u32 row, u32 chunk) {
 }
 
 // Starts copying rows first .. first + ROWS of `from`, rows of 3C elements of which D are wanted, to shared memory. Rows at
-// `length` and beyond are not read and become zero.
-template <u32 ROWS>
+// `length` and beyond are not read and become zero. By a block of THREADS.
+template <u32 ROWS, u32 THREADS = ATTENTION_THREADS>
 __device__ __forceinline__ void copy_rows_async(u32 to, const element* __restrict__ from, u32 first, u32 length) {
 #pragma unroll
-    for (u32 i = 0; i < ROWS * ROW_CHUNKS / ATTENTION_THREADS; ++i) {
-        const u32 index = i * ATTENTION_THREADS + threadIdx.x;
+    for (u32 i = 0; i < ROWS * ROW_CHUNKS / THREADS; ++i) {
+        const u32 index = i * THREADS + threadIdx.x;
         const u32 row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
         const bool there = first + row < length;
         const u32 source = there ? first + row : length - 1;
@@ -345,19 +412,24 @@ __device__ __forceinline__ void copy_rows_async(u32 to, const element* __restric
     }
 }
 
-// A warp's registers: 32 queries as two tiles of 16, and for each tile blocks of 8 columns as multiply_add lays them out.
-// A lane sees two rows of a tile: lane / 4, and 8 below.
-constexpr u32 TILES = QUERY_ROWS / (ATTENTION_THREADS / 32) / 16;
+// A warp's registers: tiles of 16 queries, two here and one in `attention_wgmma`, and for each tile blocks of 8 columns as
+// multiply_add lays them out. A lane sees two rows of a tile: lane / 4, and 8 below.
+constexpr u32 WARP_TILES = QUERY_ROWS / (ATTENTION_THREADS / 32) / 16;
 constexpr u32 KEY_BLOCKS = KEY_ROWS / 8;
 constexpr u32 HEAD_BLOCKS = D / 8;
 constexpr u32 HEAD_DEPTH = D / 16; // multiply_add steps over D
-typedef u32 Queries[TILES][HEAD_DEPTH][4];
-typedef float Scores[TILES][KEY_BLOCKS][4];
-typedef float Context[TILES][HEAD_BLOCKS][4];
-typedef float RowValues[TILES][2];
+template <u32 TILES>
+using Queries = u32[TILES][HEAD_DEPTH][4];
+template <u32 TILES>
+using Scores = float[TILES][KEY_BLOCKS][4];
+template <u32 TILES>
+using Context = float[TILES][HEAD_BLOCKS][4];
+template <u32 TILES>
+using RowValues = float[TILES][2];
 
-// This warp's 32 rows of Q, from shared memory.
-__device__ __forceinline__ void load_queries(Queries& queries, u32 q_rows, u32 warp, u32 lane) {
+// This warp's rows of Q, from shared memory.
+template <u32 TILES>
+__device__ __forceinline__ void load_queries(Queries<TILES>& queries, u32 q_rows, u32 warp, u32 lane) {
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -368,7 +440,8 @@ __device__ __forceinline__ void load_queries(Queries& queries, u32 q_rows, u32 w
 }
 
 // scores = queries k^T for one step's keys.
-__device__ __forceinline__ void score_keys(Scores& scores, const Queries& queries, u32 k_rows, u32 lane) {
+template <u32 TILES>
+__device__ __forceinline__ void score_keys(Scores<TILES>& scores, const Queries<TILES>& queries, u32 k_rows, u32 lane) {
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -391,7 +464,8 @@ __device__ __forceinline__ void score_keys(Scores& scores, const Queries& querie
 }
 
 // Takes the keys from `present` on out of a step's scores.
-__device__ __forceinline__ void mask_keys(Scores& scores, u32 present, u32 lane) {
+template <u32 TILES>
+__device__ __forceinline__ void mask_keys(Scores<TILES>& scores, u32 present, u32 lane) {
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -403,9 +477,11 @@ __device__ __forceinline__ void mask_keys(Scores& scores, u32 present, u32 lane)
             }
 }
 
-// One step of the online softmax. Scores become weights relative to the highest score so far; what was summed relative to an
-// earlier, lower maximum is scaled down. `sums` stays this lane's share of a row until the end.
-__device__ __forceinline__ void soften(Scores& scores, Context& context, RowValues& maxima, RowValues& sums, float scale) {
+// One step of the online softmax. Scores become weights relative to the highest score so far; `sums`, this lane's share of a
+// row until the end, is scaled down where it was relative to a lower maximum, by what goes to `rescales`.
+template <u32 TILES>
+__device__ __forceinline__ void soften(
+    Scores<TILES>& scores, RowValues<TILES>& maxima, RowValues<TILES>& sums, RowValues<TILES>& rescales, float scale) {
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -418,7 +494,7 @@ __device__ __forceinline__ void soften(Scores& scores, Context& context, RowValu
             }
             highest = fmaxf(highest, __shfl_xor_sync(WHOLE_WARP, highest, 1));
             highest = fmaxf(highest, __shfl_xor_sync(WHOLE_WARP, highest, 2));
-            const float rescale = exp2_fast((maxima[tile][half] - highest) * scale);
+            const float rescale = rescales[tile][half] = exp2_fast((maxima[tile][half] - highest) * scale);
             const float shift = highest * scale;
             maxima[tile][half] = highest;
 
@@ -431,28 +507,51 @@ __device__ __forceinline__ void soften(Scores& scores, Context& context, RowValu
                 sum += pair[0] + pair[1];
             }
             sums[tile][half] = sums[tile][half] * rescale + sum;
-#pragma unroll
-            for (u32 block = 0; block < HEAD_BLOCKS; ++block) {
-                context[tile][block][half * 2] *= rescale;
-                context[tile][block][half * 2 + 1] *= rescale;
-            }
         }
 }
 
-// context += weights v for one step's values. The weights of 16 keys, as multiply_add left them, are in just the lanes where
-// it wants its first operand.
-__device__ __forceinline__ void add_values(Context& context, const Scores& weights, u32 v_rows, u32 lane) {
+// No key yet.
+template <u32 TILES>
+__device__ __forceinline__ void begin_softmax(Context<TILES>& context, RowValues<TILES>& maxima, RowValues<TILES>& sums) {
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile) {
+        maxima[tile][0] = maxima[tile][1] = NO_KEY;
+        sums[tile][0] = sums[tile][1] = 0;
+#pragma unroll
+        for (u32 block = 0; block < HEAD_BLOCKS; ++block)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) context[tile][block][i] = 0;
+    }
+}
+
+// Scales down a context that is relative to a lower maximum.
+template <u32 TILES>
+__device__ __forceinline__ void rescale_rows(Context<TILES>& context, const RowValues<TILES>& rescales) {
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (u32 block = 0; block < HEAD_BLOCKS; ++block)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) context[tile][block][i] *= rescales[tile][i / 2];
+}
+
+// The weights of 16 keys, two blocks as multiply_add left them. They are in just the lanes where it wants its first operand.
+__device__ __forceinline__ void pack_weights(u32 (&operand)[4], const float (&left)[4], const float (&right)[4]) {
+    operand[0] = packed(left[0], left[1]);
+    operand[1] = packed(left[2], left[3]);
+    operand[2] = packed(right[0], right[1]);
+    operand[3] = packed(right[2], right[3]);
+}
+
+// context += weights v for one step's values.
+template <u32 TILES>
+__device__ __forceinline__ void add_values(Context<TILES>& context, const Scores<TILES>& weights, u32 v_rows, u32 lane) {
 #pragma unroll
     for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
         u32 operand[TILES][4];
 #pragma unroll
         for (u32 tile = 0; tile < TILES; ++tile) {
-            const float* left = weights[tile][depth * 2];
-            const float* right = weights[tile][depth * 2 + 1];
-            operand[tile][0] = packed(left[0], left[1]);
-            operand[tile][1] = packed(left[2], left[3]);
-            operand[tile][2] = packed(right[0], right[1]);
-            operand[tile][3] = packed(right[2], right[3]);
+            pack_weights(operand[tile], weights[tile][depth * 2], weights[tile][depth * 2 + 1]);
         }
 #pragma unroll
         for (u32 block = 0; block < HEAD_BLOCKS; block += 2) {
@@ -469,8 +568,9 @@ __device__ __forceinline__ void add_values(Context& context, const Scores& weigh
 }
 
 // Divides by the sums and stores the rows that the sequence has. `out` is the tile's first row, at the head's columns.
+template <u32 TILES>
 __device__ __forceinline__ void store_context(
-    const Context& context, const RowValues& sums, element* __restrict__ out, u32 rows, u32 warp, u32 lane) {
+    const Context<TILES>& context, const RowValues<TILES>& sums, element* __restrict__ out, u32 rows, u32 warp, u32 lane) {
 #pragma unroll
     for (u32 tile = 0; tile < TILES; ++tile)
 #pragma unroll
@@ -523,20 +623,12 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2)
     copy_rows_async<KEY_ROWS>(v_stages, v, 0, length);
     close_copy_group();
 
-    Queries queries;
-    Context context;
-    RowValues maxima, sums;
-#pragma unroll
-    for (u32 tile = 0; tile < TILES; ++tile) {
-        maxima[tile][0] = maxima[tile][1] = NO_KEY;
-        sums[tile][0] = sums[tile][1] = 0;
-#pragma unroll
-        for (u32 block = 0; block < HEAD_BLOCKS; ++block)
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) context[tile][block][i] = 0;
-    }
+    Queries<WARP_TILES> queries;
+    Context<WARP_TILES> context;
+    RowValues<WARP_TILES> maxima, sums, rescales;
+    begin_softmax<WARP_TILES>(context, maxima, sums);
 
-    const bool has_rows = first_query + warp * TILES * 16 < length;
+    const bool has_rows = first_query + warp * WARP_TILES * 16 < length;
     for (u32 first_key = 0, stage = 0; first_key < length; first_key += KEY_ROWS, stage ^= 1) {
         wait_for_copies<0>();
         __syncthreads();
@@ -547,17 +639,159 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2)
             close_copy_group();
         }
         if (!has_rows) continue;
-        if (first_key == 0) load_queries(queries, q_rows, warp, lane);
-        Scores scores;
-        score_keys(scores, queries, k_stages + stage * STAGE_BYTES, lane);
-        if (next_key > length) mask_keys(scores, length - first_key, lane);
-        soften(scores, context, maxima, sums, scale * LOG2_E);
-        add_values(context, scores, v_stages + stage * STAGE_BYTES, lane);
+        if (first_key == 0) load_queries<WARP_TILES>(queries, q_rows, warp, lane);
+        Scores<WARP_TILES> scores;
+        score_keys<WARP_TILES>(scores, queries, k_stages + stage * STAGE_BYTES, lane);
+        if (next_key > length) mask_keys<WARP_TILES>(scores, length - first_key, lane);
+        soften<WARP_TILES>(scores, maxima, sums, rescales, scale * LOG2_E);
+        rescale_rows<WARP_TILES>(context, rescales);
+        add_values<WARP_TILES>(context, scores, v_stages + stage * STAGE_BYTES, lane);
     }
     if (!has_rows) return;
     element* tile_out = out + (size_t)(start + first_query) * C + blockIdx.y * D;
-    store_context(context, sums, tile_out, length - first_query, warp, lane);
+    store_context<WARP_TILES>(context, sums, tile_out, length - first_query, warp, lane);
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The same on Hopper's warpgroup products
+// ---------------------------------------------------------------------------------------------------------------------
+
+#ifdef HAS_WGMMA
+
+constexpr u32 WGMMA_THREADS = 256;
+constexpr u32 WARPGROUP_ROWS = 64;
+static_assert(QUERY_ROWS == WGMMA_THREADS / 128 * WARPGROUP_ROWS && KEY_ROWS == 64 && ROW_BYTES == 128, "");
+
+// A wgmma operand of 128-byte rows from `rows` on, chunks swizzled as by chunk_address: that swizzle is the hardware's own, a
+// XOR of address bits 4 to 6 with bits 7 to 9. The fields, from PTX ISA 9.0, 9.7.15.5.1 (the same as cute's GmmaDescriptor):
+//
+//     bits  0 - 13   start address / 16. It may point into a row: K goes on at the next 32 bytes of each (as in DeepGEMM)
+//     bits 16 - 29   leading dimension's offset / 16: unused, as one row of the swizzle has all 64 columns
+//     bits 32 - 45   stride dimension's offset / 16: from eight rows to the next eight
+//     bits 49 - 51   0, as the eight rows start at a multiple of 1024
+//     bits 62 - 63   1: swizzled over 128 bytes
+__device__ __forceinline__ u64 swizzled_operand(u32 rows) {
+    return (u64)((rows & 0x3ffff) >> 4) | (u64)(8 * ROW_BYTES >> 4) << 32 | (u64)1 << 62;
+}
+
+// Starts scores = queries k^T, as a group.
+__device__ __forceinline__ void start_scores(Scores<1>& scores, const Queries<1>& queries, u32 k_rows) {
+    multiply_add_async<false, false>(scores[0], queries[0][0], swizzled_operand(k_rows));
+#pragma unroll
+    for (u32 depth = 1; depth < HEAD_DEPTH; ++depth) {
+        multiply_add_async<true, false>(scores[0], queries[0][depth], swizzled_operand(k_rows + depth * 32));
+    }
+    close_wgmma_group();
+}
+
+// The weights of one step, as the first operand over its keys.
+typedef u32 PackedWeights[KEY_ROWS / 16][4];
+
+// Starts context += weights v, as a group.
+__device__ __forceinline__ void start_values(Context<1>& context, const PackedWeights& weights, u32 v_rows) {
+#pragma unroll
+    for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
+        multiply_add_async<true, true>(context[0], weights[depth], swizzled_operand(v_rows + depth * 16 * ROW_BYTES));
+    }
+    close_wgmma_group();
+}
+
+// `attention` by its contract, but blocks of 256: two warpgroups of 64 queries.
+//
+// Departures from `attention`: the queries' products read K and V from shared memory themselves; and they are asynchronous, so
+// that the softmax of one step runs while the tensor cores add the values of the step before (FlashAttention-3, section 3.2).
+// V is therefore copied a step later than K. 64 keys a step leave two blocks on a multiprocessor, four warpgroups, of which
+// some have products under way while others are at their exponentials.
+//
+//     copy Q, and K of step 0
+//     for each step over the keys
+//         wait for its copies, own and others'             - after which the other stages have no reader left
+//         start copying the next step's K, and this one's V
+//         start scores, and from step 1 on adding the last step's values
+//         wait for the scores; mask, soften
+//         wait for the context; rescale it, pack the weights
+//     wait for the last V, add it, store
+//
+// wgmma wants whole warpgroups: one past the sequence's end only copies and waits.
+extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 2) attention_wgmma(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
+    const element* __restrict__ qkv, element* __restrict__ out, float scale) {
+    if (blockIdx.x >= counts[2]) return;
+    DYNAMIC_SHARED(shared);
+    const u32 lane = lane_in_warp(), warp = threadIdx.x / 32;
+    const u32 sequence = tiles[blockIdx.x].x, first_query = tiles[blockIdx.x].y;
+    const u32 start = offsets[sequence], length = offsets[sequence + 1] - start;
+    const element* q = qkv + (size_t)start * (3 * C) + blockIdx.y * D;
+    const element* k = q + C;
+    const element* v = k + C;
+
+    constexpr u32 STAGE_BYTES = KEY_ROWS * ROW_BYTES;
+    const u32 q_rows = shared_address(shared);
+    const u32 k_stages = q_rows + QUERY_ROWS * ROW_BYTES;
+    const u32 v_stages = k_stages + 2 * STAGE_BYTES;
+
+    copy_rows_async<QUERY_ROWS, WGMMA_THREADS>(q_rows, q, first_query, length);
+    copy_rows_async<KEY_ROWS, WGMMA_THREADS>(k_stages, k, 0, length);
+    close_copy_group();
+
+    Queries<1> queries;
+    Context<1> context;
+    RowValues<1> maxima, sums, rescales;
+    PackedWeights weights;
+    begin_softmax<1>(context, maxima, sums);
+
+    const bool has_rows = __shfl_sync(WHOLE_WARP, first_query + warp / 4 * WARPGROUP_ROWS < length, 0);
+    u32 stage = 0;
+    for (u32 first_key = 0; first_key < length; first_key += KEY_ROWS, stage ^= 1) {
+        wait_for_copies<0>();
+        show_copies_to_wgmma();
+        __syncthreads();
+        const u32 next_key = first_key + KEY_ROWS;
+        if (next_key < length) {
+            copy_rows_async<KEY_ROWS, WGMMA_THREADS>(k_stages + (stage ^ 1) * STAGE_BYTES, k, next_key, length);
+        }
+        copy_rows_async<KEY_ROWS, WGMMA_THREADS>(v_stages + stage * STAGE_BYTES, v, first_key, length);
+        close_copy_group();
+        if (!has_rows) continue;
+        if (first_key == 0) load_queries<1>(queries, q_rows, warp, lane);
+        Scores<1> scores;
+        show_registers_to_wgmma();
+        start_scores(scores, queries, k_stages + stage * STAGE_BYTES);
+        if (first_key > 0) {
+            start_values(context, weights, v_stages + (stage ^ 1) * STAGE_BYTES);
+            wait_for_wgmma<1>(scores[0]);
+        } else {
+            wait_for_wgmma<0>(scores[0]);
+        }
+        if (next_key > length) mask_keys<1>(scores, length - first_key, lane);
+        soften<1>(scores, maxima, sums, rescales, scale * LOG2_E);
+        PackedWeights packed_scores;
+#pragma unroll
+        for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
+            pack_weights(packed_scores[depth], scores[0][depth * 2], scores[0][depth * 2 + 1]);
+            pin(packed_scores[depth]); // before the wait: the values' products are under way meanwhile
+        }
+        wait_for_wgmma<0>(context[0]);
+#pragma unroll
+        for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
+            pin(weights[depth]);
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) weights[depth][i] = packed_scores[depth][i];
+        }
+        rescale_rows<1>(context, rescales);
+    }
+    wait_for_copies<0>();
+    show_copies_to_wgmma();
+    __syncthreads();
+    if (!has_rows) return;
+    show_registers_to_wgmma();
+    start_values(context, weights, v_stages + (stage ^ 1) * STAGE_BYTES);
+    wait_for_wgmma<0>(context[0]);
+    element* tile_out = out + (size_t)(start + first_query) * C + blockIdx.y * D;
+    store_context<1>(context, sums, tile_out, length - first_query, warp, lane);
+}
+
+#endif // HAS_WGMMA
 
 #else // ELEMENT_F32
 

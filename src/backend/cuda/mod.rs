@@ -1,9 +1,9 @@
 //! NVIDIA cards from compute capability 8.0 on: products by cuBLASLt, all else by kernels of our own that NVRTC compiles at start.
 //!
-//! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card; `lane`
-//! is what a batch in flight has to itself, of which `arena` divides the memory; `lanes` are a card's; `products` are cuBLASLt's;
-//! `e4m3` are the numbers that they multiply at eight bits; `failure` says what an error means. This file puts them behind
-//! [`Backend`].
+//! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card;
+//! `attention` chooses between two of the kernels; `lane` is what a batch in flight has to itself, of which `arena` divides the
+//! memory; `lanes` are a card's; `products` are cuBLASLt's; `e4m3` are the numbers that they multiply at eight bits; `failure`
+//! says what an error means. This file puts them behind [`Backend`].
 //!
 //! Two lanes a card: while one batch computes, the thread of the other packs, uploads and launches the next, so the card does not
 //! wait for the host. Every buffer is of rounded sizes and counts are read from the card's own memory, so a small batch is
@@ -16,6 +16,7 @@
 #![allow(unsafe_code, reason = "its address: a device's memory, and libraries in C")]
 
 mod arena;
+mod attention;
 mod card;
 mod e4m3;
 mod failure;
@@ -33,6 +34,7 @@ use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs,
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
+use self::attention::Attention;
 use self::card::Card;
 pub use self::card::is_there;
 use self::e4m3::{Bound, Reach};
@@ -81,6 +83,7 @@ pub struct CudaOptions {
 #[derive(Debug)]
 pub struct CudaBackend {
     card: Arc<Card>,
+    attention: Attention,
     options: CudaOptions,
     shape: AttentionShape,
     upload: Arc<CudaStream>,
@@ -174,10 +177,19 @@ impl Element {
             Self::F32 => bytemuck::cast_slice(values).to_vec(),
         }
     }
+
+    fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        let half = |pair: &[u8]| u16::from_ne_bytes([pair[0], pair[1]]);
+        match self {
+            Self::F16 | Self::Fp8 => bytes.chunks_exact(2).map(|pair| f16::from_bits(half(pair)).to_f32()).collect(),
+            Self::Bf16 => bytes.chunks_exact(2).map(|pair| bf16::from_bits(half(pair)).to_f32()).collect(),
+            Self::F32 => bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        }
+    }
 }
 
 /// The device address of a slice whose uses are ordered by whoever asks.
-fn address(slice: &CudaSlice<u8>, stream: &CudaStream) -> u64 {
+fn address<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> u64 {
     slice.device_ptr(stream).0
 }
 
@@ -193,9 +205,10 @@ impl CudaBackend {
             shape.head_size
         );
         let card = Arc::new(Card::open(ordinal, options.element, shape)?);
+        let attention = Attention::choose(&card, options.element, shape)?;
         let upload = card.context.new_stream()?;
         let lanes = Lanes::new(Arc::clone(&card), options, shape.heads * shape.head_size);
-        Ok(Self { card, options, shape, upload, lanes })
+        Ok(Self { card, attention, options, shape, upload, lanes })
     }
 
     fn upload(&self, bytes: &[u8]) -> Result<Weights, BackendError> {
@@ -345,16 +358,6 @@ impl CudaBackend {
             })
         }?;
         Ok(out)
-    }
-
-    /// `1 / sqrt(D)`, and the bytes of shared memory that attention needs: see `ATTENTION_SHARED_BYTES` in `kernels.cu`.
-    fn attention_constants(&self) -> (f32, usize) {
-        let d = self.shape.head_size;
-        let shared = match self.options.element {
-            Element::F32 => 2 * 64 * d * 4,
-            Element::F16 | Element::Bf16 | Element::Fp8 => 128 * d * 2 + 2 * 2 * 64 * d * 2,
-        };
-        ((d as f32).sqrt().recip(), shared)
     }
 }
 
@@ -548,18 +551,9 @@ impl Backend for CudaBackend {
         out.bound = qkv.bound.map(|bound| bound.narrowed(c));
         let from = qkv.elements()?;
         let staged = lane.staged();
-        let layout = staged.layout;
-        let [counts, offsets, tiles] =
-            [layout.counts(), layout.offsets(), layout.tile_list()].map(|place| staged.address(place));
-        let (scale, shared) = self.attention_constants();
-        // SAFETY: attention(counts, offsets, tiles, qkv, out, scale).
-        unsafe {
-            let grid = (layout.tiles, shape.heads);
-            Self::launch(lane, &self.card.kernels.attention, grid, 128, shared, |arguments| {
-                push(arguments, [&counts, &offsets, &tiles, &from, &out.at]);
-                arguments.arg(&scale);
-            })
-        }?;
+        let (layout, upload) = (staged.layout, staged.address(0));
+        // SAFETY: the staged batch, and buffers of its rows.
+        unsafe { self.attention.launch(&lane.stream, layout, upload, shape, shape.heads, (from, out.at)) }?;
         Ok(out)
     }
 
@@ -578,7 +572,7 @@ impl Backend for CudaBackend {
         let staged = lane.staged();
         let layout = staged.layout;
         let [counts, offsets] = [layout.counts(), layout.offsets()].map(|place| staged.address(place));
-        let (scale, _) = self.attention_constants();
+        let scale = (shape.head_size as f32).sqrt().recip();
         // SAFETY: first_token_attention(counts, offsets, q, kv, out, scale).
         unsafe {
             let grid = (layout.sequence_rows, shape.heads);

@@ -718,7 +718,7 @@ EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 10: *value = 32; break;                    // warp
     case 12: case 82: *value = 65536; break;        // registers per block, per multiprocessor
     case 13: *value = 1980000; break;               // clock, kHz
-    case 16: *value = 132; break;                   // multiprocessors
+    case 16: *value = 4; break;                     // multiprocessors: few, as grids are as large as there are of them
     case 18: *value = 0; break;                     // integrated
     case 19: case 31: case 41: *value = 1; break;   // can map host memory, concurrent kernels, unified addressing
     case 36: *value = 2619000; break;               // memory clock, kHz

@@ -322,6 +322,7 @@ Status compile(Program& program, const Options& options) {
     write_file(source, program.source.text);
 
     std::vector<string> command = {setting("STANDIN_CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-DEMULATED"};
+    if (options.architecture == "sm_90a") command.push_back("-D__CUDA_ARCH_FEAT_SM90_ALL");
     command.insert(command.end(), options.for_compiler.begin(), options.for_compiler.end());
     command.push_back("-I" + (workspace.path / "include").string());
     std::istringstream more(setting("STANDIN_CXXFLAGS", ""));

@@ -1,0 +1,213 @@
+//! Which of the two attention kernels a card runs: the one on Hopper's warpgroup products (`attention_wgmma`) where it is there,
+//! agrees with the other and is faster, else the one on `mma.sync`. One for all sequences, so that a score does not depend on
+//! what a sequence is beside.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKernelArg};
+
+use super::card::{self, Card};
+use super::layout::Layout;
+use super::{Element, address};
+use crate::backend::{AttentionShape, BackendError};
+use crate::batch::{Batch, Pair};
+
+/// Where the two must agree: around the edges of a step of keys, a warpgroup's queries, a tile.
+const AWKWARD_LENGTHS: [usize; 9] = [1, 63, 64, 65, 127, 128, 129, 200, 333];
+/// Where the faster is wanted.
+const LONG: usize = 2048;
+
+/// An attention kernel and how it is launched.
+#[derive(Debug)]
+pub(super) struct Attention {
+    pub(super) name: &'static str,
+    pub(super) function: CudaFunction,
+    pub(super) threads: u32,
+    /// `ATTENTION_SHARED_BYTES` in `kernels.cu`: Q, and two stages of K and V. In f32 two buffers of keys and values.
+    pub(super) shared_bytes: usize,
+}
+
+impl Attention {
+    /// The kernel for this card and shape.
+    ///
+    /// # Errors
+    /// The driver's, with which the card is lost to this process.
+    pub(super) fn choose(card: &Arc<Card>, element: Element, shape: AttentionShape) -> Result<Self> {
+        let d = shape.head_size;
+        let shared_bytes = if element == Element::F32 { 2 * 64 * d * 4 } else { (128 + 2 * 2 * 64) * d * 2 };
+        let of =
+            |name, function: &CudaFunction, threads| Self { name, function: function.clone(), threads, shared_bytes };
+        let mma = of("attention", &card.kernels.attention, 128);
+        let Some(function) = &card.kernels.attention_wgmma else { return Ok(mma) };
+        if std::env::var("RERANKD_CUDA_ATTENTION").is_ok_and(|kernel| kernel == "mma") {
+            return Ok(mma);
+        }
+        let wgmma = of("attention_wgmma", function, 256);
+
+        let name: String = card.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let file = card::cache_folder().map(|folder| folder.join(format!("attention-{name}-{}", card.kernels_key)));
+        let kept = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
+        let chosen = match kept.as_deref() {
+            Some("attention") => mma,
+            Some("attention_wgmma") => wgmma,
+            _ => match Trial::new(card, element, shape).and_then(|trial| trial.compare(&mma, &wgmma)) {
+                Ok(verdict) => {
+                    let wins = verdict.error <= bound(element) && verdict.wgmma_seconds < verdict.mma_seconds;
+                    let chosen = if wins { wgmma } else { mma };
+                    if verdict.error <= bound(element) {
+                        tracing::info!(?verdict, "attention runs on the kernel {}", chosen.name);
+                        // What disagrees is tried, and told, again at the next start.
+                        file.inspect(|file| card::store(file, chosen.name.as_bytes()));
+                    } else {
+                        tracing::warn!(
+                            ?verdict,
+                            "the attention kernel for Hopper's warpgroup products gives other results than the one on mma.sync on \
+                             this card and is left alone; please report it"
+                        );
+                    }
+                    chosen
+                }
+                Err(BackendError::OutOfMemory(_)) => mma,
+                Err(error) => {
+                    return Err(error).context(
+                        "the attention kernel for Hopper's warpgroup products does not run; RERANKD_CUDA_ATTENTION=mma leaves it out",
+                    );
+                }
+            },
+        };
+        Ok(chosen)
+    }
+
+    /// Launches it over the tiles of a batch that lies at `upload`, for `heads` heads.
+    ///
+    /// # Safety
+    /// `upload` holds a batch in this layout, `qkv` its `[T, 3C]` and `out` room for `[T, C]`, on the device, of the kernel's element.
+    pub(super) unsafe fn launch(
+        &self,
+        stream: &Arc<CudaStream>,
+        layout: Layout,
+        upload: u64,
+        shape: AttentionShape,
+        heads: usize,
+        (qkv, out): (u64, u64),
+    ) -> Result<(), BackendError> {
+        let [counts, offsets, tiles] =
+            [layout.counts(), layout.offsets(), layout.tile_list()].map(|place| upload + 4 * place as u64);
+        let scale = (shape.head_size as f32).sqrt().recip();
+        let config = LaunchConfig {
+            grid_dim: (layout.tiles as u32, heads as u32, 1),
+            block_dim: (self.threads, 1, 1),
+            shared_mem_bytes: self.shared_bytes as u32,
+        };
+        let mut launch = stream.launch_builder(&self.function);
+        for argument in [&counts, &offsets, &tiles, &qkv, &out] {
+            launch.arg(argument);
+        }
+        // SAFETY: attention(counts, offsets, tiles, qkv, out, scale), and the caller's.
+        unsafe { launch.arg(&scale).launch(config) }?;
+        Ok(())
+    }
+}
+
+/// How far two right kernels may be apart, as a share of a row of D: twice what tests/cuda/kernels.cpp allows each of them to be off
+/// the exact result. A single wrong value of a row is worth more than 0.03.
+fn bound(element: Element) -> f32 {
+    if element == Element::Bf16 { 0.016 } else { 0.002 }
+}
+
+/// What the two made of the same numbers.
+#[derive(Debug)]
+struct Verdict {
+    /// The worst row's difference, as a share of the row.
+    error: f32,
+    mma_seconds: f64,
+    wgmma_seconds: f64,
+}
+
+/// Random Q, K and V on the card, and room for a result.
+struct Trial {
+    stream: Arc<CudaStream>,
+    element: Element,
+    shape: AttentionShape,
+    heads_timed: usize,
+    qkv: CudaSlice<u8>,
+    out: CudaSlice<u8>,
+}
+
+impl Trial {
+    fn new(card: &Arc<Card>, element: Element, shape: AttentionShape) -> Result<Self, BackendError> {
+        let stream = card.context.new_stream()?;
+        let row = shape.heads * shape.head_size;
+        let mut random = fastrand::Rng::with_seed(1);
+        // Of variance 1, so that scores spread as a model's do.
+        let values: Vec<f32> = (0..LONG * 3 * row).map(|_| (random.f32() - 0.5) * 3.46).collect();
+        let qkv = stream.clone_htod(&element.encode(&values))?;
+        let out = stream.alloc_zeros(LONG * row * element.bytes())?;
+        // Two blocks a multiprocessor, as when a card is busy.
+        let heads_timed = (2 * card.multiprocessors as usize).div_ceil(LONG / 128).min(shape.heads);
+        Ok(Self { stream, element, shape, heads_timed, qkv, out })
+    }
+
+    fn compare(&self, mma: &Attention, wgmma: &Attention) -> Result<Verdict, BackendError> {
+        let (expected, got) = (self.outputs(mma)?, self.outputs(wgmma)?);
+        let rows = expected.chunks(self.shape.head_size).zip(got.chunks(self.shape.head_size));
+        let error = rows.map(|(expected, got)| {
+            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
+            norm(&mut expected.iter().zip(got).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied())
+        });
+        // A NaN is the worst.
+        let error = error.fold(0.0, |worst, error| if error <= worst { worst } else { error });
+        Ok(Verdict { error, mma_seconds: self.seconds(mma)?, wgmma_seconds: self.seconds(wgmma)? })
+    }
+
+    /// What the kernel makes of sequences of awkward lengths.
+    fn outputs(&self, attention: &Attention) -> Result<Vec<f32>, BackendError> {
+        let (layout, upload) = self.upload(&AWKWARD_LENGTHS)?;
+        self.launch(attention, layout, &upload, self.shape.heads)?;
+        let bytes = self.stream.clone_dtoh(&self.out)?;
+        let length = AWKWARD_LENGTHS.iter().sum::<usize>() * self.shape.heads * self.shape.head_size;
+        Ok(self.element.decode(&bytes[..length * self.element.bytes()]))
+    }
+
+    /// Seconds of a launch over one long sequence: of as many as take two milliseconds together.
+    fn seconds(&self, attention: &Attention) -> Result<f64, BackendError> {
+        let (layout, upload) = self.upload(&[LONG])?;
+        let mut launches = 1;
+        loop {
+            self.stream.synchronize()?;
+            let start = Instant::now();
+            for _ in 0..launches {
+                self.launch(attention, layout, &upload, self.heads_timed)?;
+            }
+            self.stream.synchronize()?;
+            if start.elapsed() >= Duration::from_millis(2) {
+                return Ok(start.elapsed().as_secs_f64() / f64::from(launches));
+            }
+            launches *= 2;
+        }
+    }
+
+    fn upload(&self, lengths: &[usize]) -> Result<(Layout, CudaSlice<u32>), BackendError> {
+        let pairs: Vec<Pair> = lengths.iter().map(|&n| Pair::new(vec![0; n], vec![0; n])).collect();
+        let batch = Batch::pack(&pairs);
+        let layout = Layout::of(&batch);
+        let mut numbers = vec![0; layout.len()];
+        layout.write(&batch, &mut numbers);
+        Ok((layout, self.stream.clone_htod(&numbers)?))
+    }
+
+    fn launch(
+        &self,
+        attention: &Attention,
+        layout: Layout,
+        upload: &CudaSlice<u32>,
+        heads: usize,
+    ) -> Result<(), BackendError> {
+        let buffers = (address(&self.qkv, &self.stream), address(&self.out, &self.stream));
+        let upload = address(upload, &self.stream);
+        // SAFETY: the batch of `upload`, of at most LONG tokens, for which the buffers were made; all on one stream.
+        unsafe { attention.launch(&self.stream, layout, upload, self.shape, heads, buffers) }
+    }
+}
