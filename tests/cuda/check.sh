@@ -94,7 +94,6 @@ source=$(<"$kernels")
 
 # plant: the mutation in the variables below, into $work/mutated.cu; built, run and judged
 plant() {
-    [ -n "$name" ] || return
     text=${text%$'\n'} replacement=${replacement%$'\n'}
     printf '%-42s %-12s' "$name" "$configuration"
     local before=${source%%"$text"*}
@@ -128,11 +127,27 @@ plant() {
     echo " $verdict"
 }
 
+# start: plants the bug beside those under way, in a folder of its own; as many at a time as there are processors
+most=$(nproc 2>/dev/null || echo 2)
+planted=0
+start() {
+    [ -n "$name" ] || return
+    while [ "$(jobs -rp | wc -l)" -ge "$most" ]; do wait -n; done
+    planted=$((planted + 1))
+    mkdir "$work/$planted"
+    (
+        work=$work/$planted failures=0
+        echo 1 >"$work/failures" # if it dies
+        plant
+        echo $failures >"$work/failures"
+    ) >"$work/$planted.out" 2>&1 &
+}
+
 flags=("$@")
 name='' part=''
 while IFS= read -r line; do
     case $line in
-        '=== '*) plant; name=${line#=== } configuration='' found='' text='' replacement='' part=head ;;
+        '=== '*) start; name=${line#=== } configuration='' found='' text='' replacement='' part=head ;;
         '---') part=text ;;
         '+++') part=replacement ;;
         *)
@@ -147,7 +162,12 @@ while IFS= read -r line; do
             esac ;;
     esac
 done <"$here/mutations.txt"
-plant
+start
+wait
+for i in $(seq "$planted"); do
+    cat "$work/$i.out"
+    failures=$((failures + $(cat "$work/$i/failures")))
+done
 
 echo
 if [ $failures -eq 0 ]; then
