@@ -170,6 +170,7 @@ fn a_card_that_cannot_be_used_is_a_clear_error() {
         (&["--device", "cuda"], &[("STANDIN_CAPABILITY", "7.5")], "8.0"),
         (&["--device", "cuda", "--dtype", "fp8"], &[("STANDIN_CAPABILITY", "8.6")], "--dtype f16"),
         (&["--device", "cuda"], &[("STANDIN_DRIVER_VERSION", "11080")], "11.8"),
+        (&["--device", "cuda"], &[("STANDIN_DRIVER_VERSION", "12080")], "of CUDA 13, which it does not run"),
         (&["--device", "cuda"], &[("STANDIN_MEMORY_MIB", "8")], "memory"),
     ] {
         let Some((code, message)) = run(arguments, faults) else { return };
@@ -191,22 +192,29 @@ fn a_poisoned_context_answers_and_ends_the_process() {
     assert_eq!(server.exit_code(), Some(70));
 }
 
-/// A host with a card and without CUDA's libraries (the image's `cpu` target, say).
+/// A host with a card and without CUDA's libraries (the image's `cpu` target, say), with an old card, or with libraries that its
+/// driver does not run.
 #[test]
 fn auto_is_the_card_where_its_libraries_are_and_the_processor_elsewhere() {
     let Some([(_, whole), _]) = environment("cuda-cache") else { return };
     let half = tempfile::tempdir().unwrap();
     std::fs::copy(Path::new(&whole).join("libcuda.so.1"), half.path().join("libcuda.so.1")).unwrap();
-    let log = |libraries: &str| {
-        let faults = [("LD_LIBRARY_PATH", libraries), ("RERANKD_LOG", "debug")];
+    let log = |libraries: &str, fault: &[(&str, &str)]| {
+        let faults = [&[("LD_LIBRARY_PATH", libraries), ("RERANKD_LOG", "debug")], fault].concat();
         let arguments = ["rank", "--query", "a", "--device", "auto", "--max-batch-tokens", "64"];
         let output = on_standin(&arguments, &faults, "b").unwrap();
         assert!(output.status.success());
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
-    assert!(log(&whole).contains("CUDA, f16"));
-    let log = log(half.path().to_str().unwrap());
-    assert!(log.contains("libnvrtc.so and libcublasLt.so") && log.contains("CPU, "), "{log}");
+    assert!(log(&whole, &[]).contains("CUDA, f16"));
+    for (libraries, fault, reason) in [
+        (half.path().to_str().unwrap(), ("", ""), "libnvrtc.so and libcublasLt.so"),
+        (&whole, ("STANDIN_CAPABILITY", "7.5"), "compute capability 7.5"),
+        (&whole, ("STANDIN_DRIVER_VERSION", "12080"), "of CUDA 13, which it does not run"),
+    ] {
+        let log = log(libraries, &[fault]);
+        assert!(log.contains(reason) && log.contains("CPU, "), "{log}");
+    }
 }
 
 #[test]

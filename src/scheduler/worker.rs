@@ -16,6 +16,8 @@ use crate::error::RerankError;
 const DEVICE_LOST: i32 = 70;
 /// For the answers that tell of it to leave the process.
 const LAST_WORDS: Duration = Duration::from_millis(250);
+/// How long the process may take to end in good order.
+const LAST_BREATH: Duration = Duration::from_secs(5);
 
 /// Starts a worker. It ends when the queue is closed and empty.
 pub(super) fn spawn(
@@ -60,6 +62,11 @@ fn fail(queue: &Queue, work: &Work, error: &BackendError) {
     if let BackendError::DeviceLost(_) = error {
         thread::sleep(LAST_WORDS);
         tracing::error!("the device is lost: ending with code {DEVICE_LOST}, to be started again");
+        // The driver's own exit handlers run now, and may wait for a card that never answers.
+        thread::spawn(|| {
+            thread::sleep(LAST_BREATH);
+            std::process::abort();
+        });
         std::process::exit(DEVICE_LOST);
     }
 }

@@ -53,18 +53,18 @@ pub(super) struct Kernels {
     pub(super) head_out: CudaFunction,
 }
 
-/// Whether this machine has a card and all that is needed to use it. Where only a library is missing, it is worth a warning.
+/// Whether this machine has a card and all that is needed to use it. Where only something about it is amiss, it is worth a warning.
 pub fn is_there() -> bool {
     // SAFETY: opens the library and closes it again.
     let driver = unsafe { driver::sys::is_culib_present() };
     if !driver || CudaContext::device_count().unwrap_or(0) < 1 {
         return false;
     }
-    let libraries = check_libraries();
-    if let Err(missing) = &libraries {
-        tracing::warn!("there is a card, but {missing:#}");
+    let usable = check(0);
+    if let Err(amiss) = &usable {
+        tracing::warn!("there is a card, but {amiss:#}");
     }
-    libraries.is_ok()
+    usable.is_ok()
 }
 
 impl Card {
@@ -73,19 +73,7 @@ impl Card {
     /// # Errors
     /// No driver, no such device, one below compute capability 8.0, a missing library, a compiler too old for the device.
     pub(super) fn open(ordinal: usize, element: Element, shape: AttentionShape) -> Result<Self> {
-        check_libraries()?;
-        let version = driver_version()?;
-        ensure!(
-            version >= OLDEST_DRIVER,
-            "the NVIDIA driver is of CUDA {}.{}; 12.0 (driver 525) or later is needed, or use --device cpu",
-            version / 1000,
-            version % 1000 / 10
-        );
-        let devices = CudaContext::device_count().context("the CUDA driver does not start")?;
-        ensure!(
-            ordinal < devices.max(0) as usize,
-            "there is no device cuda:{ordinal}; the driver shows {devices} (CUDA_VISIBLE_DEVICES may hide some)"
-        );
+        let version = check(ordinal)?;
         let context = CudaContext::new(ordinal).with_context(|| format!("device cuda:{ordinal} cannot be used"))?;
         // SAFETY: no slice is shared between streams without one being waited for, so no events need to be kept for them.
         unsafe { context.disable_event_tracking() };
@@ -95,10 +83,6 @@ impl Card {
         }
         let name = context.name()?;
         let (major, minor) = context.compute_capability()?;
-        ensure!(
-            major >= 8,
-            "{name} has compute capability {major}.{minor}; the kernels need 8.0 (A100, RTX 30) or later. Use --device cpu"
-        );
         ensure!(
             element != Element::Fp8 || (major, minor) >= (8, 9),
             "{name} has compute capability {major}.{minor}, which has no numbers of eight bits; --dtype fp8 needs 8.9 (L4, RTX 40) \
@@ -141,6 +125,55 @@ fn driver_version() -> Result<i32> {
     Ok(version)
 }
 
+/// Looks at the driver, its libraries and the device, and starts nothing on it. Returns the driver's version.
+fn check(ordinal: usize) -> Result<i32> {
+    check_libraries()?;
+    let version = driver_version()?;
+    let told = format!("{}.{}", version / 1000, version % 1000 / 10);
+    ensure!(
+        version >= OLDEST_DRIVER,
+        "the NVIDIA driver is of CUDA {told}; 12.0 (driver 525) or later is needed, or use --device cpu"
+    );
+    let (library, _) = nvrtc_version()?;
+    ensure!(
+        library <= version / 1000,
+        "the NVIDIA driver is of CUDA {told} and the libraries found are of CUDA {library}, which it does not run; install those of \
+         CUDA {} or a newer driver, or use --device cpu",
+        version / 1000
+    );
+    let devices = CudaContext::device_count().context("the CUDA driver does not start")?;
+    ensure!(
+        ordinal < devices.max(0) as usize,
+        "there is no device cuda:{ordinal}; the driver shows {devices} (CUDA_VISIBLE_DEVICES may hide some)"
+    );
+    let (name, major, minor) = capability(ordinal).with_context(|| format!("device cuda:{ordinal} cannot be asked"))?;
+    ensure!(
+        major >= 8,
+        "{name} has compute capability {major}.{minor}; the kernels need 8.0 (A100, RTX 30) or later. Use --device cpu"
+    );
+    Ok(version)
+}
+
+/// A device's name and compute capability.
+fn capability(ordinal: usize) -> Result<(String, i32, i32), driver::DriverError> {
+    use driver::result::device;
+    let card = device::get(ordinal as i32)?;
+    // SAFETY: the driver has just given the device.
+    let ask = |attribute| unsafe { device::get_attribute(card, attribute) };
+    Ok((
+        device::get_name(card)?,
+        ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+        ask(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+    ))
+}
+
+fn nvrtc_version() -> Result<(i32, i32)> {
+    let (mut major, mut minor) = (0, 0);
+    // SAFETY: two integers to write to.
+    unsafe { nvrtc_sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().context("NVRTC does not start")?;
+    Ok((major, minor))
+}
+
 /// cudarc panics where a library that it is asked for is missing, so each is looked for first.
 fn check_libraries() -> Result<()> {
     // SAFETY: each call opens a library and closes it again.
@@ -168,9 +201,7 @@ fn compiled(architecture: &str, element: Element, shape: AttentionShape) -> Resu
         format!("-DHIDDEN_SIZE={}", shape.heads * shape.head_size),
         format!("-DHEAD_SIZE={}", shape.head_size),
     ];
-    let (mut major, mut minor) = (0, 0);
-    // SAFETY: two integers to write to.
-    unsafe { nvrtc_sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().context("NVRTC does not start")?;
+    let (major, minor) = nvrtc_version()?;
     let mut hash = Sha256::new();
     for part in options.iter().map(String::as_str).chain([KERNELS, &format!("{major}.{minor}")]) {
         hash.update(part.as_bytes());

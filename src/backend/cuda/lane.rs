@@ -19,19 +19,21 @@ use crate::batch::Batch;
 
 /// Batches up to so many tokens are launched as one captured graph: their launches would take as long as they do.
 const GRAPH_TOKENS: usize = 2048;
+/// Bytes of a card's memory that lanes leave to the driver, or a twentieth of it where that is less.
+const MOST_KEPT_FREE: usize = 256 << 20;
 /// Layouts of small batches that a lane remembers; a further one is launched kernel by kernel.
 const MAX_GRAPHS: usize = 256;
 
-/// A stream and everything that its batches need.
+/// A stream and everything that its batches need. What knows addresses goes before the memory, the card last.
 #[derive(Debug)]
 pub struct Lane {
-    pub(super) card: Arc<Card>,
-    pub(super) stream: Arc<CudaStream>,
+    graphs: RefCell<HashMap<Layout, Replay>>,
     pub(super) products: Products,
     memory: Memory,
+    pub(super) stream: Arc<CudaStream>,
+    pub(super) card: Arc<Card>,
     /// The batch that is being computed.
     staged: Cell<Option<Staged>>,
-    graphs: RefCell<HashMap<Layout, Replay>>,
     /// Downloads of the batch so far. A graph has one: the logits.
     downloads: Cell<usize>,
     capturing: Cell<bool>,
@@ -347,11 +349,32 @@ impl Lane {
     }
 }
 
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // Whichever thread lets it go: pinned memory is freed in the thread's own context, and when nothing uses it any more.
+        self.card.context.bind_to_thread().ok();
+        self.stream.synchronize().ok();
+    }
+}
+
 impl Memory {
+    /// # Errors
+    /// [`BackendError::OutOfMemory`] also where hardly anything would be left: the driver takes memory itself, for graphs and when
+    /// a kernel first runs, and there it would mean the end.
     fn new(stream: &Arc<CudaStream>, tokens: usize, row_bytes: usize) -> Result<Self, BackendError> {
         let layout = Layout::largest(tokens);
         let activations = stream.alloc_zeros::<u8>(layout.token_rows * row_bytes)?;
         let upload_device = stream.alloc_zeros::<u8>(layout.len() * 4)?;
+        let (free, all) = result::mem_get_info()?;
+        let kept = MOST_KEPT_FREE.min(all / 20);
+        if free < kept {
+            // Given back to the driver when the stream is next waited for.
+            drop((activations, upload_device));
+            stream.synchronize()?;
+            return Err(BackendError::OutOfMemory(
+                format!("{} MiB of the card's memory would be left, {} are kept free", free >> 20, kept >> 20).into(),
+            ));
+        }
         Ok(Self {
             tokens,
             base: address(&activations, stream),
