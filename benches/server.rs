@@ -82,6 +82,7 @@ fn base(threads: usize) -> LoadedModel {
             tail: Tail::Aligned,
             threads,
         },
+        profile: None,
     };
     let source = ModelSource::parse(&format!("base={}", folder.path().display())).expect("a folder");
     loading::load(&source, &Hub::from_env(), &options).expect("complete")

@@ -388,7 +388,7 @@ impl ModelArgs {
         Ok(ModelSettings {
             sources,
             hub: Hub::from_env(),
-            load: LoadOptions { device, window: self.window, limits },
+            load: LoadOptions { device, window: self.window, limits, profile: None },
             scheduler: SchedulerLimits { max_batch_tokens, max_queue_tokens },
             threads,
         })

@@ -19,9 +19,10 @@ use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use rerankd::backend::candle::CandleBackend;
 use rerankd::backend::cpu::{CpuBackend, Pool};
+use rerankd::backend::profile::{Profile, Profiled};
 use rerankd::backend::{Backend, Dtype};
 use rerankd::batch::{Batch, Pair};
-use rerankd::encoder::{Bert, Stage};
+use rerankd::encoder::{Bert, CrossEncoder, Stage};
 use rerankd::loading::config::ModelConfig;
 use rerankd::loading::weights::Weights;
 use rerankd::loading::{DeviceChoice, LoadedModel};
@@ -54,6 +55,36 @@ fn every_family_equals_transformers_stage_by_stage_on_candle() {
 fn every_family_equals_transformers_stage_by_stage_on_the_cpu_backend() {
     for family in FAMILIES {
         check_stages(family, CpuBackend::new(Dtype::F32, Arc::new(Pool::new(1, false).unwrap())));
+    }
+}
+
+#[test]
+fn timing_the_operations_changes_no_bit_and_counts_them() {
+    for family in FAMILIES {
+        let pool = Arc::new(Pool::new(1, false).unwrap());
+        let backend = CpuBackend::new(Dtype::Bf16, pool);
+        let batch = Batch::pack(&Golden::read(family).pairs);
+        let config = config(family);
+        let weights = || Weights::open(&fixture(family).join("model.safetensors")).unwrap();
+        let plain = Bert::load(&config, weights(), backend.clone()).unwrap().score(&batch).unwrap();
+
+        let profile = Arc::new(Profile::default());
+        let profiled = Bert::load(&config, weights(), Profiled::new(backend, Arc::clone(&profile))).unwrap();
+        assert_eq!(profiled.score(&batch).unwrap(), plain, "{family}");
+        let operations = profile.take();
+        let calls = |name: &str| operations.iter().filter(|o| o.name.starts_with(name)).map(|o| o.calls).sum::<usize>();
+        let layers = config.layers;
+        assert_eq!(calls("attention"), layers - 1, "{operations:?}");
+        assert_eq!(calls("layer norm"), 2 * (layers - 1), "{operations:?}");
+        // Q, K and V are one product, but keys and values of the last layer, which are one of every token.
+        assert_eq!(calls("product"), 4 * (layers - 1) + 1, "{operations:?}");
+        assert_eq!((calls("first tokens: product"), calls("first tokens: attention")), (4, 1), "{operations:?}");
+        assert_eq!((calls("embeddings"), calls("head")), (1, 2), "{operations:?}");
+        for operation in &operations {
+            let multiplies = operation.name.contains("product") || operation.name.contains("attention");
+            assert_eq!(operation.least > 0.0, multiplies, "{operation:?}");
+        }
+        assert!(profile.take().is_empty());
     }
 }
 

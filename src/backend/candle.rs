@@ -4,6 +4,7 @@
 //! at a time; the parallelism is inside candle's matrix products (its `rayon` pool).
 
 use std::ops::Range;
+use std::time::Instant;
 
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::{layer_norm, softmax_last_dim};
@@ -94,9 +95,19 @@ impl Backend for CandleBackend {
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
+    type Moment = Instant;
 
     fn describe(&self) -> String {
         format!("candle, f32, {}", if self.device.is_cpu() { "CPU" } else { "CUDA" })
+    }
+
+    fn moment(&self, (): &()) -> Result<Instant, BackendError> {
+        self.device.synchronize()?;
+        Ok(Instant::now())
+    }
+
+    fn seconds(&self, from: &Instant, to: &Instant) -> Result<f64, BackendError> {
+        Ok(to.duration_since(*from).as_secs_f64())
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {

@@ -11,6 +11,7 @@ pub mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod profile;
 
 use std::ops::Range;
 
@@ -93,6 +94,28 @@ pub enum Dtype {
     Int8,
 }
 
+/// What a device can do at most, as it was measured on this one: the two sides of a roofline (Williams et al. 2009).
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Limits {
+    /// Operations a second in linear layers' products, a multiplication and an addition being two.
+    pub products: f64,
+    /// The same in attention, which has more bits where products have eight.
+    pub attention: f64,
+    /// Of the device's memory; nothing where caches hold what an operation reads.
+    pub memory: Option<MemoryLimits>,
+}
+
+/// How fast values come and go.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MemoryLimits {
+    /// Bytes a second, read and written.
+    pub bytes: f64,
+    /// Bytes of an activation.
+    pub activation: usize,
+    /// Bytes of a weight.
+    pub weight: usize,
+}
+
 /// A backend could not compute. The cause is the device library's own error.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
@@ -131,6 +154,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Linear: Send + Sync;
     /// [`NormWeights`] on the device.
     type Norm: Send + Sync;
+    /// A point in a lane's work.
+    type Moment: Send;
 
     /// What start-up prints: implementation, precision, device.
     fn describe(&self) -> String;
@@ -138,6 +163,15 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Calls of [`Backend::run`] that may compute at the same time.
     fn lanes(&self) -> usize {
         1
+    }
+
+    /// The point that this lane's work has come to, for [`Backend::seconds`].
+    fn moment(&self, lane: &Self::Lane) -> Result<Self::Moment, BackendError>;
+    /// Seconds of the whole device between two moments of one lane, to be asked when the run that they are of has ended.
+    fn seconds(&self, from: &Self::Moment, to: &Self::Moment) -> Result<f64, BackendError>;
+    /// Measures what the device can do, where that is known how. To be asked between runs.
+    fn limits(&self) -> Result<Option<Limits>, BackendError> {
+        Ok(None)
     }
 
     /// Takes the embedding tables over.

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -12,8 +12,9 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{Failure, print, table};
-use crate::backend::BackendError;
 use crate::backend::cpu::probe;
+use crate::backend::profile::{Operation, Profile};
+use crate::backend::{BackendError, Limits};
 use crate::batch::{Batch, Pair};
 use crate::loading::{self, DeviceChoice, LoadedModel};
 use crate::settings::ModelArgs;
@@ -38,12 +39,20 @@ pub(super) struct Args {
     /// that measure several servers in turn.
     #[arg(long)]
     json: bool,
+    /// Show where the time goes, operation by operation, a batch at a time
+    ///
+    /// "least" is what an operation would take at the device's own limits, which are measured first: of its multipliers, and
+    /// on a card of its memory.
+    #[arg(long, conflicts_with = "json")]
+    profile: bool,
     #[command(flatten)]
     pub(super) models: ModelArgs,
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    let mut settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    let profile = args.profile.then(Arc::<Profile>::default);
+    settings.load.profile = profile.clone();
     let batch_tokens = settings.scheduler.max_batch_tokens;
     for source in &settings.sources {
         let model = loading::load(source, &settings.hub, &settings.load)
@@ -54,7 +63,9 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
             Some(path) => read(path, &model).map_err(Failure::Config)?,
             None => own(&model),
         };
-        if args.json {
+        if let Some(profile) = &profile {
+            explain(profile, &model, &workloads, args.runs, batch_tokens)?;
+        } else if args.json {
             answer(&settings.load.device, &model, &workloads, batch_tokens)?;
         } else {
             report(&model, &workloads, args.runs, batch_tokens)?;
@@ -136,6 +147,67 @@ fn report(model: &LoadedModel, workloads: &Workloads, runs: u32, batch_tokens: u
     }
     bar.finish_and_clear();
     print(&table(&rows))
+}
+
+/// A table for each workload: its operations, and what is left of a run's time.
+fn explain(
+    profile: &Profile,
+    model: &LoadedModel,
+    workloads: &Workloads,
+    runs: u32,
+    batch_tokens: usize,
+) -> Result<(), Failure> {
+    let bar = telemetry::progress_count(u64::from(runs + 1) * workloads.len() as u64, "measuring");
+    let mut text = String::new();
+    if let Some(Limits { products, attention, memory }) = profile.limits() {
+        let tera = |operations: f64| format!("{:.2} Top/s", operations / 1e12);
+        text += &format!("This device does at most {} in products, {} in attention", tera(products), tera(attention));
+        text += &memory.map_or(String::new(), |memory| format!(", {:.0} GB/s", memory.bytes / 1e9));
+        text += ".\n";
+    }
+    for (name, pairs) in workloads {
+        let batches = batches(model, pairs, batch_tokens);
+        time(model, &batches, 1, &bar)?;
+        profile.take();
+        let (seconds, _) = time(model, &batches, runs, &bar)?;
+        let runs = f64::from(runs);
+        let run = seconds.iter().sum::<f64>() / runs;
+        let tokens: usize = batches.iter().map(Batch::tokens).sum();
+        text += &format!(
+            "\n{name}: {} pairs, {tokens} tokens; a run {:.2} ms, {:.0} tokens/s\n",
+            pairs.len(),
+            1e3 * run,
+            tokens as f64 / run
+        );
+        text += &table(&operations(&profile.take(), runs, run));
+    }
+    bar.finish_and_clear();
+    print(&text)
+}
+
+/// Rows of a table of what `runs` runs, each of `run` seconds, did.
+fn operations(operations: &[Operation], runs: f64, run: f64) -> Vec<Vec<String>> {
+    let row = |name: &str, calls: String, seconds: f64, least: f64| {
+        let known = least > 0.0;
+        vec![
+            name.to_owned(),
+            calls,
+            format!("{:.3}", 1e3 * seconds),
+            format!("{:.1}", 100.0 * seconds / run),
+            if known { format!("{:.3}", 1e3 * least) } else { "-".to_owned() },
+            if known { format!("{:.0}", 100.0 * least / seconds) } else { "-".to_owned() },
+        ]
+    };
+    let mut rows = vec![["operation", "calls", "ms", "% of run", "least ms", "% reached"].map(str::to_owned).to_vec()];
+    rows.extend(operations.iter().map(|operation| {
+        let calls = format!("{:.0}", operation.calls as f64 / runs);
+        row(&operation.name, calls, operation.seconds / runs, operation.least / runs)
+    }));
+    let sum = |of: fn(&Operation) -> f64| operations.iter().map(of).sum::<f64>() / runs;
+    let (seconds, least) = (sum(|operation| operation.seconds), sum(|operation| operation.least));
+    rows.push(row("between operations, and idle threads", String::new(), (run - seconds).max(0.0), 0.0));
+    rows.push(row("all", String::new(), run, least));
+    rows
 }
 
 /// What a line of standard input asks for.

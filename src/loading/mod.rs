@@ -13,6 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::backend::candle::CandleBackend;
 use crate::backend::cpu::{self, CpuBackend};
+use crate::backend::profile::{Profile, Profiled};
 #[cfg(feature = "cuda")]
 use crate::backend::{
     AttentionShape,
@@ -73,6 +74,8 @@ pub struct LoadOptions {
     pub window: Option<usize>,
     /// The other limits of its texts; its `window` is decided here.
     pub limits: TextLimits,
+    /// Has each operation timed, and what is found added here. For benches: it makes a model slower.
+    pub profile: Option<Arc<Profile>>,
 }
 
 /// A model that is ready to score.
@@ -114,7 +117,7 @@ pub fn load(source: &ModelSource, hub: &Hub, options: &LoadOptions) -> Result<Lo
     let text = TextEncoder::new(tokenizer_json, config.vocab_size, TextLimits { window, ..options.limits })
         .with_context(|| tokenizer_file.clone())?;
     check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
-    let encoder = load_encoder(&config, &files.weights, &options.device, &source.name)?;
+    let encoder = load_encoder(&config, &files.weights, options, &source.name)?;
     check_score(encoder.as_ref(), &text)?;
     let description = format!(
         "{}; {} layers x {}; window {window}; loaded in {:.1} s",
@@ -135,13 +138,14 @@ pub fn load(source: &ModelSource, hub: &Hub, options: &LoadOptions) -> Result<Lo
 fn load_encoder(
     config: &ModelConfig,
     file: &WeightsFile,
-    device: &DeviceChoice,
+    options: &LoadOptions,
     name: &str,
 ) -> Result<Arc<dyn CrossEncoder>> {
     /// Loads the weights, with a progress bar, onto one device.
     fn onto<B: Backend>(
         config: &ModelConfig,
         file: &WeightsFile,
+        profile: Option<&Arc<Profile>>,
         name: &str,
         backend: B,
     ) -> Result<Arc<dyn CrossEncoder>> {
@@ -152,21 +156,26 @@ fn load_encoder(
         let bar = telemetry::progress_bytes(weights.bytes(), &format!("loading {name}"));
         let observed = bar.clone();
         weights.on_progress(move |bytes| observed.inc(bytes));
-        let encoder = encoder::load(config, weights, backend);
+        let encoder = match profile {
+            Some(profile) => encoder::load(config, weights, Profiled::new(backend, Arc::clone(profile))),
+            None => encoder::load(config, weights, backend),
+        };
         bar.finish_and_clear();
         encoder
     }
-    match device {
-        DeviceChoice::Cpu(dtype, pool) => onto(config, file, name, CpuBackend::new(*dtype, Arc::clone(pool))),
-        DeviceChoice::Candle => onto(config, file, name, CandleBackend::cpu()),
+    let profile = options.profile.as_ref();
+    match &options.device {
+        DeviceChoice::Cpu(dtype, pool) => onto(config, file, profile, name, CpuBackend::new(*dtype, Arc::clone(pool))),
+        DeviceChoice::Candle => onto(config, file, profile, name, CandleBackend::cpu()),
         #[cfg(feature = "cuda")]
         DeviceChoice::Cuda(ordinals, options) => {
             let shape = AttentionShape { heads: config.heads, head_size: config.hidden_size / config.heads };
-            let replica = |&ordinal: &usize| onto(config, file, name, CudaBackend::open(ordinal, shape, *options)?);
+            let replica =
+                |&ordinal: &usize| onto(config, file, profile, name, CudaBackend::open(ordinal, shape, *options)?);
             Ok(Replicas::of(ordinals.iter().map(replica).collect::<Result<_>>()?))
         }
         #[cfg(feature = "candle-cuda")]
-        DeviceChoice::CandleCuda(ordinal) => onto(config, file, name, CandleBackend::cuda(*ordinal)?),
+        DeviceChoice::CandleCuda(ordinal) => onto(config, file, profile, name, CandleBackend::cuda(*ordinal)?),
     }
 }
 

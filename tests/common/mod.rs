@@ -62,7 +62,7 @@ pub(crate) fn cpu(dtype: Dtype, threads: usize) -> DeviceChoice {
 /// [`load`] on a device.
 pub(crate) fn load_on(device: DeviceChoice, folder: &Path) -> Result<LoadedModel> {
     let source = ModelSource::parse(&folder.display().to_string())?;
-    let options = LoadOptions { device, window: None, limits: limits(0) };
+    let options = LoadOptions { device, window: None, limits: limits(0), profile: None };
     loading::load(&source, &Hub::from_env(), &options)
 }
 

@@ -31,6 +31,7 @@ mod tests;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -44,7 +45,7 @@ use self::product::Product;
 use self::rows::{LayerNorm, Low, Lower, LowerFrom, gather, input, take_bf16};
 use self::simd::Path;
 use super::{
-    Activation, AttentionShape, Backend, BackendError, Dtype, EmbeddingTables, Epilogue, Graph, HostTensor,
+    Activation, AttentionShape, Backend, BackendError, Dtype, EmbeddingTables, Epilogue, Graph, HostTensor, Limits,
     NormWeights, Place,
 };
 use crate::batch::Batch;
@@ -277,6 +278,8 @@ impl Backend for CpuBackend {
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
+    /// And the share of the threads that the lane has.
+    type Moment = (Instant, f64);
 
     fn describe(&self) -> String {
         let dtype = match self.format {
@@ -285,6 +288,22 @@ impl Backend for CpuBackend {
             Format::Int8 => "int8",
         };
         format!("CPU, {dtype}, {}, {} threads", self.path.name(), self.pool.threads())
+    }
+
+    fn moment(&self, lane: &Lane) -> Result<(Instant, f64), BackendError> {
+        let share = if lane.team.is_some() { 1.0 } else { 1.0 / self.pool.threads() as f64 };
+        Ok((Instant::now(), share))
+    }
+
+    fn seconds(&self, from: &(Instant, f64), to: &(Instant, f64)) -> Result<f64, BackendError> {
+        Ok(to.0.duration_since(from.0).as_secs_f64() * to.1)
+    }
+
+    fn limits(&self) -> Result<Option<Limits>, BackendError> {
+        let peak = |format| probe::peak_of(format, self.pool.threads());
+        let products = peak(self.format);
+        let attention = if self.format == Format::Int8 { peak(Format::Bf16) } else { products };
+        Ok(Some(Limits { products, attention, memory: None }))
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {

@@ -18,13 +18,17 @@ use crate::backend::{Dtype, HostTensor};
 /// Operations a second that the multipliers can do, a multiplication and an addition being two: products of registers alone,
 /// on as many threads.
 pub fn peak(dtype: Dtype, threads: usize) -> f64 {
+    peak_of(CpuBackend::format_of(dtype), threads)
+}
+
+pub(super) fn peak_of(format: Format, threads: usize) -> f64 {
     /// K-steps a thread does: some tens of milliseconds.
     const STEPS: usize = 2_000_000;
     let pool = Pool::new(threads, false).expect("threads");
     let path = Path::best();
     let _turn = pool.turn();
     let run = |steps| {
-        pool.broadcast(&|_| match CpuBackend::format_of(dtype) {
+        pool.broadcast(&|_| match format {
             Format::F32 => path.enter(Registers { format: product::F32, steps }),
             Format::Bf16 => path.enter(Registers { format: product::Bf16, steps }),
             Format::Int8 => path.enter(Registers { format: product::Int8, steps }),
@@ -34,7 +38,7 @@ pub fn peak(dtype: Dtype, threads: usize) -> f64 {
     let begun = Instant::now();
     run(STEPS);
     let seconds = begun.elapsed().as_secs_f64();
-    let values = CpuBackend::format_of(dtype).values_per_step();
+    let values = format.values_per_step();
     let lanes = path.panel();
     (2 * values * STEPS * 6 * lanes * threads) as f64 / seconds
 }

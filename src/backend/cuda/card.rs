@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
+use cudarc::driver::{CudaContext, CudaEvent, CudaFunction, CudaModule};
 use cudarc::nvrtc::result as nvrtc;
 use cudarc::nvrtc::sys as nvrtc_sys;
 use cudarc::{cublaslt, driver};
@@ -115,6 +115,23 @@ impl Kernels {
             head_out: function("head_out")?,
         })
     }
+}
+
+/// Seconds of the card between two events of one stream that has come to both.
+pub(super) fn seconds_between(from: &CudaEvent, to: &CudaEvent) -> Result<f64, driver::DriverError> {
+    type ElapsedTime =
+        unsafe extern "C" fn(*mut f32, driver::sys::CUevent, driver::sys::CUevent) -> driver::sys::CUresult;
+    let mut milliseconds = 0f32;
+    // SAFETY: both functions are of this type, and the events are alive. cudarc knows the name since CUDA 12.8 alone, and panics
+    // where a driver does not have it.
+    unsafe {
+        let library = driver::sys::culib();
+        let named = |name: &[u8]| library.get::<ElapsedTime>(name).map(|function| *function);
+        let elapsed = named(b"cuEventElapsedTime_v2").or_else(|_| named(b"cuEventElapsedTime"));
+        let elapsed = elapsed.map_err(|_| driver::DriverError(driver::sys::CUresult::CUDA_ERROR_NOT_FOUND))?;
+        elapsed(&raw mut milliseconds, from.cu_event(), to.cu_event()).result()?;
+    }
+    Ok(f64::from(milliseconds) / 1e3)
 }
 
 /// 12,010 is CUDA 12.1.

@@ -4,19 +4,25 @@ use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use cudarc::driver::result;
+
 use super::arena::ALIGNMENT;
 use super::card::Card;
 use super::e4m3;
 use super::lane::Lane;
 use super::layout::rounded;
-use super::products::{Operands, Shape, Tuning};
+use super::products::{Finish, Operands, Shape, Tuning};
 use super::{CudaOptions, Element};
-use crate::backend::BackendError;
+use crate::backend::{BackendError, Limits, MemoryLimits};
 
 /// Batches in flight on one card.
 pub(super) const IN_FLIGHT: usize = 2;
 /// How long lanes with less memory than they want wait before they ask the card again.
 const ASK_AGAIN: Duration = Duration::from_secs(10);
+/// Rows and columns of the matrices that show how fast a card multiplies.
+const LARGEST_SIDE: usize = 8192;
+/// Of half a lane's memory, to show how fast a card copies.
+const COPIES: usize = 10;
 
 /// The lanes of one card.
 #[derive(Debug)]
@@ -140,14 +146,7 @@ impl Lanes {
         let element = self.options.element;
         let start = Instant::now();
         let (base, bytes) = lane.activations();
-        // Numbers like activations: a card computes zeros faster, being cooler.
-        let mut random = fastrand::Rng::with_seed(1);
-        let values: Vec<f32> = (0..1 << 18).map(|_| random.f32() - 0.5).collect();
-        let block = match element {
-            Element::Fp8 => e4m3::encode(&values, 16.0),
-            _ => element.encode(&values),
-        };
-        let alpha = if element == Element::Fp8 { 1.0 / 256.0 } else { 1.0 };
+        let random = Random::of(element);
         let mut news = false;
         for (outputs, inputs, finish) in lane.products.launched() {
             // x, the output and the weight one after another; the output's own values serve as residual, the weight's as bias.
@@ -159,17 +158,10 @@ impl Lanes {
                 continue;
             }
             // Afresh for each shape: a residual that is its own output grows from run to run.
-            for offset in (0..bytes).step_by(block.len()) {
-                let part = &block[..block.len().min(bytes - offset)];
-                // SAFETY: within the lane's memory; the host's block lives until the stream has been waited for.
-                unsafe {
-                    cudarc::driver::result::memcpy_htod_async(base + offset as u64, part, lane.stream.cu_stream())
-                }?;
-            }
-            lane.stream.synchronize()?;
+            random.fill(lane)?;
             let x = base + weight_bytes as u64;
             let output = x + (rows * inputs * size).next_multiple_of(ALIGNMENT) as u64;
-            let operands = Operands { x, weight: base, bias: base, residual: output, output, alpha };
+            let operands = Operands { x, weight: base, bias: base, residual: output, output, alpha: random.alpha };
             news |= lane.products.tune(Shape { rows, outputs, inputs, finish }, rows, operands)?;
         }
         if news {
@@ -179,8 +171,82 @@ impl Lanes {
         Ok(())
     }
 
+    /// What the card does at most: a large square product in a lane's memory, and a copy of half of it to the other half.
+    pub(super) fn limits(&self, lane: &mut Lane) -> Result<Limits, BackendError> {
+        let element = self.options.element;
+        // In attention as in products, but for the precision that only products have.
+        let attention_element = if element == Element::Fp8 { Element::F16 } else { element };
+        let products = Self::most_operations(lane, element)?;
+        let attention =
+            if attention_element == element { products } else { Self::most_operations(lane, attention_element)? };
+
+        let (base, bytes) = lane.activations();
+        let half = bytes / 2 / ALIGNMENT * ALIGNMENT;
+        let copy = || {
+            // SAFETY: both halves are the lane's, whose stream is idle.
+            unsafe { result::memcpy_dtod_async(base + half as u64, base, half, lane.stream.cu_stream()) }
+        };
+        copy()?;
+        lane.stream.synchronize()?;
+        let begun = Instant::now();
+        (0..COPIES).try_for_each(|_| copy())?;
+        lane.stream.synchronize()?;
+        let memory = MemoryLimits {
+            bytes: (COPIES * 2 * half) as f64 / begun.elapsed().as_secs_f64(),
+            activation: element.bytes(),
+            weight: element.operand_bytes(),
+        };
+        Ok(Limits { products, attention, memory: Some(memory) })
+    }
+
+    /// Operations a second of the largest square product that a lane has memory for, up to one that keeps any card busy.
+    fn most_operations(lane: &Lane, element: Element) -> Result<f64, BackendError> {
+        let (base, bytes) = lane.activations();
+        let side = (bytes / 3 / element.bytes()).isqrt().min(LARGEST_SIDE) / 128 * 128;
+        let random = Random::of(element);
+        random.fill(lane)?;
+        let part = (side * side * element.bytes()) as u64;
+        let (x, output) = (base + part, base + 2 * part);
+        let operands = Operands { x, weight: base, bias: base, residual: output, output, alpha: random.alpha };
+        let shape = Shape { rows: side, outputs: side, inputs: side, finish: Finish::Bias };
+        let (seconds, _) = lane
+            .products
+            .fastest(element, shape, operands)?
+            .ok_or_else(|| BackendError::Failed("the library has no product of large squares".into()))?;
+        Ok(2.0 * (side as f64).powi(3) / seconds)
+    }
+
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Numbers like activations: a card computes zeros faster, being cooler.
+struct Random {
+    block: Vec<u8>,
+    /// What undoes their scale in a product.
+    alpha: f32,
+}
+
+impl Random {
+    fn of(element: Element) -> Self {
+        let mut random = fastrand::Rng::with_seed(1);
+        let values: Vec<f32> = (0..1 << 18).map(|_| random.f32() - 0.5).collect();
+        match element {
+            Element::Fp8 => Self { block: e4m3::encode(&values, 16.0), alpha: 1.0 / 256.0 },
+            _ => Self { block: element.encode(&values), alpha: 1.0 },
+        }
+    }
+
+    /// Fills all of a lane's memory for activations.
+    fn fill(&self, lane: &Lane) -> Result<(), BackendError> {
+        let (base, bytes) = lane.activations();
+        for offset in (0..bytes).step_by(self.block.len()) {
+            let part = &self.block[..self.block.len().min(bytes - offset)];
+            // SAFETY: within the lane's memory; the host's block lives until the stream has been waited for.
+            unsafe { result::memcpy_htod_async(base + offset as u64, part, lane.stream.cu_stream()) }?;
+        }
+        Ok(lane.stream.synchronize()?)
     }
 }
 

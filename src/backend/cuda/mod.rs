@@ -30,7 +30,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use anyhow::Result;
-use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg};
+use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::{
+    CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg,
+};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
@@ -43,7 +46,8 @@ use self::lane::{Form, Rows, Staged};
 use self::lanes::Lanes;
 use self::products::{Finish, Operands, Shape};
 use super::{
-    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, NormWeights, Place,
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, Limits,
+    NormWeights, Place,
 };
 use crate::batch::Batch;
 
@@ -378,6 +382,7 @@ impl Backend for CudaBackend {
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
+    type Moment = CudaEvent;
 
     fn describe(&self) -> String {
         let invariant = if self.options.invariant { ", batch-invariant" } else { "" };
@@ -389,6 +394,19 @@ impl Backend for CudaBackend {
 
     fn lanes(&self) -> usize {
         lanes::IN_FLIGHT
+    }
+
+    fn moment(&self, lane: &Lane) -> Result<CudaEvent, BackendError> {
+        Ok(lane.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT))?)
+    }
+
+    fn seconds(&self, from: &CudaEvent, to: &CudaEvent) -> Result<f64, BackendError> {
+        Ok(card::seconds_between(from, to)?)
+    }
+
+    fn limits(&self) -> Result<Option<Limits>, BackendError> {
+        let mut lane = self.lanes.take(1)?;
+        self.lanes.limits(&mut lane).map(Some)
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {

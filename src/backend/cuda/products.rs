@@ -186,17 +186,7 @@ impl Products {
             if rows > max_rows || self.tuning.get(shape).is_some() {
                 continue;
             }
-            let mut plan = Plan::new(self.element, shape)?;
-            let mut best: Option<(f64, sys::cublasLtMatmulAlgo_t)> = None;
-            // A shape that the library knows nothing for stays untuned.
-            for candidate in self.candidates(&plan).unwrap_or_default() {
-                plan.algorithm = candidate;
-                let Some(seconds) = self.time(&plan, shape, operands)? else { continue };
-                if best.is_none_or(|(least, _)| seconds < least) {
-                    best = Some((seconds, candidate));
-                }
-            }
-            if let Some((_, algorithm)) = best {
+            if let Some((_, algorithm)) = self.fastest(self.element, shape, operands)? {
                 self.tuning.put(shape, &algorithm);
                 news = true;
             }
@@ -204,7 +194,27 @@ impl Products {
         Ok(news)
     }
 
-    /// Seconds of ten runs after two that warm up, or `None` where the library does not run the candidate after all. By the host's
+    /// The fastest of the library's guesses for a product of this element, and its seconds, or `None` where the library knows
+    /// nothing for the shape.
+    pub(super) fn fastest(
+        &self,
+        element: Element,
+        shape: Shape,
+        operands: Operands,
+    ) -> Result<Option<(f64, sys::cublasLtMatmulAlgo_t)>, BackendError> {
+        let mut plan = Plan::new(element, shape)?;
+        let mut best: Option<(f64, sys::cublasLtMatmulAlgo_t)> = None;
+        for candidate in self.candidates(&plan).unwrap_or_default() {
+            plan.algorithm = candidate;
+            let Some(seconds) = self.time(&plan, shape, operands)? else { continue };
+            if best.is_none_or(|(least, _)| seconds < least) {
+                best = Some((seconds, candidate));
+            }
+        }
+        Ok(best)
+    }
+
+    /// Seconds of a run, over ten after two that warm up, or `None` where the library does not run the candidate after all. By the host's
     /// clock: the driver's own timers have another name before CUDA 12.8.
     fn time(&self, plan: &Plan, shape: Shape, operands: Operands) -> Result<Option<f64>, BackendError> {
         for _ in 0..2 {
@@ -218,7 +228,7 @@ impl Products {
             self.run(plan, shape, operands)?;
         }
         self.stream.synchronize()?;
-        Ok(Some(start.elapsed().as_secs_f64()))
+        Ok(Some(start.elapsed().as_secs_f64() / 10.0))
     }
 
     fn plan(&self, shape: Shape) -> Result<Plan, BackendError> {
