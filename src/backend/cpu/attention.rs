@@ -29,9 +29,6 @@ const BLOCK_QUERIES: usize = 24;
 /// Keys of a block: a whole number of panels on every instruction set.
 const BLOCK_KEYS: usize = 512;
 
-/// K-steps of the widest head that a configuration may have (`loading::config`), in f32.
-const MAX_HEAD_STEPS: usize = 512;
-
 /// A sequence's queries and keys, as rows.
 #[derive(Debug, Clone)]
 pub(super) struct Sequence {
@@ -155,16 +152,19 @@ impl<E: Element> Op for Head<'_, E> {
 
         let mut packed_keys = Matrix::<u32>::take(key_panels * steps, I::PANEL);
         let mut packed_values = Matrix::<u32>::take(1, value_panels * value_steps * value_width);
+        // And before that the keys of a vector, which are fewer.
         let mut packed_queries = Matrix::<u32>::take(1, BLOCK_QUERIES * steps);
-        let mut scores = Matrix::<f32>::take(BLOCK_QUERIES, BLOCK_KEYS.next_multiple_of(I::PANEL));
-        let mut weights = Matrix::<E::Value>::take(BLOCK_QUERIES, BLOCK_KEYS);
+        // No wider than its keys, but for a line: rows a power of two apart would share few sets of the cache.
+        let block_keys = BLOCK_KEYS.min(keys.next_multiple_of(I::PANEL));
+        let mut scores = Matrix::<f32>::take(BLOCK_QUERIES, block_keys + 16);
+        let mut weights = Matrix::<E::Value>::take(BLOCK_QUERIES, block_keys + 32);
         let mut context = Matrix::<f32>::take(BLOCK_QUERIES, value_panels * value_width);
         let (mut largest, mut total) = ([0f32; BLOCK_QUERIES], [0f32; BLOCK_QUERIES]);
         let packed_keys = packed_keys.all_mut();
         let packed_values = packed_values.all_mut();
         let packed_queries = packed_queries.all_mut();
 
-        pack_keys::<I, E>(isa, kv, self.keys.clone(), k_start + column, d, packed_keys);
+        pack_keys::<I, E>(isa, kv, self.keys.clone(), k_start + column, d, packed_queries, packed_keys);
         for panel in 0..value_panels {
             let to = &mut packed_values[panel * value_steps * value_width..][..value_steps * value_width];
             let first = panel * value_width;
@@ -190,6 +190,7 @@ impl<E: Element> Op for Head<'_, E> {
                 // packed keys and values have a panel for every key and column.
                 unsafe {
                     for panel in 0..n.div_ceil(I::PANEL) {
+                        let vectors = key_vectors::<I>(n - panel * I::PANEL);
                         for tile in product::tiles(0..rows) {
                             let operands = Operands {
                                 a: words.add(tile.start * words_stride),
@@ -202,7 +203,7 @@ impl<E: Element> Op for Head<'_, E> {
                                 ahead: std::ptr::null(),
                                 ahead_stride: 0,
                             };
-                            product::multiply(isa, E::FORMAT, operands, tile.len(), I::PANEL_VECTORS);
+                            product::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
                         }
                     }
                     for row in 0..rows {
@@ -289,9 +290,12 @@ unsafe fn soften<I: Isa, E: Element>(
             parts[0] = isa.max(parts[0], isa.load(scores.add(at)));
         }
         let mut most = isa.max(isa.max(parts[0], parts[1]), isa.max(parts[2], parts[3]));
-        if whole < n {
-            most = isa.max(most, isa.first_lanes(isa.load(scores.add(whole)), n - whole, f32::NEG_INFINITY));
-        }
+        let last = if whole < n {
+            isa.first_lanes(isa.load(scores.add(whole)), n - whole, f32::NEG_INFINITY)
+        } else {
+            isa.splat(f32::NEG_INFINITY)
+        };
+        most = isa.max(most, last);
         let largest = isa.max_of(most);
         let (scale, shift) = (isa.splat(factor), isa.splat(-largest * factor));
         let mut sum = isa.splat(0.0);
@@ -301,7 +305,7 @@ unsafe fn soften<I: Isa, E: Element>(
             E::store(isa, to.add(at), I::LANES, weight);
         }
         if whole < n {
-            let weight = power::<I, E>(isa, isa.fma(isa.load(scores.add(whole)), scale, shift));
+            let weight = power::<I, E>(isa, isa.fma(last, scale, shift));
             let weight = isa.first_lanes(weight, n - whole, 0.0);
             sum = isa.add(sum, weight);
             // With the zeros that fill the last k-step.
@@ -320,7 +324,14 @@ fn power<I: Isa, E: Element>(isa: I, x: I::F) -> I::F {
     }
 }
 
-/// Keys as the second factor of a product: panels of `[steps, PANEL]` words, zeros beyond the last key.
+/// Vectors of a panel of `keys` keys: a register tile has one, two or four, and the last keys need not fill the widest.
+#[inline(always)]
+fn key_vectors<I: Isa>(keys: usize) -> usize {
+    keys.div_ceil(I::LANES).next_power_of_two().min(I::PANEL_VECTORS)
+}
+
+/// Keys as the second factor of a product: panels of `[steps, PANEL]` words, the last as wide as it must be. What is beyond the last
+/// key is unspecified: its scores are not read. `rows` has room for a vector's keys.
 #[inline(always)]
 fn pack_keys<I: Isa, E: Element>(
     isa: I,
@@ -328,31 +339,27 @@ fn pack_keys<I: Isa, E: Element>(
     keys: Range<usize>,
     column: usize,
     d: usize,
+    rows: &mut [u32],
     to: &mut [u32],
 ) {
     let steps = d.div_ceil(E::PER_STEP);
-    let whole_steps = whole_steps::<E>(d, column);
-    for first in (0..keys.len().next_multiple_of(I::PANEL)).step_by(I::LANES) {
-        let at = first / I::PANEL * steps * I::PANEL + first % I::PANEL;
-        let n = I::LANES.min(keys.len().saturating_sub(first));
-        if n == I::LANES && whole_steps {
-            let from = kv.row(keys.start + first)[column..].as_ptr().cast();
-            // SAFETY: there are LANES rows of d values from here on, in whole words, and the panel has room for their columns.
-            unsafe {
-                isa.transpose(from, kv.stride() / E::PER_STEP, steps, to[at..].as_mut_ptr(), I::PANEL);
-            }
-            continue;
-        }
-        let mut words = [0u32; MAX_HEAD_STEPS];
-        for lane in 0..I::LANES {
-            let words = &mut words[..steps];
-            words.fill(0);
-            if lane < n {
-                pack_words::<E>(&kv.row(keys.start + first + lane)[column..][..d], words);
-            }
-            for (step, &word) in words.iter().enumerate() {
-                to[at + step * I::PANEL + lane] = word;
-            }
+    for (panel, to) in (0..keys.len()).step_by(I::PANEL).zip(to.chunks_mut(steps * I::PANEL)) {
+        let in_panel = I::PANEL.min(keys.len() - panel);
+        let width = key_vectors::<I>(in_panel) * I::LANES;
+        for first in (0..in_panel).step_by(I::LANES) {
+            let n = I::LANES.min(in_panel - first);
+            let key = keys.start + panel + first;
+            let (from, stride) = if n == I::LANES && whole_steps::<E>(d, column) {
+                (kv.row(key)[column..].as_ptr().cast(), kv.stride() / E::PER_STEP)
+            } else {
+                for (row, key) in rows.chunks_mut(steps).zip(key..key + n) {
+                    pack_words::<E>(&kv.row(key)[column..][..d], row);
+                }
+                (rows.as_ptr(), steps)
+            };
+            assert!(rows.len() >= I::LANES * steps && to.len() >= (steps - 1) * width + first + I::LANES);
+            // SAFETY: there are LANES rows of `steps` words from here on, and the panel has room for their columns.
+            unsafe { isa.transpose(from, stride, steps, to[first..].as_mut_ptr(), width) };
         }
     }
 }
