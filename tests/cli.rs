@@ -109,9 +109,14 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         (&["serve", "--model", &model, "--window", "3"], 78, "window"),
         (&["serve", "--model", &model, "--device", "abacus"], 78, "abacus"),
         (&["serve", "--model", &model, "--device", "candle", "--dtype", "int8"], 78, "--dtype"),
+        #[cfg(feature = "cuda")]
         (&["serve", "--model", &model, "--device", "cuda:x"], 78, "cuda:0,cuda:1"),
+        #[cfg(feature = "cuda")]
         (&["serve", "--model", &model, "--device", "cuda:1,cuda:1"], 78, "twice"),
+        #[cfg(feature = "cuda")]
         (&["serve", "--model", &model, "--device", "cuda", "--dtype", "int8"], 78, "f16"),
+        #[cfg(not(feature = "cuda"))]
+        (&["serve", "--model", &model, "--device", "cuda"], 78, "not known to this build"),
         (&["serve", "--model", &model, "--dtype", "f16"], 78, "bf16"),
         (&["serve", "--model", &model, "--dtype", "f8"], 2, "--dtype"),
         (&["bench", "--model", &model, "--workloads", "/nowhere.json"], 78, "/nowhere.json"),
@@ -135,6 +140,7 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
 }
 
 /// The same binary serves hosts with and without a card: without a driver it starts, says so, or falls back where it may.
+#[cfg(feature = "cuda")]
 #[test]
 fn without_a_driver_a_card_is_a_clear_error_and_auto_is_the_processor() {
     let model = model();

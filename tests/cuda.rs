@@ -211,6 +211,19 @@ fn a_poisoned_context_answers_and_ends_the_process() {
     assert_eq!(server.exit_code(), Some(70));
 }
 
+/// The driver's exit handlers may wait for a card that never answers.
+#[test]
+fn a_process_whose_end_hangs_is_ended() {
+    let Some(environment) = environment("cuda-cache") else { return };
+    let mut environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    environment.extend([("STANDIN_FAIL", "launch:120"), ("STANDIN_HANG_AT_EXIT", "1")]);
+    let mut server = Server::start_in(&["--device", "cuda", "--max-batch-tokens", "256"], &environment);
+    let ask = r#"{"model":"rerankd-mini","query":"Apple","documents":["apple","banana"]}"#;
+    assert!((0..20).any(|_| server.rerank(ask).starts_with("HTTP/1.1 500")));
+    assert_eq!(server.exit_code(), None, "by a signal, since it did not come to its exit code");
+    assert!(server.rest_of_log().contains("ending with code 70"));
+}
+
 /// A host with a card and without CUDA's libraries (the image's `cpu` target, say), with an old card, or with libraries that its
 /// driver does not run.
 #[test]
@@ -250,6 +263,31 @@ fn compiled_kernels_are_kept_for_the_next_start() {
     };
     assert!(start());
     assert!(!start());
+}
+
+/// The shapes of the built-in model's products, and no others: what is timed is what batches launch.
+#[test]
+fn what_the_first_batch_launches_is_what_is_tuned() {
+    let Some(mut environment) = environment("cuda-cache") else { return };
+    let cache = tempfile::tempdir().unwrap();
+    environment[1].1 = cache.path().display().to_string();
+    let mut command = rerankd();
+    command.args(["rank", "--query", "a", "--device", "cuda", "--max-batch-tokens", "160"]);
+    command.envs(environment).stdin(Stdio::null()).arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Dockerfile"));
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let named = |path: &Path| path.file_name().unwrap().to_str().unwrap().starts_with("products-");
+    let files = std::fs::read_dir(cache.path()).unwrap().map(|entry| entry.unwrap().path());
+    let file = files.into_iter().find(|path| named(path)).unwrap();
+    let tuned: serde_json::Map<String, Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    // Rows, outputs, inputs: Q K V, Q of first tokens, their K and V, what follows attention, and the two of the feed-forward.
+    let shapes = ["768 x 256 Bias", "256 x 256 Bias", "512 x 256 Bias", "256 x 256 BiasResidual", "1024 x 256 Bias"];
+    let shapes = [&shapes[..], &["256 x 1024 BiasResidual"]].concat();
+    let expected = [64, 128].iter().flat_map(|rows| shapes.iter().map(move |shape| format!("{rows} x {shape}")));
+    let mut expected: Vec<String> = expected.collect();
+    expected.sort();
+    let tuned: Vec<String> = tuned.into_iter().map(|(key, _)| key).collect();
+    assert_eq!(tuned, expected);
 }
 
 #[test]
