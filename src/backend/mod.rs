@@ -2,6 +2,7 @@
 //!
 //! An architecture is a graph over these operations ([`crate::encoder`]); a device is an implementation of them.
 //! [`candle`] is the portable one and the definition of right: every other is held to it by the same property tests.
+//! [`profile`] is none of its own: it goes around another and times it.
 //!
 //! A backend decides where the parallelism lives. [`Backend::run`] may cut a batch between sequences and have the graph run over
 //! several pieces at once; each run of the graph has a [`Backend::Lane`] of its own (a thread's scratch memory, a stream), which
