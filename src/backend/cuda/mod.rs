@@ -2,8 +2,8 @@
 //!
 //! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card;
 //! `attention` chooses between two of the kernels; `lane` is what a batch in flight has to itself, of which `arena` divides the
-//! memory; `lanes` are a card's; `products` are cuBLASLt's; `e4m3` are the numbers that they multiply at eight bits; `failure`
-//! says what an error means. This file puts them behind [`Backend`].
+//! memory; `lanes` are a card's; `products` are cuBLASLt's; `element` is what all of these compute in, and `e4m3` its numbers of
+//! eight bits; `failure` says what an error means. This file puts them behind [`Backend`].
 //!
 //! Two lanes a card: while one batch computes, the thread of the other packs, uploads and launches the next, so the card does not
 //! wait for the host. Every buffer is of rounded sizes and counts are read from the card's own memory, so a small batch is
@@ -19,6 +19,7 @@ mod arena;
 mod attention;
 mod card;
 mod e4m3;
+mod element;
 mod failure;
 mod lane;
 mod lanes;
@@ -34,13 +35,12 @@ use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{
     CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg,
 };
-use half::slice::HalfFloatSliceExt;
-use half::{bf16, f16};
 
 use self::attention::Attention;
 use self::card::Card;
 pub use self::card::is_there;
 use self::e4m3::{Bound, Reach};
+pub use self::element::Element;
 pub use self::lane::{Buffer, Lane};
 use self::lane::{Form, Rows, Staged};
 use self::lanes::Lanes;
@@ -58,19 +58,6 @@ const GELU_ERF: u32 = 0;
 const GELU_TANH: u32 = 1;
 const RELU: u32 = 2;
 const ITSELF: u32 = 3;
-
-/// What activations are, and what products multiply.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Element {
-    /// Half precision.
-    F16,
-    /// bfloat16.
-    Bf16,
-    /// Single precision: for comparison.
-    F32,
-    /// Half precision, and products of E4M3.
-    Fp8,
-}
 
 /// How to use a card.
 #[derive(Debug, Clone, Copy)]
@@ -143,53 +130,6 @@ pub struct Norm {
     bias: Weights,
     eps: f32,
     bound: Bound,
-}
-
-impl Element {
-    /// As in `--dtype`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F16 => "f16",
-            Self::Bf16 => "bf16",
-            Self::F32 => "f32",
-            Self::Fp8 => "fp8",
-        }
-    }
-
-    /// Of an activation.
-    fn bytes(self) -> usize {
-        if self == Self::F32 { 4 } else { 2 }
-    }
-
-    /// Of what a product multiplies.
-    fn operand_bytes(self) -> usize {
-        if self == Self::Fp8 { 1 } else { self.bytes() }
-    }
-
-    fn encode(self, values: &[f32]) -> Vec<u8> {
-        match self {
-            Self::F16 | Self::Fp8 => {
-                let mut halves = vec![f16::ZERO; values.len()];
-                halves.convert_from_f32_slice(values);
-                bytemuck::cast_slice::<u16, u8>(halves.reinterpret_cast()).to_vec()
-            }
-            Self::Bf16 => {
-                let mut halves = vec![bf16::ZERO; values.len()];
-                halves.convert_from_f32_slice(values);
-                bytemuck::cast_slice::<u16, u8>(halves.reinterpret_cast()).to_vec()
-            }
-            Self::F32 => bytemuck::cast_slice(values).to_vec(),
-        }
-    }
-
-    fn decode(self, bytes: &[u8]) -> Vec<f32> {
-        let half = |pair: &[u8]| u16::from_ne_bytes([pair[0], pair[1]]);
-        match self {
-            Self::F16 | Self::Fp8 => bytes.chunks_exact(2).map(|pair| f16::from_bits(half(pair)).to_f32()).collect(),
-            Self::Bf16 => bytes.chunks_exact(2).map(|pair| bf16::from_bits(half(pair)).to_f32()).collect(),
-            Self::F32 => bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect(),
-        }
-    }
 }
 
 /// The device address of a slice whose uses are ordered by whoever asks.

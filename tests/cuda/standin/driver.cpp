@@ -36,6 +36,7 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
+#include <filesystem>
 #include <functional>
 #include <map>
 #include <memory>
@@ -558,8 +559,7 @@ Result open_library(const char* image, void*& library) {
     if (header.e_type != ET_DYN) return INVALID_IMAGE;
 
     // A file under a name of its own: dlopen takes equal names for one library.
-    const char* folder = getenv("TMPDIR");
-    std::string path = std::string(folder != nullptr ? folder : "/tmp") + "/standin-module-XXXXXX";
+    std::string path = std::filesystem::temp_directory_path() / "standin-module-XXXXXX";
     const int file = mkstemp(path.data());
     if (file < 0) return OPERATING_SYSTEM;
     const size_t bytes = elf_bytes(image);

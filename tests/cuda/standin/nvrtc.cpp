@@ -261,8 +261,7 @@ constexpr Table<sizeof...(Parameters)> table(unsigned long most_threads, void (*
 struct Workspace {
     fs::path path;
     Workspace() {
-        const char* folder = getenv("TMPDIR");
-        string name = string(folder != nullptr ? folder : "/tmp") + "/standin-nvrtc-XXXXXX";
+        string name = fs::temp_directory_path() / "standin-nvrtc-XXXXXX";
         if (mkdtemp(name.data()) != nullptr) path = name;
     }
     ~Workspace() {
