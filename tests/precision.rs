@@ -68,11 +68,12 @@ struct Candidate {
 
 fn candidates() -> Vec<Candidate> {
     let on = |name, device, difference, tau, lost| Candidate { name, device, difference, tau, lost };
+    let threads = std::thread::available_parallelism().map_or(2, Into::into);
     #[allow(unused_mut, reason = "a build without CUDA adds nothing")]
     let mut all = vec![
-        on("f32", cpu(Dtype::F32, 2), 0.0, 1.0, 0.0),
-        on("bf16", cpu(Dtype::Bf16, 2), 0.02, 0.99, 0.005),
-        on("int8", cpu(Dtype::Int8, 2), 0.1, 0.97, 0.01),
+        on("f32", cpu(Dtype::F32, threads), 0.0, 1.0, 0.0),
+        on("bf16", cpu(Dtype::Bf16, threads), 0.02, 0.99, 0.005),
+        on("int8", cpu(Dtype::Int8, threads), 0.1, 0.97, 0.01),
     ];
     #[cfg(feature = "cuda")]
     if rerankd::backend::cuda::is_there() {

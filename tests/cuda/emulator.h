@@ -215,9 +215,9 @@ struct Registers {
 
 // This warp's part of a wgmma: 16 rows of sums.
 struct Wgmma {
-    Registers *sums, *a;
-    uint64_t b;
-    bool adds, rows_of_k, done;
+    Registers *sums, *a; // without `a` it is in shared memory
+    uint64_t a_rows, b_rows;
+    bool adds, done;
 };
 
 // Sums of wgmmas that nobody has waited for: how many, and the sums. The registers hold NaN bytes.
@@ -470,6 +470,7 @@ inline float __shfl_xor_sync(unsigned mask, float value, unsigned distance) {
 
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float exp2_fast(float x) { return exp2f(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
 
 namespace emulated {
 inline unsigned narrowed_e4m3(float x) {
@@ -629,29 +630,39 @@ inline float wgmma_element(unsigned address) {
     return widened(value);
 }
 
-// B [16, 64], K by N, by the canonical layouts and the descriptor of PTX ISA 9.0, 9.7.15.5.1.
-inline void read_wgmma_operand(float (&b)[16][64], uint64_t descriptor, bool rows_of_k) {
-    const unsigned start = (descriptor & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-    const unsigned base_offset = descriptor >> 49 & 7, swizzle = descriptor >> 62;
-    if (swizzle != 1 || base_offset != 0) fail("wgmma: only operands swizzled over 128 bytes, with no offset, are emulated");
-    if (start % 1024 >= 128) fail("wgmma: address %#x is not in the first of a swizzle's eight rows", start);
-    for (unsigned k = 0; k < 16; ++k)
-        for (unsigned n = 0; n < 64; ++n) {
-            // K-major: a row of 128 bytes has K of one N. N-major: it has the 64 N of one K, and no leading offset is needed.
-            const unsigned offset = rows_of_k ? k / 8 * stride + k % 8 * 128 + n * 2 : n / 8 * stride + n % 8 * 128 + k * 2;
-            b[k][n] = wgmma_element(start + offset);
-        }
-}
+// What a descriptor of PTX ISA 9.0, 9.7.15.5.1, says of shared memory, by the canonical layouts of an operand whose rows are of K, or
+// of M or N. Either way a row of 128 bytes is followed by the next up to the eighth.
+struct WgmmaOperand {
+    unsigned start, stride;
+
+    explicit WgmmaOperand(uint64_t descriptor)
+        : start((descriptor & 0x3fff) << 4), stride((descriptor >> 32 & 0x3fff) << 4) {
+        const unsigned base_offset = descriptor >> 49 & 7, swizzle = descriptor >> 62;
+        if (swizzle != 1 || base_offset != 0) fail("wgmma: only operands swizzled over 128 bytes, with no offset, are emulated");
+        if (start % 1024 >= 128) fail("wgmma: address %#x is not in the first of a swizzle's eight rows", start);
+    }
+    float operator()(unsigned row, unsigned column) const {
+        return wgmma_element(start + row / 8 * stride + row % 8 * 128 + column * 2);
+    }
+};
 
 // By the register fragments of m64nNk16: a warp's 16 rows are laid out as in mma's m16n8k16, N / 8 times.
 inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
     static float b[16][64], a[16][16], sums[16][64];
-    read_wgmma_operand(b, wgmma.b, wgmma.rows_of_k);
-    const std::vector<unsigned> of_a = wgmma.a->held();
+    const WgmmaOperand b_rows(wgmma.b_rows);
+    for (unsigned k = 0; k < 16; ++k)
+        for (unsigned n = 0; n < 64; ++n) b[k][n] = wgmma.a ? b_rows(k, n) : b_rows(n, k);
+    const std::vector<unsigned> of_a = wgmma.a ? wgmma.a->held() : std::vector<unsigned>();
+    if (!wgmma.a) {
+        const WgmmaOperand a_rows(wgmma.a_rows);
+        const unsigned first = (&warp - block.warp) % 4 * 16;
+        for (unsigned m = 0; m < 16; ++m)
+            for (unsigned k = 0; k < 16; ++k) a[m][k] = a_rows(first + m, k);
+    }
     std::vector<unsigned>& values = warp.wgmma_sums.at(wgmma.sums).values;
     for (unsigned lane = 0; lane < WARP; ++lane) {
         const unsigned row = lane / 4, column = lane % 4 * 2;
-        for (unsigned i = 0; i < 4; ++i) {
+        for (unsigned i = 0; wgmma.a && i < 4; ++i) {
             a[row + i % 2 * 8][column + i / 2 * 8] = low_half(of_a[lane * 4 + i]);
             a[row + i % 2 * 8][column + i / 2 * 8 + 1] = high_half(of_a[lane * 4 + i]);
         }
@@ -677,8 +688,8 @@ inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
 
 struct WgmmaOperands {
     unsigned *sums, *a;
-    uint64_t b;
-    unsigned adds, rows_of_k;
+    uint64_t a_rows, b_rows;
+    unsigned adds;
 };
 
 // The registers that the lanes name, which are as they were at the last fence.
@@ -690,6 +701,7 @@ inline Registers* given_registers(Warp& warp, const Slots& slots, unsigned* Wgmm
         given.at[lane] = operands.*which;
     }
     Registers& known = warp.registers.emplace(given.at[0], given).first->second;
+    if (known.count != count) known = given; // where these lie now, the compiler had others before
     const bool in_hand = warp.wgmma_sums.count(&known) != 0;
     if (known.shown.empty()) known.shown = known.held();
     if (!in_hand && known.shown != known.held()) fail("wgmma: its registers have changed since the last wgmma.fence");
@@ -703,10 +715,11 @@ inline void start_wgmma(Slots& slots) {
     memcpy(&operands, slots.words[0], sizeof operands);
     for (unsigned lane = 1; lane < WARP; ++lane) {
         memcpy(&others, slots.words[lane], sizeof others);
-        if (others.b != operands.b || others.adds != operands.adds) fail("wgmma: the warp's lanes describe several operands");
+        if (others.a_rows != operands.a_rows || others.b_rows != operands.b_rows) fail("wgmma: a warp's lanes name several operands");
     }
-    Wgmma wgmma = {given_registers(warp, slots, &WgmmaOperands::sums, 32), given_registers(warp, slots, &WgmmaOperands::a, 4),
-                   operands.b, operands.adds != 0, operands.rows_of_k != 0, false};
+    Wgmma wgmma = {given_registers(warp, slots, &WgmmaOperands::sums, 32),
+                   operands.a ? given_registers(warp, slots, &WgmmaOperands::a, 4) : nullptr,
+                   operands.a_rows, operands.b_rows, operands.adds != 0, false};
     WgmmaSums& sums = warp.wgmma_sums[wgmma.sums];
     if (sums.under_way++ == 0) {
         sums.values = wgmma.sums->held();
@@ -714,7 +727,7 @@ inline void start_wgmma(Slots& slots) {
     }
     if (copies == Copies::LATE) run_wgmma(warp, wgmma);
     warp.open_wgmmas.push_back(wgmma);
-    warp.started.insert(warp.started.end(), {operands.b, operands.adds * 2 + operands.rows_of_k});
+    warp.started.insert(warp.started.end(), {operands.a_rows, operands.b_rows, operands.adds * 2 + (operands.a != nullptr)});
 }
 
 inline void finish_wgmmas(unsigned newest) {
@@ -753,9 +766,14 @@ inline void show_registers_to_wgmma() {
     });
 }
 
-template <bool ADD, bool ROWS_OF_K>
+template <bool ADD>
+inline void multiply_add_async(float (&sums)[8][4], uint64_t a, uint64_t b) {
+    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), nullptr, a, b, ADD};
+    emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
+}
+
 inline void multiply_add_async(float (&sums)[8][4], const unsigned (&a)[4], uint64_t b) {
-    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), const_cast<unsigned*>(a), b, ADD, ROWS_OF_K};
+    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), const_cast<unsigned*>(a), 0, b, true};
     emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
 }
 
@@ -772,6 +790,8 @@ inline void wait_for_wgmma(float (&)[8][4]) {
     emulated::collective<unsigned>("wgmma.wait_group", 0u, [](emulated::Slots&) { emulated::finish_wgmmas(NEWEST); });
 }
 
+inline void hold_back_wait(bool) {}
+inline void keep_registers(bool, const unsigned (&)[4], unsigned) {}
 inline void pin(unsigned (&)[4]) {}
 
 inline void copy_async(unsigned to, const void* from, unsigned bytes) {

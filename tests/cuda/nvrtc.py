@@ -2,14 +2,18 @@
 
 Usage: nvrtc.py FOLDER_OF_LIBNVRTC KERNELS_CU
 Prints a line a program, and for sm_90a what ptxas says of each kernel. Exits 1 if anything does not compile, if an attention
-kernel spills registers to memory anywhere, or if ptxas makes wgmmas wait for each other.
+kernel spills registers to memory anywhere, or if ptxas makes wgmmas wait for each other. Where there is a disassembler
+(cuobjdump, of CUDA or of Triton's wheel), also if an instruction touches registers that a wgmma under way reads or writes.
 """
 
 import ctypes
 import glob
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tempfile
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
 ELEMENTS = ["F16", "BF16", "F32", "FP8"]
@@ -75,12 +79,83 @@ def kernel_facts(log):
     return facts
 
 
+def disassembler():
+    try:
+        import triton
+
+        beside = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    except ImportError:
+        beside = ""
+    return shutil.which("cuobjdump") or (beside if os.path.exists(beside) else None)
+
+
+def machine_code(cuobjdump, cubin):
+    """{kernel: [(address, predicate, operation, operands)]}"""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump, "--dump-sass", file.name], capture_output=True, text=True, check=True).stdout
+    kernels, code = {}, []
+    for line in text.splitlines():
+        if name := re.search(r"Function : (\w+)", line):
+            code = kernels.setdefault(name[1], [])
+        elif found := re.match(r"\s*/\*([0-9a-f]{4,5})\*/\s+(@!?U?P\w+\s+)?([\w.]+)\s*(.*?)\s*;", line):
+            code.append((int(found[1], 16), *found.groups()[1:]))
+    return kernels
+
+
+def touched_under_way(code):
+    """Instructions that touch a wgmma's sums, or write its first operand, before a wait for it, along every path of a kernel. ptxas
+    takes the operand's registers for free as soon as the product has started, and it has no say when that has read them."""
+    place = {address: i for i, (address, *_) in enumerate(code)}
+    found, seen, todo = set(), set(), [(0, (), ())]
+    while todo:
+        i, started, groups = todo.pop()  # products in no group yet, and groups, each as first registers of sums and operand
+        while i < len(code) and (i, started, groups) not in seen:
+            seen.add((i, started, groups))
+            address, predicate, operation, rest = code[i]
+            operands = [operand.strip() for operand in rest.split(",")]
+            i += 1
+            if operation.startswith("HGMMA"):
+                columns = int(operation.split("x")[1])
+                first = re.fullmatch(r"R(\d+)", operands[1])
+                started += ((int(operands[0][1:]), columns // 2, int(first[1]) if first else None),)
+                if "gsb0" in rest:
+                    started, groups = (), groups + (started,)
+            elif operation.startswith("WARPGROUP.DEPBAR"):
+                newest = int(operands[1], 16)
+                groups = groups[len(groups) - newest :] if newest else ()
+            elif operation == "BRA":
+                target = place.get(int(re.search(r"0x([0-9a-f]+)", rest)[1], 16))
+                if target is not None:
+                    todo.append((target, started, groups))
+                if not predicate:
+                    break
+            elif operation == "EXIT" and not predicate:
+                break
+            elif started or groups:
+                named = {int(register) for register in re.findall(r"\bR(\d+)\b", rest)}
+                target = re.match(r"R(\d+)\b", operands[1 if operands[0].startswith("P") and len(operands) > 1 else 0])
+                width = 4 if ".128" in operation or ".M88.4" in operation else 2 if "WIDE" in operation or ".64" in operation else 1
+                stores = operation.startswith(("ST", "LDGSTS", "RED"))
+                written = set(range(int(target[1]), int(target[1]) + width)) if target and not stores else set()
+                for sums, count, operand in (product for group in (*groups, started) for product in group):
+                    its_sums = set(range(sums, sums + count))
+                    its_operand = set() if operand is None else set(range(operand, operand + 4))
+                    if (named | written) & its_sums or written & its_operand:
+                        found.add(f"{address:04x} {operation} {rest}")
+    return sorted(found)
+
+
 def main():
     folder, path = sys.argv[1:]
     nvrtc = Nvrtc(folder)
     with open(path, "rb") as file:
         source = file.read()
+    cuobjdump = disassembler()
     print(f"NVRTC {nvrtc.version()}")
+    if cuobjdump is None:
+        print("SKIPPED: no cuobjdump, so the machine code is not looked at")
 
     failures = 0
     details = []
@@ -95,6 +170,8 @@ def main():
                 facts = kernel_facts(log)
                 name = f"{architecture:7} {element:4} C={hidden:<4} D={head}"
                 warnings = [line for line in log.splitlines() if "warning" in line or "serialized" in line]
+                if cuobjdump and "attention_wgmma" in facts:
+                    warnings += touched_under_way(machine_code(cuobjdump, cubin)["attention_wgmma"])[:3]
                 kernels = ["attention"]
                 if architecture == "sm_90a" and head == 64 and element != "F32":
                     kernels.append("attention_wgmma")

@@ -117,6 +117,11 @@ fn bound(element: Element) -> f32 {
     if element == Element::Bf16 { 0.016 } else { 0.002 }
 }
 
+/// The larger error. A NaN is the worst, whatever follows.
+fn worse(a: f32, b: f32) -> f32 {
+    if a.is_nan() || b <= a { a } else { b }
+}
+
 /// What the two made of the same numbers.
 #[derive(Debug)]
 struct Verdict {
@@ -157,8 +162,7 @@ impl Trial {
             let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
             norm(&mut expected.iter().zip(got).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied())
         });
-        // A NaN is the worst.
-        let error = error.fold(0.0, |worst, error| if error <= worst { worst } else { error });
+        let error = error.fold(0.0, worse);
         Ok(Verdict { error, mma_seconds: self.seconds(mma)?, wgmma_seconds: self.seconds(wgmma)? })
     }
 
@@ -209,5 +213,18 @@ impl Trial {
         let upload = address(upload, &self.stream);
         // SAFETY: the batch of `upload`, of at most LONG tokens, for which the buffers were made; all on one stream.
         unsafe { attention.launch(&self.stream, layout, upload, self.shape, heads, buffers) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_nan_is_the_worst_error_wherever_it_stands() {
+        assert_eq!([0.1, 0.3, 0.2].into_iter().fold(0.0, worse), 0.3);
+        for errors in [[f32::NAN, 0.1, 0.2], [0.1, f32::NAN, 0.2], [0.1, 0.2, f32::NAN]] {
+            assert!(errors.into_iter().fold(0.0, worse).is_nan());
+        }
     }
 }

@@ -89,23 +89,25 @@ impl Card {
              or later. Use --dtype f16"
         );
         let multiprocessors = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?.max(1) as u32;
-        let architecture = if (major, minor) == (9, 0) { "sm_90a".to_owned() } else { format!("sm_{major}{minor}") };
+        let hopper = (major, minor) == (9, 0);
+        let architecture = if hopper { "sm_90a".to_owned() } else { format!("sm_{major}{minor}") };
         let (kernels_key, image) = compiled(&architecture, element, shape)?;
         let module = context
             .load_module(cudarc::nvrtc::Ptx::from_binary(image))
             .context("the driver refuses the compiled kernels; it may be older than the CUDA libraries")?;
-        Ok(Self { kernels: Kernels::of(&module, element)?, kernels_key, context, name, multiprocessors })
+        let wgmma = hopper && element != Element::F32 && shape.head_size == 64;
+        Ok(Self { kernels: Kernels::of(&module, element, wgmma)?, kernels_key, context, name, multiprocessors })
     }
 }
 
 impl Kernels {
-    fn of(module: &Arc<CudaModule>, element: Element) -> Result<Self> {
+    fn of(module: &Arc<CudaModule>, element: Element, wgmma: bool) -> Result<Self> {
         let function = |name: &str| module.load_function(name).with_context(|| format!("the kernel {name}"));
         Ok(Self {
             embed_norm: function("embed_norm")?,
             layer_norm: function("layer_norm")?,
             attention: function("attention")?,
-            attention_wgmma: function("attention_wgmma").ok(),
+            attention_wgmma: wgmma.then(|| function("attention_wgmma")).transpose()?,
             first_token_attention: function("first_token_attention")?,
             first_rows: function("first_rows")?,
             activate: function("activate")?,

@@ -64,6 +64,13 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// 1 / x, to 1 unit in the last place; 0 of infinity.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two e4m3, each rounded to the nearest and to 448 at most: `low` in the lower byte, so first in memory. From sm_89 on.
 __device__ __forceinline__ u32 packed_e4m3(float low, float high) {
     u16 pair;
@@ -142,28 +149,43 @@ __device__ __forceinline__ void show_copies_to_wgmma() { asm volatile("fence.pro
 // Before a wgmma whose registers anything but a wgmma has touched.
 __device__ __forceinline__ void show_registers_to_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
+// The registers of `sums` as an instruction's operands 0 to 31.
+#define SUMS_OPERANDS \
+    "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]), \
+    "+f"(sums[1][0]), "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3]), \
+    "+f"(sums[2][0]), "+f"(sums[2][1]), "+f"(sums[2][2]), "+f"(sums[2][3]), \
+    "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]), "+f"(sums[3][3]), \
+    "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3]), \
+    "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3]), \
+    "+f"(sums[6][0]), "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3]), \
+    "+f"(sums[7][0]), "+f"(sums[7][1]), "+f"(sums[7][2]), "+f"(sums[7][3])
+#define SUMS_NAMES \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+
 // Starts sums [64, 64] = a [64, 16] * b [16, 64], or += where `ADD`, over the warpgroup: four warps from a multiple of four on,
-// 16 rows each, of which a lane holds what it does in multiply_add. `b` describes shared memory; its rows are of N, of K where
-// `ROWS_OF_K`. Until a wait, `sums` is the tensor cores', and nobody may write `a` or the rows of `b`.
-template <bool ADD, bool ROWS_OF_K>
-__device__ __forceinline__ void multiply_add_async(float (&sums)[8][4], const u32 (&a)[4], u64 b) {
+// 16 rows each, of which a lane holds what it does in multiply_add. `a` and `b` describe shared memory, whose rows are of M and of
+// N. Until a wait, `sums` is the tensor cores', and nobody may write those rows.
+template <bool ADD>
+__device__ __forceinline__ void multiply_add_async(float (&sums)[8][4], u64 a, u64 b) {
     asm volatile("{\n"
                  ".reg .pred add;\n"
-                 "setp.ne.b32 add, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT_PTX "." ELEMENT_PTX
-                 " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
-                 " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
-                 " {%32, %33, %34, %35}, %36, add, 1, 1, %38;\n"
+                 "setp.ne.b32 add, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT_PTX "." ELEMENT_PTX " " SUMS_NAMES
+                 ", %32, %33, add, 1, 1, 0, 0;\n"
                  "}"
-                 : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]),
-                   "+f"(sums[1][0]), "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3]),
-                   "+f"(sums[2][0]), "+f"(sums[2][1]), "+f"(sums[2][2]), "+f"(sums[2][3]),
-                   "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]), "+f"(sums[3][3]),
-                   "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3]),
-                   "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3]),
-                   "+f"(sums[6][0]), "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3]),
-                   "+f"(sums[7][0]), "+f"(sums[7][1]), "+f"(sums[7][2]), "+f"(sums[7][3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(ADD), "n"(ROWS_OF_K)
+                 : SUMS_OPERANDS
+                 : "l"(a), "l"(b), "n"(ADD)
+                 : "memory");
+}
+
+// sums += a * b in the same way, but `a` is in registers, where a lane has it as in multiply_add, and the rows of `b` are of K.
+// Until a wait, `a` may not be written either.
+__device__ __forceinline__ void multiply_add_async(float (&sums)[8][4], const u32 (&a)[4], u64 b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT_PTX "." ELEMENT_PTX " " SUMS_NAMES
+                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
+                 : SUMS_OPERANDS
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
                  : "memory");
 }
 
@@ -173,21 +195,24 @@ __device__ __forceinline__ void close_wgmma_group() { asm volatile("wgmma.commit
 // Waits until at most the NEWEST groups are still under way; `sums`, of an older one, is then this thread's again.
 template <u32 NEWEST>
 __device__ __forceinline__ void wait_for_wgmma(float (&sums)[8][4]) {
-    asm volatile("wgmma.wait_group.sync.aligned %32;"
-                 : "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]),
-                   "+f"(sums[1][0]), "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3]),
-                   "+f"(sums[2][0]), "+f"(sums[2][1]), "+f"(sums[2][2]), "+f"(sums[2][3]),
-                   "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]), "+f"(sums[3][3]),
-                   "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3]),
-                   "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3]),
-                   "+f"(sums[6][0]), "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3]),
-                   "+f"(sums[7][0]), "+f"(sums[7][1]), "+f"(sums[7][2]), "+f"(sums[7][3])
-                 : "n"(NEWEST)
-                 : "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %32;" : SUMS_OPERANDS : "n"(NEWEST) : "memory");
 }
 
-// For the compiler, which does not know that a wgmma goes on reading its registers: the values are computed before this line,
-// and their registers hold nothing else until it.
+// For the compiler: a wait that follows stays behind what `never`, which is false, is computed from. ptxas moves waits up as far as
+// it may, to before the very work that is to be done meanwhile, but not over a branch.
+__device__ __forceinline__ void hold_back_wait(bool never) {
+    if (never) asm volatile("nanosleep.u32 1;");
+}
+
+// For the compiler, which takes the registers of an `a` for free as soon as its product has started: they are in use until here,
+// as they were to be written to shared memory at `place` if `never` were true.
+__device__ __forceinline__ void keep_registers(bool never, const u32 (&a)[4], u32 place) {
+    if (never) {
+        asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
+    }
+}
+
+// For the compiler: these values are computed before this line.
 __device__ __forceinline__ void pin(u32 (&values)[4]) {
     asm volatile("" : "+r"(values[0]), "+r"(values[1]), "+r"(values[2]), "+r"(values[3]));
 }
@@ -675,11 +700,11 @@ __device__ __forceinline__ u64 swizzled_operand(u32 rows) {
 }
 
 // Starts scores = queries k^T, as a group.
-__device__ __forceinline__ void start_scores(Scores<1>& scores, const Queries<1>& queries, u32 k_rows) {
-    multiply_add_async<false, false>(scores[0], queries[0][0], swizzled_operand(k_rows));
+__device__ __forceinline__ void start_scores(Scores<1>& scores, u32 q_rows, u32 k_rows) {
+    multiply_add_async<false>(scores[0], swizzled_operand(q_rows), swizzled_operand(k_rows));
 #pragma unroll
     for (u32 depth = 1; depth < HEAD_DEPTH; ++depth) {
-        multiply_add_async<true, false>(scores[0], queries[0][depth], swizzled_operand(k_rows + depth * 32));
+        multiply_add_async<true>(scores[0], swizzled_operand(q_rows + depth * 32), swizzled_operand(k_rows + depth * 32));
     }
     close_wgmma_group();
 }
@@ -691,25 +716,26 @@ typedef u32 PackedWeights[KEY_ROWS / 16][4];
 __device__ __forceinline__ void start_values(Context<1>& context, const PackedWeights& weights, u32 v_rows) {
 #pragma unroll
     for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
-        multiply_add_async<true, true>(context[0], weights[depth], swizzled_operand(v_rows + depth * 16 * ROW_BYTES));
+        multiply_add_async(context[0], weights[depth], swizzled_operand(v_rows + depth * 16 * ROW_BYTES));
     }
     close_wgmma_group();
 }
 
 // `attention` by its contract, but blocks of 256: two warpgroups of 64 queries.
 //
-// Departures from `attention`: the queries' products read K and V from shared memory themselves; and they are asynchronous, so
-// that the softmax of one step runs while the tensor cores add the values of the step before (FlashAttention-3, section 3.2).
-// V is therefore copied a step later than K. 64 keys a step leave two blocks on a multiprocessor, four warpgroups, of which
-// some have products under way while others are at their exponentials.
+// Departures from `attention`: products read Q, K and V from shared memory themselves; and they are asynchronous, so that the
+// softmax of one step runs while the tensor cores add the values of the step before (FlashAttention-3, section 3.2). V is
+// therefore copied a step later than K, and two steps' weights are in registers, those of even and those of odd steps: while the
+// tensor cores read the one, the other is written. 64 keys a step leave two blocks on a multiprocessor, four warpgroups, of
+// which some have products under way while others are at their exponentials.
 //
 //     copy Q, and K of step 0
 //     for each step over the keys
 //         wait for its copies, own and others'             - after which the other stages have no reader left
 //         start copying the next step's K, and this one's V
 //         start scores, and from step 1 on adding the last step's values
-//         wait for the scores; mask, soften
-//         wait for the context; rescale it, pack the weights
+//         wait for the scores; mask, soften, pack the weights
+//         wait for the context; rescale it
 //     wait for the last V, add it, store
 //
 // wgmma wants whole warpgroups: one past the sequence's end only copies and waits.
@@ -729,20 +755,22 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 2) attention_wgmma(
     const u32 q_rows = shared_address(shared);
     const u32 k_stages = q_rows + QUERY_ROWS * ROW_BYTES;
     const u32 v_stages = k_stages + 2 * STAGE_BYTES;
+    // The same in all lanes of a warp, as descriptors must be.
+    const u32 warpgroup = __shfl_sync(WHOLE_WARP, warp / 4, 0);
+    const u32 own_q_rows = q_rows + warpgroup * WARPGROUP_ROWS * ROW_BYTES;
+    const bool has_rows = first_query + warpgroup * WARPGROUP_ROWS < length;
 
     copy_rows_async<QUERY_ROWS, WGMMA_THREADS>(q_rows, q, first_query, length);
     copy_rows_async<KEY_ROWS, WGMMA_THREADS>(k_stages, k, 0, length);
     close_copy_group();
 
-    Queries<1> queries;
     Context<1> context;
     RowValues<1> maxima, sums, rescales;
-    PackedWeights weights;
+    PackedWeights even, odd;
     begin_softmax<1>(context, maxima, sums);
 
-    const bool has_rows = __shfl_sync(WHOLE_WARP, first_query + warp / 4 * WARPGROUP_ROWS < length, 0);
-    u32 stage = 0;
-    for (u32 first_key = 0; first_key < length; first_key += KEY_ROWS, stage ^= 1) {
+    // What a step begins with.
+    const auto turn = [&](u32 first_key, u32 stage) {
         wait_for_copies<0>();
         show_copies_to_wgmma();
         __syncthreads();
@@ -752,41 +780,66 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 2) attention_wgmma(
         }
         copy_rows_async<KEY_ROWS, WGMMA_THREADS>(v_stages + stage * STAGE_BYTES, v, first_key, length);
         close_copy_group();
-        if (!has_rows) continue;
-        if (first_key == 0) load_queries<1>(queries, q_rows, warp, lane);
+    };
+    // Scores to weights.
+    const auto weigh = [&](Scores<1>& scores, u32 first_key, PackedWeights& weights) {
+        if (first_key + KEY_ROWS > length) mask_keys<1>(scores, length - first_key, lane);
+        soften<1>(scores, maxima, sums, rescales, scale * LOG2_E);
+#pragma unroll
+        for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
+            pack_weights(weights[depth], scores[0][depth * 2], scores[0][depth * 2 + 1]);
+            pin(weights[depth]); // before a wait that follows: there is time now
+        }
+    };
+    const auto step = [&](u32 first_key, u32 stage, const PackedWeights& last, PackedWeights& weights) {
+        turn(first_key, stage);
+        if (!has_rows) return;
         Scores<1> scores;
         show_registers_to_wgmma();
-        start_scores(scores, queries, k_stages + stage * STAGE_BYTES);
-        if (first_key > 0) {
-            start_values(context, weights, v_stages + (stage ^ 1) * STAGE_BYTES);
-            wait_for_wgmma<1>(scores[0]);
-        } else {
-            wait_for_wgmma<0>(scores[0]);
-        }
-        if (next_key > length) mask_keys<1>(scores, length - first_key, lane);
-        soften<1>(scores, maxima, sums, rescales, scale * LOG2_E);
-        PackedWeights packed_scores;
-#pragma unroll
-        for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
-            pack_weights(packed_scores[depth], scores[0][depth * 2], scores[0][depth * 2 + 1]);
-            pin(packed_scores[depth]); // before the wait: the values' products are under way meanwhile
-        }
+        start_scores(scores, own_q_rows, k_stages + stage * STAGE_BYTES);
+        start_values(context, last, v_stages + (stage ^ 1) * STAGE_BYTES);
+        wait_for_wgmma<1>(scores[0]);
+        weigh(scores, first_key, weights);
+        const bool never = sums[0][0] + sums[0][1] < 0;
+        hold_back_wait(never);
         wait_for_wgmma<0>(context[0]);
 #pragma unroll
-        for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
-            pin(weights[depth]);
-#pragma unroll
-            for (u32 i = 0; i < 4; ++i) weights[depth][i] = packed_scores[depth][i];
-        }
+        for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) keep_registers(never, last[depth], q_rows);
         rescale_rows<1>(context, rescales);
+    };
+
+    turn(0, 0);
+    if (has_rows) {
+        Scores<1> scores;
+        show_registers_to_wgmma();
+        start_scores(scores, own_q_rows, k_stages);
+        wait_for_wgmma<0>(scores[0]);
+        weigh(scores, 0, even);
     }
+    u32 first_key = KEY_ROWS;
+    for (; first_key + KEY_ROWS < length; first_key += 2 * KEY_ROWS) {
+        step(first_key, 1, even, odd);
+        step(first_key + KEY_ROWS, 0, odd, even);
+    }
+    const bool ends_odd = first_key < length;
+    if (ends_odd) step(first_key, 1, even, odd);
+
     wait_for_copies<0>();
     show_copies_to_wgmma();
     __syncthreads();
     if (!has_rows) return;
     show_registers_to_wgmma();
-    start_values(context, weights, v_stages + (stage ^ 1) * STAGE_BYTES);
+    if (ends_odd) {
+        start_values(context, odd, v_stages + STAGE_BYTES);
+    } else {
+        start_values(context, even, v_stages);
+    }
     wait_for_wgmma<0>(context[0]);
+#pragma unroll
+    for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
+        keep_registers(sums[0][0] < 0, even[depth], q_rows);
+        keep_registers(sums[0][0] < 0, odd[depth], q_rows);
+    }
     element* tile_out = out + (size_t)(start + first_query) * C + blockIdx.y * D;
     store_context<1>(context, sums, tile_out, length - first_query, warp, lane);
 }
@@ -1007,9 +1060,24 @@ extern "C" __global__ void first_rows(
 // Element by element
 // ---------------------------------------------------------------------------------------------------------------------
 
-// x Phi(x), Phi by the error function.
+// x Phi(x), Phi the normal distribution's: in f32 by the error function. In half precisions as x / (1 + 2^-u), u being x times
+// a polynomial of x^2 that was fitted to log2(Phi / (1 - Phi)): within 1e-5 of the exact value, at a third of the instructions,
+// of which erff has more than the memory leaves time for.
 struct GeluErf {
-    static __device__ __forceinline__ float of(float x) { return 0.5f * x * (1 + erff(x * 0.70710678118654752f)); }
+    static __device__ __forceinline__ float of(float x) {
+#ifdef ELEMENT_F32
+        return 0.5f * x * (1 + erff(x * 0.70710678118654752f));
+#else
+        const float square = fminf(x * x, 20.25f); // as beyond 4.5, where nothing is left of 1 - Phi
+        float p = -1.2454883e-7f;
+        p = p * square + 6.7599459e-6f;
+        p = p * square - 1.2278936e-4f;
+        p = p * square - 2.0695811e-4f;
+        p = p * square + 0.10488634f;
+        p = p * square + 2.3023347f;
+        return x * reciprocal_fast(1 + exp2_fast(-x * p));
+#endif
+    }
 };
 
 // The tanh approximation of it.

@@ -360,7 +360,7 @@ impl Plan {
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         use sys::cudaDataType_t as Numbers;
         // Sums of E4M3 are of f32, as the others are: cuBLASLt's faster mode (FAST_ACCUM), which leaves long ones in the tensor
-        // core's fewer bits, stays off, since its error cannot be measured without a card.
+        // core's fewer bits, stays off, since its error was not measured.
         let (multiplied, stored) = match element {
             Element::F16 => (Numbers::CUDA_R_16F, Numbers::CUDA_R_16F),
             Element::Bf16 => (Numbers::CUDA_R_16BF, Numbers::CUDA_R_16BF),
