@@ -291,13 +291,14 @@ std::vector<element> attention_input(const Batch& batch, Values values) {
 struct Attention {
     const char* name;
     Kernel kernel;
-    unsigned threads;
+    unsigned blocks_a_tile;
+    size_t shared_bytes;
 };
 
 const Attention ATTENTIONS[] = {
-    {"attention", emulated_kernel_attention, ATTENTION_THREADS},
+    {"attention", emulated_kernel_attention, 1, ATTENTION_SHARED_BYTES},
 #ifdef HAS_WGMMA
-    {"attention_wgmma", emulated_kernel_attention_wgmma, WGMMA_THREADS},
+    {"attention_wgmma", emulated_kernel_attention_wgmma, 2, WGMMA_SHARED_BYTES},
 #endif
 };
 
@@ -305,8 +306,8 @@ void run_attention(const Attention& attention, const Batch& batch, Buffer<elemen
     auto counts = Buffer<u32>::of(batch.counts());
     auto offsets = Buffer<u32>::of(batch.offsets);
     auto tiles = Buffer<uint2>::of(batch.tiles);
-    const Grid grid = {static_cast<unsigned>(batch.tiles.size()) + 2, H}; // two blocks too many
-    launch(attention.kernel, grid, attention.threads, ATTENTION_SHARED_BYTES, counts.data(), offsets.data(), tiles.data(),
+    const auto blocks = static_cast<unsigned>((batch.tiles.size() + 2) * attention.blocks_a_tile); // two tiles too many
+    launch(attention.kernel, {blocks, H}, ATTENTION_THREADS, attention.shared_bytes, counts.data(), offsets.data(), tiles.data(),
            qkv.data(), out.data(), SCALE);
 }
 

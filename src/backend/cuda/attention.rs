@@ -9,11 +9,14 @@ use anyhow::{Context, Result};
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKernelArg};
 
 use super::card::{self, Card};
-use super::layout::Layout;
+use super::layout::{Layout, TILE_ROWS};
 use super::{Element, address};
 use crate::backend::{AttentionShape, BackendError};
 use crate::batch::{Batch, Pair};
 
+/// Threads of a block, and keys of a step, in `kernels.cu`.
+const ATTENTION_THREADS: u32 = 128;
+const KEY_ROWS: usize = 64;
 /// Where the two must agree: around the edges of a step of keys, a warpgroup's queries, a tile.
 const AWKWARD_LENGTHS: [usize; 9] = [1, 63, 64, 65, 127, 128, 129, 200, 333];
 /// Where the faster is wanted.
@@ -24,8 +27,9 @@ const LONG: usize = 2048;
 pub(super) struct Attention {
     pub(super) name: &'static str,
     pub(super) function: CudaFunction,
-    pub(super) threads: u32,
-    /// `ATTENTION_SHARED_BYTES` in `kernels.cu`: Q, and two stages of K and V. In f32 two buffers of keys and values.
+    /// Blocks, of `ATTENTION_THREADS`, that share a tile of queries.
+    pub(super) blocks_a_tile: usize,
+    /// What `kernels.cu` says of it: Q, and two stages of K and V. In f32 two buffers of keys and values.
     pub(super) shared_bytes: usize,
 }
 
@@ -36,15 +40,18 @@ impl Attention {
     /// The driver's, with which the card is lost to this process.
     pub(super) fn choose(card: &Arc<Card>, element: Element, shape: AttentionShape) -> Result<Self> {
         let d = shape.head_size;
-        let shared_bytes = if element == Element::F32 { 2 * 64 * d * 4 } else { (128 + 2 * 2 * 64) * d * 2 };
-        let of =
-            |name, function: &CudaFunction, threads| Self { name, function: function.clone(), threads, shared_bytes };
-        let mma = of("attention", &card.kernels.attention, 128);
+        let of = |name, function: &CudaFunction, blocks_a_tile| {
+            let stages = 2 * 2 * KEY_ROWS;
+            let bytes =
+                if element == Element::F32 { 2 * KEY_ROWS * 4 } else { (TILE_ROWS / blocks_a_tile + stages) * 2 };
+            Self { name, function: function.clone(), blocks_a_tile, shared_bytes: bytes * d }
+        };
+        let mma = of("attention", &card.kernels.attention, 1);
         let Some(function) = &card.kernels.attention_wgmma else { return Ok(mma) };
         if std::env::var("RERANKD_CUDA_ATTENTION").is_ok_and(|kernel| kernel == "mma") {
             return Ok(mma);
         }
-        let wgmma = of("attention_wgmma", function, 256);
+        let wgmma = of("attention_wgmma", function, 2);
 
         let name: String = card.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         let file = card::cache_folder().map(|folder| folder.join(format!("attention-{name}-{}", card.kernels_key)));
@@ -97,8 +104,8 @@ impl Attention {
             [layout.counts(), layout.offsets(), layout.tile_list()].map(|place| upload + 4 * place as u64);
         let scale = (shape.head_size as f32).sqrt().recip();
         let config = LaunchConfig {
-            grid_dim: (layout.tiles as u32, heads as u32, 1),
-            block_dim: (self.threads, 1, 1),
+            grid_dim: ((layout.tiles * self.blocks_a_tile) as u32, heads as u32, 1),
+            block_dim: (ATTENTION_THREADS, 1, 1),
             shared_mem_bytes: self.shared_bytes as u32,
         };
         let mut launch = stream.launch_builder(&self.function);

@@ -424,16 +424,27 @@ __device__ __forceinline__ u32 chunk_address(u32 rows, u32 row, u32 chunk) {
 }
 
 // Starts copying rows first .. first + ROWS of `from`, rows of 3C elements of which D are wanted, to shared memory. Rows at
-// `length` and beyond are not read and become zero. By a block of THREADS.
-template <u32 ROWS, u32 THREADS = ATTENTION_THREADS>
+// `length` and beyond are not read and become zero. By a block of ATTENTION_THREADS, each with one chunk of every so many rows.
+template <u32 ROWS>
 __device__ __forceinline__ void copy_rows_async(u32 to, const element* __restrict__ from, u32 first, u32 length) {
+    constexpr u32 ROWS_AT_ONCE = ATTENTION_THREADS / ROW_CHUNKS;
+    static_assert(ROWS_AT_ONCE % 8 == 0, "a chunk's turn is the same in all rows of a thread");
+    const u32 row = threadIdx.x / ROW_CHUNKS, chunk = threadIdx.x % ROW_CHUNKS;
+    const u32 place = chunk_address(to, row, chunk);
+    const element* rows = from + chunk * 8;
+    if (first + ROWS <= length) { // all but the last step: constant distances from one address
+        const element* source = rows + (size_t)(first + row) * (3 * C);
 #pragma unroll
-    for (u32 i = 0; i < ROWS * ROW_CHUNKS / THREADS; ++i) {
-        const u32 index = i * THREADS + threadIdx.x;
-        const u32 row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
-        const bool there = first + row < length;
-        const u32 source = there ? first + row : length - 1;
-        copy_async(chunk_address(to, row, chunk), from + (size_t)source * (3 * C) + chunk * 8, there ? 16 : 0);
+        for (u32 i = 0; i < ROWS / ROWS_AT_ONCE; ++i) {
+            copy_async(place + i * ROWS_AT_ONCE * ROW_BYTES, source + (size_t)i * ROWS_AT_ONCE * (3 * C), 16);
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < ROWS / ROWS_AT_ONCE; ++i) {
+        const u32 wanted = first + i * ROWS_AT_ONCE + row;
+        const u32 source = wanted < length ? wanted : length - 1;
+        copy_async(place + i * ROWS_AT_ONCE * ROW_BYTES, rows + (size_t)source * (3 * C), wanted < length ? 16 : 0);
     }
 }
 
@@ -683,9 +694,10 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2)
 
 #ifdef HAS_WGMMA
 
-constexpr u32 WGMMA_THREADS = 256;
+// Queries of a block, which is one warpgroup. What the host asks for at launch: Q, and two stages of K and V.
 constexpr u32 WARPGROUP_ROWS = 64;
-static_assert(QUERY_ROWS == WGMMA_THREADS / 128 * WARPGROUP_ROWS && KEY_ROWS == 64 && ROW_BYTES == 128, "");
+constexpr u32 WGMMA_SHARED_BYTES = WARPGROUP_ROWS * ROW_BYTES + 2 * 2 * KEY_ROWS * ROW_BYTES;
+static_assert(ATTENTION_THREADS == 128 && KEY_ROWS == 64 && ROW_BYTES == 128 && 4 * WGMMA_SHARED_BYTES <= 220 * 1024, "");
 
 // A wgmma operand of 128-byte rows from `rows` on, chunks swizzled as by chunk_address: that swizzle is the hardware's own, a
 // XOR of address bits 4 to 6 with bits 7 to 9. The fields, from PTX ISA 9.0, 9.7.15.5.1 (the same as cute's GmmaDescriptor):
@@ -721,13 +733,13 @@ __device__ __forceinline__ void start_values(Context<1>& context, const PackedWe
     close_wgmma_group();
 }
 
-// `attention` by its contract, but blocks of 256: two warpgroups of 64 queries.
+// `attention` by its contract, but two blocks a tile, 64 queries each: grid (at least twice the tiles, H), WGMMA_SHARED_BYTES.
 //
 // Departures from `attention`: products read Q, K and V from shared memory themselves; and they are asynchronous, so that the
 // softmax of one step runs while the tensor cores add the values of the step before (FlashAttention-3, section 3.2). V is
 // therefore copied a step later than K, and two steps' weights are in registers, those of even and those of odd steps: while the
-// tensor cores read the one, the other is written. 64 keys a step leave two blocks on a multiprocessor, four warpgroups, of
-// which some have products under way while others are at their exponentials.
+// tensor cores read the one, the other is written. A block is a single warpgroup, of which a multiprocessor holds four: nothing
+// keeps them in step, so that some have products under way while others are at their exponentials.
 //
 //     copy Q, and K of step 0
 //     for each step over the keys
@@ -737,31 +749,27 @@ __device__ __forceinline__ void start_values(Context<1>& context, const PackedWe
 //         wait for the scores; mask, soften, pack the weights
 //         wait for the context; rescale it
 //     wait for the last V, add it, store
-//
-// wgmma wants whole warpgroups: one past the sequence's end only copies and waits.
-extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 2) attention_wgmma(
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 4) attention_wgmma(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
     const element* __restrict__ qkv, element* __restrict__ out, float scale) {
-    if (blockIdx.x >= counts[2]) return;
+    if (blockIdx.x / 2 >= counts[2]) return;
     DYNAMIC_SHARED(shared);
     const u32 lane = lane_in_warp(), warp = threadIdx.x / 32;
-    const u32 sequence = tiles[blockIdx.x].x, first_query = tiles[blockIdx.x].y;
+    const uint2 tile = tiles[blockIdx.x / 2];
+    const u32 sequence = tile.x, first_query = tile.y + blockIdx.x % 2 * WARPGROUP_ROWS;
     const u32 start = offsets[sequence], length = offsets[sequence + 1] - start;
+    if (first_query >= length) return;
     const element* q = qkv + (size_t)start * (3 * C) + blockIdx.y * D;
     const element* k = q + C;
     const element* v = k + C;
 
     constexpr u32 STAGE_BYTES = KEY_ROWS * ROW_BYTES;
     const u32 q_rows = shared_address(shared);
-    const u32 k_stages = q_rows + QUERY_ROWS * ROW_BYTES;
+    const u32 k_stages = q_rows + WARPGROUP_ROWS * ROW_BYTES;
     const u32 v_stages = k_stages + 2 * STAGE_BYTES;
-    // The same in all lanes of a warp, as descriptors must be.
-    const u32 warpgroup = __shfl_sync(WHOLE_WARP, warp / 4, 0);
-    const u32 own_q_rows = q_rows + warpgroup * WARPGROUP_ROWS * ROW_BYTES;
-    const bool has_rows = first_query + warpgroup * WARPGROUP_ROWS < length;
 
-    copy_rows_async<QUERY_ROWS, WGMMA_THREADS>(q_rows, q, first_query, length);
-    copy_rows_async<KEY_ROWS, WGMMA_THREADS>(k_stages, k, 0, length);
+    copy_rows_async<WARPGROUP_ROWS>(q_rows, q, first_query, length);
+    copy_rows_async<KEY_ROWS>(k_stages, k, 0, length);
     close_copy_group();
 
     Context<1> context;
@@ -776,9 +784,9 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 2) attention_wgmma(
         __syncthreads();
         const u32 next_key = first_key + KEY_ROWS;
         if (next_key < length) {
-            copy_rows_async<KEY_ROWS, WGMMA_THREADS>(k_stages + (stage ^ 1) * STAGE_BYTES, k, next_key, length);
+            copy_rows_async<KEY_ROWS>(k_stages + (stage ^ 1) * STAGE_BYTES, k, next_key, length);
         }
-        copy_rows_async<KEY_ROWS, WGMMA_THREADS>(v_stages + stage * STAGE_BYTES, v, first_key, length);
+        copy_rows_async<KEY_ROWS>(v_stages + stage * STAGE_BYTES, v, first_key, length);
         close_copy_group();
     };
     // Scores to weights.
@@ -793,10 +801,9 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 2) attention_wgmma(
     };
     const auto step = [&](u32 first_key, u32 stage, const PackedWeights& last, PackedWeights& weights) {
         turn(first_key, stage);
-        if (!has_rows) return;
         Scores<1> scores;
         show_registers_to_wgmma();
-        start_scores(scores, own_q_rows, k_stages + stage * STAGE_BYTES);
+        start_scores(scores, q_rows, k_stages + stage * STAGE_BYTES);
         start_values(context, last, v_stages + (stage ^ 1) * STAGE_BYTES);
         wait_for_wgmma<1>(scores[0]);
         weigh(scores, first_key, weights);
@@ -809,10 +816,10 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 2) attention_wgmma(
     };
 
     turn(0, 0);
-    if (has_rows) {
+    {
         Scores<1> scores;
         show_registers_to_wgmma();
-        start_scores(scores, own_q_rows, k_stages);
+        start_scores(scores, q_rows, k_stages);
         wait_for_wgmma<0>(scores[0]);
         weigh(scores, 0, even);
     }
@@ -827,7 +834,6 @@ extern "C" __global__ void __launch_bounds__(WGMMA_THREADS, 2) attention_wgmma(
     wait_for_copies<0>();
     show_copies_to_wgmma();
     __syncthreads();
-    if (!has_rows) return;
     show_registers_to_wgmma();
     if (ends_odd) {
         start_values(context, odd, v_stages + STAGE_BYTES);

@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::batch::Batch;
 
 /// Query rows of one attention tile, as `kernels.cu` cuts them.
-const TILE_ROWS: usize = 128;
+pub(super) const TILE_ROWS: usize = 128;
 
 /// Where everything lies in the upload, in u32s. Two batches of the same layout are computed by the same launches, so the
 /// places depend on rounded sizes alone.
