@@ -37,10 +37,15 @@ fn standin() -> Option<PathBuf> {
     Some(folder)
 }
 
-/// What makes the binary see the stand-in. `cache` is where it keeps compiled kernels.
-fn environment(cache: &str) -> Option<[(&'static str, String); 2]> {
+/// What makes the binary see the stand-in. `cache` is where it keeps compiled kernels. Products are the library's: our own kernel
+/// is slow on the emulator, and has a test of its own.
+fn environment(cache: &str) -> Option<[(&'static str, String); 3]> {
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(cache);
-    Some([("LD_LIBRARY_PATH", standin()?.display().to_string()), ("RERANKD_CUDA_CACHE", cache.display().to_string())])
+    Some([
+        ("LD_LIBRARY_PATH", standin()?.display().to_string()),
+        ("RERANKD_CUDA_CACHE", cache.display().to_string()),
+        ("RERANKD_CUDA_PRODUCTS", "library".to_owned()),
+    ])
 }
 
 /// Runs the binary on the stand-in, or not at all where that cannot be built.
@@ -228,7 +233,7 @@ fn a_process_whose_end_hangs_is_ended() {
 /// driver does not run.
 #[test]
 fn auto_is_the_card_where_its_libraries_are_and_the_processor_elsewhere() {
-    let Some([(_, whole), _]) = environment("cuda-cache") else { return };
+    let Some([(_, whole), ..]) = environment("cuda-cache") else { return };
     let half = tempfile::tempdir().unwrap();
     std::fs::copy(Path::new(&whole).join("libcuda.so.1"), half.path().join("libcuda.so.1")).unwrap();
     let log = |libraries: &str, fault: &[(&str, &str)]| {
@@ -281,7 +286,8 @@ fn what_the_first_batch_launches_is_what_is_tuned() {
     let file = files.into_iter().find(|path| named(path)).unwrap();
     let tuned: serde_json::Map<String, Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
     // Rows, outputs, inputs: Q K V, Q of first tokens, their K and V, what follows attention, and the two of the feed-forward.
-    let shapes = ["768 x 256 Bias", "256 x 256 Bias", "512 x 256 Bias", "256 x 256 BiasResidual", "1024 x 256 Bias"];
+    let shapes =
+        ["768 x 256 Bias", "256 x 256 Bias", "512 x 256 Bias", "256 x 256 BiasResidual", "1024 x 256 BiasGelu"];
     let shapes = [&shapes[..], &["256 x 1024 BiasResidual"]].concat();
     let expected = [64, 128].iter().flat_map(|rows| shapes.iter().map(move |shape| format!("{rows} x {shape}")));
     let mut expected: Vec<String> = expected.collect();
@@ -317,6 +323,40 @@ fn attention_on_wgmma_is_chosen_where_it_agrees_and_is_faster() {
         let launches = std::fs::read_to_string(launches).unwrap();
         let last = launches.lines().rfind(|line| line.starts_with("launch attention")).unwrap();
         assert_eq!(last.split(' ').nth(1), Some(chosen), "{fault:?}");
+    }
+}
+
+#[test]
+fn products_are_of_our_own_kernel_where_it_agrees_with_the_library() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("workloads.json");
+    let pairs: Vec<Vec<u32>> = [40, 70].iter().map(|&tokens| (0..tokens).map(|i| 5 + i * 37 % 900).collect()).collect();
+    std::fs::write(&path, json!({ "all": pairs }).to_string()).unwrap();
+    let file = path.to_str().unwrap();
+    let expected = expected(file);
+    for (i, (wanted, fault, takes_ours, said)) in [
+        ("ours", "", true, ""),
+        ("ours", "-DEMULATED_WGMMA_WRONG", false, "gives other results than the library"),
+        ("library", "", false, ""),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let (cache, launches) = (folder.path().join(i.to_string()), folder.path().join(format!("{i}.log")));
+        let faults = [
+            ("RERANKD_CUDA_CACHE", cache.to_str().unwrap()),
+            ("STANDIN_LOG", launches.to_str().unwrap()),
+            ("RERANKD_CUDA_PRODUCTS", wanted),
+            ("RERANKD_CUDA_ATTENTION", "mma"),
+            ("STANDIN_CXXFLAGS", fault),
+        ];
+        let Some(output) = on_standin(&bench(file, "f16", "128"), &faults, ALL) else { return };
+        let log = String::from_utf8_lossy(&output.stderr);
+        assert!(log.contains(said), "{wanted} {fault}: {log}");
+        assert!(largest_difference(&logits(&output)[0], &expected) < 0.02, "{wanted} {fault}");
+        let launches = std::fs::read_to_string(launches).unwrap();
+        let last_batch = &launches[launches.rfind("launch embed_norm").unwrap()..];
+        assert_eq!(last_batch.contains("launch product_wgmma"), takes_ours, "{wanted} {fault}");
     }
 }
 

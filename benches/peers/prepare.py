@@ -57,7 +57,7 @@ def step(message: str) -> None:
 # The checkpoint, and what it answers.
 
 
-def write_checkpoint(shape: Shape, folder: Path) -> None:
+def write_checkpoint(shape: Shape, folder: Path, device: str = "cpu") -> None:
     config = XLMRobertaConfig(
         vocab_size=workloads.VOCABULARY,
         hidden_size=shape.hidden,
@@ -72,29 +72,34 @@ def write_checkpoint(shape: Shape, folder: Path) -> None:
         eos_token_id=END,
         num_labels=1,
     )
-    model = XLMRobertaForSequenceClassification(config)
-    randomise(model)
+    with torch.device(device):
+        model = XLMRobertaForSequenceClassification(config)
+    randomise(model, device)
     model.save_pretrained(folder)
     write_tokenizer(folder)
 
 
-def randomise(model: nn.Module) -> None:
+def randomise(model: nn.Module, device: str) -> None:
     """Weights of a size at which every part matters to the logit, so that a wrong part shows.
 
     The usual 0.02 would leave attention flat and all pairs with almost one logit.
     """
-    dice = torch.Generator().manual_seed(0)
+    dice = torch.Generator(device).manual_seed(0)
+
+    def drawn(weight: Tensor) -> Tensor:
+        return torch.randn(weight.shape, generator=dice, device=device)
+
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
             if "LayerNorm" in name:
-                weight.copy_(torch.randn(weight.shape, generator=dice) * 0.1 + name.endswith("weight"))
+                weight.copy_(drawn(weight) * 0.1 + name.endswith("weight"))
             elif "embeddings" in name:
-                weight.copy_(torch.randn(weight.shape, generator=dice))
+                weight.copy_(drawn(weight))
             elif weight.dim() == 2:
                 gain = 1.5 if ".query." in name or ".key." in name else 1.0
-                weight.copy_(torch.randn(weight.shape, generator=dice) * (gain / math.sqrt(weight.shape[1])))
+                weight.copy_(drawn(weight) * (gain / math.sqrt(weight.shape[1])))
             else:
-                weight.copy_(torch.randn(weight.shape, generator=dice) * 0.1)
+                weight.copy_(drawn(weight) * 0.1)
 
 
 def write_tokenizer(folder: Path) -> None:

@@ -25,6 +25,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdarg>
 #include <cstdint>
@@ -61,6 +62,7 @@
 #define __global__ __attribute__((visibility("hidden")))
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 // One block runs at a time, so its static shared memory is static; the section is poisoned when a block starts.
 #define __shared__ static __attribute__((section("emulated_shared")))
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulated::block.shared
@@ -171,7 +173,7 @@ enum class Copies {
     EARLY, // at once
 };
 
-enum class State { READY, IN_COLLECTIVE, AT_BARRIER, FINISHED };
+enum class State { READY, IN_COLLECTIVE, AT_BARRIER, AT_PHASE, FINISHED };
 
 struct Copy {
     unsigned char* to;
@@ -186,6 +188,22 @@ struct Thread {
     std::vector<Copy> open_group;
     std::vector<std::vector<Copy>> groups; // oldest first
     std::vector<Copy> unshown; // landed, and not fenced for wgmma since
+    unsigned awaited = 0, awaited_parity = 0; // the barrier and phase of State::AT_PHASE
+};
+
+// A copy of a box of a matrix by the copy engine: rows of 128 bytes, swizzled.
+struct BoxCopy {
+    unsigned char* to;
+    const unsigned char* from;
+    unsigned rows, rows_there;
+    size_t stride;
+};
+
+// A barrier in shared memory with phases, and the box copies that it waits for.
+struct PhaseBarrier {
+    unsigned arrivals = 0, missing = 0, phase = 0;
+    long announced = 0, landed = 0; // bytes of this phase
+    std::vector<BoxCopy> under_way;
 };
 
 constexpr unsigned WARP = 32;
@@ -217,6 +235,7 @@ struct Registers {
 struct Wgmma {
     Registers *sums, *a; // without `a` it is in shared memory
     uint64_t a_rows, b_rows;
+    unsigned columns;
     bool adds, done;
 };
 
@@ -256,6 +275,8 @@ struct Block {
     Warp warp[MOST_THREADS / WARP];
     unsigned char* shared = nullptr;
     size_t shared_bytes = 0;
+    std::map<unsigned, PhaseBarrier> barriers; // by their addresses in shared memory
+    bool barriers_shown = false; // to the copy engine
     std::vector<bool> unshown; // 16 bytes of shared memory each: copied, and not fenced for wgmma since
     void (*body)(void**) = nullptr;
     void** arguments = nullptr;
@@ -328,12 +349,12 @@ inline void run_warp_as_far_as_it_gets(unsigned warp) {
 [[noreturn]] inline void report_deadlock() {
     fprintf(stderr, "emulator: the lanes of each warp, and where they wait:\n");
     for (unsigned warp = 0; warp < block.threads / WARP; ++warp) {
-        unsigned count[4] = {};
+        unsigned count[5] = {};
         for (unsigned lane = 0; lane < WARP; ++lane) ++count[static_cast<int>(block.thread[warp * WARP + lane].state)];
         const char* name = block.warp[warp].collective ? block.warp[warp].collective : "a collective";
-        fprintf(stderr, "    warp %u: in %s %u, at the barrier %u, finished %u\n", warp, name,
+        fprintf(stderr, "    warp %u: in %s %u, at the barrier %u, at a phase of another %u, finished %u\n", warp, name,
                 count[static_cast<int>(State::IN_COLLECTIVE)], count[static_cast<int>(State::AT_BARRIER)],
-                count[static_cast<int>(State::FINISHED)]);
+                count[static_cast<int>(State::AT_PHASE)], count[static_cast<int>(State::FINISHED)]);
     }
     fail("deadlock: no thread can go on");
 }
@@ -346,8 +367,55 @@ inline void check_warpgroups() {
     }
 }
 
+inline void land(const BoxCopy& copy) {
+    for (unsigned row = 0; row < copy.rows; ++row)
+        for (unsigned chunk = 0; chunk < 8; ++chunk) {
+            unsigned char* to = copy.to + row * 128 + (chunk ^ row % 8) * 16;
+            if (row < copy.rows_there) {
+                memcpy(to, copy.from + row * copy.stride + chunk * 16, 16);
+            } else {
+                memset(to, 0, 16);
+            }
+        }
+}
+
+// Whether the phase of that parity is over. It ends no sooner than somebody asks.
+inline bool phase_is_over(unsigned address, unsigned parity) {
+    const auto found = block.barriers.find(address);
+    if (found == block.barriers.end()) fail("mbarrier: there is none at shared address %#x", address);
+    PhaseBarrier& barrier = found->second;
+    if (barrier.missing == 0) {
+        for (const BoxCopy& copy : barrier.under_way) {
+            if (copies == Copies::LATE) land(copy);
+            barrier.landed += copy.rows * 128;
+        }
+        barrier.under_way.clear();
+        if (barrier.landed > barrier.announced) fail("mbarrier: more bytes came than were announced");
+        if (barrier.landed == barrier.announced) {
+            barrier.missing = barrier.arrivals;
+            barrier.landed = barrier.announced = 0;
+            ++barrier.phase;
+        }
+    }
+    return (barrier.phase & 1) != parity;
+}
+
+// Whether any thread that awaited the end of a phase can go on.
+inline bool wake_at_phases() {
+    bool any = false;
+    for (unsigned index = 0; index < block.threads; ++index) {
+        Thread& thread = block.thread[index];
+        if (thread.state != State::AT_PHASE || !phase_is_over(thread.awaited, thread.awaited_parity)) continue;
+        thread.state = State::READY;
+        any = true;
+    }
+    return any;
+}
+
 inline void run_block() {
     memset(block.shared, 0xff, block.shared_bytes);
+    block.barriers.clear();
+    block.barriers_shown = false;
     block.unshown.assign((block.shared_bytes + 15) / 16, false);
     if (__start_emulated_shared) memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
     block.finished = block.at_barrier = 0;
@@ -369,6 +437,7 @@ inline void run_block() {
         std::shuffle(warps.begin(), warps.end(), block.order);
         for (unsigned warp : warps) run_warp_as_far_as_it_gets(warp);
         if (block.finished == block.threads) return check_warpgroups();
+        if (wake_at_phases()) continue;
         if (block.at_barrier + block.finished != block.threads) report_deadlock();
         block.at_barrier = 0;
         for (unsigned index = 0; index < block.threads; ++index) {
@@ -448,6 +517,10 @@ inline void __syncthreads() {
     emulated::wait_as(emulated::State::AT_BARRIER);
 }
 
+inline void __syncwarp() {
+    emulated::collective<unsigned>("__syncwarp", 0u, [](emulated::Slots&) {});
+}
+
 inline unsigned __shfl_sync(unsigned mask, unsigned value, unsigned from) {
     if (mask != 0xffffffff) emulated::fail("shuffles with a part of the warp (mask %08x) are not emulated", mask);
     return emulated::collective<unsigned>("__shfl_sync", value, [from](emulated::Slots& slots) {
@@ -467,6 +540,10 @@ inline float __shfl_xor_sync(unsigned mask, float value, unsigned distance) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The section "The machine" of kernels.cu
 // ---------------------------------------------------------------------------------------------------------------------
+
+struct alignas(64) TensorMap {
+    unsigned long long words[16];
+};
 
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline float exp2_fast(float x) { return exp2f(x); }
@@ -648,10 +725,11 @@ struct WgmmaOperand {
 
 // By the register fragments of m64nNk16: a warp's 16 rows are laid out as in mma's m16n8k16, N / 8 times.
 inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
-    static float b[16][64], a[16][16], sums[16][64];
+    static float b[16][256], a[16][16], sums[16][256];
+    const unsigned columns = wgmma.columns, held = columns / 2;
     const WgmmaOperand b_rows(wgmma.b_rows);
     for (unsigned k = 0; k < 16; ++k)
-        for (unsigned n = 0; n < 64; ++n) b[k][n] = wgmma.a ? b_rows(k, n) : b_rows(n, k);
+        for (unsigned n = 0; n < columns; ++n) b[k][n] = wgmma.a ? b_rows(k, n) : b_rows(n, k);
     const std::vector<unsigned> of_a = wgmma.a ? wgmma.a->held() : std::vector<unsigned>();
     if (!wgmma.a) {
         const WgmmaOperand a_rows(wgmma.a_rows);
@@ -666,13 +744,13 @@ inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
             a[row + i % 2 * 8][column + i / 2 * 8] = low_half(of_a[lane * 4 + i]);
             a[row + i % 2 * 8][column + i / 2 * 8 + 1] = high_half(of_a[lane * 4 + i]);
         }
-        for (unsigned i = 0; i < 32; ++i) {
-            sums[row + i / 2 % 2 * 8][column + i / 4 * 8 + i % 2] = wgmma.adds ? as_float(values[lane * 32 + i]) : 0;
+        for (unsigned i = 0; i < held; ++i) {
+            sums[row + i / 2 % 2 * 8][column + i / 4 * 8 + i % 2] = wgmma.adds ? as_float(values[lane * held + i]) : 0;
         }
     }
     for (unsigned row = 0; row < 16; ++row)
         for (unsigned depth = 0; depth < 16; ++depth)
-            for (unsigned column = 0; column < 64; ++column) sums[row][column] += a[row][depth] * b[depth][column];
+            for (unsigned column = 0; column < columns; ++column) sums[row][column] += a[row][depth] * b[depth][column];
 #ifdef EMULATED_WGMMA_WRONG
     for (float& sum : sums[5]) sum *= 1.1f;
 #endif
@@ -680,8 +758,8 @@ inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
     usleep(100);
 #endif
     for (unsigned lane = 0; lane < WARP; ++lane)
-        for (unsigned i = 0; i < 32; ++i) {
-            values[lane * 32 + i] = as_bits(sums[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2]);
+        for (unsigned i = 0; i < held; ++i) {
+            values[lane * held + i] = as_bits(sums[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2]);
         }
     wgmma.done = true;
 }
@@ -689,7 +767,7 @@ inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
 struct WgmmaOperands {
     unsigned *sums, *a;
     uint64_t a_rows, b_rows;
-    unsigned adds;
+    unsigned adds, columns;
 };
 
 // The registers that the lanes name, which are as they were at the last fence.
@@ -717,9 +795,9 @@ inline void start_wgmma(Slots& slots) {
         memcpy(&others, slots.words[lane], sizeof others);
         if (others.a_rows != operands.a_rows || others.b_rows != operands.b_rows) fail("wgmma: a warp's lanes name several operands");
     }
-    Wgmma wgmma = {given_registers(warp, slots, &WgmmaOperands::sums, 32),
+    Wgmma wgmma = {given_registers(warp, slots, &WgmmaOperands::sums, operands.columns / 2),
                    operands.a ? given_registers(warp, slots, &WgmmaOperands::a, 4) : nullptr,
-                   operands.a_rows, operands.b_rows, operands.adds != 0, false};
+                   operands.a_rows, operands.b_rows, operands.columns, operands.adds != 0, false};
     WgmmaSums& sums = warp.wgmma_sums[wgmma.sums];
     if (sums.under_way++ == 0) {
         sums.values = wgmma.sums->held();
@@ -768,12 +846,17 @@ inline void show_registers_to_wgmma() {
 
 template <bool ADD>
 inline void multiply_add_async(float (&sums)[8][4], uint64_t a, uint64_t b) {
-    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), nullptr, a, b, ADD};
+    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), nullptr, a, b, ADD, 64};
     emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
 }
 
 inline void multiply_add_async(float (&sums)[8][4], const unsigned (&a)[4], uint64_t b) {
-    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), const_cast<unsigned*>(a), 0, b, true};
+    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), const_cast<unsigned*>(a), 0, b, true, 64};
+    emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
+}
+
+inline void multiply_add_async(float (&sums)[32][4], uint64_t a, uint64_t b, bool add) {
+    const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), nullptr, a, b, add, 256};
     emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
 }
 
@@ -786,9 +869,65 @@ inline void close_wgmma_group() {
 }
 
 template <unsigned NEWEST>
-inline void wait_for_wgmma(float (&)[8][4]) {
+inline void wait_for_wgmma() {
     emulated::collective<unsigned>("wgmma.wait_group", 0u, [](emulated::Slots&) { emulated::finish_wgmmas(NEWEST); });
 }
+template <unsigned NEWEST, size_t BLOCKS>
+inline void wait_for_wgmma(float (&)[BLOCKS][4]) {
+    wait_for_wgmma<NEWEST>();
+}
+
+inline void start_barrier(unsigned barrier, unsigned arrivals) {
+    if (barrier % 8 != 0) emulated::fail("mbarrier: %#x is no multiple of 8", barrier);
+    emulated::shared_chunk(barrier / 16 * 16, "mbarrier");
+    emulated::block.barriers[barrier] = {};
+    emulated::block.barriers[barrier].arrivals = emulated::block.barriers[barrier].missing = arrivals;
+}
+
+inline void show_barriers() { emulated::block.barriers_shown = true; }
+
+inline void arrive_announcing(unsigned barrier, unsigned bytes) {
+    emulated::phase_is_over(barrier, 0); // ends a phase that nobody has asked about yet
+    emulated::PhaseBarrier& its = emulated::block.barriers.at(barrier);
+    if (its.missing == 0) emulated::fail("mbarrier: more arrivals than it was started for");
+    --its.missing;
+    its.announced += bytes;
+}
+
+inline void arrive(unsigned barrier) { arrive_announcing(barrier, 0); }
+
+inline void wait_for_phase(unsigned barrier, unsigned parity) {
+    while (!emulated::phase_is_over(barrier, parity)) {
+        emulated::this_thread().awaited = barrier;
+        emulated::this_thread().awaited_parity = parity;
+        emulated::wait_as(emulated::State::AT_PHASE);
+    }
+}
+
+// What the words of a TensorMap are here: the matrix's address, columns, rows and bytes a row, and the box's columns and rows.
+inline void copy_box_async(unsigned to, const TensorMap& map, unsigned row, unsigned column, unsigned barrier) {
+    const auto [address, columns, rows, stride, box_columns, box_rows] =
+        std::array<unsigned long long, 6>{map.words[0], map.words[1], map.words[2], map.words[3], map.words[4], map.words[5]};
+    if (!emulated::block.barriers_shown) emulated::fail("the copy engine was not shown the barriers");
+    if (box_columns != 64 || to % 1024 != 0) emulated::fail("only boxes of rows of 128 bytes at multiples of 1024 are emulated");
+    if (column + box_columns > columns || row >= rows) emulated::fail("a box at (%u, %u) is not in its matrix", row, column);
+    emulated::shared_chunk(to + box_rows * 128 - 16, "cp.async.bulk.tensor");
+    const emulated::BoxCopy copy = {emulated::shared_chunk(to, "cp.async.bulk.tensor"),
+                                    reinterpret_cast<const unsigned char*>(address) + row * stride + column * 2,
+                                    static_cast<unsigned>(box_rows),
+                                    static_cast<unsigned>(std::min(box_rows, rows - row)), static_cast<size_t>(stride)};
+    if (emulated::copies == emulated::Copies::EARLY) {
+        emulated::land(copy);
+    } else {
+        memset(copy.to, 0xff, copy.rows * 128);
+    }
+    emulated::block.barriers.at(barrier).under_way.push_back(copy);
+}
+
+template <unsigned REGISTERS>
+inline void give_registers_back() {}
+template <unsigned REGISTERS>
+inline void take_registers() {}
 
 inline void hold_back_wait(bool) {}
 inline void keep_registers(bool, const unsigned (&)[4], unsigned) {}

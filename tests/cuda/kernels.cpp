@@ -18,8 +18,11 @@
 EMULATED_KERNEL(embed_norm)
 EMULATED_KERNEL(layer_norm)
 EMULATED_KERNEL(attention)
-#ifdef HAS_WGMMA
+#ifdef HAS_ATTENTION_WGMMA
 EMULATED_KERNEL(attention_wgmma)
+#endif
+#ifdef HAS_PRODUCT_WGMMA
+EMULATED_KERNEL(product_wgmma)
 #endif
 EMULATED_KERNEL(first_token_attention)
 EMULATED_KERNEL(first_rows)
@@ -297,7 +300,7 @@ struct Attention {
 
 const Attention ATTENTIONS[] = {
     {"attention", emulated_kernel_attention, 1, ATTENTION_SHARED_BYTES},
-#ifdef HAS_WGMMA
+#ifdef HAS_ATTENTION_WGMMA
     {"attention_wgmma", emulated_kernel_attention_wgmma, 2, WGMMA_SHARED_BYTES},
 #endif
 };
@@ -536,6 +539,39 @@ void check_activate(u32 function, const char* name, double (*reference_of)(doubl
     check(std::string("activate, ") + name, x, reference, columns, BOUND);
 }
 
+#ifdef HAS_PRODUCT_WGMMA
+double itself_or_gelu(u32 function, double x) { return function == 0 ? gelu_erf(x) : x; }
+
+// Tiles of several kinds of place, more of them than blocks and fewer, and products deeper than the stages.
+void check_product(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_residual, unsigned blocks) {
+    const auto spread = [](double size) { return [size](size_t) { return size * normal(); }; };
+    const auto x = filled<element>(size_t(rows) * inputs, spread(1));
+    const auto weight = filled<element>(size_t(outputs) * inputs, spread(1 / std::sqrt(double(inputs))));
+    const auto bias = filled<element>(outputs, spread(1)), residual = filled<element>(size_t(rows) * outputs, spread(1));
+    std::vector<double> reference(size_t(rows) * outputs);
+    for (u32 r = 0; r < rows; ++r)
+        for (u32 o = 0; o < outputs; ++o) {
+            double sum = value_of(bias[o]) + (with_residual ? value_of(residual[size_t(r) * outputs + o]) : 0);
+            for (u32 i = 0; i < inputs; ++i) sum += double(value_of(x[size_t(r) * inputs + i])) * value_of(weight[size_t(o) * inputs + i]);
+            reference[size_t(r) * outputs + o] = itself_or_gelu(function, sum);
+        }
+    auto x_in = Buffer<element>::of(x), weight_in = Buffer<element>::of(weight), bias_in = Buffer<element>::of(bias);
+    auto out = Buffer<element>::unset(reference.size()), in_place = Buffer<element>::unset(reference.size());
+    std::copy(residual.begin(), residual.end(), in_place.data());
+    auto& to = with_residual ? in_place : out;
+    const auto map = [](Buffer<element>& of, u32 rows, u32 columns, u32 box_rows) {
+        return TensorMap{{reinterpret_cast<u64>(of.data()), columns, rows, columns * sizeof(element), PRODUCT_DEPTH, box_rows}};
+    };
+    launch(emulated_kernel_product_wgmma, {blocks, 1}, PRODUCT_THREADS, PRODUCT_SHARED_BYTES,
+           map(x_in, rows, inputs, PRODUCT_ROWS), map(weight_in, outputs, inputs, PRODUCT_COLUMNS), bias_in.data(),
+           with_residual ? to.data() : static_cast<element*>(nullptr), to.data(), rows, outputs, inputs, function);
+    const std::string name = "product_wgmma, " + std::to_string(rows) + " x " + std::to_string(outputs) + " x " +
+                             std::to_string(inputs) + (function == 0 ? ", gelu" : "") + (with_residual ? ", residual" : "");
+    check(name, to, reference, outputs, BOUND);
+    check_same(name + ", nothing around it is written", to.kept_within());
+}
+#endif
+
 #ifndef ELEMENT_F32
 // Every finite value that an element has: gelu by erf is off by its result's rounding and by what its formula is, no more.
 void check_gelu_of_every_value() {
@@ -683,6 +719,14 @@ int main() {
         printf("no attention here: C is no multiple of D\n");
     }
     check_first_rows();
+#ifdef HAS_PRODUCT_WGMMA
+    if (C == 256) {
+        check_product(128, 256, 64, 3, false, 1);
+        check_product(256, 512, 320, 0, false, 3);
+        check_product(384, 256, 192, 3, true, 2);
+        check_product(128, 512, 128, 0, false, 5);
+    }
+#endif
     check_activate(0, "gelu by erf", gelu_erf);
     check_activate(1, "gelu by tanh", gelu_tanh);
     check_activate(2, "relu", relu);

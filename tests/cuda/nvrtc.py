@@ -23,6 +23,8 @@ ABSENT = [("sm_80", "FP8")]
 SHAPES = [(1024, 64), (384, 32)]
 MORE_SHAPES = [(256, 32), (256, 64), (384, 64), (768, 64), (768, 32), (1024, 32), (96, 32), (72, 32)]
 DETAILED = "sm_90a"
+# Kernels whose registers are counted and whose machine code is looked at.
+INTRICATE = ("attention", "attention_wgmma", "product_wgmma")
 
 
 class Nvrtc:
@@ -170,15 +172,18 @@ def main():
                 facts = kernel_facts(log)
                 name = f"{architecture:7} {element:4} C={hidden:<4} D={head}"
                 warnings = [line for line in log.splitlines() if "warning" in line or "serialized" in line]
-                if cuobjdump and "attention_wgmma" in facts:
-                    warnings += touched_under_way(machine_code(cuobjdump, cubin)["attention_wgmma"])[:3]
                 kernels = ["attention"]
                 if architecture == "sm_90a" and head == 64 and element != "F32":
                     kernels.append("attention_wgmma")
+                if architecture == "sm_90a" and element in ("F16", "BF16"):
+                    kernels.append("product_wgmma")
+                if cuobjdump and len(kernels) > 1:
+                    code = machine_code(cuobjdump, cubin)
+                    warnings += [line for kernel in kernels[1:] for line in touched_under_way(code[kernel])[:3]]
                 if not compiled:
                     failures += 1
                     print(f"{name}  FAILED\n{log}")
-                elif [kernel for kernel in ("attention", "attention_wgmma") if kernel in facts] != kernels:
+                elif [kernel for kernel in INTRICATE if kernel in facts] != kernels:
                     failures += 1
                     print(f"{name}  FAILED: ptxas said nothing of {kernels}, or of more\n{log}")
                 elif any(any(facts[kernel][1:3]) for kernel in kernels) or warnings:

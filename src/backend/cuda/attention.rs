@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKernelArg};
 
+use super::agreement::{bound, worst_row};
 use super::card::{self, Card};
 use super::layout::{Layout, TILE_ROWS};
 use super::{Element, address};
@@ -118,17 +119,6 @@ impl Attention {
     }
 }
 
-/// How far two right kernels may be apart, as a share of a row of D: twice what tests/cuda/kernels.cpp allows each of them to be off
-/// the exact result. A single wrong value of a row is worth more than 0.03.
-fn bound(element: Element) -> f32 {
-    if element == Element::Bf16 { 0.016 } else { 0.002 }
-}
-
-/// The larger error. A NaN is the worst, whatever follows.
-fn worse(a: f32, b: f32) -> f32 {
-    if a.is_nan() || b <= a { a } else { b }
-}
-
 /// What the two made of the same numbers.
 #[derive(Debug)]
 struct Verdict {
@@ -164,12 +154,7 @@ impl Trial {
 
     fn compare(&self, mma: &Attention, wgmma: &Attention) -> Result<Verdict, BackendError> {
         let (expected, got) = (self.outputs(mma)?, self.outputs(wgmma)?);
-        let rows = expected.chunks(self.shape.head_size).zip(got.chunks(self.shape.head_size));
-        let error = rows.map(|(expected, got)| {
-            let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
-            norm(&mut expected.iter().zip(got).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied())
-        });
-        let error = error.fold(0.0, worse);
+        let error = worst_row(&expected, &got, self.shape.head_size);
         Ok(Verdict { error, mma_seconds: self.seconds(mma)?, wgmma_seconds: self.seconds(wgmma)? })
     }
 
@@ -220,18 +205,5 @@ impl Trial {
         let upload = address(upload, &self.stream);
         // SAFETY: the batch of `upload`, of at most LONG tokens, for which the buffers were made; all on one stream.
         unsafe { attention.launch(&self.stream, layout, upload, self.shape, heads, buffers) }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_nan_is_the_worst_error_wherever_it_stands() {
-        assert_eq!([0.1, 0.3, 0.2].into_iter().fold(0.0, worse), 0.3);
-        for errors in [[f32::NAN, 0.1, 0.2], [0.1, f32::NAN, 0.2], [0.1, 0.2, f32::NAN]] {
-            assert!(errors.into_iter().fold(0.0, worse).is_nan());
-        }
     }
 }

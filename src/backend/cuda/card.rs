@@ -43,6 +43,8 @@ pub(super) struct Kernels {
     pub(super) attention: CudaFunction,
     /// On Hopper, in half precisions and with heads of 64.
     pub(super) attention_wgmma: Option<CudaFunction>,
+    /// On Hopper, where products are of half precisions.
+    pub(super) product_wgmma: Option<CudaFunction>,
     pub(super) first_token_attention: CudaFunction,
     pub(super) first_rows: CudaFunction,
     pub(super) activate: CudaFunction,
@@ -95,19 +97,22 @@ impl Card {
         let module = context
             .load_module(cudarc::nvrtc::Ptx::from_binary(image))
             .context("the driver refuses the compiled kernels; it may be older than the CUDA libraries")?;
-        let wgmma = hopper && element != Element::F32 && shape.head_size == 64;
-        Ok(Self { kernels: Kernels::of(&module, element, wgmma)?, kernels_key, context, name, multiprocessors })
+        let kernels = Kernels::of(&module, element, shape, hopper)?;
+        Ok(Self { kernels, kernels_key, context, name, multiprocessors })
     }
 }
 
 impl Kernels {
-    fn of(module: &Arc<CudaModule>, element: Element, wgmma: bool) -> Result<Self> {
+    fn of(module: &Arc<CudaModule>, element: Element, shape: AttentionShape, hopper: bool) -> Result<Self> {
         let function = |name: &str| module.load_function(name).with_context(|| format!("the kernel {name}"));
+        let attention_wgmma = hopper && element != Element::F32 && shape.head_size == 64;
+        let product_wgmma = hopper && matches!(element, Element::F16 | Element::Bf16);
         Ok(Self {
             embed_norm: function("embed_norm")?,
             layer_norm: function("layer_norm")?,
             attention: function("attention")?,
-            attention_wgmma: wgmma.then(|| function("attention_wgmma")).transpose()?,
+            attention_wgmma: attention_wgmma.then(|| function("attention_wgmma")).transpose()?,
+            product_wgmma: product_wgmma.then(|| function("product_wgmma")).transpose()?,
             first_token_attention: function("first_token_attention")?,
             first_rows: function("first_rows")?,
             activate: function("activate")?,

@@ -44,8 +44,17 @@ constexpr u32 D = HEAD_SIZE;
 static_assert(C % 8 == 0, "rows are read eight elements at a time");
 static_assert(D == 32 || D == 64, "the attention kernels are laid out for these head sizes");
 
-// Compiled for sm_90a itself, Hopper has products of a whole warpgroup; `attention_wgmma` is then there beside `attention`.
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && HEAD_SIZE == 64 && !defined(ELEMENT_F32)
+// Compiled for sm_90a itself, Hopper has products of a whole warpgroup; `attention_wgmma` is then there beside `attention`, and
+// `product_wgmma`.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(ELEMENT_F32)
+#if HEAD_SIZE == 64
+#define HAS_ATTENTION_WGMMA
+#endif
+#ifndef ELEMENT_FP8
+#define HAS_PRODUCT_WGMMA
+#endif
+#endif
+#if defined(HAS_ATTENTION_WGMMA) || defined(HAS_PRODUCT_WGMMA)
 #define HAS_WGMMA
 #endif
 
@@ -53,6 +62,11 @@ static_assert(D == 32 || D == 64, "the attention kernels are laid out for these 
 // The machine: every instruction that C++ has no word for. An address in shared memory is a u32, as PTX has it.
 // ---------------------------------------------------------------------------------------------------------------------
 #ifndef EMULATED
+
+// A matrix in the device's memory as the copy engine knows it, made by the driver (cuTensorMapEncodeTiled).
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
 
 // At a multiple of 1024 bytes: eight rows of 128, over which the swizzle of wgmma's operands repeats.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
@@ -149,19 +163,24 @@ __device__ __forceinline__ void show_copies_to_wgmma() { asm volatile("fence.pro
 // Before a wgmma whose registers anything but a wgmma has touched.
 __device__ __forceinline__ void show_registers_to_wgmma() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// The registers of `sums` as an instruction's operands 0 to 31.
-#define SUMS_OPERANDS \
-    "+f"(sums[0][0]), "+f"(sums[0][1]), "+f"(sums[0][2]), "+f"(sums[0][3]), \
-    "+f"(sums[1][0]), "+f"(sums[1][1]), "+f"(sums[1][2]), "+f"(sums[1][3]), \
-    "+f"(sums[2][0]), "+f"(sums[2][1]), "+f"(sums[2][2]), "+f"(sums[2][3]), \
-    "+f"(sums[3][0]), "+f"(sums[3][1]), "+f"(sums[3][2]), "+f"(sums[3][3]), \
-    "+f"(sums[4][0]), "+f"(sums[4][1]), "+f"(sums[4][2]), "+f"(sums[4][3]), \
-    "+f"(sums[5][0]), "+f"(sums[5][1]), "+f"(sums[5][2]), "+f"(sums[5][3]), \
-    "+f"(sums[6][0]), "+f"(sums[6][1]), "+f"(sums[6][2]), "+f"(sums[6][3]), \
-    "+f"(sums[7][0]), "+f"(sums[7][1]), "+f"(sums[7][2]), "+f"(sums[7][3])
+// The registers of sums [64, 64] and [64, 256] as an instruction's operands, from 0 on.
+#define SUMS_OF(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
+#define SUMS_OF_4(i) SUMS_OF(i), SUMS_OF(i + 1), SUMS_OF(i + 2), SUMS_OF(i + 3)
+#define SUMS_OPERANDS SUMS_OF_4(0), SUMS_OF_4(4)
+#define WIDE_SUMS_OPERANDS \
+    SUMS_OF_4(0), SUMS_OF_4(4), SUMS_OF_4(8), SUMS_OF_4(12), SUMS_OF_4(16), SUMS_OF_4(20), SUMS_OF_4(24), SUMS_OF_4(28)
 #define SUMS_NAMES \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
     "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define WIDE_SUMS_NAMES \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+    "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+    "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+    "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+    "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+    "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+    "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 
 // Starts sums [64, 64] = a [64, 16] * b [16, 64], or += where `ADD`, over the warpgroup: four warps from a multiple of four on,
 // 16 rows each, of which a lane holds what it does in multiply_add. `a` and `b` describe shared memory, whose rows are of M and of
@@ -189,6 +208,19 @@ __device__ __forceinline__ void multiply_add_async(float (&sums)[8][4], const u3
                  : "memory");
 }
 
+// The same over 256 columns: sums [64, 256] = a [64, 16] * b [16, 256], or += where `add`.
+__device__ __forceinline__ void multiply_add_async(float (&sums)[32][4], u64 a, u64 b, bool add) {
+    asm volatile("{\n"
+                 ".reg .pred add;\n"
+                 "setp.ne.b32 add, %130, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32." ELEMENT_PTX "." ELEMENT_PTX " " WIDE_SUMS_NAMES
+                 ", %128, %129, add, 1, 1, 0, 0;\n"
+                 "}"
+                 : WIDE_SUMS_OPERANDS
+                 : "l"(a), "l"(b), "r"((u32)add)
+                 : "memory");
+}
+
 // Closes the group of the wgmmas started since the last group; it may be empty.
 __device__ __forceinline__ void close_wgmma_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
@@ -196,6 +228,65 @@ __device__ __forceinline__ void close_wgmma_group() { asm volatile("wgmma.commit
 template <u32 NEWEST>
 __device__ __forceinline__ void wait_for_wgmma(float (&sums)[8][4]) {
     asm volatile("wgmma.wait_group.sync.aligned %32;" : SUMS_OPERANDS : "n"(NEWEST) : "memory");
+}
+
+template <u32 NEWEST>
+__device__ __forceinline__ void wait_for_wgmma(float (&sums)[32][4]) {
+    asm volatile("wgmma.wait_group.sync.aligned %128;" : WIDE_SUMS_OPERANDS : "n"(NEWEST) : "memory");
+}
+
+// Waits until at most the NEWEST groups are still under way, of sums that all of them add to: they stay the tensor cores'.
+template <u32 NEWEST>
+__device__ __forceinline__ void wait_for_wgmma() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST) : "memory");
+}
+
+// A barrier in shared memory, 8 bytes. Its phases end one after another, each when `arrivals` have come, and all the bytes that
+// arrivals announced.
+__device__ __forceinline__ void start_barrier(u32 barrier, u32 arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+// What this thread has started, the copy engine may use, and after a __syncthreads every other thread.
+__device__ __forceinline__ void show_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void arrive(u32 barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void arrive_announcing(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Waits for the end of the barrier's current phase if its number is even and `parity` 0, or odd and 1; else that is long past.
+__device__ __forceinline__ void wait_for_phase(u32 barrier, u32 parity) {
+    asm volatile("{\n"
+                 ".reg .pred ended;\n"
+                 "again:\n"
+                 "mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
+                 "@!ended bra again;\n"
+                 "}" ::"r"(barrier), "r"(parity)
+                 : "memory");
+}
+
+// Starts the copy of the map's box at `row` and `column` to shared memory, swizzled as operands of wgmma are, which need no fence
+// to see it. Its bytes are what the barrier's arrivals announced.
+__device__ __forceinline__ void copy_box_async(u32 to, const TensorMap& map, u32 row, u32 column, u32 barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
+                 "l"(&map), "r"(column), "r"(row), "r"(barrier)
+                 : "memory");
+}
+
+// Changes how many registers each thread of this warpgroup has; all its warps do it.
+template <u32 REGISTERS>
+__device__ __forceinline__ void give_registers_back() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
+}
+template <u32 REGISTERS>
+__device__ __forceinline__ void take_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
 // For the compiler: a wait that follows stays behind what `never`, which is false, is computed from. ptxas moves waits up as far as
@@ -694,22 +785,29 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2)
 
 #ifdef HAS_WGMMA
 
-// Queries of a block, which is one warpgroup. What the host asks for at launch: Q, and two stages of K and V.
-constexpr u32 WARPGROUP_ROWS = 64;
-constexpr u32 WGMMA_SHARED_BYTES = WARPGROUP_ROWS * ROW_BYTES + 2 * 2 * KEY_ROWS * ROW_BYTES;
-static_assert(ATTENTION_THREADS == 128 && KEY_ROWS == 64 && ROW_BYTES == 128 && 4 * WGMMA_SHARED_BYTES <= 220 * 1024, "");
-
-// A wgmma operand of 128-byte rows from `rows` on, chunks swizzled as by chunk_address: that swizzle is the hardware's own, a
-// XOR of address bits 4 to 6 with bits 7 to 9. The fields, from PTX ISA 9.0, 9.7.15.5.1 (the same as cute's GmmaDescriptor):
+// A wgmma operand of 128-byte rows from `rows` on, swizzled by 16 bytes as chunk_address does at D = 64: that swizzle is the
+// hardware's own, a XOR of address bits 4 to 6 with bits 7 to 9. The fields, from PTX ISA 9.0, 9.7.15.5.1 (the same as cute's
+// GmmaDescriptor):
 //
 //     bits  0 - 13   start address / 16. It may point into a row: K goes on at the next 32 bytes of each (as in DeepGEMM)
 //     bits 16 - 29   leading dimension's offset / 16: unused, as one row of the swizzle has all 64 columns
 //     bits 32 - 45   stride dimension's offset / 16: from eight rows to the next eight
 //     bits 49 - 51   0, as the eight rows start at a multiple of 1024
 //     bits 62 - 63   1: swizzled over 128 bytes
+constexpr u32 WGMMA_ROW_BYTES = 128;
+// Rows of a warpgroup's product.
+constexpr u32 WARPGROUP_ROWS = 64;
 __device__ __forceinline__ u64 swizzled_operand(u32 rows) {
-    return (u64)((rows & 0x3ffff) >> 4) | (u64)(8 * ROW_BYTES >> 4) << 32 | (u64)1 << 62;
+    return (u64)((rows & 0x3ffff) >> 4) | (u64)(8 * WGMMA_ROW_BYTES >> 4) << 32 | (u64)1 << 62;
 }
+
+#endif // HAS_WGMMA
+
+#ifdef HAS_ATTENTION_WGMMA
+
+// A block is one warpgroup. What the host asks for at launch: its queries, and two stages of K and V.
+constexpr u32 WGMMA_SHARED_BYTES = WARPGROUP_ROWS * ROW_BYTES + 2 * 2 * KEY_ROWS * ROW_BYTES;
+static_assert(ATTENTION_THREADS == 128 && KEY_ROWS == 64 && ROW_BYTES == 128 && 4 * WGMMA_SHARED_BYTES <= 220 * 1024, "");
 
 // Starts scores = queries k^T, as a group.
 __device__ __forceinline__ void start_scores(Scores<1>& scores, u32 q_rows, u32 k_rows) {
@@ -850,7 +948,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 4) attention_wgm
     store_context<1>(context, sums, tile_out, length - first_query, warp, lane);
 }
 
-#endif // HAS_WGMMA
+#endif // HAS_ATTENTION_WGMMA
 
 #else // ELEMENT_F32
 
@@ -1148,6 +1246,208 @@ extern "C" __global__ void widen(
     const u32 values = *rows * columns;
     for (u32 i = blockIdx.x * blockDim.x + threadIdx.x; i < values; i += gridDim.x * blockDim.x) out[i] = widened(x[i]);
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Products with what follows them, on Hopper
+// ---------------------------------------------------------------------------------------------------------------------
+
+#ifdef HAS_PRODUCT_WGMMA
+
+// A tile of the output, which a block makes at a time, from panels of x and of W that are so deep, of which it has a few.
+constexpr u32 PRODUCT_ROWS = 2 * WARPGROUP_ROWS;
+constexpr u32 PRODUCT_COLUMNS = 256;
+constexpr u32 PRODUCT_DEPTH = WGMMA_ROW_BYTES / sizeof(element);
+constexpr u32 PRODUCT_STAGES = 3;
+constexpr u32 PRODUCT_THREADS = 3 * 128;
+
+constexpr u32 X_PANEL_BYTES = PRODUCT_ROWS * WGMMA_ROW_BYTES;
+constexpr u32 PANELS_BYTES = X_PANEL_BYTES + PRODUCT_COLUMNS * WGMMA_ROW_BYTES;
+constexpr u32 SUMS_ROW_BYTES = PRODUCT_COLUMNS * sizeof(element);
+constexpr u32 HALF_BYTES = WARPGROUP_ROWS * SUMS_ROW_BYTES;
+
+// Where all lies in shared memory, from its start: the panels of each stage, the sums of each warpgroup, and the barriers.
+constexpr u32 SUMS_PLACE = PRODUCT_STAGES * PANELS_BYTES;
+constexpr u32 FULL_PLACE = SUMS_PLACE + 2 * HALF_BYTES;      // of each stage: its panels are there
+constexpr u32 EMPTY_PLACE = FULL_PLACE + 8 * PRODUCT_STAGES; // of each stage: nobody reads them any more
+constexpr u32 MADE_PLACE = EMPTY_PLACE + 8 * PRODUCT_STAGES; // of each warpgroup: its sums are there
+constexpr u32 TAKEN_PLACE = MADE_PLACE + 8 * 2;              // of each warpgroup: nobody reads them any more
+// What the host asks for at launch.
+constexpr u32 PRODUCT_SHARED_BYTES = TAKEN_PLACE + 8 * 2;
+static_assert(PRODUCT_SHARED_BYTES <= 227 * 1024, "");
+
+// The warps of the first warpgroup: one has the panels copied, the others see to what follows the sums.
+constexpr u32 FINISHING_WARPS = 3;
+constexpr u32 ROWS_IN_HAND = 4;
+
+// Which stage is next, and the parity of its barriers' phase.
+struct ProductStage {
+    u32 index = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++index == PRODUCT_STAGES) {
+            index = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+// Of a warpgroup's sums, in shared memory as rows of chunks of 16 bytes. A chunk's place depends on its row, so that eight rows of
+// one chunk lie in different banks.
+__device__ __forceinline__ u32 sums_offset(u32 row, u32 chunk) { return row * SUMS_ROW_BYTES + (chunk ^ row % 8) * 16; }
+
+// out = function(sums + bias (+ residual)) for ROWS of a warpgroup's rows, every FINISHING_WARPS-th from `first` on; a lane has the
+// same chunk of each. `residual` and `out` are the warpgroup's first row's, at the lane's columns.
+template <typename Function, bool RESIDUAL, u32 ROWS>
+__device__ __forceinline__ void finish_some_rows(
+    const unsigned char* sums, const Octet& bias, const element* residual, element* out, u32 outputs, u32 first, u32 lane) {
+    Octet octets[ROWS], others[ROWS];
+#pragma unroll
+    for (u32 i = 0; i < ROWS; ++i) {
+        const u32 row = first + i * FINISHING_WARPS;
+        octets[i] = load_octet(reinterpret_cast<const element*>(sums + sums_offset(row, lane)));
+        if constexpr (RESIDUAL) others[i] = load_octet(residual + (size_t)row * outputs);
+    }
+#pragma unroll
+    for (u32 i = 0; i < ROWS; ++i) {
+#pragma unroll
+        for (u32 j = 0; j < 8; ++j) {
+            float x = octets[i].values[j] + bias.values[j];
+            if constexpr (RESIDUAL) x += others[i].values[j];
+            octets[i].values[j] = Function::of(x);
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < ROWS; ++i) store_octet(out + (size_t)(first + i * FINISHING_WARPS) * outputs, octets[i]);
+}
+
+// The same for all of a warp's rows, several in hand at a time, so that one's latencies hide behind the others.
+template <typename Function, bool RESIDUAL>
+__device__ __forceinline__ void finish_rows(
+    const unsigned char* sums, const Octet& bias, const element* residual, element* out, u32 outputs, u32 row, u32 lane) {
+    for (; row + (ROWS_IN_HAND - 1) * FINISHING_WARPS < WARPGROUP_ROWS; row += ROWS_IN_HAND * FINISHING_WARPS) {
+        finish_some_rows<Function, RESIDUAL, ROWS_IN_HAND>(sums, bias, residual, out, outputs, row, lane);
+    }
+    for (; row < WARPGROUP_ROWS; row += FINISHING_WARPS) {
+        finish_some_rows<Function, RESIDUAL, 1>(sums, bias, residual, out, outputs, row, lane);
+    }
+}
+
+// out = function(x W^T + bias (+ residual)), the sums being rounded to the element once before the bias.
+//
+// x [rows, inputs] in boxes of PRODUCT_ROWS by PRODUCT_DEPTH; W [outputs, inputs] in boxes of PRODUCT_COLUMNS by PRODUCT_DEPTH;
+// bias [outputs]; residual [rows, outputs] or null, and it may be `out`, [rows, outputs]. The rows are multiples of PRODUCT_ROWS,
+// the outputs of PRODUCT_COLUMNS, the inputs of PRODUCT_DEPTH; `function` is 0, gelu by erf and without a residual, or 3, x itself. Any grid of blocks of
+// PRODUCT_THREADS, PRODUCT_SHARED_BYTES.
+//
+// A block takes tiles in turn, neighbours those of the same rows. Two warpgroups multiply, 64 rows each; a warp has the copy engine
+// fill the stages as they become free, also those of the next tile; and three warps turn finished sums into the output, while
+// the tensor cores are at the next tile. What a function costs is so hidden behind the products (persistent and
+// specialised by warp as CUTLASS's kernels for sm_90 are; the warps for what follows are ours).
+extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS, 1) product_wgmma(
+    const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, const element* __restrict__ bias,
+    const element* residual, element* out, u32 rows, u32 outputs, u32 inputs, u32 function) {
+    DYNAMIC_SHARED(shared);
+    const u32 lane = lane_in_warp(), warp = threadIdx.x / 32 % 4;
+    // The same in all lanes of a warp, as descriptors must be.
+    const u32 warpgroup = __shfl_sync(WHOLE_WARP, threadIdx.x / 128, 0);
+    const u32 place = shared_address(shared);
+    const u32 tiles_across = outputs / PRODUCT_COLUMNS, tiles = rows / PRODUCT_ROWS * tiles_across;
+    const u32 steps = inputs / PRODUCT_DEPTH;
+
+    if (threadIdx.x == 0) {
+        for (u32 stage = 0; stage < PRODUCT_STAGES; ++stage) {
+            start_barrier(place + FULL_PLACE + 8 * stage, 1);
+            start_barrier(place + EMPTY_PLACE + 8 * stage, 8); // the warps that multiply
+        }
+        for (u32 half = 0; half < 2; ++half) {
+            start_barrier(place + MADE_PLACE + 8 * half, 4);
+            start_barrier(place + TAKEN_PLACE + 8 * half, FINISHING_WARPS);
+        }
+        show_barriers();
+    }
+    __syncthreads();
+
+    if (warpgroup > 0) {
+        take_registers<200>();
+        const u32 half = warpgroup - 1;
+        unsigned char* own_sums = shared + SUMS_PLACE + half * HALF_BYTES;
+        ProductStage stage;
+        u32 taken_parity = 1; // nobody has to take what is not there
+        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, taken_parity ^= 1) {
+            float sums[PRODUCT_COLUMNS / 8][4];
+            u32 last = 0;
+            for (u32 step = 0; step < steps; ++step) {
+                wait_for_phase(place + FULL_PLACE + 8 * stage.index, stage.parity);
+                const u32 panels = place + stage.index * PANELS_BYTES;
+                const u32 x_rows = panels + half * WARPGROUP_ROWS * WGMMA_ROW_BYTES, w_rows = panels + X_PANEL_BYTES;
+                show_registers_to_wgmma();
+#pragma unroll
+                for (u32 depth = 0; depth < PRODUCT_DEPTH / 16; ++depth) {
+                    const bool add = step > 0 || depth > 0;
+                    multiply_add_async(sums, swizzled_operand(x_rows + depth * 32), swizzled_operand(w_rows + depth * 32), add);
+                }
+                close_wgmma_group();
+                if (step > 0) {
+                    wait_for_wgmma<1>();
+                    if (lane == 0) arrive(place + EMPTY_PLACE + 8 * last);
+                }
+                last = stage.index;
+                stage.advance();
+            }
+            wait_for_wgmma<0>(sums);
+            if (lane == 0) arrive(place + EMPTY_PLACE + 8 * last);
+
+            wait_for_phase(place + TAKEN_PLACE + 8 * half, taken_parity);
+            const u32 row = warp * 16 + lane / 4;
+#pragma unroll
+            for (u32 block = 0; block < PRODUCT_COLUMNS / 8; ++block) {
+                const u32 pair = lane % 4 * 4;
+                *reinterpret_cast<u32*>(own_sums + sums_offset(row, block) + pair) = packed(sums[block][0], sums[block][1]);
+                *reinterpret_cast<u32*>(own_sums + sums_offset(row + 8, block) + pair) = packed(sums[block][2], sums[block][3]);
+            }
+            __syncwarp();
+            if (lane == 0) arrive(place + MADE_PLACE + 8 * half);
+        }
+    } else {
+        give_registers_back<104>();
+        if (warp == 0) {
+            if (lane > 0) return;
+            ProductStage stage;
+            for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+                const u32 first_row = tile / tiles_across * PRODUCT_ROWS, first_column = tile % tiles_across * PRODUCT_COLUMNS;
+                for (u32 step = 0; step < steps; ++step, stage.advance()) {
+                    wait_for_phase(place + EMPTY_PLACE + 8 * stage.index, stage.parity ^ 1);
+                    const u32 full = place + FULL_PLACE + 8 * stage.index, panels = place + stage.index * PANELS_BYTES;
+                    arrive_announcing(full, PANELS_BYTES);
+                    copy_box_async(panels, x_map, first_row, step * PRODUCT_DEPTH, full);
+                    copy_box_async(panels + X_PANEL_BYTES, w_map, first_column, step * PRODUCT_DEPTH, full);
+                }
+            }
+            return;
+        }
+        u32 made_parity = 0;
+        for (u32 tile = blockIdx.x; tile < tiles; tile += gridDim.x, made_parity ^= 1) {
+            const u32 first_row = tile / tiles_across * PRODUCT_ROWS;
+            const u32 column = tile % tiles_across * PRODUCT_COLUMNS + lane * 8;
+            const Octet biases = load_octet(bias + column);
+            for (u32 half = 0; half < 2; ++half) {
+                wait_for_phase(place + MADE_PLACE + 8 * half, made_parity);
+                const unsigned char* sums = shared + SUMS_PLACE + half * HALF_BYTES;
+                const size_t at = (size_t)(first_row + half * WARPGROUP_ROWS) * outputs + column;
+                if (function == 0) {
+                    finish_rows<GeluErf, false>(sums, biases, nullptr, out + at, outputs, warp - 1, lane);
+                } else if (residual) {
+                    finish_rows<Itself, true>(sums, biases, residual + at, out + at, outputs, warp - 1, lane);
+                } else {
+                    finish_rows<Itself, false>(sums, biases, nullptr, out + at, outputs, warp - 1, lane);
+                }
+                __syncwarp();
+                if (lane == 0) arrive(place + TAKEN_PLACE + 8 * half);
+            }
+        }
+    }
+}
+
+#endif // HAS_PRODUCT_WGMMA
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The classification head: S rows only, so in f32 weights and plain sums

@@ -12,6 +12,7 @@ use super::arena::{Arena, Region};
 use super::card::Card;
 use super::e4m3::Bound;
 use super::layout::Layout;
+use super::own_product::OwnProduct;
 use super::products::{Products, Tuning};
 use super::{Element, address};
 use crate::backend::BackendError;
@@ -159,7 +160,8 @@ impl Lane {
         row_bytes: usize,
     ) -> Result<Self, BackendError> {
         let stream = card.context.new_stream()?;
-        let products = Products::new(Arc::clone(&stream), element, tuning, invariant)?;
+        let own = OwnProduct::of(&card, element).filter(|_| !invariant);
+        let products = Products::new(Arc::clone(&stream), element, tuning, invariant, own)?;
         let mut tokens = tokens;
         let memory = loop {
             match Memory::new(&stream, tokens, row_bytes) {

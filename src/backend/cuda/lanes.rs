@@ -114,7 +114,7 @@ impl Lanes {
 
     fn make(&self, state: &State) -> Result<Vec<Lane>, BackendError> {
         let CudaOptions { element, max_batch_tokens, invariant } = self.options;
-        let tuning = Arc::new(Tuning::open(&self.card.name, element));
+        let tuning = Arc::new(Tuning::open(&self.card, element));
         let new = || {
             let (card, tuning) = (Arc::clone(&self.card), Arc::clone(&tuning));
             Lane::new(card, element, tuning, invariant, max_batch_tokens, self.row_bytes(state))
@@ -209,7 +209,7 @@ impl Lanes {
         let (x, output) = (base + part, base + 2 * part);
         let operands = Operands { x, weight: base, bias: base, residual: output, output, alpha: random.alpha };
         let shape = Shape { rows: side, outputs: side, inputs: side, finish: Finish::Bias };
-        let (seconds, _) = lane
+        let seconds = lane
             .products
             .fastest(element, shape, operands)?
             .ok_or_else(|| BackendError::Failed("the library has no product of large squares".into()))?;

@@ -1,8 +1,8 @@
 //! NVIDIA cards from compute capability 8.0 on: products by cuBLASLt, all else by kernels of our own that NVRTC compiles at start.
 //!
 //! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card;
-//! `attention` chooses between two of the kernels; `lane` is what a batch in flight has to itself, of which `arena` divides the
-//! memory; `lanes` are a card's; `products` are cuBLASLt's; `element` is what all of these compute in, and `e4m3` its numbers of
+//! `attention` chooses between two of the kernels (`agreement`: whether they compute the same); `lane` is what a batch in flight has to itself, of which `arena` divides the
+//! memory; `lanes` are a card's; `products` are cuBLASLt's, or of `own_product` where that is faster; `element` is what all of these compute in, and `e4m3` its numbers of
 //! eight bits; `failure` says what an error means. This file puts them behind [`Backend`].
 //!
 //! Two lanes a card: while one batch computes, the thread of the other packs, uploads and launches the next, so the card does not
@@ -15,6 +15,7 @@
 
 #![allow(unsafe_code, reason = "its address: a device's memory, and libraries in C")]
 
+mod agreement;
 mod arena;
 mod attention;
 mod card;
@@ -24,6 +25,7 @@ mod failure;
 mod lane;
 mod lanes;
 mod layout;
+mod own_product;
 mod products;
 
 use std::ops::Range;
@@ -445,7 +447,10 @@ impl Backend for CudaBackend {
         let (finish, residual, function) = match epilogue {
             Epilogue::Bias => (Finish::Bias, None, None),
             Epilogue::Residual(residual) => (Finish::BiasResidual, Some(residual), None),
-            // cuBLASLt's GELU is the tanh form; the one by erf is a kernel of its own.
+            // cuBLASLt's GELU is the tanh form: where the product is its, the one by erf is a kernel of its own.
+            Epilogue::Activation(Activation::Gelu) if weights.eight.is_none() => {
+                (Finish::BiasGelu, None, Some(GELU_ERF))
+            }
             Epilogue::Activation(Activation::Gelu) => (Finish::Bias, None, Some(GELU_ERF)),
             // The kernel that makes the next product's operand applies these along.
             Epilogue::Activation(Activation::GeluTanh) if weights.eight.is_some() => {
@@ -467,7 +472,7 @@ impl Backend for CudaBackend {
             output: output.at,
             alpha: operand.alpha,
         };
-        lane.products.launch(shape, operands)?;
+        let gelu_applied = lane.products.launch(shape, operands)?;
         if let (Some(eight), Some(bound)) = (&weights.eight, x.bound) {
             let product = eight.reach.from(bound, outputs.len());
             output.bound = match residual {
@@ -475,7 +480,7 @@ impl Backend for CudaBackend {
                 Some(residual) => residual.bound.map(|bound| product.plus(bound)),
             };
         }
-        match function {
+        match function.filter(|_| !gelu_applied) {
             None => Ok(output),
             Some(function) if weights.eight.is_some() => self.quantise(lane, &output, function),
             Some(function) => self.activate(lane, &output, function).map(|()| output),

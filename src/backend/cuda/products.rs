@@ -7,20 +7,29 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::c_void;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
 
 use cudarc::cublaslt::{result as lt, sys};
-use cudarc::driver::{CudaSlice, CudaStream};
+use cudarc::driver::sys::CUevent_flags;
+use cudarc::driver::{CudaSlice, CudaStream, result};
+use serde::{Deserialize, Serialize};
 
-use super::{Element, card};
+use super::Element;
+use super::agreement::{bound as agreement_bound, worst_row};
+use super::card::{self, Card};
+use super::own_product::OwnProduct;
 use crate::backend::BackendError;
 
 /// What NVIDIA recommends for Hopper; smaller cards use less of it.
 const WORKSPACE: usize = 32 << 20;
 /// Algorithms of a shape that are timed against each other.
 const CANDIDATES: usize = 8;
+/// Rounds of such a race, and runs of a round after one that is not counted.
+const ROUNDS: usize = 4;
+const RUNS: u32 = 4;
 /// Row counts that products are tuned for. One in between takes the algorithm of the next larger.
 const TUNED_ROWS: [usize; 10] = [64, 128, 256, 512, 1024, 2048, 4096, 8448, 16_896, 33_792];
+/// Rows of which our own kernel and the library must make the same: two of its tiles.
+const AGREEMENT_ROWS: usize = 256;
 /// The row count that the invariant mode asks the library about.
 const INVARIANT_ROWS: usize = 2048;
 /// What a slice of weights that starts at a multiple of 8 outputs is aligned to, of 8 inputs or more and of two bytes; E4M3 has
@@ -33,6 +42,8 @@ const BIAS_ALIGNMENT: u64 = 16;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) enum Finish {
     Bias,
+    /// The bias, and GELU by erf, which the library leaves to a kernel after it.
+    BiasGelu,
     BiasGeluTanh,
     BiasRelu,
     /// The bias, and what the result's place, or another, held before.
@@ -65,8 +76,16 @@ pub(super) struct Operands {
 #[derive(Debug)]
 pub(super) struct Tuning {
     file: Option<PathBuf>,
+    found: Mutex<BTreeMap<String, Choice>>,
+}
+
+/// What was found for a shape.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+struct Choice {
     /// cuBLASLt's own 64 bytes, which its documentation allows to be kept for the same version of the library.
-    found: Mutex<BTreeMap<String, [u64; 8]>>,
+    algorithm: [u64; 8],
+    /// Our own kernel is faster.
+    ours: bool,
 }
 
 /// One lane's products: handles are not shared between threads.
@@ -80,7 +99,15 @@ pub(super) struct Products {
     tuning: Arc<Tuning>,
     /// One algorithm for all row counts, without sums that are split: the same bits for a row whatever is beside it.
     invariant: bool,
-    plans: RefCell<HashMap<Shape, Plan>>,
+    own: Option<OwnProduct>,
+    plans: RefCell<HashMap<Shape, Way>>,
+}
+
+/// How products of one shape are computed.
+#[derive(Debug)]
+enum Way {
+    Library(Plan),
+    Ours(OwnProduct),
 }
 
 // SAFETY: a handle and its descriptors may be used by any thread, by one at a time; `Products` is not Sync.
@@ -98,12 +125,14 @@ struct Plan {
 
 impl Tuning {
     /// What earlier starts found for this card, library and element.
-    pub(super) fn open(card: &str, element: Element) -> Self {
+    pub(super) fn open(card: &Card, element: Element) -> Self {
         // SAFETY: takes and gives a number.
         let version = unsafe { sys::cublasLtGetVersion() };
-        let card: String = card.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let name: String = card.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        // Another text of the kernels may be faster or slower.
+        let (kernels, element) = (&card.kernels_key[..16], element.name());
         let file = card::cache_folder()
-            .map(|folder| folder.join(format!("products-{card}-{version}-{}.json", element.name())));
+            .map(|folder| folder.join(format!("products-{name}-{version}-{element}-{kernels}.json")));
         let kept = file.as_ref().and_then(|file| std::fs::read(file).ok());
         // A file that cannot be read is one that is not there: what it held is found again.
         let found = kept.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
@@ -115,14 +144,12 @@ impl Tuning {
         format!("{} x {outputs} x {inputs} {finish:?}", tuned_rows(rows))
     }
 
-    fn get(&self, shape: Shape) -> Option<sys::cublasLtMatmulAlgo_t> {
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        found.get(&Self::key(shape)).map(|&data| sys::cublasLtMatmulAlgo_t { data })
+    fn get(&self, shape: Shape) -> Option<Choice> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).get(&Self::key(shape)).copied()
     }
 
-    fn put(&self, shape: Shape, algorithm: &sys::cublasLtMatmulAlgo_t) {
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        found.insert(Self::key(shape), algorithm.data);
+    fn put(&self, shape: Shape, choice: Choice) {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::key(shape), choice);
     }
 
     /// Keeps what was found for the next start.
@@ -132,6 +159,11 @@ impl Tuning {
             card::store(file, &json);
         }
     }
+}
+
+/// Which contender of a race took least, of those that ran.
+fn least(seconds: &[f64]) -> Option<usize> {
+    (0..seconds.len()).filter(|&i| seconds[i].is_finite()).min_by(|&i, &j| seconds[i].total_cmp(&seconds[j]))
 }
 
 /// The row count whose algorithm products of `rows` rows take.
@@ -145,21 +177,37 @@ impl Products {
         element: Element,
         tuning: Arc<Tuning>,
         invariant: bool,
+        own: Option<OwnProduct>,
     ) -> Result<Self, BackendError> {
         let workspace = stream.alloc_zeros::<u8>(WORKSPACE)?;
         let workspace_at = super::address(&workspace, &stream);
         let handle = lt::create_handle()?;
-        Ok(Self { handle, element, stream, workspace, workspace_at, tuning, invariant, plans: RefCell::default() })
+        Ok(Self { handle, element, stream, workspace, workspace_at, tuning, invariant, own, plans: RefCell::default() })
     }
 
-    /// Launches the product on the lane's stream.
-    pub(super) fn launch(&self, shape: Shape, operands: Operands) -> Result<(), BackendError> {
+    /// Launches the product on the lane's stream, and says whether GELU by erf is applied where the shape has it.
+    pub(super) fn launch(&self, shape: Shape, operands: Operands) -> Result<bool, BackendError> {
         let mut plans = self.plans.borrow_mut();
-        let plan = match plans.entry(shape) {
+        let way = match plans.entry(shape) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(self.plan(shape)?),
+            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(self.way(shape)?),
         };
-        self.run(plan, shape, operands)
+        match way {
+            Way::Library(plan) => self.run(plan, shape, operands)?,
+            Way::Ours(own) => {
+                own.launch(&self.stream, shape, operands)?;
+                return Ok(shape.finish == Finish::BiasGelu);
+            }
+        }
+        Ok(false)
+    }
+
+    fn way(&self, shape: Shape) -> Result<Way, BackendError> {
+        let own = self.own.as_ref().filter(|_| OwnProduct::takes(shape));
+        match own.filter(|_| self.tuning.get(shape).is_some_and(|choice| choice.ours)) {
+            Some(own) => Ok(Way::Ours(own.clone())),
+            None => Ok(Way::Library(self.plan(shape)?)),
+        }
     }
 
     /// Outputs, inputs and finish of each product launched so far.
@@ -177,58 +225,146 @@ impl Products {
         self.plans.borrow_mut().clear();
     }
 
-    /// Times the library's best guesses at each tuned row count up to `max_rows`, and remembers the fastest. The operands must
-    /// have room for `max_rows` rows.
+    /// Times the library's best guesses at each tuned row count up to `max_rows`, and our own kernel where it agrees with them, and
+    /// remembers the fastest. The operands must have room for `max_rows` rows.
     pub(super) fn tune(&self, shape: Shape, max_rows: usize, operands: Operands) -> Result<bool, BackendError> {
         let mut news = false;
+        let mut agrees = None;
         for rows in TUNED_ROWS {
             let shape = Shape { rows, ..shape };
             if rows > max_rows || self.tuning.get(shape).is_some() {
                 continue;
             }
-            if let Some((_, algorithm)) = self.fastest(self.element, shape, operands)? {
-                self.tuning.put(shape, &algorithm);
-                news = true;
+            let mut own = self.own.as_ref().filter(|_| OwnProduct::takes(shape));
+            if let Some(kernel) = own {
+                let agrees = match agrees {
+                    Some(agrees) => agrees,
+                    None => *agrees.insert(self.agrees(kernel, shape, max_rows, operands)?),
+                };
+                own = own.filter(|_| agrees);
             }
+            let guesses = self.guesses(self.element, shape)?;
+            let run = |i: usize| match (guesses.get(i), own) {
+                (None, Some(own)) => own.launch(&self.stream, shape, operands),
+                _ => self.run(&guesses[i], shape, operands),
+            };
+            let seconds = self.race(guesses.len() + usize::from(own.is_some()), run)?;
+            let Some(best) = least(&seconds[..guesses.len()]) else { continue };
+            // The library's is followed by a kernel that reads and writes all of it, as a copy does.
+            let after = if shape.finish == Finish::BiasGelu { self.time_copy(shape, operands)? } else { 0.0 };
+            let ours = own.is_some_and(|own| own.always || seconds[guesses.len()] < seconds[best] + after);
+            self.tuning.put(shape, Choice { algorithm: guesses[best].algorithm.data, ours });
+            news = true;
         }
         Ok(news)
     }
 
-    /// The fastest of the library's guesses for a product of this element, and its seconds, or `None` where the library knows
-    /// nothing for the shape.
+    /// Seconds of the fastest of the library's guesses for a product of this element, or `None` where it knows nothing for the shape.
     pub(super) fn fastest(
         &self,
         element: Element,
         shape: Shape,
         operands: Operands,
-    ) -> Result<Option<(f64, sys::cublasLtMatmulAlgo_t)>, BackendError> {
-        let mut plan = Plan::new(element, shape)?;
-        let mut best: Option<(f64, sys::cublasLtMatmulAlgo_t)> = None;
-        for candidate in self.candidates(&plan).unwrap_or_default() {
-            plan.algorithm = candidate;
-            let Some(seconds) = self.time(&plan, shape, operands)? else { continue };
-            if best.is_none_or(|(least, _)| seconds < least) {
-                best = Some((seconds, candidate));
-            }
-        }
-        Ok(best)
+    ) -> Result<Option<f64>, BackendError> {
+        let guesses = self.guesses(element, shape)?;
+        let seconds = self.race(guesses.len(), |i| self.run(&guesses[i], shape, operands))?;
+        Ok(least(&seconds).map(|best| seconds[best]))
     }
 
-    /// Seconds of a run, over ten after two that warm up, or `None` where the library does not run the candidate after all. By the host's
-    /// clock: the driver's own timers have another name before CUDA 12.8.
-    fn time(&self, plan: &Plan, shape: Shape, operands: Operands) -> Result<Option<f64>, BackendError> {
-        for _ in 0..2 {
-            if let Err(BackendError::Failed(_)) = self.run(plan, shape, operands) {
-                return Ok(None);
+    /// A plan for each of the library's guesses.
+    fn guesses(&self, element: Element, shape: Shape) -> Result<Vec<Plan>, BackendError> {
+        let candidates = self.candidates(&Plan::new(element, shape)?).unwrap_or_default();
+        let planned = candidates.into_iter().map(|algorithm| {
+            let mut plan = Plan::new(element, shape)?;
+            plan.algorithm = algorithm;
+            Ok(plan)
+        });
+        planned.collect()
+    }
+
+    /// Seconds of a run of each contender, by the card's clock, or infinity where it does not run after all. They take turns, and the
+    /// least of a contender's rounds counts: a card that was idle is slow at first, and what disturbs a round only slows it.
+    fn race(
+        &self,
+        contenders: usize,
+        run: impl Fn(usize) -> Result<(), BackendError>,
+    ) -> Result<Vec<f64>, BackendError> {
+        let mut seconds = vec![f64::INFINITY; contenders];
+        let mut failed = vec![false; contenders];
+        for _ in 0..ROUNDS {
+            for i in 0..contenders {
+                if failed[i] {
+                    continue;
+                }
+                match run(i) {
+                    Ok(()) => {}
+                    Err(BackendError::Failed(_)) => {
+                        failed[i] = true;
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                }
+                let moment = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+                let begun = moment()?;
+                (0..RUNS).try_for_each(|_| run(i))?;
+                let ended = moment()?;
+                ended.synchronize()?;
+                seconds[i] = seconds[i].min(card::seconds_between(&begun, &ended)? / f64::from(RUNS));
             }
         }
-        self.stream.synchronize()?;
-        let start = Instant::now();
-        for _ in 0..10 {
-            self.run(plan, shape, operands)?;
+        Ok(seconds)
+    }
+
+    /// Seconds of reading and writing as many bytes as the product's output has.
+    fn time_copy(&self, shape: Shape, operands: Operands) -> Result<f64, BackendError> {
+        let wanted = shape.rows * shape.outputs * self.element.bytes();
+        // As much of it as there is room for before it, where tuning has no more use for what lies there.
+        let room = (operands.output - operands.weight) as usize;
+        let bytes = wanted.min(room);
+        let to = operands.output - bytes as u64;
+        // SAFETY: both within the lane's memory and apart from each other; the stream orders them.
+        let copy = |_| unsafe {
+            result::memcpy_dtod_async(to, operands.output, bytes, self.stream.cu_stream()).map_err(BackendError::from)
+        };
+        Ok(self.race(1, copy)?[0] * wanted as f64 / bytes.max(1) as f64)
+    }
+
+    /// Whether our own kernel computes what the library does, on the numbers that are there, and tells where it does not. The
+    /// function after the product is left out: it is the same text as in the kernel that follows the library's.
+    fn agrees(
+        &self,
+        own: &OwnProduct,
+        shape: Shape,
+        max_rows: usize,
+        operands: Operands,
+    ) -> Result<bool, BackendError> {
+        let finish = if shape.finish == Finish::BiasResidual { Finish::BiasResidual } else { Finish::Bias };
+        let rows = AGREEMENT_ROWS.min(max_rows).min(shape.inputs) / 128 * 128;
+        let shape = Shape { rows, finish, ..shape };
+        if rows == 0 || !OwnProduct::takes(shape) {
+            return Ok(false);
         }
-        self.stream.synchronize()?;
-        Ok(Some(start.elapsed().as_secs_f64() / 10.0))
+        // A residual that stays what it is: the weight, which has at least so many rows.
+        let operands = Operands { residual: operands.weight, ..operands };
+        let output = |launched: Result<(), BackendError>| -> Result<Vec<f32>, BackendError> {
+            launched?;
+            let mut bytes = vec![0u8; shape.rows * shape.outputs * self.element.bytes()];
+            // SAFETY: the output has so many bytes, and the host's block lives until the stream has been waited for.
+            unsafe { result::memcpy_dtoh_async(&mut bytes, operands.output, self.stream.cu_stream()) }?;
+            self.stream.synchronize()?;
+            Ok(self.element.decode(&bytes))
+        };
+        let expected = output(self.run(&self.plan(shape)?, shape, operands))?;
+        let error = worst_row(&expected, &output(own.launch(&self.stream, shape, operands))?, shape.outputs);
+        let agrees = error <= agreement_bound(self.element);
+        if !agrees {
+            tracing::warn!(
+                ?shape,
+                error,
+                "the product kernel for Hopper gives other results than the library on this card and is left alone; please report it"
+            );
+        }
+        Ok(agrees)
     }
 
     fn plan(&self, shape: Shape) -> Result<Plan, BackendError> {
@@ -236,7 +372,8 @@ impl Products {
         let algorithm = if self.invariant {
             self.for_all_rows(shape)?.filter(|algorithm| plan.runs(self.handle, algorithm))
         } else {
-            let tuned = self.tuning.get(shape).filter(|algorithm| plan.runs(self.handle, algorithm));
+            let tuned = self.tuning.get(shape).map(|choice| sys::cublasLtMatmulAlgo_t { data: choice.algorithm });
+            let tuned = tuned.filter(|algorithm| plan.runs(self.handle, algorithm));
             match tuned {
                 Some(algorithm) => Some(algorithm),
                 None => self.candidates(&plan)?.into_iter().next(),
@@ -382,7 +519,7 @@ impl Plan {
         plan.x = lt::create_matrix_layout(multiplied, inputs, rows, inputs as i64)?;
         plan.output = lt::create_matrix_layout(stored, outputs, rows, outputs as i64)?;
         let epilogue = match finish {
-            Finish::Bias | Finish::BiasResidual => Epilogue::CUBLASLT_EPILOGUE_BIAS,
+            Finish::Bias | Finish::BiasGelu | Finish::BiasResidual => Epilogue::CUBLASLT_EPILOGUE_BIAS,
             Finish::BiasGeluTanh => Epilogue::CUBLASLT_EPILOGUE_GELU_BIAS,
             Finish::BiasRelu => Epilogue::CUBLASLT_EPILOGUE_RELU_BIAS,
         };
@@ -456,9 +593,16 @@ mod tests {
     #[test]
     fn what_is_tuned_for_a_row_count_serves_those_below() {
         let tuning = tuning(None);
-        tuning.put(shape(512), &sys::cublasLtMatmulAlgo_t { data: [7; 8] });
-        assert_eq!(tuning.get(shape(320)).map(|algorithm| algorithm.data), Some([7; 8]));
+        let choice = Choice { algorithm: [7; 8], ours: true };
+        tuning.put(shape(512), choice);
+        assert_eq!(tuning.get(shape(320)), Some(choice));
         assert!(tuning.get(shape(256)).is_none() && tuning.get(shape(576)).is_none());
+    }
+
+    #[test]
+    fn the_least_of_those_that_ran_wins() {
+        assert_eq!(least(&[3.0, f64::INFINITY, 1.0, 2.0]), Some(2));
+        assert_eq!(least(&[f64::INFINITY]), None);
     }
 
     #[test]
@@ -466,9 +610,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("deeper/products.json");
         let tuning = tuning(Some(file.clone()));
-        tuning.put(shape(64), &sys::cublasLtMatmulAlgo_t { data: [u64::MAX, 1, 2, 3, 4, 5, 6, 7] });
+        tuning.put(shape(64), Choice { algorithm: [u64::MAX, 1, 2, 3, 4, 5, 6, 7], ours: false });
         tuning.keep();
-        let kept: BTreeMap<String, [u64; 8]> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+        let kept: BTreeMap<String, Choice> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
         assert_eq!(kept, *tuning.found.lock().unwrap());
     }
 }

@@ -1438,6 +1438,20 @@ EXPORT Result cuFuncSetAttribute(void* handle, int attribute, int value) {
     return SUCCESS;
 }
 
+// The words of a map are those that the emulator's copy_box_async takes.
+EXPORT Result cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* sizes,
+                                     const uint64_t* strides, const unsigned* box_sizes, const unsigned* steps, int interleave,
+                                     int swizzle, int, int) {
+    constexpr int F16 = 6, BF16 = 9, SWIZZLE_128_BYTES = 3;
+    if ((type != F16 && type != BF16) || rank != 2 || interleave != 0 || swizzle != SWIZZLE_128_BYTES) return NOT_SUPPORTED;
+    if (reinterpret_cast<uintptr_t>(address) % 16 != 0 || strides[0] % 16 != 0 || steps[0] != 1 || steps[1] != 1) return INVALID_VALUE;
+    if (box_sizes[0] * 2 > 128 || box_sizes[0] > 256 || box_sizes[1] > 256) return INVALID_VALUE;
+    const uint64_t words[] = {reinterpret_cast<uintptr_t>(address), sizes[0], sizes[1], strides[0], box_sizes[0], box_sizes[1]};
+    std::fill(map, map + 16, 0);
+    std::copy(std::begin(words), std::end(words), map);
+    return SUCCESS;
+}
+
 EXPORT Result cuFuncGetAttribute(int* value, int attribute, void* handle) {
     const Lock lock(driver().mutex);
     Context* context = nullptr;

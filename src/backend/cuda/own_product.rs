@@ -1,0 +1,120 @@
+//! Products by a kernel of our own, `product_wgmma` in `kernels.cu`: it applies what follows a product to one tile while the tensor
+//! cores are at the next, and cuBLASLt has no GELU by erf at all. `products` takes it for the shapes where it is faster.
+
+use std::mem::MaybeUninit;
+use std::sync::Arc;
+
+use cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg, sys as driver};
+
+use super::card::Card;
+use super::products::{Finish, Operands, Shape};
+use super::{Element, GELU_ERF, ITSELF};
+use crate::backend::BackendError;
+
+/// A block's tile, how deep its panels are, its threads and its shared memory: `PRODUCT_ROWS` and so on in `kernels.cu`.
+const ROWS: usize = 128;
+const COLUMNS: usize = 256;
+const DEPTH: usize = 64;
+const THREADS: u32 = 384;
+const SHARED_BYTES: u32 = 3 * (128 + 256) * 128 + 2 * 64 * 512 + 8 * (2 * 3 + 2 * 2);
+
+/// The kernel, on one card.
+#[derive(Debug, Clone)]
+pub(super) struct OwnProduct {
+    function: CudaFunction,
+    element: Element,
+    multiprocessors: u32,
+    /// Not only where it is faster.
+    pub(super) always: bool,
+}
+
+/// A matrix as the copy engine knows it.
+#[repr(transparent)]
+struct TensorMap(driver::CUtensorMap);
+
+// SAFETY: 128 bytes that the driver wrote, which the kernel takes by value.
+unsafe impl DeviceRepr for TensorMap {}
+
+impl OwnProduct {
+    /// The kernel where the card has it. `RERANKD_CUDA_PRODUCTS` leaves it out as `library`, and as `ours` takes it also where it is
+    /// slower.
+    pub(super) fn of(card: &Card, element: Element) -> Option<Self> {
+        use driver::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED_SIZE;
+        let function = card.kernels.product_wgmma.clone()?;
+        let wanted = std::env::var("RERANKD_CUDA_PRODUCTS").unwrap_or_default();
+        if wanted == "library" {
+            return None;
+        }
+        function.set_attribute(SHARED_SIZE, SHARED_BYTES as i32).ok()?;
+        Some(Self { function, element, multiprocessors: card.multiprocessors, always: wanted == "ours" })
+    }
+
+    /// Whether the kernel is made for products of this shape.
+    pub(super) fn takes(shape: Shape) -> bool {
+        let Shape { rows, outputs, inputs, finish } = shape;
+        matches!(finish, Finish::Bias | Finish::BiasResidual | Finish::BiasGelu)
+            && rows.is_multiple_of(ROWS)
+            && outputs.is_multiple_of(COLUMNS)
+            && inputs.is_multiple_of(DEPTH)
+    }
+
+    /// Launches the product, of a shape that it takes.
+    pub(super) fn launch(
+        &self,
+        stream: &Arc<CudaStream>,
+        shape: Shape,
+        operands: Operands,
+    ) -> Result<(), BackendError> {
+        let Shape { rows, outputs, inputs, finish } = shape;
+        let x = self.map(operands.x, rows, inputs, ROWS)?;
+        let weight = self.map(operands.weight, outputs, inputs, COLUMNS)?;
+        let residual = if finish == Finish::BiasResidual { operands.residual } else { 0 };
+        let function = if finish == Finish::BiasGelu { GELU_ERF } else { ITSELF };
+        let [rows_in, outputs_in, inputs_in] = [rows, outputs, inputs].map(|n| n as u32);
+        let tiles = (rows / ROWS * (outputs / COLUMNS)) as u32;
+        let config = LaunchConfig {
+            grid_dim: (tiles.min(self.multiprocessors), 1, 1),
+            block_dim: (THREADS, 1, 1),
+            shared_mem_bytes: SHARED_BYTES,
+        };
+        let mut launch = stream.launch_builder(&self.function);
+        launch.arg(&x).arg(&weight).arg(&operands.bias).arg(&residual).arg(&operands.output);
+        launch.arg(&rows_in).arg(&outputs_in).arg(&inputs_in).arg(&function);
+        // SAFETY: product_wgmma(x_map, w_map, bias, residual, out, rows, outputs, inputs, function); the operands are the shape's, as
+        // for the library, and the kernel takes it.
+        unsafe { launch.launch(config) }?;
+        Ok(())
+    }
+
+    /// A matrix `[rows, columns]` at `address`, in boxes of `box_rows` rows of 128 bytes.
+    fn map(&self, address: u64, rows: usize, columns: usize, box_rows: usize) -> Result<TensorMap, DriverError> {
+        use driver::CUtensorMapDataType as Type;
+        let numbers = match self.element {
+            Element::Bf16 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        };
+        let (sizes, row_bytes) = ([columns as u64, rows as u64], [(columns * self.element.bytes()) as u64]);
+        let (box_sizes, steps) = ([DEPTH as u32, box_rows as u32], [1u32, 1]);
+        let mut map = MaybeUninit::<driver::CUtensorMap>::uninit();
+        // SAFETY: two sizes, one stride, two sizes of the box and two steps, as for a matrix; the driver fills the map where it
+        // succeeds, and looks at nothing that lies at the address.
+        unsafe {
+            driver::cuTensorMapEncodeTiled(
+                map.as_mut_ptr(),
+                numbers,
+                2,
+                address as *mut _,
+                sizes.as_ptr(),
+                row_bytes.as_ptr(),
+                box_sizes.as_ptr(),
+                steps.as_ptr(),
+                driver::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                driver::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                driver::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                driver::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+            .result()?;
+            Ok(TensorMap(map.assume_init()))
+        }
+    }
+}
