@@ -15,7 +15,11 @@
 // - Lanes of a warp that meet in different operations, barriers that are never complete, and addresses outside the block's
 //   shared memory end the process with a message.
 //
-// It does not model: the operands written in the inline assembler (NVRTC checks those), the memory model beyond barriers and
+// - A box that the copy engine copies lands as a copy does, where its barrier's arrivals are all there and somebody asks; a barrier
+//   takes no more arrivals and bytes than it was started for.
+//
+// It does not model: lanes of a warp that run ahead of each other between two rendezvous (so no missing __syncwarp is found), the
+// operands written in the inline assembler (NVRTC checks those), the memory model beyond barriers and
 // those fences, the tensor cores' own order of sums, or speed. Launches come from one host thread at a time.
 //
 // -DEMULATED_WGMMA_WRONG and -DEMULATED_WGMMA_SLOW make wgmma what it may turn out to be on a card, for tests of who copes.
@@ -793,7 +797,8 @@ inline void start_wgmma(Slots& slots) {
     memcpy(&operands, slots.words[0], sizeof operands);
     for (unsigned lane = 1; lane < WARP; ++lane) {
         memcpy(&others, slots.words[lane], sizeof others);
-        if (others.a_rows != operands.a_rows || others.b_rows != operands.b_rows) fail("wgmma: a warp's lanes name several operands");
+        const bool same = others.a_rows == operands.a_rows && others.b_rows == operands.b_rows && others.adds == operands.adds;
+        if (!same) fail("wgmma: a warp's lanes name several operands");
     }
     Wgmma wgmma = {given_registers(warp, slots, &WgmmaOperands::sums, operands.columns / 2),
                    operands.a ? given_registers(warp, slots, &WgmmaOperands::a, 4) : nullptr,

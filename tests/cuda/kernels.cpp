@@ -725,6 +725,7 @@ int main() {
         check_product(256, 512, 320, 0, false, 3);
         check_product(384, 256, 192, 3, true, 2);
         check_product(128, 512, 128, 0, false, 5);
+        check_product(384, 512, 64, 0, false, 2); // three tiles a block: every barrier's parity comes back
     }
 #endif
     check_activate(0, "gelu by erf", gelu_erf);

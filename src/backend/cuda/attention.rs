@@ -147,7 +147,7 @@ impl Trial {
         let values: Vec<f32> = (0..LONG * 3 * row).map(|_| (random.f32() - 0.5) * 3.46).collect();
         let qkv = stream.clone_htod(&element.encode(&values))?;
         let out = stream.alloc_zeros(LONG * row * element.bytes())?;
-        // Two blocks a multiprocessor, as when a card is busy.
+        // Enough tiles for every multiprocessor, as when a card is busy.
         let heads_timed = (2 * card.multiprocessors as usize).div_ceil(LONG / 128).min(shape.heads);
         Ok(Self { stream, element, shape, heads_timed, qkv, out })
     }

@@ -1,4 +1,4 @@
-// The CUDA backend's own kernels: all that is not a matrix product.
+// The CUDA backend's own kernels: all that is not a matrix product, and on Hopper some that are.
 //
 // The file includes nothing, so that NVRTC compiles it at start-up with no include path. The host gives these options:
 //   one of -DELEMENT_F16, -DELEMENT_BF16, -DELEMENT_F32   the working type `element` of activations and tables
@@ -7,8 +7,8 @@
 //   -DHEAD_SIZE=<D>                                        32 or 64
 //
 // Letters: T tokens of a batch, S its sequences, C hidden size, H heads, D head size. Buffers are row-major and start at
-// a multiple of 16 bytes. How many rows there are is read from device memory, never passed by value: a captured graph is
-// then replayed for a batch of another size. `counts` is {T, S, attention tiles}; `offsets` is [S + 1], the rows of
+// a multiple of 16 bytes. How many rows there are is read from device memory, not passed by value: a captured graph is
+// then replayed for a batch of another size (products take a buffer's rounded rows, which a graph is for). `counts` is {T, S, attention tiles}; `offsets` is [S + 1], the rows of
 // sequence s being offsets[s] .. offsets[s + 1], at least one.
 //
 // Every sum is in f32 and in an order that depends on its own row or sequence alone: a pair scores the same bits whatever

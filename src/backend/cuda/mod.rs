@@ -1,4 +1,4 @@
-//! NVIDIA cards from compute capability 8.0 on: products by cuBLASLt, all else by kernels of our own that NVRTC compiles at start.
+//! NVIDIA cards from compute capability 8.0 on: products by cuBLASLt, all else, and on Hopper some products, by kernels of our own that NVRTC compiles at start.
 //!
 //! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card;
 //! `attention` chooses between two of the kernels (`agreement`: whether they compute the same); `lane` is what a batch in flight has to itself, of which `arena` divides the

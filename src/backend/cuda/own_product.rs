@@ -18,6 +18,9 @@ const DEPTH: usize = 64;
 const THREADS: u32 = 384;
 const SHARED_BYTES: u32 = 3 * (128 + 256) * 128 + 2 * 64 * 512 + 8 * (2 * 3 + 2 * 2);
 
+/// Blocks of a trial: each makes several tiles in turn.
+pub(super) const AGREEMENT_BLOCKS: u32 = 2;
+
 /// The kernel, on one card.
 #[derive(Debug, Clone)]
 pub(super) struct OwnProduct {
@@ -35,18 +38,38 @@ struct TensorMap(driver::CUtensorMap);
 // SAFETY: 128 bytes that the driver wrote, which the kernel takes by value.
 unsafe impl DeviceRepr for TensorMap {}
 
+/// What RERANKD_CUDA_PRODUCTS says, after a hyphen, or nothing.
+pub(super) fn wanted() -> &'static str {
+    match std::env::var("RERANKD_CUDA_PRODUCTS").as_deref() {
+        Ok("library") => "-library",
+        Ok("ours") => "-ours",
+        _ => "",
+    }
+}
+
+/// The driver's word for what it did not begin is none for a lost device.
+fn refusal(error: DriverError) -> BackendError {
+    use driver::CUresult::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, CUDA_ERROR_NOT_SUPPORTED};
+    match error.0 {
+        CUDA_ERROR_INVALID_VALUE | CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES | CUDA_ERROR_NOT_SUPPORTED => {
+            BackendError::Failed(Box::new(error))
+        }
+        _ => error.into(),
+    }
+}
+
 impl OwnProduct {
     /// The kernel where the card has it. `RERANKD_CUDA_PRODUCTS` leaves it out as `library`, and as `ours` takes it also where it is
     /// slower.
     pub(super) fn of(card: &Card, element: Element) -> Option<Self> {
         use driver::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED_SIZE;
         let function = card.kernels.product_wgmma.clone()?;
-        let wanted = std::env::var("RERANKD_CUDA_PRODUCTS").unwrap_or_default();
-        if wanted == "library" {
+        let wanted = wanted();
+        if wanted == "-library" {
             return None;
         }
         function.set_attribute(SHARED_SIZE, SHARED_BYTES as i32).ok()?;
-        Some(Self { function, element, multiprocessors: card.multiprocessors, always: wanted == "ours" })
+        Some(Self { function, element, multiprocessors: card.multiprocessors, always: wanted == "-ours" })
     }
 
     /// Whether the kernel is made for products of this shape.
@@ -65,15 +88,29 @@ impl OwnProduct {
         shape: Shape,
         operands: Operands,
     ) -> Result<(), BackendError> {
+        self.launch_on(self.multiprocessors, stream, shape, operands)
+    }
+
+    /// The same on so many blocks at most.
+    ///
+    /// # Errors
+    /// [`BackendError::Failed`] where the driver refuses the map or the launch, which leaves the context as it was.
+    pub(super) fn launch_on(
+        &self,
+        blocks: u32,
+        stream: &Arc<CudaStream>,
+        shape: Shape,
+        operands: Operands,
+    ) -> Result<(), BackendError> {
         let Shape { rows, outputs, inputs, finish } = shape;
-        let x = self.map(operands.x, rows, inputs, ROWS)?;
-        let weight = self.map(operands.weight, outputs, inputs, COLUMNS)?;
+        let x = self.map(operands.x, rows, inputs, ROWS).map_err(refusal)?;
+        let weight = self.map(operands.weight, outputs, inputs, COLUMNS).map_err(refusal)?;
         let residual = if finish == Finish::BiasResidual { operands.residual } else { 0 };
         let function = if finish == Finish::BiasGelu { GELU_ERF } else { ITSELF };
         let [rows_in, outputs_in, inputs_in] = [rows, outputs, inputs].map(|n| n as u32);
         let tiles = (rows / ROWS * (outputs / COLUMNS)) as u32;
         let config = LaunchConfig {
-            grid_dim: (tiles.min(self.multiprocessors), 1, 1),
+            grid_dim: (tiles.min(blocks), 1, 1),
             block_dim: (THREADS, 1, 1),
             shared_mem_bytes: SHARED_BYTES,
         };
@@ -82,7 +119,7 @@ impl OwnProduct {
         launch.arg(&rows_in).arg(&outputs_in).arg(&inputs_in).arg(&function);
         // SAFETY: product_wgmma(x_map, w_map, bias, residual, out, rows, outputs, inputs, function); the operands are the shape's, as
         // for the library, and the kernel takes it.
-        unsafe { launch.launch(config) }?;
+        unsafe { launch.launch(config) }.map_err(refusal)?;
         Ok(())
     }
 

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::c_void;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::cublaslt::{result as lt, sys};
@@ -16,20 +17,22 @@ use serde::{Deserialize, Serialize};
 use super::Element;
 use super::agreement::{bound as agreement_bound, worst_row};
 use super::card::{self, Card};
-use super::own_product::OwnProduct;
+use super::own_product::{self, OwnProduct};
 use crate::backend::BackendError;
 
 /// What NVIDIA recommends for Hopper; smaller cards use less of it.
 const WORKSPACE: usize = 32 << 20;
 /// Algorithms of a shape that are timed against each other.
 const CANDIDATES: usize = 8;
-/// Rounds of such a race, and runs of a round after one that is not counted.
+/// Rounds of such a race, and runs of a round, after as many that are not counted.
 const ROUNDS: usize = 4;
 const RUNS: u32 = 4;
 /// Row counts that products are tuned for. One in between takes the algorithm of the next larger.
 const TUNED_ROWS: [usize; 10] = [64, 128, 256, 512, 1024, 2048, 4096, 8448, 16_896, 33_792];
-/// Rows of which our own kernel and the library must make the same: two of its tiles.
+/// Rows of which our own kernel and the library must make the same, two of its tiles, and columns that are compared at a time, so that
+/// a single wrong value weighs.
 const AGREEMENT_ROWS: usize = 256;
+const AGREEMENT_COLUMNS: usize = 64;
 /// The row count that the invariant mode asks the library about.
 const INVARIANT_ROWS: usize = 2048;
 /// What a slice of weights that starts at a multiple of 8 outputs is aligned to, of 8 inputs or more and of two bytes; E4M3 has
@@ -76,6 +79,8 @@ pub(super) struct Operands {
 #[derive(Debug)]
 pub(super) struct Tuning {
     file: Option<PathBuf>,
+    /// Our own kernel disagreed with the library: what was found is not kept, so that the next start tries again, and tells again.
+    disagreed: AtomicBool,
     found: Mutex<BTreeMap<String, Choice>>,
 }
 
@@ -131,12 +136,14 @@ impl Tuning {
         let name: String = card.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
         // Another text of the kernels may be faster or slower.
         let (kernels, element) = (&card.kernels_key[..16], element.name());
+        // What is found with a kernel left out, or forced, holds for that alone.
+        let wanted = own_product::wanted();
         let file = card::cache_folder()
-            .map(|folder| folder.join(format!("products-{name}-{version}-{element}-{kernels}.json")));
+            .map(|folder| folder.join(format!("products-{name}-{version}-{element}-{kernels}{wanted}.json")));
         let kept = file.as_ref().and_then(|file| std::fs::read(file).ok());
         // A file that cannot be read is one that is not there: what it held is found again.
         let found = kept.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
-        Self { file, found: Mutex::new(found) }
+        Self { file, found: Mutex::new(found), disagreed: AtomicBool::new(false) }
     }
 
     fn key(shape: Shape) -> String {
@@ -154,11 +161,22 @@ impl Tuning {
 
     /// Keeps what was found for the next start.
     pub(super) fn keep(&self) {
+        if self.disagreed.load(Relaxed) {
+            return;
+        }
         let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
         if let (Some(file), Ok(json)) = (&self.file, serde_json::to_vec_pretty(&*found)) {
             card::store(file, &json);
         }
     }
+}
+
+/// x Phi(x) of each value, on the processor.
+fn gelu_erf(values: Vec<f32>) -> Result<Vec<f32>, BackendError> {
+    let applied = candle_core::Tensor::new(values, &candle_core::Device::Cpu)
+        .and_then(|values| values.gelu_erf())
+        .and_then(|values| values.to_vec1());
+    applied.map_err(|error| BackendError::Failed(Box::new(error)))
 }
 
 /// Which contender of a race took least, of those that ran.
@@ -250,9 +268,15 @@ impl Products {
             };
             let seconds = self.race(guesses.len() + usize::from(own.is_some()), run)?;
             let Some(best) = least(&seconds[..guesses.len()]) else { continue };
-            // The library's is followed by a kernel that reads and writes all of it, as a copy does.
-            let after = if shape.finish == Finish::BiasGelu { self.time_copy(shape, operands)? } else { 0.0 };
-            let ours = own.is_some_and(|own| own.always || seconds[guesses.len()] < seconds[best] + after);
+            // The library's is followed by a kernel that reads and writes all of it.
+            let ours = match own {
+                Some(own) if !own.always => {
+                    let gelu = shape.finish == Finish::BiasGelu;
+                    let after = if gelu { self.time_of_a_pass(shape, operands)? } else { 0.0 };
+                    seconds[guesses.len()] < seconds[best] + after
+                }
+                own => own.is_some(),
+            };
             self.tuning.put(shape, Choice { algorithm: guesses[best].algorithm.data, ours });
             news = true;
         }
@@ -283,7 +307,8 @@ impl Products {
     }
 
     /// Seconds of a run of each contender, by the card's clock, or infinity where it does not run after all. They take turns, and the
-    /// least of a contender's rounds counts: a card that was idle is slow at first, and what disturbs a round only slows it.
+    /// least of a contender's rounds counts: a card that was idle is slow at first, and what disturbs a round only slows it. Runs that
+    /// are not counted keep the card behind the host, whose launches are not to be timed.
     fn race(
         &self,
         contenders: usize,
@@ -304,6 +329,7 @@ impl Products {
                     }
                     Err(error) => return Err(error),
                 }
+                (1..RUNS).try_for_each(|_| run(i))?;
                 let moment = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
                 let begun = moment()?;
                 (0..RUNS).try_for_each(|_| run(i))?;
@@ -315,22 +341,19 @@ impl Products {
         Ok(seconds)
     }
 
-    /// Seconds of reading and writing as many bytes as the product's output has.
-    fn time_copy(&self, shape: Shape, operands: Operands) -> Result<f64, BackendError> {
-        let wanted = shape.rows * shape.outputs * self.element.bytes();
-        // As much of it as there is room for before it, where tuning has no more use for what lies there.
-        let room = (operands.output - operands.weight) as usize;
-        let bytes = wanted.min(room);
-        let to = operands.output - bytes as u64;
-        // SAFETY: both within the lane's memory and apart from each other; the stream orders them.
+    /// Seconds of reading all of the product's output and writing it again: twice those of copying its first half to its second.
+    fn time_of_a_pass(&self, shape: Shape, operands: Operands) -> Result<f64, BackendError> {
+        let half = shape.rows * shape.outputs * self.element.bytes() / 2;
+        // SAFETY: both are the output's, apart from each other; the stream orders them.
         let copy = |_| unsafe {
-            result::memcpy_dtod_async(to, operands.output, bytes, self.stream.cu_stream()).map_err(BackendError::from)
+            result::memcpy_dtod_async(operands.output + half as u64, operands.output, half, self.stream.cu_stream())
+                .map_err(BackendError::from)
         };
-        Ok(self.race(1, copy)?[0] * wanted as f64 / bytes.max(1) as f64)
+        Ok(2.0 * self.race(1, copy)?[0])
     }
 
-    /// Whether our own kernel computes what the library does, on the numbers that are there, and tells where it does not. The
-    /// function after the product is left out: it is the same text as in the kernel that follows the library's.
+    /// Whether our own kernel computes what the library does, on the numbers that are there and with several tiles a block, and
+    /// tells where it does not. The library's GELU is the processor's here.
     fn agrees(
         &self,
         own: &OwnProduct,
@@ -338,26 +361,44 @@ impl Products {
         max_rows: usize,
         operands: Operands,
     ) -> Result<bool, BackendError> {
-        let finish = if shape.finish == Finish::BiasResidual { Finish::BiasResidual } else { Finish::Bias };
         let rows = AGREEMENT_ROWS.min(max_rows).min(shape.inputs) / 128 * 128;
-        let shape = Shape { rows, finish, ..shape };
+        let shape = Shape { rows, ..shape };
         if rows == 0 || !OwnProduct::takes(shape) {
             return Ok(false);
         }
-        // A residual that stays what it is: the weight, which has at least so many rows.
+        // A residual that stays what it is: the weight's first values, `inputs` rows of `outputs` of which `rows` are as many at most.
         let operands = Operands { residual: operands.weight, ..operands };
-        let output = |launched: Result<(), BackendError>| -> Result<Vec<f32>, BackendError> {
-            launched?;
+        let output = || -> Result<Vec<f32>, BackendError> {
             let mut bytes = vec![0u8; shape.rows * shape.outputs * self.element.bytes()];
             // SAFETY: the output has so many bytes, and the host's block lives until the stream has been waited for.
             unsafe { result::memcpy_dtoh_async(&mut bytes, operands.output, self.stream.cu_stream()) }?;
             self.stream.synchronize()?;
             Ok(self.element.decode(&bytes))
         };
-        let expected = output(self.run(&self.plan(shape)?, shape, operands))?;
-        let error = worst_row(&expected, &output(own.launch(&self.stream, shape, operands))?, shape.outputs);
+        self.run(&self.plan(shape)?, shape, operands)?;
+        let mut expected = output()?;
+        if shape.finish == Finish::BiasGelu {
+            expected = gelu_erf(expected)?;
+        }
+        let error = match own
+            .launch_on(own_product::AGREEMENT_BLOCKS, &self.stream, shape, operands)
+            .and_then(|()| output())
+        {
+            Ok(got) => worst_row(&expected, &got, AGREEMENT_COLUMNS),
+            Err(BackendError::Failed(error)) => {
+                tracing::warn!(%error, "the product kernel for Hopper does not run here and is left alone; please report it");
+                f32::NAN
+            }
+            Err(error) => {
+                tracing::error!(
+                    "the product kernel for Hopper does not run; RERANKD_CUDA_PRODUCTS=library leaves it out"
+                );
+                return Err(error);
+            }
+        };
         let agrees = error <= agreement_bound(self.element);
         if !agrees {
+            self.tuning.disagreed.store(true, Relaxed);
             tracing::warn!(
                 ?shape,
                 error,
@@ -583,7 +624,7 @@ mod tests {
     use super::*;
 
     fn tuning(file: Option<PathBuf>) -> Tuning {
-        Tuning { file, found: Mutex::default() }
+        Tuning { file, found: Mutex::default(), disagreed: AtomicBool::new(false) }
     }
 
     fn shape(rows: usize) -> Shape {
