@@ -11,7 +11,8 @@ use super::card::Card;
 use super::e4m3;
 use super::lane::Lane;
 use super::layout::rounded;
-use super::products::{Finish, Operands, Shape, Tuning};
+use super::products::{Finish, Operands, Shape};
+use super::tuning::Tuning;
 use super::{CudaOptions, Element};
 use crate::backend::{BackendError, Limits, MemoryLimits};
 

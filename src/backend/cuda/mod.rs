@@ -1,9 +1,11 @@
-//! NVIDIA cards from compute capability 8.0 on: products by cuBLASLt, all else, and on Hopper some products, by kernels of our own that NVRTC compiles at start.
+//! NVIDIA cards from compute capability 8.0 on: products by cuBLASLt, all else, and on Hopper some products, by kernels of our own
+//! that NVRTC compiles at start.
 //!
-//! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card;
-//! `attention` chooses between two of the kernels (`agreement`: whether they compute the same); `lane` is what a batch in flight has to itself, of which `arena` divides the
-//! memory; `lanes` are a card's; `products` are cuBLASLt's, or of `own_product` where that is faster; `element` is what all of these compute in, and `e4m3` its numbers of
-//! eight bits; `failure` says what an error means. This file puts them behind [`Backend`].
+//! In reading order: `card` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the card; `attention`
+//! chooses between two of the kernels (`agreement`: whether they compute the same); `lane` is what a batch in flight has to itself,
+//! of which `arena` divides the memory; `lanes` are a card's; `products` are cuBLASLt's, or of `own_product` where that is faster,
+//! as `tuning` remembers; `element` is what all of these compute in, and `e4m3` its numbers of eight bits; `failure` says what an
+//! error means. This file puts them behind [`Backend`].
 //!
 //! Two lanes a card: while one batch computes, the thread of the other packs, uploads and launches the next, so the card does not
 //! wait for the host. Every buffer is of rounded sizes and counts are read from the card's own memory, so a small batch is
@@ -27,6 +29,7 @@ mod lanes;
 mod layout;
 mod own_product;
 mod products;
+mod tuning;
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -3,21 +3,19 @@
 //! for all row counts that is not timed, since a clock decides otherwise on another day.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::ffi::c_void;
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use cudarc::cublaslt::{result as lt, sys};
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaSlice, CudaStream, result};
-use serde::{Deserialize, Serialize};
 
 use super::Element;
 use super::agreement::{bound as agreement_bound, worst_row};
-use super::card::{self, Card};
+use super::card;
 use super::own_product::{self, OwnProduct};
+use super::tuning::{Choice, TUNED_ROWS, Tuning};
 use crate::backend::BackendError;
 
 /// What NVIDIA recommends for Hopper; smaller cards use less of it.
@@ -27,8 +25,6 @@ const CANDIDATES: usize = 8;
 /// Rounds of such a race, and runs of a round, after as many that are not counted.
 const ROUNDS: usize = 4;
 const RUNS: u32 = 4;
-/// Row counts that products are tuned for. One in between takes the algorithm of the next larger.
-const TUNED_ROWS: [usize; 10] = [64, 128, 256, 512, 1024, 2048, 4096, 8448, 16_896, 33_792];
 /// Rows of which our own kernel and the library must make the same, two of its tiles, and columns that are compared at a time, so that
 /// a single wrong value weighs.
 const AGREEMENT_ROWS: usize = 256;
@@ -75,24 +71,6 @@ pub(super) struct Operands {
     pub(super) alpha: f32,
 }
 
-/// Algorithms that were found fastest, shared by the lanes of a card and kept from one start to the next.
-#[derive(Debug)]
-pub(super) struct Tuning {
-    file: Option<PathBuf>,
-    /// Our own kernel disagreed with the library: what was found is not kept, so that the next start tries again, and tells again.
-    disagreed: AtomicBool,
-    found: Mutex<BTreeMap<String, Choice>>,
-}
-
-/// What was found for a shape.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-struct Choice {
-    /// cuBLASLt's own 64 bytes, which its documentation allows to be kept for the same version of the library.
-    algorithm: [u64; 8],
-    /// Our own kernel is faster.
-    ours: bool,
-}
-
 /// One lane's products: handles are not shared between threads.
 #[derive(Debug)]
 pub(super) struct Products {
@@ -128,49 +106,6 @@ struct Plan {
     algorithm: sys::cublasLtMatmulAlgo_t,
 }
 
-impl Tuning {
-    /// What earlier starts found for this card, library and element.
-    pub(super) fn open(card: &Card, element: Element) -> Self {
-        // SAFETY: takes and gives a number.
-        let version = unsafe { sys::cublasLtGetVersion() };
-        let name: String = card.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-        // Another text of the kernels may be faster or slower.
-        let (kernels, element) = (&card.kernels_key[..16], element.name());
-        // What is found with a kernel left out, or forced, holds for that alone.
-        let wanted = own_product::wanted();
-        let file = card::cache_folder()
-            .map(|folder| folder.join(format!("products-{name}-{version}-{element}-{kernels}{wanted}.json")));
-        let kept = file.as_ref().and_then(|file| std::fs::read(file).ok());
-        // A file that cannot be read is one that is not there: what it held is found again.
-        let found = kept.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
-        Self { file, found: Mutex::new(found), disagreed: AtomicBool::new(false) }
-    }
-
-    fn key(shape: Shape) -> String {
-        let Shape { rows, outputs, inputs, finish } = shape;
-        format!("{} x {outputs} x {inputs} {finish:?}", tuned_rows(rows))
-    }
-
-    fn get(&self, shape: Shape) -> Option<Choice> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).get(&Self::key(shape)).copied()
-    }
-
-    fn put(&self, shape: Shape, choice: Choice) {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::key(shape), choice);
-    }
-
-    /// Keeps what was found for the next start.
-    pub(super) fn keep(&self) {
-        if self.disagreed.load(Relaxed) {
-            return;
-        }
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(file), Ok(json)) = (&self.file, serde_json::to_vec_pretty(&*found)) {
-            card::store(file, &json);
-        }
-    }
-}
-
 /// x Phi(x) of each value, on the processor.
 fn gelu_erf(values: Vec<f32>) -> Result<Vec<f32>, BackendError> {
     let applied = candle_core::Tensor::new(values, &candle_core::Device::Cpu)
@@ -182,11 +117,6 @@ fn gelu_erf(values: Vec<f32>) -> Result<Vec<f32>, BackendError> {
 /// Which contender of a race took least, of those that ran.
 fn least(seconds: &[f64]) -> Option<usize> {
     (0..seconds.len()).filter(|&i| seconds[i].is_finite()).min_by(|&i, &j| seconds[i].total_cmp(&seconds[j]))
-}
-
-/// The row count whose algorithm products of `rows` rows take.
-fn tuned_rows(rows: usize) -> usize {
-    TUNED_ROWS.into_iter().find(|&tuned| tuned >= rows).unwrap_or(rows)
 }
 
 impl Products {
@@ -398,7 +328,7 @@ impl Products {
         };
         let agrees = error <= agreement_bound(self.element);
         if !agrees {
-            self.tuning.disagreed.store(true, Relaxed);
+            self.tuning.do_not_keep();
             tracing::warn!(
                 ?shape,
                 error,
@@ -623,37 +553,9 @@ impl Drop for Products {
 mod tests {
     use super::*;
 
-    fn tuning(file: Option<PathBuf>) -> Tuning {
-        Tuning { file, found: Mutex::default(), disagreed: AtomicBool::new(false) }
-    }
-
-    fn shape(rows: usize) -> Shape {
-        Shape { rows, outputs: 8, inputs: 4, finish: Finish::Bias }
-    }
-
-    #[test]
-    fn what_is_tuned_for_a_row_count_serves_those_below() {
-        let tuning = tuning(None);
-        let choice = Choice { algorithm: [7; 8], ours: true };
-        tuning.put(shape(512), choice);
-        assert_eq!(tuning.get(shape(320)), Some(choice));
-        assert!(tuning.get(shape(256)).is_none() && tuning.get(shape(576)).is_none());
-    }
-
     #[test]
     fn the_least_of_those_that_ran_wins() {
         assert_eq!(least(&[3.0, f64::INFINITY, 1.0, 2.0]), Some(2));
         assert_eq!(least(&[f64::INFINITY]), None);
-    }
-
-    #[test]
-    fn what_was_found_is_kept() {
-        let folder = tempfile::tempdir().unwrap();
-        let file = folder.path().join("deeper/products.json");
-        let tuning = tuning(Some(file.clone()));
-        tuning.put(shape(64), Choice { algorithm: [u64::MAX, 1, 2, 3, 4, 5, 6, 7], ours: false });
-        tuning.keep();
-        let kept: BTreeMap<String, Choice> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
-        assert_eq!(kept, *tuning.found.lock().unwrap());
     }
 }
