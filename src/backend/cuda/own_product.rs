@@ -38,12 +38,12 @@ struct TensorMap(driver::CUtensorMap);
 // SAFETY: 128 bytes that the driver wrote, which the kernel takes by value.
 unsafe impl DeviceRepr for TensorMap {}
 
-/// What RERANKD_CUDA_PRODUCTS says, after a hyphen, or nothing.
+/// What RERANKD_CUDA_PRODUCTS asks for: the `library` alone, `ours` wherever it can be, or else the faster.
 pub(super) fn wanted() -> &'static str {
     match std::env::var("RERANKD_CUDA_PRODUCTS").as_deref() {
-        Ok("library") => "-library",
-        Ok("ours") => "-ours",
-        _ => "",
+        Ok("library") => "library",
+        Ok("ours") => "ours",
+        _ => "faster",
     }
 }
 
@@ -65,11 +65,11 @@ impl OwnProduct {
         use driver::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED_SIZE;
         let function = card.kernels.product_wgmma.clone()?;
         let wanted = wanted();
-        if wanted == "-library" {
+        if wanted == "library" {
             return None;
         }
         function.set_attribute(SHARED_SIZE, SHARED_BYTES as i32).ok()?;
-        Some(Self { function, element, multiprocessors: card.multiprocessors, always: wanted == "-ours" })
+        Some(Self { function, element, multiprocessors: card.multiprocessors, always: wanted == "ours" })
     }
 
     /// Whether the kernel is made for products of this shape.

@@ -49,7 +49,7 @@ impl Tuning {
         // What is found with a kernel left out, or forced, holds for that alone.
         let wanted = own_product::wanted();
         let file = card::cache_folder()
-            .map(|folder| folder.join(format!("products-{name}-{version}-{element}-{kernels}{wanted}.json")));
+            .map(|folder| folder.join(format!("products-{name}-{version}-{element}-{kernels}-{wanted}.json")));
         let kept = file.as_ref().and_then(|file| std::fs::read(file).ok());
         // A file that cannot be read is one that is not there: what it held is found again.
         let found = kept.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
