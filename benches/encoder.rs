@@ -12,13 +12,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use rerankd::backend::Dtype;
 use rerankd::backend::candle::CandleBackend;
-use rerankd::backend::cpu::{CpuBackend, Pool};
+use rerankd::backend::cpu::CpuDtype;
+use rerankd::backend::cpu::{CpuBackend, ThreadPool};
 use rerankd::batch::{Batch, Pair};
+use rerankd::checkpoint::config::ModelConfig;
+use rerankd::checkpoint::weights::Weights;
 use rerankd::encoder::{self, CrossEncoder};
-use rerankd::loading::config::ModelConfig;
-use rerankd::loading::weights::Weights;
 
 /// Name, layers, C, H, F.
 const SHAPES: [(&str, usize, usize, usize, usize); 3] =
@@ -45,12 +45,12 @@ fn encoder(engine: &str, (layers, c, heads, f): (usize, usize, usize, usize)) ->
     random::write_checkpoint(&config, &path).expect("room for the weights");
     let weights = Weights::open(&path).expect("just written");
     let threads = std::thread::available_parallelism().map_or(1, Into::into);
-    let cpu = |dtype| CpuBackend::new(dtype, Arc::new(Pool::new(threads, false).expect("threads")));
+    let cpu = |dtype| CpuBackend::new(dtype, Arc::new(ThreadPool::new(threads, false).expect("threads")));
     let loaded = match engine {
-        "f32" => encoder::load(&config, weights, cpu(Dtype::F32)),
-        "bf16" => encoder::load(&config, weights, cpu(Dtype::Bf16)),
-        "int8" => encoder::load(&config, weights, cpu(Dtype::Int8)),
-        _ => encoder::load(&config, weights, CandleBackend::cpu()),
+        "f32" => encoder::load(&config, weights, cpu(CpuDtype::F32)),
+        "bf16" => encoder::load(&config, weights, cpu(CpuDtype::Bf16)),
+        "int8" => encoder::load(&config, weights, cpu(CpuDtype::Int8)),
+        _ => encoder::load(&config, weights, CandleBackend::cpu(threads).expect("threads")),
     };
     loaded.expect("complete")
 }

@@ -9,8 +9,8 @@
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use rerankd::backend::Dtype;
-use rerankd::backend::cpu::probe::{Gemm, peak};
+use rerankd::backend::cpu::CpuDtype;
+use rerankd::backend::cpu::roofline::{GemmSample, peak};
 
 const SHAPES: [[usize; 3]; 5] =
     [[512, 384, 1536], [512, 768, 3072], [512, 3072, 768], [512, 1024, 4096], [512, 4096, 1024]];
@@ -18,12 +18,12 @@ const SHAPES: [[usize; 3]; 5] =
 fn products(criterion: &mut Criterion) {
     let threads = std::thread::available_parallelism().map_or(1, Into::into);
     let run_as_test = std::env::args().any(|argument| argument == "--test");
-    for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
+    for dtype in [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8] {
         let mut group = criterion.benchmark_group(format!("product/{dtype:?}"));
         group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
         for threads in [1, threads] {
             for shape in SHAPES {
-                let mut gemm = Gemm::new(dtype, threads, shape);
+                let mut gemm = GemmSample::new(dtype, threads, shape);
                 let operations = 2.0 * shape.iter().product::<usize>() as f64;
                 let [m, k, n] = shape;
                 if !run_as_test {
@@ -43,7 +43,7 @@ fn products(criterion: &mut Criterion) {
 }
 
 /// The median of pairs, peak and product in turn: a shared machine's speed drifts.
-fn share(dtype: Dtype, threads: usize, gemm: &mut Gemm, [m, k, n]: [usize; 3], operations: f64) -> String {
+fn share(dtype: CpuDtype, threads: usize, gemm: &mut GemmSample, [m, k, n]: [usize; 3], operations: f64) -> String {
     let mut pairs: Vec<(f64, f64)> = (0..7)
         .map(|_| {
             let peak = peak(dtype, threads);

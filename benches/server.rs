@@ -18,15 +18,15 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rerankd::api::{App, Keys};
-use rerankd::backend::Dtype;
-use rerankd::backend::cpu::{CpuBackend, Pool};
+use rerankd::backend::cpu::CpuDtype;
+use rerankd::backend::cpu::{CpuBackend, ThreadPool};
 use rerankd::batch::{Batch, Pair};
-use rerankd::loading::config::ModelConfig;
+use rerankd::checkpoint::config::ModelConfig;
 use rerankd::loading::download::Hub;
 use rerankd::loading::source::ModelSource;
 use rerankd::loading::{self, DeviceChoice, LoadOptions, LoadedModel};
-use rerankd::models::{Model, Models};
 use rerankd::scheduler::SchedulerLimits;
+use rerankd::served::{Model, Models};
 use rerankd::text::{DocumentOptions, Tail, TextLimits};
 use serde_json::{Value, json};
 
@@ -65,17 +65,16 @@ fn base(threads: usize) -> LoadedModel {
     std::fs::copy(tokenizer, folder.path().join("tokenizer.json")).expect("room");
     random::write_checkpoint(&config, &folder.path().join("model.safetensors")).expect("room");
     let dtype = match std::env::var("RERANKD_BENCH_DTYPE").as_deref() {
-        Ok("f32") => Dtype::F32,
-        Ok("int8") => Dtype::Int8,
-        Ok("bf16") => Dtype::Bf16,
-        _ if CpuBackend::has_bf16() => Dtype::Bf16,
-        _ => Dtype::F32,
+        Ok("f32") => CpuDtype::F32,
+        Ok("int8") => CpuDtype::Int8,
+        Ok("bf16") => CpuDtype::Bf16,
+        _ if CpuBackend::has_bf16() => CpuDtype::Bf16,
+        _ => CpuDtype::F32,
     };
     let options = LoadOptions {
-        device: DeviceChoice::Cpu(dtype, Arc::new(Pool::new(threads, false).expect("threads"))),
+        device: DeviceChoice::Cpu { dtype, threads, pin_threads: false },
         window: Some(WINDOW),
         limits: TextLimits {
-            window: WINDOW,
             max_query_tokens: None,
             max_document_chars: 1 << 20,
             max_request_tokens: 1 << 20,
@@ -85,7 +84,8 @@ fn base(threads: usize) -> LoadedModel {
         profile: None,
     };
     let source = ModelSource::parse(&format!("base={}", folder.path().display())).expect("a folder");
-    loading::load(&source, &Hub::from_env(), &options).expect("complete")
+    let hub = Hub::new(HubOptions { cache: PathBuf::new(), endpoint: String::new(), token: None, offline: true });
+    Loader::new(&hub, &options).and_then(|loader| loader.load(&source)).expect("complete")
 }
 
 /// Some 520 tokens of English, another order of words in each.
@@ -112,7 +112,7 @@ fn end_to_end(criterion: &mut Criterion) {
     let tokens = encoded.pairs.iter().map(Pair::tokens).sum::<usize>();
 
     let max_batch_tokens = std::env::var("RERANKD_BENCH_BATCH_TOKENS")
-        .map_or(rerankd::settings::MAX_BATCH_TOKENS, |n| n.parse().expect("a number"));
+        .map_or(rerankd::config::MAX_BATCH_TOKENS, |n| n.parse().expect("a number"));
     let queue = SchedulerLimits { max_batch_tokens, max_queue_tokens: 1 << 20 };
     let model = Model::start(base(threads), queue).expect("a thread");
     let app = App::new(Models::new(vec![model]).expect("one model"), Keys::new([]), stub::LIMITS);

@@ -17,7 +17,6 @@ const CHINESE: &str = "委员会在经过十一个月的访谈和对大约四千
 
 fn encoder(tokenizer: &PathBuf) -> TextEncoder {
     let limits = TextLimits {
-        window: 512,
         max_query_tokens: None,
         max_document_chars: 1 << 20,
         max_request_tokens: 1 << 24,
@@ -25,7 +24,7 @@ fn encoder(tokenizer: &PathBuf) -> TextEncoder {
         threads: std::thread::available_parallelism().map_or(1, Into::into),
     };
     let json = std::fs::read(tokenizer).expect("a tokenizer.json");
-    TextEncoder::new(&json, usize::MAX, limits).expect("a tokenizer that we read")
+    TextEncoder::new(&json, usize::MAX, 512, limits).expect("a tokenizer that we read")
 }
 
 fn texts(criterion: &mut Criterion) {

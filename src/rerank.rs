@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::error::RerankError;
-use crate::models::Models;
 use crate::scheduler::{Deadline, Scores};
-use crate::text::{Cut, DocumentOptions, EncodedRequest};
+use crate::served::Models;
+use crate::text::{DocumentOptions, EncodedRequest, Truncation};
 
 /// A request that has been checked: nothing later finds fault with its form.
 #[derive(Debug, Clone)]
@@ -19,7 +19,7 @@ pub struct RerankRequest {
     pub documents: Arc<[String]>,
     /// Results wanted; all without it.
     pub top_n: Option<usize>,
-    /// How documents are cut.
+    /// How documents are truncation.
     pub options: DocumentOptions,
     /// When the answer is of no use any more.
     pub deadline: Option<Deadline>,
@@ -35,7 +35,7 @@ pub struct Ranking {
     /// Tokens that the model read, over all distinct chunks.
     pub tokens: usize,
     /// What was left out of the texts.
-    pub cut: Cut,
+    pub truncation: Truncation,
     /// Where the time went.
     pub timings: Timings,
 }
@@ -74,11 +74,11 @@ pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, 
     let tokenise = start.elapsed();
     let permit = model.scheduler.admit(encoded.tokens())?;
     let tokens = encoded.tokens();
-    let EncodedRequest { pairs, documents, cut } = encoded;
+    let EncodedRequest { pairs, documents, truncation } = encoded;
     let scores = model.scheduler.score(pairs, permit, request.deadline).await?;
     let results = best_first(&scores, &documents, request.top_n);
     let timings = Timings { tokenise, queue: scores.queued, inference: scores.computed };
-    Ok(Ranking { model: model.name.clone(), results, tokens, cut, timings })
+    Ok(Ranking { model: model.name.clone(), results, tokens, truncation, timings })
 }
 
 /// Each document's best chunk, sorted by score descending, then index, cut to `top_n`.

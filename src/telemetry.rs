@@ -22,9 +22,25 @@ static PROMETHEUS: OnceLock<PrometheusHandle> = OnceLock::new();
 const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
 const TOKENS: [f64; 10] = [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 
+/// Checks a log filter: a level, or directives as in `rerankd=debug,hyper=info`.
+///
+/// # Errors
+/// What `tracing_subscriber` says about it.
+pub fn parse_log_filter(text: &str) -> Result<String, String> {
+    EnvFilter::try_new(text).map_err(|error| error.to_string())?;
+    // A bare word that is no level would be read as the name of a module, and nothing would be logged.
+    let is_level = |word: &str| word.parse::<tracing::level_filters::LevelFilter>().is_ok();
+    match text.split(',').find(|part| !part.contains(['=', '[', ':']) && !is_level(part.trim())) {
+        Some(part) => {
+            Err(format!("{part:?} is no level; expected error, warn, info, debug, trace or off, or module=level"))
+        }
+        None => Ok(text.to_owned()),
+    }
+}
+
 /// Starts logging to standard error. A second call changes nothing.
 pub fn init_logs(format: LogFormat, filter: &str) {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_new(filter).expect("checked by parse_log_filter");
     // A log that cannot be written is dropped: the server goes on.
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)

@@ -246,7 +246,7 @@ fn the_largest_model_starts_and_answers() {
         std::fs::copy(real.join(file), folder.path().join(file)).unwrap();
     }
     let config = std::fs::read_to_string(real.join("config.json")).unwrap();
-    let config = rerankd::loading::config::ModelConfig::parse(&config).unwrap();
+    let config = rerankd::checkpoint::config::ModelConfig::parse(&config).unwrap();
     random::write_checkpoint(&config, &folder.path().join("model.safetensors")).unwrap();
     let model = format!("BAAI/bge-reranker-v2-m3={}", folder.path().display());
     for dtype in ["f32", "bf16", "int8"] {

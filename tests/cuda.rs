@@ -1,4 +1,4 @@
-//! The CUDA backend without a card: the shipped binary on a stand-in driver, which runs the kernels of `src/backend/cuda/kernels.cu`
+//! The CUDA backend without a card: the shipped binary on a stand-in driver, which runs the kernels of `src/backend/cuda/kernels/kernels.cu`
 //! on the processor (tests/cuda/standin), and the kernels by themselves (tests/cuda/check.sh).
 
 #![cfg(feature = "cuda")]
@@ -44,7 +44,7 @@ fn environment(cache: &str) -> Option<[(&'static str, String); 3]> {
     Some([
         ("LD_LIBRARY_PATH", standin()?.display().to_string()),
         ("RERANKD_CUDA_CACHE", cache.display().to_string()),
-        ("RERANKD_CUDA_PRODUCTS", "library".to_owned()),
+        ("RERANKD_CUDA_GEMM", "cublaslt".to_owned()),
     ])
 }
 
@@ -335,9 +335,9 @@ fn products_are_of_our_own_kernel_where_it_agrees_with_the_library() {
     let file = path.to_str().unwrap();
     let expected = expected(file);
     for (i, (wanted, fault, takes_ours, said)) in [
-        ("ours", "", true, ""),
-        ("ours", "-DEMULATED_WGMMA_WRONG", false, "gives other results than the library"),
-        ("library", "", false, ""),
+        ("custom", "", true, ""),
+        ("custom", "-DEMULATED_WGMMA_WRONG", false, "gives other results than the library"),
+        ("cublaslt", "", false, ""),
     ]
     .into_iter()
     .enumerate()
@@ -346,7 +346,7 @@ fn products_are_of_our_own_kernel_where_it_agrees_with_the_library() {
         let faults = [
             ("RERANKD_CUDA_CACHE", cache.to_str().unwrap()),
             ("STANDIN_LOG", launches.to_str().unwrap()),
-            ("RERANKD_CUDA_PRODUCTS", wanted),
+            ("RERANKD_CUDA_GEMM", wanted),
             ("RERANKD_CUDA_ATTENTION", "mma"),
             ("STANDIN_CXXFLAGS", fault),
         ];
@@ -356,7 +356,7 @@ fn products_are_of_our_own_kernel_where_it_agrees_with_the_library() {
         assert!(largest_difference(&logits(&output)[0], &expected) < 0.02, "{wanted} {fault}");
         let launches = std::fs::read_to_string(launches).unwrap();
         let last_batch = &launches[launches.rfind("launch embed_norm").unwrap()..];
-        assert_eq!(last_batch.contains("launch product_wgmma"), takes_ours, "{wanted} {fault}");
+        assert_eq!(last_batch.contains("launch gemm_wgmma"), takes_ours, "{wanted} {fault}");
     }
 }
 

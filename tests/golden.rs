@@ -18,13 +18,13 @@ use candle_transformers::models::{bert, xlm_roberta};
 use proptest::prelude::*;
 use proptest::test_runner::{RngAlgorithm, TestRng, TestRunner};
 use rerankd::backend::candle::CandleBackend;
-use rerankd::backend::cpu::{CpuBackend, Pool};
+use rerankd::backend::cpu::{CpuBackend, ThreadPool};
 use rerankd::backend::profile::{Profile, Profiled};
-use rerankd::backend::{Backend, Dtype};
+use rerankd::backend::{Backend, cpu::CpuDtype};
 use rerankd::batch::{Batch, Pair};
+use rerankd::checkpoint::config::ModelConfig;
+use rerankd::checkpoint::weights::Weights;
 use rerankd::encoder::{Bert, CrossEncoder, Stage};
-use rerankd::loading::config::ModelConfig;
-use rerankd::loading::weights::Weights;
 use rerankd::loading::{DeviceChoice, LoadedModel};
 use rerankd::text::DocumentOptions;
 use serde::Deserialize;
@@ -46,7 +46,7 @@ const REAL_BOUND: f64 = 1e-3;
 #[test]
 fn every_family_equals_transformers_stage_by_stage_on_candle() {
     for family in FAMILIES {
-        check_stages(family, CandleBackend::cpu());
+        check_stages(family, CandleBackend::cpu(2).unwrap());
     }
 }
 
@@ -54,15 +54,15 @@ fn every_family_equals_transformers_stage_by_stage_on_candle() {
 #[test]
 fn every_family_equals_transformers_stage_by_stage_on_the_cpu_backend() {
     for family in FAMILIES {
-        check_stages(family, CpuBackend::new(Dtype::F32, Arc::new(Pool::new(1, false).unwrap())));
+        check_stages(family, CpuBackend::new(CpuDtype::F32, Arc::new(ThreadPool::new(1, false).unwrap())));
     }
 }
 
 #[test]
 fn timing_the_operations_changes_no_bit_and_counts_them() {
     for family in FAMILIES {
-        let pool = Arc::new(Pool::new(1, false).unwrap());
-        let backend = CpuBackend::new(Dtype::Bf16, pool);
+        let pool = Arc::new(ThreadPool::new(1, false).unwrap());
+        let backend = CpuBackend::new(CpuDtype::Bf16, pool);
         let batch = Batch::pack(&Golden::read(family).pairs);
         let config = config(family);
         let weights = || Weights::open(&fixture(family).join("model.safetensors")).unwrap();
@@ -225,7 +225,7 @@ fn a_real_score_does_not_depend_on_its_company() {
 /// The same model on our own backend, for each precision on one, two and three threads.
 fn everyones(folder: &Path) -> Vec<Vec<LoadedModel>> {
     let on = |dtype| [1, 2, 3].map(|threads| load_on(cpu(dtype, threads), folder).unwrap()).into();
-    [Dtype::F32, Dtype::Bf16, Dtype::Int8].map(on).into()
+    [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8].map(on).into()
 }
 
 /// Scores the pairs together, in the opposite order, and each alone, by each of some models that should agree: the same logits,
@@ -265,10 +265,10 @@ async fn real_rows_have_the_reference_ids_and_logits() {
     // The logits are 20 apart in all. bf16 leaves 2^-9 of each product's operands, int8 2^-8 of a row's range: measured, 0.013
     // and 0.095.
     for (device, bound) in [
-        (DeviceChoice::Candle, REAL_BOUND),
-        (cpu(Dtype::F32, 2), REAL_BOUND),
-        (cpu(Dtype::Bf16, 2), 0.05),
-        (cpu(Dtype::Int8, 2), 0.3),
+        (DeviceChoice::Candle { threads: 2 }, REAL_BOUND),
+        (cpu(CpuDtype::F32, 2), REAL_BOUND),
+        (cpu(CpuDtype::Bf16, 2), 0.05),
+        (cpu(CpuDtype::Int8, 2), 0.3),
     ] {
         let model = load_on(device, &folder).unwrap();
         let mut largest = 0f64;
@@ -292,7 +292,7 @@ async fn real_rows_have_the_reference_ids_and_logits() {
 async fn the_right_paragraph_comes_first() {
     let test = "the_right_paragraph_comes_first";
     let (Some(folder), Some(xquad)) = (real(test, MINILM), real(test, "xquad/xquad.en.json")) else { return };
-    let model = load_on(cpu(Dtype::Bf16, 2), &folder).unwrap();
+    let model = load_on(cpu(CpuDtype::Bf16, 2), &folder).unwrap();
     let paragraphs = paragraphs(&xquad);
     let questions: Vec<(usize, &str)> = paragraphs
         .iter()

@@ -10,8 +10,8 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::Request;
 use rerankd::api::{ApiLimits, App, Keys};
-use rerankd::models::Models;
 use rerankd::scheduler::SchedulerLimits;
+use rerankd::served::Models;
 use serde_json::{Value, json};
 use stub::{LIMITS, QUEUE, app, app_with, check_error, get, post, rerank, send};
 
@@ -244,7 +244,7 @@ async fn a_full_queue_refuses_at_once_and_keeps_what_it_has() {
 
 #[tokio::test]
 async fn a_deadline_that_passes_is_a_504_and_its_pairs_are_not_computed() {
-    let limits = ApiLimits { request_deadline_s: 1, ..LIMITS };
+    let limits = ApiLimits { request_timeout_s: 1, ..LIMITS };
     let (app, watch) = app_with(&[], limits, QUEUE);
     let gate = watch.close_gate();
     let request = |app: &Arc<App>| {

@@ -7,7 +7,7 @@
 
 mod common;
 
-use rerankd::backend::Dtype;
+use rerankd::backend::cpu::CpuDtype;
 use rerankd::batch::Batch;
 use rerankd::eval::topics::{self, TopicOptions};
 use rerankd::eval::{Measures, Topic};
@@ -71,19 +71,28 @@ fn candidates() -> Vec<Candidate> {
     let threads = std::thread::available_parallelism().map_or(2, Into::into);
     #[allow(unused_mut, reason = "a build without CUDA adds nothing")]
     let mut all = vec![
-        on("f32", cpu(Dtype::F32, threads), 0.0, 1.0, 0.0),
-        on("bf16", cpu(Dtype::Bf16, threads), 0.02, 0.99, 0.005),
-        on("int8", cpu(Dtype::Int8, threads), 0.1, 0.97, 0.01),
+        on("f32", cpu(CpuDtype::F32, threads), 0.0, 1.0, 0.0),
+        on("bf16", cpu(CpuDtype::Bf16, threads), 0.02, 0.99, 0.005),
+        on("int8", cpu(CpuDtype::Int8, threads), 0.1, 0.97, 0.01),
     ];
     #[cfg(feature = "cuda")]
-    if rerankd::backend::cuda::is_there() {
-        use rerankd::backend::cuda::{CudaOptions, Element};
-        let card =
-            |element| DeviceChoice::Cuda(vec![0], CudaOptions { element, max_batch_tokens: 2048, invariant: false });
-        all.push(on("f32 on the card", card(Element::F32), 1e-4, 0.9999, 0.001));
-        all.push(on("f16 on the card", card(Element::F16), 2e-3, 0.999, 0.001));
-        all.push(on("bf16 on the card", card(Element::Bf16), 0.02, 0.99, 0.005));
-        all.push(on("fp8 on the card", card(Element::Fp8), 0.15, 0.95, 0.01));
+    if matches!(rerankd::backend::cuda::find_device(), Some(Ok(()))) {
+        use rerankd::backend::cuda::{CudaDtype, CudaOptions, GemmChoice};
+        let gpu = |dtype| {
+            let options = CudaOptions {
+                dtype,
+                max_batch_tokens: 2048,
+                batch_invariant: false,
+                gemm: GemmChoice::Fastest,
+                mma_attention_only: false,
+                cache: None,
+            };
+            DeviceChoice::Cuda(vec![0], options)
+        };
+        all.push(on("f32 on the GPU", gpu(CudaDtype::F32), 1e-4, 0.9999, 0.001));
+        all.push(on("f16 on the GPU", gpu(CudaDtype::F16), 2e-3, 0.999, 0.001));
+        all.push(on("bf16 on the GPU", gpu(CudaDtype::Bf16), 0.02, 0.99, 0.005));
+        all.push(on("fp8 on the GPU", gpu(CudaDtype::Fp8), 0.15, 0.95, 0.01));
     }
     all
 }

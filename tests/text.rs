@@ -10,7 +10,7 @@ use std::fs;
 use std::path::Path;
 
 use rerankd::batch::Pair;
-use rerankd::loading::config::ModelConfig;
+use rerankd::checkpoint::config::ModelConfig;
 use rerankd::text::{DocumentOptions, TextEncoder};
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -134,7 +134,7 @@ impl Texts {
         let config = ModelConfig::parse(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
         let mut tokenizer = Tokenizer::from_bytes(&json).unwrap();
         tokenizer.with_padding(None).with_truncation(None).unwrap();
-        let encoder = TextEncoder::new(&json, config.vocab_size, limits(config.max_window())).unwrap();
+        let encoder = TextEncoder::new(&json, config.vocab_size, config.max_window(), limits()).unwrap();
         Self { encoder, tokenizer }
     }
 
@@ -189,7 +189,7 @@ impl Texts {
         let options =
             DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: usize::MAX >> 1, max_tokens_per_doc: None };
         let encoded = self.encoder.encode("query", [document.to_owned()].into(), options).await.unwrap();
-        assert_eq!((encoded.cut.documents, encoded.cut.chunks), (0, 0));
+        assert_eq!((encoded.truncation.documents, encoded.truncation.chunks), (0, 0));
         // In both families one special token follows the document.
         let before = self.encoder.pair("query", "").unwrap().tokens() - 1;
         let chunks = encoded.documents[0].iter().map(|&pair| encoded.pairs[pair].ids());

@@ -1,13 +1,13 @@
 //! HTTP and nothing else: paths, keys, limits, dialects, errors, operations.
 
 mod auth;
+mod body;
 mod dialect;
 mod error;
-mod limits;
+mod handler;
 mod observe;
 mod openapi;
 mod ops;
-mod rerank;
 mod server;
 
 use std::sync::Arc;
@@ -22,12 +22,12 @@ use tower::ServiceExt;
 use tower_http::catch_panic::CatchPanicLayer;
 
 pub use auth::Keys;
+pub use body::ApiLimits;
 pub use error::ApiError;
-pub use limits::ApiLimits;
-pub use server::{Server, ServerTimes, serve};
+pub use server::{Server, ServerTimeouts, serve};
 
-use crate::models::Models;
-use limits::BodyBudget;
+use crate::served::Models;
+use body::BodyBudget;
 
 /// Paths that rank. Each takes every dialect; SDKs that are given a base with a version in it double that.
 const RERANK_PATHS: [&str; 14] = [
@@ -81,7 +81,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/metrics", get(ops::metrics))
         .fallback(ops::unknown_path);
     for path in RERANK_PATHS {
-        closed = closed.route(path, post(rerank::rerank));
+        closed = closed.route(path, post(handler::rerank));
     }
     // Denied by default: whatever is not merged below asks for a key, unknown paths and wrong methods included.
     let closed = closed

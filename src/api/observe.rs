@@ -17,7 +17,7 @@ pub(super) struct RequestId(pub(super) String);
 
 /// What a handler has to say for the log line.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Facts {
+pub(super) struct RequestStats {
     pub(super) documents: usize,
     pub(super) tokens: usize,
 }
@@ -35,7 +35,7 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response {
         response.headers_mut().insert(REQUEST_ID, value);
     }
     let (status, took) = (response.status().as_u16(), start.elapsed());
-    let Facts { documents, tokens } = response.extensions().get().copied().unwrap_or_default();
+    let RequestStats { documents, tokens } = response.extensions().get().copied().unwrap_or_default();
     let _entered = span.entered();
     if matches!(route.as_str(), "/health" | "/ready" | "/metrics") {
         tracing::debug!(%method, route, status, "probe");

@@ -13,7 +13,7 @@ use serde_json::json;
 use utoipa::ToSchema;
 
 use super::{ApiError, App, RERANK_PATHS};
-use crate::models::Model;
+use crate::served::Model;
 use crate::telemetry;
 
 /// A batch that came back this lately shows that a model is alive, however busy it is.

@@ -29,7 +29,7 @@ const ACCEPT_GRACE: Duration = Duration::from_millis(200);
 
 /// Time limits of connections and of the end.
 #[derive(Debug, Clone, Copy)]
-pub struct ServerTimes {
+pub struct ServerTimeouts {
     /// From accepting a connection, or answering on it, to the last byte of the next header.
     pub header: Duration,
     /// From the signal to the end, however much is still running.
@@ -70,17 +70,17 @@ impl Server {
     }
 }
 
-/// Answers until `stop`, then drains: no new connections, answers to all that were asked, at most `times.drain`.
+/// Answers until `stop`, then drains: no new connections, answers to all that were asked, at most `timeouts.drain`.
 pub async fn serve(
     listener: TcpListener,
     app: Arc<App>,
     max_connections: usize,
-    times: ServerTimes,
+    timeouts: ServerTimeouts,
     stop: impl Future<Output = ()>,
 ) {
     let service = TowerToHyperService::new(router(&app));
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(times.header);
+    http.timer(TokioTimer::new()).header_read_timeout(timeouts.header);
     let graceful = GracefulShutdown::new();
     let free = Arc::new(Semaphore::new(max_connections));
     let answer = |(stream, slot)| {
@@ -107,8 +107,8 @@ pub async fn serve(
         answer(accepted);
     }
     drop(listener);
-    let until = Instant::now() + times.drain;
-    tracing::info!(seconds = times.drain.as_secs(), "draining");
+    let until = Instant::now() + timeouts.drain;
+    tracing::info!(seconds = timeouts.drain.as_secs(), "draining");
     let drained = tokio::time::timeout_at(until.into(), graceful.shutdown()).await;
     app.models.drained(until).await;
     match drained {

@@ -4,13 +4,16 @@
 //! at a time; the parallelism is inside candle's matrix products (its `rayon` pool).
 
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::ops::{layer_norm, softmax_last_dim};
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{
-    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, NormWeights, Place,
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
+    NormWeights, Timed,
 };
 use crate::batch::Batch;
 
@@ -22,6 +25,8 @@ const ATTENTION_ROWS: usize = 256;
 #[derive(Debug, Clone)]
 pub struct CandleBackend {
     device: Device,
+    /// The threads of candle's GEMMs. candle itself would take one per processor of the host, whatever the container's quota.
+    pool: Arc<ThreadPool>,
 }
 
 /// Embedding tables as candle tensors.
@@ -49,18 +54,26 @@ pub struct Norm {
 }
 
 impl CandleBackend {
-    /// f32 on the CPU.
-    pub fn cpu() -> Self {
-        Self { device: Device::Cpu }
+    /// f32 on the CPU, on `threads` threads.
+    ///
+    /// # Errors
+    /// The operating system refuses the threads.
+    pub fn cpu(threads: usize) -> Result<Self, BackendError> {
+        Self::on(Device::Cpu, threads)
     }
 
     /// f32 on a CUDA device through candle's own kernels.
     ///
     /// # Errors
-    /// Where there is no such device.
+    /// There is no such device, or the operating system refuses the threads.
     #[cfg(feature = "candle-cuda")]
-    pub fn cuda(ordinal: usize) -> Result<Self, BackendError> {
-        Ok(Self { device: Device::new_cuda(ordinal)? })
+    pub fn cuda(ordinal: usize, threads: usize) -> Result<Self, BackendError> {
+        Self::on(Device::new_cuda(ordinal)?, threads)
+    }
+
+    fn on(device: Device, threads: usize) -> Result<Self, BackendError> {
+        let pool = ThreadPoolBuilder::new().num_threads(threads.max(1)).build();
+        Ok(Self { device, pool: Arc::new(pool.map_err(|error| BackendError::Failed(Box::new(error)))?) })
     }
 
     fn upload(&self, tensor: HostTensor) -> Result<Tensor, BackendError> {
@@ -90,24 +103,14 @@ impl CandleBackend {
 }
 
 impl Backend for CandleBackend {
-    type Lane = ();
+    type ExecContext = ();
     type Buffer = Tensor;
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
-    type Moment = Instant;
 
     fn describe(&self) -> String {
         format!("candle, f32, {}", if self.device.is_cpu() { "CPU" } else { "CUDA" })
-    }
-
-    fn moment(&self, (): &()) -> Result<Instant, BackendError> {
-        self.device.synchronize()?;
-        Ok(Instant::now())
-    }
-
-    fn seconds(&self, from: &Instant, to: &Instant) -> Result<f64, BackendError> {
-        Ok(to.duration_since(*from).as_secs_f64())
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
@@ -119,7 +122,7 @@ impl Backend for CandleBackend {
         })
     }
 
-    fn linear(&self, weight: HostTensor, bias: HostTensor, _: Place) -> Result<Linear, BackendError> {
+    fn linear(&self, weight: HostTensor, bias: HostTensor, _: LayerRole) -> Result<Linear, BackendError> {
         Ok(Linear { weight: self.upload(weight)?.t()?.contiguous()?, bias: self.upload(bias)? })
     }
 
@@ -128,7 +131,7 @@ impl Backend for CandleBackend {
     }
 
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
-        graph(&(), batch)
+        self.pool.install(|| graph(&(), batch))
     }
 
     fn embed(&self, (): &(), weights: &Embeddings, batch: &Batch) -> Result<Tensor, BackendError> {
@@ -174,7 +177,7 @@ impl Backend for CandleBackend {
         Ok(Tensor::cat(&contexts, 0)?)
     }
 
-    fn first_token_attention(
+    fn cls_attention(
         &self,
         (): &(),
         shape: AttentionShape,
@@ -192,12 +195,25 @@ impl Backend for CandleBackend {
         Ok(Tensor::cat(&contexts, 0)?)
     }
 
-    fn first_rows(&self, (): &(), x: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
-        Ok(x.index_select(&self.indices(&batch.first_rows())?, 0)?)
+    fn gather_cls(&self, (): &(), x: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
+        Ok(x.index_select(&self.indices(&batch.gather_cls())?, 0)?)
     }
 
     fn download(&self, (): &(), x: &Tensor) -> Result<Vec<f32>, BackendError> {
         Ok(x.flatten_all()?.to_dtype(DType::F32)?.to_vec1()?)
+    }
+}
+
+impl Timed for CandleBackend {
+    type Event = Instant;
+
+    fn record_event(&self, (): &()) -> Result<Instant, BackendError> {
+        self.device.synchronize()?;
+        Ok(Instant::now())
+    }
+
+    fn elapsed_seconds(&self, from: &Instant, to: &Instant) -> Result<f64, BackendError> {
+        Ok(to.duration_since(*from).as_secs_f64())
     }
 }
 

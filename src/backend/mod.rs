@@ -5,7 +5,7 @@
 //! [`profile`] is none of its own: it goes around another and times it.
 //!
 //! A backend decides where the parallelism lives. [`Backend::run`] may cut a batch between sequences and have the graph run over
-//! several pieces at once; each run of the graph has a [`Backend::Lane`] of its own (a thread's scratch memory, a stream), which
+//! several pieces at once; each run of the graph has a [`Backend::ExecContext`] of its own (a thread's scratch memory, a stream), which
 //! it hands to every operation and never looks into.
 
 pub mod candle;
@@ -84,31 +84,20 @@ pub struct AttentionShape {
     pub head_size: usize,
 }
 
-/// What encoder layers' products are computed in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Dtype {
-    /// 32-bit floats: the exact mode.
-    F32,
-    /// bfloat16, summed in f32.
-    Bf16,
-    /// Bytes with a range for each token and a scale for each output, summed in i32.
-    Int8,
-}
-
 /// What a device can do at most, as it was measured on this one: the two sides of a roofline (Williams et al. 2009).
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Limits {
+pub struct Roofline {
     /// Operations a second in linear layers' products, a multiplication and an addition being two.
-    pub products: f64,
+    pub gemms: f64,
     /// The same in attention, which has more bits where products have eight.
     pub attention: f64,
     /// Of the device's memory; nothing where caches hold what an operation reads.
-    pub memory: Option<MemoryLimits>,
+    pub memory: Option<MemoryRoofline>,
 }
 
 /// How fast values come and go.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct MemoryLimits {
+pub struct MemoryRoofline {
     /// Bytes a second, read and written.
     pub bytes: f64,
     /// Bytes of an activation.
@@ -131,12 +120,12 @@ pub enum BackendError {
     DeviceLost(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// A graph over one batch, or a piece of it, in a lane: logits `[S]`, in the batch's order.
-pub type Graph<'a, B> = &'a (dyn Fn(&<B as Backend>::Lane, &Batch) -> Result<Vec<f32>, BackendError> + Sync);
+/// A graph over one batch, or a part of it, in a ctx: logits `[S]`, in the batch's order.
+pub type Graph<'a, B> = &'a (dyn Fn(&<B as Backend>::ExecContext, &Batch) -> Result<Vec<f32>, BackendError> + Sync);
 
 /// Where in a model a linear layer stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
+pub enum LayerRole {
     /// In an encoder layer: nearly all the work, in the backend's working precision.
     Encoder,
     /// In the classification head: S rows only, which a backend computes as exactly as it can.
@@ -146,7 +135,7 @@ pub enum Place {
 /// A device and the arithmetic on it. Buffers are `[rows, columns]`; the graph names them and never looks inside.
 pub trait Backend: Sized + Send + Sync + 'static {
     /// What one run of a graph has to itself.
-    type Lane;
+    type ExecContext;
     /// Rows of activations on the device.
     type Buffer;
     /// [`EmbeddingTables`] on the device.
@@ -155,30 +144,19 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Linear: Send + Sync;
     /// [`NormWeights`] on the device.
     type Norm: Send + Sync;
-    /// A point in a lane's work.
-    type Moment: Send;
 
     /// What start-up prints: implementation, precision, device.
     fn describe(&self) -> String;
 
     /// Calls of [`Backend::run`] that may compute at the same time.
-    fn lanes(&self) -> usize {
+    fn max_concurrent_batches(&self) -> usize {
         1
-    }
-
-    /// The point that this lane's work has come to, for [`Backend::seconds`].
-    fn moment(&self, lane: &Self::Lane) -> Result<Self::Moment, BackendError>;
-    /// Seconds of the whole device between two moments of one lane, to be asked when the run that they are of has ended.
-    fn seconds(&self, from: &Self::Moment, to: &Self::Moment) -> Result<f64, BackendError>;
-    /// Measures what the device can do, where that is known how. To be asked between runs.
-    fn limits(&self) -> Result<Option<Limits>, BackendError> {
-        Ok(None)
     }
 
     /// Takes the embedding tables over.
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Self::Embeddings, BackendError>;
     /// Takes a linear layer over: `weight` is `[outputs, inputs]`, `bias` `[outputs]`.
-    fn linear(&self, weight: HostTensor, bias: HostTensor, place: Place) -> Result<Self::Linear, BackendError>;
+    fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Self::Linear, BackendError>;
     /// Takes a layer norm over.
     fn norm(&self, weights: NormWeights) -> Result<Self::Norm, BackendError>;
 
@@ -190,12 +168,16 @@ pub trait Backend: Sized + Send + Sync + 'static {
     }
 
     /// `norm(words[id] + positions[position] + types[type])` for each token: `[T, C]`.
-    fn embed(&self, lane: &Self::Lane, weights: &Self::Embeddings, batch: &Batch)
-    -> Result<Self::Buffer, BackendError>;
+    fn embed(
+        &self,
+        ctx: &Self::ExecContext,
+        weights: &Self::Embeddings,
+        batch: &Batch,
+    ) -> Result<Self::Buffer, BackendError>;
     /// `epilogue(x W^T)` for the rows `outputs` of W (the columns of the result): `[rows, outputs.len()]`.
     fn apply(
         &self,
-        lane: &Self::Lane,
+        ctx: &Self::ExecContext,
         weights: &Self::Linear,
         outputs: Range<usize>,
         x: &Self::Buffer,
@@ -204,29 +186,58 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Layer norm of each row.
     fn layer_norm(
         &self,
-        lane: &Self::Lane,
+        ctx: &Self::ExecContext,
         weights: &Self::Norm,
         x: Self::Buffer,
     ) -> Result<Self::Buffer, BackendError>;
     /// Bidirectional attention of every token to its own sequence. `qkv` is `[T, 3C]`; the result `[T, C]`.
     fn attention(
         &self,
-        lane: &Self::Lane,
+        ctx: &Self::ExecContext,
         shape: AttentionShape,
         qkv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
     /// Attention of each sequence's first token alone. `q` is `[S, C]`, `kv` `[T, 2C]`; the result `[S, C]`.
-    fn first_token_attention(
+    fn cls_attention(
         &self,
-        lane: &Self::Lane,
+        ctx: &Self::ExecContext,
         shape: AttentionShape,
         q: &Self::Buffer,
         kv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
     /// Each sequence's first row: `[T, columns]` to `[S, columns]`.
-    fn first_rows(&self, lane: &Self::Lane, x: &Self::Buffer, batch: &Batch) -> Result<Self::Buffer, BackendError>;
+    fn gather_cls(
+        &self,
+        ctx: &Self::ExecContext,
+        x: &Self::Buffer,
+        batch: &Batch,
+    ) -> Result<Self::Buffer, BackendError>;
     /// The buffer's values on the host, row-major.
-    fn download(&self, lane: &Self::Lane, x: &Self::Buffer) -> Result<Vec<f32>, BackendError>;
+    fn download(&self, ctx: &Self::ExecContext, x: &Self::Buffer) -> Result<Vec<f32>, BackendError>;
+}
+
+/// Timing of a backend's operations and measurement of its device, for `rerankd bench --profile`.
+pub trait Timed: Backend {
+    /// A point in the work of an execution context.
+    type Event: Send;
+
+    /// Marks the current end of the work queued on `ctx`.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    fn record_event(&self, ctx: &Self::ExecContext) -> Result<Self::Event, BackendError>;
+    /// Device seconds between two events of one execution context, once the run that recorded them has ended.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    fn elapsed_seconds(&self, from: &Self::Event, to: &Self::Event) -> Result<f64, BackendError>;
+    /// Measures the device's peak rates, if the backend knows how. Must not overlap with a run.
+    ///
+    /// # Errors
+    /// Failures of the device.
+    fn roofline(&self) -> Result<Option<Roofline>, BackendError> {
+        Ok(None)
+    }
 }

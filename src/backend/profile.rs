@@ -5,8 +5,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
-    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, Limits,
-    NormWeights, Place,
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
+    NormWeights, Roofline, Timed,
 };
 use crate::batch::Batch;
 
@@ -16,7 +16,7 @@ pub struct Profile(Mutex<State>);
 
 #[derive(Debug, Default)]
 struct State {
-    limits: Option<Limits>,
+    roofline: Option<Roofline>,
     /// In the order in which a batch comes to them.
     operations: Vec<Operation>,
 }
@@ -30,7 +30,7 @@ pub struct Operation {
     pub calls: usize,
     /// Seconds of the whole device.
     pub seconds: f64,
-    /// Seconds that it takes at least, at the device's limits; 0 where they say nothing of it.
+    /// Seconds that it takes at least, at the device's roofline; 0 where they say nothing of it.
     pub least: f64,
 }
 
@@ -49,9 +49,9 @@ struct Work {
 
 impl Work {
     /// Seconds of the whole device.
-    fn least(self, limits: &Limits) -> f64 {
-        let multiplied = self.products as f64 / limits.products + self.attention as f64 / limits.attention;
-        let moved = limits.memory.map_or(0.0, |memory| {
+    fn least(self, roofline: &Roofline) -> f64 {
+        let multiplied = self.products as f64 / roofline.gemms + self.attention as f64 / roofline.attention;
+        let moved = roofline.memory.map_or(0.0, |memory| {
             (self.activations * memory.activation + self.weights * memory.weight) as f64 / memory.bytes
         });
         multiplied.max(moved)
@@ -60,8 +60,8 @@ impl Work {
 
 impl Profile {
     /// What a device was found to do at most.
-    pub fn limits(&self) -> Option<Limits> {
-        self.lock().limits
+    pub fn roofline(&self) -> Option<Roofline> {
+        self.lock().roofline
     }
 
     /// What was added since the last call.
@@ -71,7 +71,7 @@ impl Profile {
 
     fn add(&self, name: String, seconds: f64, work: Work) {
         let mut state = self.lock();
-        let least = state.limits.map_or(0.0, |limits| work.least(&limits));
+        let least = state.roofline.map_or(0.0, |roofline| work.least(&roofline));
         let known = state.operations.iter().position(|operation| operation.name == name);
         let i = known.unwrap_or_else(|| {
             state.operations.push(Operation { name, calls: 0, seconds: 0.0, least: 0.0 });
@@ -90,14 +90,14 @@ impl Profile {
 
 /// A backend whose operations are timed. Runs are to come one after another: two at a time share a device, and the times of
 /// each hold the other's.
-pub struct Profiled<B: Backend> {
+pub struct Profiled<B: Timed> {
     inner: B,
     profile: Arc<Profile>,
     /// Of the run that is under way.
-    timed: Mutex<Vec<Timed<B::Moment>>>,
+    timed: Mutex<Vec<TimedOperation<B::Event>>>,
 }
 
-struct Timed<M> {
+struct TimedOperation<M> {
     name: String,
     work: Work,
     from: M,
@@ -122,10 +122,10 @@ pub struct Embeddings<E> {
 pub struct Linear<L> {
     inner: L,
     inputs: usize,
-    place: Place,
+    role: LayerRole,
 }
 
-impl<B: Backend> Profiled<B> {
+impl<B: Timed> Profiled<B> {
     /// Adds what the operations of `inner` take to `profile`.
     pub fn new(inner: B, profile: Arc<Profile>) -> Self {
         Self { inner, profile, timed: Mutex::default() }
@@ -133,49 +133,36 @@ impl<B: Backend> Profiled<B> {
 
     fn time<T>(
         &self,
-        lane: &B::Lane,
+        ctx: &B::ExecContext,
         name: impl Into<String>,
         work: Work,
         operation: impl FnOnce(&B) -> Result<T, BackendError>,
     ) -> Result<T, BackendError> {
-        let from = self.inner.moment(lane)?;
+        let from = self.inner.record_event(ctx)?;
         let result = operation(&self.inner)?;
-        let to = self.inner.moment(lane)?;
-        self.timed().push(Timed { name: name.into(), work, from, to });
+        let to = self.inner.record_event(ctx)?;
+        self.timed().push(TimedOperation { name: name.into(), work, from, to });
         Ok(result)
     }
 
-    fn timed(&self) -> MutexGuard<'_, Vec<Timed<B::Moment>>> {
+    fn timed(&self) -> MutexGuard<'_, Vec<TimedOperation<B::Event>>> {
         self.timed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<B: Backend> Backend for Profiled<B> {
-    type Lane = B::Lane;
+impl<B: Timed> Backend for Profiled<B> {
+    type ExecContext = B::ExecContext;
     type Buffer = Buffer<B::Buffer>;
     type Embeddings = Embeddings<B::Embeddings>;
     type Linear = Linear<B::Linear>;
     type Norm = B::Norm;
-    type Moment = B::Moment;
 
     fn describe(&self) -> String {
         format!("{}, each operation timed", self.inner.describe())
     }
 
-    fn lanes(&self) -> usize {
+    fn max_concurrent_batches(&self) -> usize {
         1
-    }
-
-    fn moment(&self, lane: &B::Lane) -> Result<B::Moment, BackendError> {
-        self.inner.moment(lane)
-    }
-
-    fn seconds(&self, from: &B::Moment, to: &B::Moment) -> Result<f64, BackendError> {
-        self.inner.seconds(from, to)
-    }
-
-    fn limits(&self) -> Result<Option<Limits>, BackendError> {
-        self.inner.limits()
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Self::Embeddings, BackendError> {
@@ -183,9 +170,9 @@ impl<B: Backend> Backend for Profiled<B> {
         Ok(Embeddings { inner: self.inner.embeddings(tables)?, columns })
     }
 
-    fn linear(&self, weight: HostTensor, bias: HostTensor, place: Place) -> Result<Self::Linear, BackendError> {
+    fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Self::Linear, BackendError> {
         let inputs = weight.shape[1];
-        Ok(Linear { inner: self.inner.linear(weight, bias, place)?, inputs, place })
+        Ok(Linear { inner: self.inner.linear(weight, bias, role)?, inputs, role })
     }
 
     fn norm(&self, weights: NormWeights) -> Result<B::Norm, BackendError> {
@@ -200,26 +187,31 @@ impl<B: Backend> Backend for Profiled<B> {
     fn run_observed(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         self.timed().clear(); // of a run that failed
         let logits = self.inner.run_observed(batch, graph)?;
-        if self.profile.limits().is_none() {
-            self.profile.lock().limits = self.inner.limits()?;
+        if self.profile.roofline().is_none() {
+            self.profile.lock().roofline = self.inner.roofline()?;
         }
-        for Timed { name, work, from, to } in std::mem::take(&mut *self.timed()) {
-            self.profile.add(name, self.inner.seconds(&from, &to)?, work);
+        for TimedOperation { name, work, from, to } in std::mem::take(&mut *self.timed()) {
+            self.profile.add(name, self.inner.elapsed_seconds(&from, &to)?, work);
         }
         Ok(logits)
     }
 
-    fn embed(&self, lane: &B::Lane, weights: &Self::Embeddings, batch: &Batch) -> Result<Self::Buffer, BackendError> {
+    fn embed(
+        &self,
+        ctx: &B::ExecContext,
+        weights: &Self::Embeddings,
+        batch: &Batch,
+    ) -> Result<Self::Buffer, BackendError> {
         let (rows, columns) = (batch.tokens(), weights.columns);
         // A row of words, one of positions, and the sum's.
         let work = Work { activations: 3 * rows * columns, ..Work::default() };
-        let inner = self.time(lane, "embeddings", work, |b| b.embed(lane, &weights.inner, batch))?;
+        let inner = self.time(ctx, "embeddings", work, |b| b.embed(ctx, &weights.inner, batch))?;
         Ok(Buffer { inner, rows, columns, first_tokens: false })
     }
 
     fn apply(
         &self,
-        lane: &B::Lane,
+        ctx: &B::ExecContext,
         weights: &Self::Linear,
         outputs: Range<usize>,
         x: &Self::Buffer,
@@ -234,42 +226,47 @@ impl<B: Backend> Backend for Profiled<B> {
             Epilogue::Activation(Activation::Tanh) => (", tanh", 0),
             Epilogue::Residual(_) => (", residual", rows * columns),
         };
-        let name = match (weights.place, x.first_tokens) {
-            (Place::Head, _) => "head".to_owned(),
-            (Place::Encoder, true) => format!("first tokens: product {inputs} to {columns}{suffix}"),
-            (Place::Encoder, false) => format!("product {inputs} to {columns}{suffix}"),
+        let name = match (weights.role, x.first_tokens) {
+            (LayerRole::Head, _) => "head".to_owned(),
+            (LayerRole::Encoder, true) => format!("first tokens: product {inputs} to {columns}{suffix}"),
+            (LayerRole::Encoder, false) => format!("product {inputs} to {columns}{suffix}"),
         };
-        let work = match weights.place {
-            Place::Head => Work::default(),
-            Place::Encoder => Work {
+        let work = match weights.role {
+            LayerRole::Head => Work::default(),
+            LayerRole::Encoder => Work {
                 products: 2 * rows * inputs * columns,
                 activations: rows * (inputs + columns) + more,
                 weights: inputs * columns,
                 ..Work::default()
             },
         };
-        let inner = self.time(lane, name, work, |b| {
+        let inner = self.time(ctx, name, work, |b| {
             let epilogue = match epilogue {
                 Epilogue::Bias => Epilogue::Bias,
                 Epilogue::Activation(activation) => Epilogue::Activation(activation),
                 Epilogue::Residual(residual) => Epilogue::Residual(&residual.inner),
             };
-            b.apply(lane, &weights.inner, outputs, &x.inner, epilogue)
+            b.apply(ctx, &weights.inner, outputs, &x.inner, epilogue)
         })?;
         Ok(Buffer { inner, rows, columns, first_tokens: x.first_tokens })
     }
 
-    fn layer_norm(&self, lane: &B::Lane, weights: &B::Norm, x: Self::Buffer) -> Result<Self::Buffer, BackendError> {
+    fn layer_norm(
+        &self,
+        ctx: &B::ExecContext,
+        weights: &B::Norm,
+        x: Self::Buffer,
+    ) -> Result<Self::Buffer, BackendError> {
         let Buffer { inner, rows, columns, first_tokens } = x;
         let name = if first_tokens { "first tokens: layer norm" } else { "layer norm" };
         let work = Work { activations: 2 * rows * columns, ..Work::default() };
-        let inner = self.time(lane, name, work, |b| b.layer_norm(lane, weights, inner))?;
+        let inner = self.time(ctx, name, work, |b| b.layer_norm(ctx, weights, inner))?;
         Ok(Buffer { inner, rows, columns, first_tokens })
     }
 
     fn attention(
         &self,
-        lane: &B::Lane,
+        ctx: &B::ExecContext,
         shape: AttentionShape,
         qkv: &Self::Buffer,
         batch: &Batch,
@@ -277,13 +274,13 @@ impl<B: Backend> Backend for Profiled<B> {
         let c = shape.heads * shape.head_size;
         let squares: usize = batch.ranges().map(|rows| rows.len() * rows.len()).sum();
         let work = Work { attention: 4 * squares * c, activations: 4 * qkv.rows * c, ..Work::default() };
-        let inner = self.time(lane, "attention", work, |b| b.attention(lane, shape, &qkv.inner, batch))?;
+        let inner = self.time(ctx, "attention", work, |b| b.attention(ctx, shape, &qkv.inner, batch))?;
         Ok(Buffer { inner, rows: qkv.rows, columns: c, first_tokens: false })
     }
 
-    fn first_token_attention(
+    fn cls_attention(
         &self,
-        lane: &B::Lane,
+        ctx: &B::ExecContext,
         shape: AttentionShape,
         q: &Self::Buffer,
         kv: &Self::Buffer,
@@ -291,20 +288,19 @@ impl<B: Backend> Backend for Profiled<B> {
     ) -> Result<Self::Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
         let work = Work { attention: 4 * kv.rows * c, activations: 2 * (kv.rows + q.rows) * c, ..Work::default() };
-        let inner = self.time(lane, "first tokens: attention", work, |b| {
-            b.first_token_attention(lane, shape, &q.inner, &kv.inner, batch)
-        })?;
+        let inner = self
+            .time(ctx, "first tokens: attention", work, |b| b.cls_attention(ctx, shape, &q.inner, &kv.inner, batch))?;
         Ok(Buffer { inner, rows: q.rows, columns: c, first_tokens: true })
     }
 
-    fn first_rows(&self, lane: &B::Lane, x: &Self::Buffer, batch: &Batch) -> Result<Self::Buffer, BackendError> {
+    fn gather_cls(&self, ctx: &B::ExecContext, x: &Self::Buffer, batch: &Batch) -> Result<Self::Buffer, BackendError> {
         let rows = batch.sequences();
         let work = Work { activations: 2 * rows * x.columns, ..Work::default() };
-        let inner = self.time(lane, "first tokens: gather", work, |b| b.first_rows(lane, &x.inner, batch))?;
+        let inner = self.time(ctx, "first tokens: gather", work, |b| b.gather_cls(ctx, &x.inner, batch))?;
         Ok(Buffer { inner, rows, columns: x.columns, first_tokens: true })
     }
 
-    fn download(&self, lane: &B::Lane, x: &Self::Buffer) -> Result<Vec<f32>, BackendError> {
-        self.inner.download(lane, &x.inner)
+    fn download(&self, ctx: &B::ExecContext, x: &Self::Buffer) -> Result<Vec<f32>, BackendError> {
+        self.inner.download(ctx, &x.inner)
     }
 }

@@ -12,12 +12,16 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::{Failure, print, table};
-use crate::backend::cpu::probe;
+use crate::backend::cpu::roofline;
 use crate::backend::profile::{Operation, Profile};
-use crate::backend::{BackendError, Limits};
+use crate::backend::{BackendError, Roofline};
 use crate::batch::{Batch, Pair};
-use crate::loading::{self, DeviceChoice, LoadedModel};
-use crate::settings::ModelArgs;
+use crate::config::args::ModelArgs;
+use crate::config::hub::hub_options_from_env;
+use crate::config::machine::Machine;
+use crate::config::resolve::Notice;
+use crate::loading::download::Hub;
+use crate::loading::{DeviceChoice, LoadedModel, Loader};
 use crate::telemetry;
 
 /// Pairs by the workload's name.
@@ -50,14 +54,15 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let mut settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    let mut settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
     let profile = args.profile.then(Arc::<Profile>::default);
     settings.load.profile = profile.clone();
+    settings.notices.iter().for_each(Notice::log);
     let batch_tokens = settings.scheduler.max_batch_tokens;
+    let hub = Hub::new(hub_options_from_env());
+    let loader = Loader::new(&hub, &settings.load).map_err(Failure::Config)?;
     for source in &settings.sources {
-        let model = loading::load(source, &settings.hub, &settings.load)
-            .with_context(|| format!("cannot load {}", source.name))
-            .map_err(Failure::Config)?;
+        let model = loader.load(source).map_err(Failure::Config)?;
         tracing::info!(model = model.name, "{}", model.description);
         let workloads = match &args.workloads {
             Some(path) => read(path, &model).map_err(Failure::Config)?,
@@ -76,7 +81,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
 
 /// A workload as the model takes it: whole where one batch has the whole device, else in batches that share it.
 fn batches(model: &LoadedModel, pairs: &[Pair], batch_tokens: usize) -> Vec<Batch> {
-    let limit = if model.encoder.lanes() == 1 { usize::MAX } else { batch_tokens };
+    let limit = if model.encoder.max_concurrent_batches() == 1 { usize::MAX } else { batch_tokens };
     let mut batches: Vec<(usize, Vec<&Pair>)> = Vec::new();
     for pair in pairs {
         match batches.last_mut() {
@@ -102,7 +107,7 @@ fn score(model: &LoadedModel, batches: &[Batch]) -> Result<Vec<f32>, BackendErro
         }
     };
     std::thread::scope(|scope| {
-        for _ in 1..model.encoder.lanes().min(batches.len()) {
+        for _ in 1..model.encoder.max_concurrent_batches().min(batches.len()) {
             scope.spawn(take_turns);
         }
         take_turns();
@@ -159,7 +164,7 @@ fn explain(
 ) -> Result<(), Failure> {
     let bar = telemetry::progress_count(u64::from(runs + 1) * workloads.len() as u64, "measuring");
     let mut text = String::new();
-    if let Some(Limits { products, attention, memory }) = profile.limits() {
+    if let Some(Roofline { gemms: products, attention, memory }) = profile.roofline() {
         let tera = |operations: f64| format!("{:.2} Top/s", operations / 1e12);
         text += &format!("This device does at most {} in products, {} in attention", tera(products), tera(attention));
         text += &memory.map_or(String::new(), |memory| format!(", {:.0} GB/s", memory.bytes / 1e9));
@@ -226,8 +231,8 @@ fn answer(
 ) -> Result<(), Failure> {
     let engine = format!("rerankd-{}", device.name());
     let mut ready = json!({"engine": engine, "ready": true, "version": env!("CARGO_PKG_VERSION")});
-    if let DeviceChoice::Cpu(dtype, pool) = device {
-        ready["peak"] = probe::peak(*dtype, pool.threads()).into();
+    if let DeviceChoice::Cpu { dtype, threads, .. } = device {
+        ready["peak"] = roofline::peak(*dtype, *threads).into();
     }
     print(&format!("{ready}\n"))?;
     for line in std::io::stdin().lines() {

@@ -3,6 +3,7 @@
 use anyhow::Context;
 
 use super::{Failure, print};
+use crate::config::hub::hub_options_from_env;
 use crate::loading::download::Hub;
 use crate::loading::source::{ModelSource, WeightsFile};
 
@@ -14,7 +15,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let hub = Hub::from_env();
+    let hub = Hub::new(hub_options_from_env());
     for model in &args.models {
         let source = ModelSource::parse(model).map_err(Failure::Config)?;
         let files =

@@ -8,12 +8,13 @@ use anyhow::{Context, Result};
 use futures_util::{StreamExt, stream};
 use serde_json::json;
 
-use super::{Failure, print, table};
+use super::{Failure, print, start, table};
+use crate::config::args::ModelArgs;
+use crate::config::machine::Machine;
 use crate::eval::bm25::Bm25;
 use crate::eval::{Measures, Topic, TopicOptions, topics};
-use crate::models::Models;
 use crate::rerank::{RerankRequest, rerank};
-use crate::settings::ModelArgs;
+use crate::served::Models;
 use crate::telemetry;
 use crate::text::DocumentOptions;
 
@@ -62,7 +63,7 @@ struct Outcome {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    let settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
     let options = TopicOptions {
         run: args.run.clone(),
         candidates: args.candidates,
@@ -72,7 +73,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         limit: args.limit,
     };
     let topics = topics::read(&args.topics, &options).map_err(Failure::Other)?;
-    let models = settings.start(|name, about| tracing::info!(model = name, "{about}")).map_err(Failure::Config)?;
+    let models = start(&settings, |name, about| tracing::info!(model = name, "{about}")).map_err(Failure::Config)?;
     let mut rankers = vec![("BM25".to_owned(), bm25(&topics, &args.recall_at))];
     for model in models.iter() {
         rankers.push((model.name.clone(), evaluate(&models, &model.name, &topics, args).map_err(Failure::Other)?));

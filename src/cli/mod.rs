@@ -8,14 +8,17 @@ mod rank;
 mod serve;
 
 use std::io::Write;
-use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::anyhow;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::settings::{CommonArgs, ModelArgs, with_config_file};
+use crate::config::args::CommonArgs;
+use crate::config::file::{config_path, with_config_file};
+use crate::config::hub::hub_options_from_env;
+use crate::config::resolve::{ModelSettings, Notice};
+use crate::loading::download::Hub;
+use crate::served::Models;
 use crate::telemetry;
 
 /// A self-hosted reranking server: the best documents for a query, by a cross-encoder on your own machine
@@ -78,30 +81,12 @@ fn parse_from(arguments: Vec<std::ffi::OsString>) -> Result<Cli, Failure> {
     Cli::from_arg_matches(&matches).map_err(Failure::Usage)
 }
 
-/// The config file must be known before the flags whose defaults it gives are parsed.
-fn config_path(arguments: &[std::ffi::OsString]) -> Option<PathBuf> {
-    let mut arguments = arguments.iter();
-    while let Some(argument) = arguments.next() {
-        let argument = argument.to_string_lossy();
-        if argument == "--config" {
-            return arguments.next().map(PathBuf::from);
-        }
-        if let Some(path) = argument.strip_prefix("--config=") {
-            return Some(PathBuf::from(path));
-        }
-    }
-    std::env::var_os("RERANKD_CONFIG").filter(|path| !path.is_empty()).map(PathBuf::from)
-}
-
 /// Runs the command.
 ///
 /// # Errors
 /// Whatever ends it early.
 pub fn run(cli: Cli) -> Result<(), Failure> {
     telemetry::init_logs(cli.common.log_format, &cli.common.log);
-    if let Some(models) = cli.command.models().filter(|models| models.device.starts_with("candle")) {
-        set_candle_threads(models.threads())?;
-    }
     match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Rank(args) => rank::run(&args),
@@ -110,34 +95,6 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         Command::Models(args) => models::run(&args),
         Command::Download(args) => download::run(&args),
     }
-}
-
-impl Command {
-    /// The models that the command computes with.
-    fn models(&self) -> Option<&ModelArgs> {
-        match self {
-            Self::Serve(args) => Some(&args.serve.models),
-            Self::Rank(args) => Some(&args.models),
-            Self::Eval(args) => Some(&args.models),
-            Self::Bench(args) => Some(&args.models),
-            Self::Models(_) | Self::Download(_) => None,
-        }
-    }
-}
-
-/// candle asks the environment alone how many threads to use, and by default takes every core of the host, whatever a
-/// container's quota. A running process can change its environment only through unsafe code, so it starts itself again.
-fn set_candle_threads(threads: usize) -> Result<(), Failure> {
-    const VARIABLE: &str = "RAYON_NUM_THREADS";
-    let wanted = threads.max(1).to_string();
-    if std::env::var(VARIABLE).is_ok_and(|set| set == wanted) {
-        return Ok(());
-    }
-    let mut arguments = std::env::args_os();
-    let program = std::env::current_exe().map_err(|error| Failure::Other(error.into()))?;
-    let mut again = std::process::Command::new(program);
-    again.arg0(arguments.next().unwrap_or_default()).args(arguments).env(VARIABLE, wanted);
-    Err(Failure::Other(anyhow!(again.exec()).context("cannot start again with the thread count set")))
 }
 
 impl Failure {
@@ -158,6 +115,13 @@ impl Failure {
             }
         }
     }
+}
+
+/// Logs the notices, then loads the models and starts their workers.
+fn start(settings: &ModelSettings, report: impl FnMut(&str, &str)) -> anyhow::Result<Models> {
+    settings.notices.iter().for_each(Notice::log);
+    let hub = Hub::new(hub_options_from_env());
+    Models::load(&settings.sources, &hub, &settings.load, settings.scheduler, report)
 }
 
 /// Writes to standard output. A reader that went away (`| head`) ends the command quietly.

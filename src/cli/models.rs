@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::{Failure, print, table};
+use crate::config::hub::hub_options_from_env;
 use crate::loading::catalogue;
 use crate::loading::download::Hub;
 use crate::loading::source::ModelSource;
@@ -15,7 +16,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let hub = Hub::from_env();
+    let hub = Hub::new(hub_options_from_env());
     let mut rows =
         vec![["NAME", "WINDOW", "DOWNLOAD", "CACHED", "LICENCE", "CHOOSE IT WHEN"].map(str::to_owned).to_vec()];
     let mut objects = Vec::new();

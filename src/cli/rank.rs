@@ -6,9 +6,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::json;
 
-use super::{Failure, print, table};
+use super::{Failure, print, start, table};
+use crate::config::args::ModelArgs;
+use crate::config::machine::Machine;
 use crate::rerank::{Ranking, RerankRequest, rerank};
-use crate::settings::ModelArgs;
 use crate::telemetry;
 use crate::text::DocumentOptions;
 
@@ -41,12 +42,12 @@ struct Documents {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let settings = args.models.settle(usize::MAX).map_err(Failure::Config)?;
+    let settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
     if settings.sources.len() > 1 {
         return Err(Failure::Config(anyhow!("rank takes one --model; `rerankd eval` compares several")));
     }
     let documents = documents(args).map_err(Failure::Other)?;
-    let models = settings.start(|name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::Config)?;
+    let models = start(&settings, |name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::Config)?;
     let request = RerankRequest {
         model: None,
         query: args.query.clone(),

@@ -11,7 +11,9 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Failure;
 use crate::api::{self, App, Server};
-use crate::settings::{ServeArgs, ServeSettings};
+use crate::config::args::ServeArgs;
+use crate::config::machine::Machine;
+use crate::config::resolve::ServeSettings;
 use crate::telemetry;
 
 #[derive(Debug, clap::Args)]
@@ -21,7 +23,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let settings = args.serve.settle().map_err(Failure::Config)?;
+    let settings = args.serve.resolve(&Machine::detect()).map_err(Failure::Config)?;
     telemetry::prometheus();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -40,16 +42,15 @@ async fn serve(settings: &ServeSettings) -> Result<(), Failure> {
     tokio::spawn(keep_metrics_small());
     let server = Server::bind(settings.address).map_err(Failure::Config)?;
     let address = server.address();
-    let models =
-        tokio::task::block_in_place(|| settings.models.start(|name, about| tracing::info!(model = name, "{about}")))
-            .map_err(Failure::Config)?;
+    let load = || super::start(&settings.models, |name, about| tracing::info!(model = name, "{about}"));
+    let models = tokio::task::block_in_place(load).map_err(Failure::Config)?;
     let listener = server.listen().map_err(Failure::Config)?;
     announce(settings, address, &models.iter().next().map(|model| model.name.clone()).unwrap_or_default());
     let app = App::new(models, settings.keys.clone(), settings.limits);
     // A batch that outlives the drain ends with the process: nobody joins its worker.
     std::mem::forget(Arc::clone(&app));
     listening.store(true, Ordering::Release);
-    api::serve(listener, app, settings.max_connections, settings.times, stop).await;
+    api::serve(listener, app, settings.max_connections, settings.timeouts, stop).await;
     Ok(())
 }
 
@@ -57,12 +58,12 @@ async fn serve(settings: &ServeSettings) -> Result<(), Failure> {
 fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
     let (limits, models) = (&settings.limits, &settings.models);
     tracing::info!(
-        threads = models.threads,
+        threads = models.load.limits.threads,
         max_batch_tokens = models.scheduler.max_batch_tokens,
         max_queue_tokens = models.scheduler.max_queue_tokens,
         max_documents = limits.max_documents,
         max_body_bytes = limits.max_body_bytes,
-        request_timeout_s = limits.request_deadline_s,
+        request_timeout_s = limits.request_timeout_s,
         "limits"
     );
     if settings.keys.is_open() && !address.ip().is_loopback() {

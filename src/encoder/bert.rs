@@ -9,11 +9,11 @@ use anyhow::Result;
 use super::CrossEncoder;
 use super::head::Head;
 use crate::backend::{
-    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, HostTensor, NormWeights, Place,
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, HostTensor, LayerRole, NormWeights,
 };
 use crate::batch::Batch;
-use crate::loading::config::{Architecture, ModelConfig};
-use crate::loading::weights::Weights;
+use crate::checkpoint::config::{Architecture, ModelConfig};
+use crate::checkpoint::weights::Weights;
 
 /// A BERT-family cross-encoder on a backend.
 pub struct Bert<B: Backend> {
@@ -76,9 +76,9 @@ impl<B: Backend> Bert<B> {
     /// The device's own failures.
     pub fn stages(&self, batch: &Batch) -> Result<Vec<(Stage, Vec<f32>)>, BackendError> {
         let stages = Mutex::new(Vec::new());
-        self.backend.run_observed(batch, &|lane, piece| {
-            self.forward(lane, piece, |stage, buffer| {
-                let values = self.backend.download(lane, buffer)?;
+        self.backend.run_observed(batch, &|ctx, part| {
+            self.forward(ctx, part, |stage, buffer| {
+                let values = self.backend.download(ctx, buffer)?;
                 stages.lock().unwrap_or_else(PoisonError::into_inner).push((stage, values));
                 Ok(())
             })
@@ -89,39 +89,39 @@ impl<B: Backend> Bert<B> {
     /// The forward pass: logits `[S]`. `observe` sees every stage go by.
     fn forward(
         &self,
-        lane: &B::Lane,
+        ctx: &B::ExecContext,
         batch: &Batch,
         mut observe: impl FnMut(Stage, &B::Buffer) -> Result<(), BackendError>,
     ) -> Result<Vec<f32>, BackendError> {
         let backend = &self.backend;
-        let mut hidden = backend.embed(lane, &self.embeddings, batch)?;
+        let mut hidden = backend.embed(ctx, &self.embeddings, batch)?;
         observe(Stage::Embeddings, &hidden)?;
         let last = self.layers.len() - 1;
         for (i, layer) in self.layers.iter().enumerate() {
             hidden = if i < last {
-                layer.all_tokens(backend, lane, &hidden, batch)?
+                layer.all_tokens(backend, ctx, &hidden, batch)?
             } else {
-                layer.first_tokens(backend, lane, &hidden, batch)?
+                layer.first_tokens(backend, ctx, &hidden, batch)?
             };
             observe(Stage::Layer(i), &hidden)?;
         }
-        let logits = self.head.logits(backend, lane, &hidden)?;
+        let logits = self.head.logits(backend, ctx, &hidden)?;
         observe(Stage::Logits, &logits)?;
-        backend.download(lane, &logits)
+        backend.download(ctx, &logits)
     }
 }
 
 impl<B: Backend> CrossEncoder for Bert<B> {
     fn score(&self, batch: &Batch) -> Result<Vec<f32>, BackendError> {
-        self.backend.run(batch, &|lane, piece| self.forward(lane, piece, |_, _| Ok(())))
+        self.backend.run(batch, &|ctx, part| self.forward(ctx, part, |_, _| Ok(())))
     }
 
     fn describe(&self) -> String {
         self.backend.describe()
     }
 
-    fn lanes(&self) -> usize {
-        self.backend.lanes()
+    fn max_concurrent_batches(&self) -> usize {
+        self.backend.max_concurrent_batches()
     }
 }
 
@@ -131,10 +131,14 @@ impl<B: Backend> Layer<B> {
         let names = |kind: &str| ["query", "key", "value"].map(|part| format!("{prefix}.attention.self.{part}.{kind}"));
         let (weight, bias) =
             (weights.take_stacked(&names("weight"), &[c, c])?, weights.take_stacked(&names("bias"), &[c])?);
-        let qkv = backend.linear(weight, bias, Place::Encoder)?;
+        let qkv = backend.linear(weight, bias, LayerRole::Encoder)?;
         let mut linear = |name: &str, outputs: usize, inputs: usize| -> Result<B::Linear> {
             let weight = weights.take(&format!("{prefix}.{name}.weight"), &[outputs, inputs])?;
-            Ok(backend.linear(weight, weights.take(&format!("{prefix}.{name}.bias"), &[outputs])?, Place::Encoder)?)
+            Ok(backend.linear(
+                weight,
+                weights.take(&format!("{prefix}.{name}.bias"), &[outputs])?,
+                LayerRole::Encoder,
+            )?)
         };
         let (attention_output, intermediate, output) = (
             linear("attention.output.dense", c, c)?,
@@ -162,45 +166,45 @@ impl<B: Backend> Layer<B> {
     fn all_tokens(
         &self,
         backend: &B,
-        lane: &B::Lane,
+        ctx: &B::ExecContext,
         hidden: &B::Buffer,
         batch: &Batch,
     ) -> Result<B::Buffer, BackendError> {
-        let qkv = backend.apply(lane, &self.qkv, self.columns(0, 3), hidden, Epilogue::Bias)?;
-        let context = backend.attention(lane, self.shape, &qkv, batch)?;
-        self.after_attention(backend, lane, &context, hidden)
+        let qkv = backend.apply(ctx, &self.qkv, self.columns(0, 3), hidden, Epilogue::Bias)?;
+        let context = backend.attention(ctx, self.shape, &qkv, batch)?;
+        self.after_attention(backend, ctx, &context, hidden)
     }
 
     /// The layer for what a head reads: keys and values of every token, all else of first tokens. `[T, C]` to `[S, C]`.
     fn first_tokens(
         &self,
         backend: &B,
-        lane: &B::Lane,
+        ctx: &B::ExecContext,
         hidden: &B::Buffer,
         batch: &Batch,
     ) -> Result<B::Buffer, BackendError> {
-        let first = backend.first_rows(lane, hidden, batch)?;
-        let q = backend.apply(lane, &self.qkv, self.columns(0, 1), &first, Epilogue::Bias)?;
-        let kv = backend.apply(lane, &self.qkv, self.columns(1, 3), hidden, Epilogue::Bias)?;
-        let context = backend.first_token_attention(lane, self.shape, &q, &kv, batch)?;
-        self.after_attention(backend, lane, &context, &first)
+        let first = backend.gather_cls(ctx, hidden, batch)?;
+        let q = backend.apply(ctx, &self.qkv, self.columns(0, 1), &first, Epilogue::Bias)?;
+        let kv = backend.apply(ctx, &self.qkv, self.columns(1, 3), hidden, Epilogue::Bias)?;
+        let context = backend.cls_attention(ctx, self.shape, &q, &kv, batch)?;
+        self.after_attention(backend, ctx, &context, &first)
     }
 
     /// Output projection and feed-forward, each with its residual and norm.
     fn after_attention(
         &self,
         backend: &B,
-        lane: &B::Lane,
+        ctx: &B::ExecContext,
         context: &B::Buffer,
         hidden: &B::Buffer,
     ) -> Result<B::Buffer, BackendError> {
         let (c, f) = (self.hidden_size, self.intermediate_size);
-        let attended = backend.apply(lane, &self.attention_output, 0..c, context, Epilogue::Residual(hidden))?;
-        let attended = backend.layer_norm(lane, &self.attention_norm, attended)?;
+        let attended = backend.apply(ctx, &self.attention_output, 0..c, context, Epilogue::Residual(hidden))?;
+        let attended = backend.layer_norm(ctx, &self.attention_norm, attended)?;
         let intermediate =
-            backend.apply(lane, &self.intermediate, 0..f, &attended, Epilogue::Activation(self.activation))?;
-        let output = backend.apply(lane, &self.output, 0..c, &intermediate, Epilogue::Residual(&attended))?;
-        backend.layer_norm(lane, &self.output_norm, output)
+            backend.apply(ctx, &self.intermediate, 0..f, &attended, Epilogue::Activation(self.activation))?;
+        let output = backend.apply(ctx, &self.output, 0..c, &intermediate, Epilogue::Residual(&attended))?;
+        backend.layer_norm(ctx, &self.output_norm, output)
     }
 
     /// The rows of the QKV weight from part `from` to part `to`, of Q, K, V.

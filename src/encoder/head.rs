@@ -2,9 +2,9 @@
 
 use anyhow::Result;
 
-use crate::backend::{Activation, Backend, BackendError, Epilogue, Place};
-use crate::loading::config::{Architecture, ModelConfig};
-use crate::loading::weights::Weights;
+use crate::backend::{Activation, Backend, BackendError, Epilogue, LayerRole};
+use crate::checkpoint::config::{Architecture, ModelConfig};
+use crate::checkpoint::weights::Weights;
 
 /// `out(tanh(dense(first token)))`: BERT calls the two layers pooler and classifier, RoBERTa classifier.dense and out_proj.
 pub(super) struct Head<B: Backend> {
@@ -22,15 +22,20 @@ impl<B: Backend> Head<B> {
         };
         let mut linear = |name: &str, outputs: usize| -> Result<B::Linear> {
             let weight = weights.take(&format!("{name}.weight"), &[outputs, c])?;
-            Ok(backend.linear(weight, weights.take(&format!("{name}.bias"), &[outputs])?, Place::Head)?)
+            Ok(backend.linear(weight, weights.take(&format!("{name}.bias"), &[outputs])?, LayerRole::Head)?)
         };
         Ok(Self { dense: linear(dense, c)?, out: linear(out, 1)?, hidden_size: c })
     }
 
     /// `[S, C]` to `[S, 1]`.
-    pub(super) fn logits(&self, backend: &B, lane: &B::Lane, first: &B::Buffer) -> Result<B::Buffer, BackendError> {
+    pub(super) fn logits(
+        &self,
+        backend: &B,
+        ctx: &B::ExecContext,
+        first: &B::Buffer,
+    ) -> Result<B::Buffer, BackendError> {
         let dense =
-            backend.apply(lane, &self.dense, 0..self.hidden_size, first, Epilogue::Activation(Activation::Tanh))?;
-        backend.apply(lane, &self.out, 0..1, &dense, Epilogue::Bias)
+            backend.apply(ctx, &self.dense, 0..self.hidden_size, first, Epilogue::Activation(Activation::Tanh))?;
+        backend.apply(ctx, &self.out, 0..1, &dense, Epilogue::Bias)
     }
 }

@@ -13,8 +13,8 @@ use anyhow::Result;
 
 use crate::backend::{Backend, BackendError};
 use crate::batch::Batch;
-use crate::loading::config::{Architecture, ModelConfig};
-use crate::loading::weights::Weights;
+use crate::checkpoint::config::{Architecture, ModelConfig};
+use crate::checkpoint::weights::Weights;
 
 /// A model that scores pairs: what a worker drives, whatever the architecture and the device.
 pub trait CrossEncoder: Send + Sync {
@@ -28,7 +28,7 @@ pub trait CrossEncoder: Send + Sync {
     fn describe(&self) -> String;
 
     /// Batches that it computes at the same time, each by a caller of its own. One where a batch takes the whole device.
-    fn lanes(&self) -> usize {
+    fn max_concurrent_batches(&self) -> usize {
         1
     }
 }

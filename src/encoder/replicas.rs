@@ -38,9 +38,9 @@ impl Replicas {
 }
 
 /// Gives the place back, whatever became of the batch.
-struct Place<'a>(&'a AtomicUsize);
+struct InFlight<'a>(&'a AtomicUsize);
 
-impl Drop for Place<'_> {
+impl Drop for InFlight<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
     }
@@ -51,7 +51,7 @@ impl CrossEncoder for Replicas {
         let Some(replica) = self.choose() else {
             return Err(BackendError::Failed("there is no device".into()));
         };
-        let _place = Place(&replica.batches);
+        let _in_flight = InFlight(&replica.batches);
         replica.encoder.score(batch)
     }
 
@@ -59,8 +59,8 @@ impl CrossEncoder for Replicas {
         self.0.iter().map(|replica| replica.encoder.describe()).collect::<Vec<_>>().join(" + ")
     }
 
-    fn lanes(&self) -> usize {
-        self.0.iter().map(|replica| replica.encoder.lanes()).sum()
+    fn max_concurrent_batches(&self) -> usize {
+        self.0.iter().map(|replica| replica.encoder.max_concurrent_batches()).sum()
     }
 }
 
@@ -90,7 +90,10 @@ mod tests {
         let barrier = Arc::new(Barrier::new(3));
         let replica = |i| Arc::new(Numbered(i as f32, Arc::clone(&barrier))) as Arc<dyn CrossEncoder>;
         let replicas = Replicas::of((0..3).map(replica).collect());
-        assert_eq!((replicas.lanes(), replicas.describe().as_str()), (3, "number 0 + number 1 + number 2"));
+        assert_eq!(
+            (replicas.max_concurrent_batches(), replicas.describe().as_str()),
+            (3, "number 0 + number 1 + number 2")
+        );
         let batch = Batch::pack([&Pair::new(vec![1], vec![0])]);
         let mut scores = std::thread::scope(|scope| {
             let calls: Vec<_> = (0..3).map(|_| scope.spawn(|| replicas.score(&batch).unwrap()[0])).collect();

@@ -1,9 +1,5 @@
-//! The model hub: its cache on disk, and verified downloads into it, in the layout that every other tool shares.
-//!
-//! `HF_HOME` (or `HF_HUB_CACHE`) places the cache, `HF_ENDPOINT` names a mirror, `HF_TOKEN` opens gated repositories, and
-//! `HF_HUB_OFFLINE=1` forbids the network.
+//! The model hub: its cache on disk, and verified downloads into it, in the layout that other tools share.
 
-use std::env;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -13,15 +9,33 @@ use hf_hub::{Cache, Repo, RepoType};
 use indicatif::ProgressBar;
 use sha2::{Digest, Sha256};
 
+use crate::secret::Secret;
 use crate::telemetry;
 
 const RETRIES: usize = 4;
 
-/// The hub as the environment describes it.
+/// Where the hub is, and where its files are cached.
+#[derive(Debug, Clone)]
+pub struct HubOptions {
+    /// Folder of the cached repositories.
+    pub cache: PathBuf,
+    /// Base URL of the hub or of a mirror.
+    pub endpoint: String,
+    /// Access token for gated and private repositories.
+    pub token: Option<Secret>,
+    /// Use cached files only.
+    pub offline: bool,
+}
+
+impl HubOptions {
+    pub const DEFAULT_ENDPOINT: &str = "https://huggingface.co";
+}
+
+/// The hub and its cache.
 #[derive(Debug, Clone)]
 pub struct Hub {
+    options: HubOptions,
     cache: Cache,
-    offline: bool,
 }
 
 /// One revision of one repository.
@@ -34,15 +48,9 @@ pub struct Revision {
 }
 
 impl Hub {
-    /// Reads the environment. Nothing is contacted yet.
-    pub fn from_env() -> Self {
-        let cache = match env::var_os("HF_HUB_CACHE") {
-            Some(path) => Cache::new(PathBuf::from(path)),
-            None => Cache::from_env(),
-        };
-        let offline = env::var("HF_HUB_OFFLINE")
-            .is_ok_and(|v| !matches!(v.to_lowercase().as_str(), "" | "0" | "false" | "no" | "off"));
-        Self { cache, offline }
+    /// Nothing is contacted yet.
+    pub fn new(options: HubOptions) -> Self {
+        Self { cache: Cache::new(options.cache.clone()), options }
     }
 
     /// The folder that holds the cached repositories.
@@ -74,7 +82,7 @@ impl Hub {
         if let Some(path) = self.cached(at, file) {
             return Ok(Some(path));
         }
-        if self.offline {
+        if self.options.offline {
             return Ok(None);
         }
         let api = self.api()?;
@@ -87,17 +95,19 @@ impl Hub {
         }
     }
 
-    /// Whether the environment forbids the network.
+    /// Whether only cached files may be used.
     pub fn is_offline(&self) -> bool {
-        self.offline
+        self.options.offline
     }
 
     fn api(&self) -> Result<Api> {
-        let mut builder = ApiBuilder::from_env().with_cache_dir(self.cache.path().clone()).with_retries(RETRIES);
-        if let Ok(token) = env::var("HF_TOKEN") {
-            builder = builder.with_token(Some(token).filter(|token| !token.is_empty()));
-        }
-        builder.build().context("cannot set up the hub client")
+        ApiBuilder::new()
+            .with_cache_dir(self.options.cache.clone())
+            .with_endpoint(self.options.endpoint.clone())
+            .with_token(self.options.token.as_ref().map(|token| token.reveal().to_owned()))
+            .with_retries(RETRIES)
+            .build()
+            .context("cannot set up the hub client")
     }
 }
 

@@ -1,16 +1,15 @@
 //! From a model's name to a model that scores. Called once, at start; no I/O of the program is below it.
 
 pub mod catalogue;
-pub mod config;
 pub mod download;
 pub mod source;
-pub mod weights;
 
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
+use crate::backend::Timed;
 use crate::backend::candle::CandleBackend;
 use crate::backend::cpu::{self, CpuBackend};
 use crate::backend::profile::{Profile, Profiled};
@@ -19,63 +18,67 @@ use crate::backend::{
     AttentionShape,
     cuda::{CudaBackend, CudaOptions},
 };
-use crate::backend::{Backend, Dtype};
+use crate::backend::{Backend, cpu::CpuDtype};
 use crate::batch::Batch;
+use crate::checkpoint::config::ModelConfig;
+use crate::checkpoint::weights::Weights;
 #[cfg(feature = "cuda")]
 use crate::encoder::Replicas;
 use crate::encoder::{self, CrossEncoder};
 use crate::telemetry;
 use crate::text::{TextEncoder, TextLimits};
-use config::ModelConfig;
 use download::Hub;
 use source::{ModelSource, WeightsFile};
-use weights::Weights;
 
 /// The window of a model that the catalogue does not know, where its positions allow more.
 const DEFAULT_WINDOW: usize = 1024;
 
-/// Where a model computes, and in what precision.
+/// The device that a model computes on, and its precision.
 #[derive(Debug, Clone)]
 pub enum DeviceChoice {
-    /// The processor, on these threads.
-    Cpu(Dtype, Arc<cpu::Pool>),
-    /// candle on the processor, in f32: portable, and the definition of right.
-    Candle,
-    /// NVIDIA cards by their numbers, each with the whole model.
+    /// The CPU kernels, on a thread pool that all models share.
+    Cpu { dtype: CpuDtype, threads: usize, pin_threads: bool },
+    /// candle on the CPU, in f32: the reference implementation.
+    Candle { threads: usize },
+    /// NVIDIA GPUs by ordinal, each with a copy of the model.
     #[cfg(feature = "cuda")]
     Cuda(Vec<usize>, CudaOptions),
-    /// candle's own CUDA kernels, on this device.
+    /// candle's own CUDA kernels.
     #[cfg(feature = "candle-cuda")]
-    CandleCuda(usize),
+    CandleCuda { ordinal: usize, threads: usize },
 }
 
 impl DeviceChoice {
-    /// A word for tables.
+    /// The precision, or the implementation where it has only one: for tables.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Cpu(Dtype::F32, _) => "f32",
-            Self::Cpu(Dtype::Bf16, _) => "bf16",
-            Self::Cpu(Dtype::Int8, _) => "int8",
-            Self::Candle => "candle",
+            Self::Cpu { dtype, .. } => dtype.name(),
+            Self::Candle { .. } => "candle",
             #[cfg(feature = "cuda")]
-            Self::Cuda(_, options) => options.element.name(),
+            Self::Cuda(_, options) => options.dtype.name(),
             #[cfg(feature = "candle-cuda")]
-            Self::CandleCuda(_) => "candle-cuda",
+            Self::CandleCuda { .. } => "candle-cuda",
         }
     }
 }
 
-/// What loading is told beside the model itself.
+/// How to load models.
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
-    /// Where it computes.
     pub device: DeviceChoice,
-    /// Overrides the model's default window.
+    /// Overrides each model's default window, in tokens.
     pub window: Option<usize>,
-    /// The other limits of its texts; its `window` is decided here.
     pub limits: TextLimits,
-    /// Has each operation timed, and what is found added here. For benches: it makes a model slower.
+    /// Times every operation and adds the times here. It slows the model down; for benches.
     pub profile: Option<Arc<Profile>>,
+}
+
+/// Loads models onto one device. Models that are loaded by the same loader share its compute threads.
+#[derive(Debug)]
+pub struct Loader<'a> {
+    hub: &'a Hub,
+    options: &'a LoadOptions,
+    pool: Option<Arc<cpu::ThreadPool>>,
 }
 
 /// A model that is ready to score.
@@ -88,6 +91,8 @@ pub struct LoadedModel {
     pub text: TextEncoder,
     /// Pairs to logits.
     pub encoder: Arc<dyn CrossEncoder>,
+    /// Precision of the GEMMs, or the implementation's name.
+    pub dtype: &'static str,
     /// Rows of the word embedding: every token id is below it.
     pub vocabulary: usize,
     /// Implementation, precision and device; dimensions; seconds to load.
@@ -103,49 +108,93 @@ impl std::fmt::Debug for LoadedModel {
     }
 }
 
-/// Loads a model and has it score one pair.
-///
-/// # Errors
-/// Anything about its files that does not fit together, naming the file, the tensor and what was expected.
-pub fn load(source: &ModelSource, hub: &Hub, options: &LoadOptions) -> Result<LoadedModel> {
-    let start = Instant::now();
-    let files = source.files(hub)?;
-    let (config_json, config_file) = &files.config;
-    let config = ModelConfig::parse(config_json).with_context(|| config_file.clone())?;
-    let window = window(source, &config, options.window)?;
-    let (tokenizer_json, tokenizer_file) = &files.tokenizer;
-    let text = TextEncoder::new(tokenizer_json, config.vocab_size, TextLimits { window, ..options.limits })
-        .with_context(|| tokenizer_file.clone())?;
-    check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
-    let encoder = load_encoder(&config, &files.weights, options, &source.name)?;
-    check_score(encoder.as_ref(), &text)?;
-    let description = format!(
-        "{}; {} layers x {}; window {window}; loaded in {:.1} s",
-        encoder.describe(),
-        config.layers,
-        config.hidden_size,
-        start.elapsed().as_secs_f64()
-    );
-    // A name of the operator's own stands alone: the same model may be served twice, at two revisions.
-    let entry = source.entry.filter(|entry| entry.name == source.name);
-    let mut aliases: Vec<String> = entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
-    aliases.push(catalogue::short_name(&source.name).to_owned());
-    aliases.retain(|alias| !alias.eq_ignore_ascii_case(&source.name));
-    aliases.dedup();
-    Ok(LoadedModel { name: source.name.clone(), aliases, text, encoder, vocabulary: config.vocab_size, description })
-}
+impl<'a> Loader<'a> {
+    /// Starts the compute threads that the device needs.
+    ///
+    /// # Errors
+    /// The operating system refuses the threads.
+    pub fn new(hub: &'a Hub, options: &'a LoadOptions) -> Result<Self> {
+        let pool = match options.device {
+            DeviceChoice::Cpu { threads, pin_threads, .. } => {
+                let pool = cpu::ThreadPool::new(threads, pin_threads);
+                Some(Arc::new(pool.with_context(|| format!("cannot start {threads} compute threads (--threads)"))?))
+            }
+            _ => None,
+        };
+        Ok(Self { hub, options, pool })
+    }
 
-fn load_encoder(
-    config: &ModelConfig,
-    file: &WeightsFile,
-    options: &LoadOptions,
-    name: &str,
-) -> Result<Arc<dyn CrossEncoder>> {
-    /// Loads the weights, with a progress bar, onto one device.
-    fn onto<B: Backend>(
+    /// Loads a model and scores one pair with it.
+    ///
+    /// # Errors
+    /// Files that are missing, damaged or do not belong together; the message names the file, the tensor and what was expected.
+    pub fn load(&self, source: &ModelSource) -> Result<LoadedModel> {
+        self.load_files(source).with_context(|| format!("cannot load {}", source.name))
+    }
+
+    fn load_files(&self, source: &ModelSource) -> Result<LoadedModel> {
+        let start = Instant::now();
+        let files = source.files(self.hub)?;
+        let (config_json, config_file) = &files.config;
+        let config = ModelConfig::parse(config_json).with_context(|| config_file.clone())?;
+        let window = window(source, &config, self.options.window)?;
+        let (tokenizer_json, tokenizer_file) = &files.tokenizer;
+        let text = TextEncoder::new(tokenizer_json, config.vocab_size, window, self.options.limits)
+            .with_context(|| tokenizer_file.clone())?;
+        check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
+        let encoder = self.encoder(&config, &files.weights, &source.name)?;
+        check_score(encoder.as_ref(), &text)?;
+        let description = format!(
+            "{}; {} layers x {}; window {window}; loaded in {:.1} s",
+            encoder.describe(),
+            config.layers,
+            config.hidden_size,
+            start.elapsed().as_secs_f64()
+        );
+        // A name given by the operator gets no aliases from the catalogue: the same model may be served twice, at two revisions.
+        let entry = source.entry.filter(|entry| entry.name == source.name);
+        let mut aliases: Vec<String> = entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
+        aliases.push(catalogue::short_name(&source.name).to_owned());
+        aliases.retain(|alias| !alias.eq_ignore_ascii_case(&source.name));
+        aliases.dedup();
+        Ok(LoadedModel {
+            name: source.name.clone(),
+            aliases,
+            text,
+            dtype: self.options.device.name(),
+            encoder,
+            vocabulary: config.vocab_size,
+            description,
+        })
+    }
+
+    fn encoder(&self, config: &ModelConfig, file: &WeightsFile, name: &str) -> Result<Arc<dyn CrossEncoder>> {
+        match (&self.options.device, &self.pool) {
+            (DeviceChoice::Cpu { dtype, .. }, Some(pool)) => {
+                self.encoder_on(config, file, name, CpuBackend::new(*dtype, Arc::clone(pool)))
+            }
+            (DeviceChoice::Cpu { .. }, None) => bail!("the CPU backend has no thread pool"),
+            (DeviceChoice::Candle { threads }, _) => self.encoder_on(config, file, name, CandleBackend::cpu(*threads)?),
+            #[cfg(feature = "cuda")]
+            (DeviceChoice::Cuda(ordinals, options), _) => {
+                let shape = AttentionShape { heads: config.heads, head_size: config.hidden_size / config.heads };
+                let replica = |&ordinal: &usize| {
+                    self.encoder_on(config, file, name, CudaBackend::open(ordinal, shape, options.clone())?)
+                };
+                Ok(Replicas::of(ordinals.iter().map(replica).collect::<Result<_>>()?))
+            }
+            #[cfg(feature = "candle-cuda")]
+            (DeviceChoice::CandleCuda { ordinal, threads }, _) => {
+                self.encoder_on(config, file, name, CandleBackend::cuda(*ordinal, *threads)?)
+            }
+        }
+    }
+
+    /// Loads the weights onto `backend`, with a progress bar.
+    fn encoder_on<B: Backend + Timed>(
+        &self,
         config: &ModelConfig,
         file: &WeightsFile,
-        profile: Option<&Arc<Profile>>,
         name: &str,
         backend: B,
     ) -> Result<Arc<dyn CrossEncoder>> {
@@ -156,26 +205,12 @@ fn load_encoder(
         let bar = telemetry::progress_bytes(weights.bytes(), &format!("loading {name}"));
         let observed = bar.clone();
         weights.on_progress(move |bytes| observed.inc(bytes));
-        let encoder = match profile {
+        let encoder = match &self.options.profile {
             Some(profile) => encoder::load(config, weights, Profiled::new(backend, Arc::clone(profile))),
             None => encoder::load(config, weights, backend),
         };
         bar.finish_and_clear();
         encoder
-    }
-    let profile = options.profile.as_ref();
-    match &options.device {
-        DeviceChoice::Cpu(dtype, pool) => onto(config, file, profile, name, CpuBackend::new(*dtype, Arc::clone(pool))),
-        DeviceChoice::Candle => onto(config, file, profile, name, CandleBackend::cpu()),
-        #[cfg(feature = "cuda")]
-        DeviceChoice::Cuda(ordinals, options) => {
-            let shape = AttentionShape { heads: config.heads, head_size: config.hidden_size / config.heads };
-            let replica =
-                |&ordinal: &usize| onto(config, file, profile, name, CudaBackend::open(ordinal, shape, *options)?);
-            Ok(Replicas::of(ordinals.iter().map(replica).collect::<Result<_>>()?))
-        }
-        #[cfg(feature = "candle-cuda")]
-        DeviceChoice::CandleCuda(ordinal) => onto(config, file, profile, name, CandleBackend::cuda(*ordinal)?),
     }
 }
 

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::catalogue::{self, Entry};
 use super::download::{Hub, Revision};
-use super::weights::shard_names;
+use crate::checkpoint::weights::shard_names;
 
 /// Checkpoints that we read, best first.
 const WEIGHT_FILES: [&str; 3] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
@@ -20,7 +20,7 @@ pub struct ModelSource {
     /// The catalogue's entry, where there is one.
     pub entry: Option<&'static Entry>,
     /// Where the files are.
-    pub place: Place,
+    pub location: ModelLocation,
 }
 
 /// The model that is part of the binary, served when no other is asked for.
@@ -28,7 +28,7 @@ pub const BUILTIN: &str = "rerankd-mini";
 
 /// Where a model's files are.
 #[derive(Debug, Clone)]
-pub enum Place {
+pub enum ModelLocation {
     /// The binary itself.
     Builtin,
     /// A folder with config.json, tokenizer.json and a checkpoint.
@@ -79,26 +79,26 @@ impl ModelSource {
             let base = folder.file_name().map_or_else(|| model.into(), |name| name.to_string_lossy().into_owned());
             let entry = catalogue::find(&base);
             let name = entry.map_or(base, |entry| entry.name.clone());
-            return Ok(Self { name, entry, place: Place::Folder(folder) });
+            return Ok(Self { name, entry, location: ModelLocation::Folder(folder) });
         }
         let (repository, revision) = match model.split_once('@') {
             Some((repository, revision)) => (repository, Some(revision.to_owned())),
             None => (model, None),
         };
         if let Some(entry) = catalogue::find(repository) {
-            let place = match &entry.hub {
-                None => Place::Builtin,
+            let location = match &entry.hub {
+                None => ModelLocation::Builtin,
                 Some(hub) => {
                     let revision = revision.unwrap_or_else(|| hub.revision.clone());
-                    Place::Hub(Revision { repository: hub.repository.clone(), revision }, Some(&hub.weights))
+                    ModelLocation::Hub(Revision { repository: hub.repository.clone(), revision }, Some(&hub.weights))
                 }
             };
-            return Ok(Self { name: entry.name.clone(), entry: Some(entry), place });
+            return Ok(Self { name: entry.name.clone(), entry: Some(entry), location });
         }
         if is_hub_name(repository) {
             let at =
                 Revision { repository: repository.to_owned(), revision: revision.unwrap_or_else(|| "main".to_owned()) };
-            return Ok(Self { name: repository.to_owned(), entry: None, place: Place::Hub(at, None) });
+            return Ok(Self { name: repository.to_owned(), entry: None, location: ModelLocation::Hub(at, None) });
         }
         let known: Vec<&str> = catalogue::entries().iter().map(|entry| entry.name.as_str()).collect();
         bail!(
@@ -109,9 +109,9 @@ impl ModelSource {
 
     /// Whether everything that loading needs is on this machine already.
     pub fn is_cached(&self, hub: &Hub) -> bool {
-        match &self.place {
-            Place::Builtin | Place::Folder(_) => true,
-            Place::Hub(at, weights) => {
+        match &self.location {
+            ModelLocation::Builtin | ModelLocation::Folder(_) => true,
+            ModelLocation::Hub(at, weights) => {
                 let weights = weights.map_or(WEIGHT_FILES.to_vec(), |file| vec![file]);
                 ["config.json", "tokenizer.json"].iter().all(|file| hub.cached(at, file).is_some())
                     && weights.iter().any(|file| hub.cached(at, file).is_some())
@@ -124,10 +124,10 @@ impl ModelSource {
     /// # Errors
     /// A file that is missing or cannot be had, by name.
     pub fn files(&self, hub: &Hub) -> Result<ModelFiles> {
-        match &self.place {
-            Place::Builtin => Ok(builtin_files()),
-            Place::Folder(folder) => folder_files(folder),
-            Place::Hub(at, weights) => hub_files(hub, at, *weights),
+        match &self.location {
+            ModelLocation::Builtin => Ok(builtin_files()),
+            ModelLocation::Folder(folder) => folder_files(folder),
+            ModelLocation::Hub(at, weights) => hub_files(hub, at, *weights),
         }
     }
 }
@@ -215,10 +215,12 @@ mod tests {
     fn names_are_told_apart() {
         let source = ModelSource::parse("small=BAAI/bge-reranker-base").unwrap();
         assert_eq!(source.name, "small");
-        assert!(matches!(source.place, Place::Hub(at, Some("model.safetensors")) if at.revision.len() == 40));
+        assert!(
+            matches!(source.location, ModelLocation::Hub(at, Some("model.safetensors")) if at.revision.len() == 40)
+        );
         let source = ModelSource::parse("someone/their-reranker@v2").unwrap();
         assert!(
-            matches!(source.place, Place::Hub(at, None) if at.revision == "v2" && at.repository == "someone/their-reranker")
+            matches!(source.location, ModelLocation::Hub(at, None) if at.revision == "v2" && at.repository == "someone/their-reranker")
         );
     }
 

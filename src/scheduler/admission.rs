@@ -1,4 +1,4 @@
-//! Work is admitted whole and measured in tokens: a request either fits the queue's budget or is refused at once.
+//! BatchJob is admitted whole and measured in tokens: a request either fits the queue's budget or is refused at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};

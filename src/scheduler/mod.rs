@@ -68,7 +68,7 @@ impl Scheduler {
     /// # Errors
     /// The operating system has no thread for one.
     pub fn start(model: &str, encoder: Arc<dyn CrossEncoder>, limits: SchedulerLimits) -> std::io::Result<Self> {
-        let lanes = encoder.lanes();
+        let lanes = encoder.max_concurrent_batches();
         let admission = Arc::new(Admission::new(model, limits.max_queue_tokens, lanes));
         let queue = Arc::new(Queue::new(limits.max_batch_tokens));
         let mut scheduler = Self { admission, queue, workers: Vec::with_capacity(lanes) };

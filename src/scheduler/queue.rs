@@ -22,12 +22,12 @@ pub(super) struct NewJob {
 
 /// A batch that a worker has taken: pairs of one request or several, to be delivered or failed.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(super) struct BatchJob {
     number: u64,
     parts: Vec<(Slice, Arc<[Pair]>)>,
 }
 
-impl Work {
+impl BatchJob {
     pub(super) fn pairs(&self) -> impl Iterator<Item = &Pair> {
         self.parts.iter().flat_map(|(slice, all)| &all[slice.pairs.clone()])
     }
@@ -98,10 +98,10 @@ impl Queue {
     }
 
     /// The next batch's pairs, waiting for some to come. `None` when the queue is closed and empty.
-    pub(super) fn take(&self) -> Option<Work> {
+    pub(super) fn take(&self) -> Option<BatchJob> {
         let mut state = self.lock();
         loop {
-            state.drop_departed();
+            state.reap_cancelled();
             let batch = plan::next_batch(&mut state.waiting, self.max_batch_tokens);
             if !batch.is_empty() {
                 if !state.waiting.is_empty() {
@@ -117,7 +117,7 @@ impl Queue {
     }
 
     /// Puts a batch's logits, in the order of its pairs, into their requests' slots. Complete requests are answered.
-    pub(super) fn deliver(&self, work: &Work, logits: &[f32]) {
+    pub(super) fn deliver(&self, work: &BatchJob, logits: &[f32]) {
         let mut state = self.lock();
         if logits.iter().all(|logit| logit.is_finite()) {
             state.last_success = Some(Instant::now());
@@ -142,7 +142,7 @@ impl Queue {
     }
 
     /// Answers every request that had pairs in a failed batch.
-    pub(super) fn fail(&self, work: &Work, error: impl Fn() -> RerankError) {
+    pub(super) fn fail(&self, work: &BatchJob, error: impl Fn() -> RerankError) {
         let mut state = self.lock();
         state.running.remove(&work.number);
         for (slice, _) in &work.parts {
@@ -172,7 +172,7 @@ impl Queue {
 
 impl State {
     /// Forgets requests whose client has gone or whose deadline has passed.
-    fn drop_departed(&mut self) {
+    fn reap_cancelled(&mut self) {
         let now = Instant::now();
         let expired = |job: &Job| job.new.deadline.filter(|deadline| deadline.at <= now);
         let departed = |job: &Job| job.new.reply.is_closed() || expired(job).is_some();
@@ -186,7 +186,7 @@ impl State {
         }
     }
 
-    fn begin(&mut self, batch: Vec<Slice>) -> Work {
+    fn begin(&mut self, batch: Vec<Slice>) -> BatchJob {
         let now = Instant::now();
         let number = self.taken;
         self.taken += 1;
@@ -196,7 +196,7 @@ impl State {
             job.started.get_or_insert(now);
             Some((slice, Arc::clone(&job.new.pairs)))
         };
-        Work { number, parts: batch.into_iter().filter_map(part).collect() }
+        BatchJob { number, parts: batch.into_iter().filter_map(part).collect() }
     }
 
     fn fail(&mut self, id: u64, error: RerankError) {

@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use super::admission::Admission;
-use super::queue::{Queue, Work};
+use super::queue::{BatchJob, Queue};
 use crate::backend::BackendError;
 use crate::batch::Batch;
 use crate::encoder::CrossEncoder;
@@ -15,9 +15,9 @@ use crate::error::RerankError;
 /// EX_SOFTWARE: the device is lost, and only a new process gets it back.
 const DEVICE_LOST: i32 = 70;
 /// For the answers that tell of it to leave the process.
-const LAST_WORDS: Duration = Duration::from_millis(250);
+const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
 /// How long the process may take to end in good order.
-const LAST_BREATH: Duration = Duration::from_secs(5);
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Starts a worker. It ends when the queue is closed and empty.
 pub(super) fn spawn(
@@ -53,18 +53,18 @@ pub(super) fn spawn(
 
 /// A failure, or a panic, is the batch's own: the worker goes on with the next. A lost device is the end of the process,
 /// which would otherwise stay up and answer nothing but errors.
-fn fail(queue: &Queue, work: &Work, error: &BackendError) {
+fn fail(queue: &Queue, work: &BatchJob, error: &BackendError) {
     let cause = error.to_string();
     match error {
         BackendError::OutOfMemory(_) => queue.fail(work, || RerankError::OutOfMemory),
         _ => queue.fail(work, || RerankError::Internal(anyhow::anyhow!("{cause}"))),
     }
     if let BackendError::DeviceLost(_) = error {
-        thread::sleep(LAST_WORDS);
+        thread::sleep(RESPONSE_FLUSH_GRACE);
         tracing::error!("the device is lost: ending with code {DEVICE_LOST}, to be started again");
         // The driver's own exit handlers run now, and may wait for a card that never answers.
         thread::spawn(|| {
-            thread::sleep(LAST_BREATH);
+            thread::sleep(EXIT_TIMEOUT);
             std::process::abort();
         });
         std::process::exit(DEVICE_LOST);

@@ -3,14 +3,12 @@
 #![allow(dead_code, reason = "each test file is a crate of its own and uses some of this")]
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::Result;
-use rerankd::backend::Dtype;
-use rerankd::backend::cpu::Pool;
-use rerankd::loading::download::Hub;
+use rerankd::backend::cpu::CpuDtype;
+use rerankd::loading::download::{Hub, HubOptions};
 use rerankd::loading::source::ModelSource;
-use rerankd::loading::{self, DeviceChoice, LoadOptions, LoadedModel};
+use rerankd::loading::{DeviceChoice, LoadOptions, LoadedModel, Loader};
 use rerankd::text::{Tail, TextLimits};
 use serde::Deserialize;
 
@@ -38,9 +36,8 @@ pub(crate) fn real(test: &str, name: &str) -> Option<PathBuf> {
 }
 
 /// Limits that cut nothing but what a test is about.
-pub(crate) fn limits(window: usize) -> TextLimits {
+pub(crate) fn limits() -> TextLimits {
     TextLimits {
-        window,
         max_query_tokens: None,
         max_document_chars: 1 << 20,
         max_request_tokens: 1 << 22,
@@ -51,19 +48,24 @@ pub(crate) fn limits(window: usize) -> TextLimits {
 
 /// Loads a folder as a start of the server does, on the reference backend.
 pub(crate) fn load(folder: &Path) -> Result<LoadedModel> {
-    load_on(DeviceChoice::Candle, folder)
+    load_on(DeviceChoice::Candle { threads: 2 }, folder)
 }
 
 /// Our own backend for processors.
-pub(crate) fn cpu(dtype: Dtype, threads: usize) -> DeviceChoice {
-    DeviceChoice::Cpu(dtype, Arc::new(Pool::new(threads, false).unwrap()))
+pub(crate) fn cpu(dtype: CpuDtype, threads: usize) -> DeviceChoice {
+    DeviceChoice::Cpu { dtype, threads, pin_threads: false }
 }
 
 /// [`load`] on a device.
 pub(crate) fn load_on(device: DeviceChoice, folder: &Path) -> Result<LoadedModel> {
     let source = ModelSource::parse(&folder.display().to_string())?;
-    let options = LoadOptions { device, window: None, limits: limits(0), profile: None };
-    loading::load(&source, &Hub::from_env(), &options)
+    let options = LoadOptions { device, window: None, limits: limits(), profile: None };
+    Loader::new(&offline_hub(), &options)?.load(&source)
+}
+
+/// A hub that is never contacted, with an empty cache.
+pub(crate) fn offline_hub() -> Hub {
+    Hub::new(HubOptions { cache: PathBuf::new(), endpoint: String::new(), token: None, offline: true })
 }
 
 /// A paragraph of XQuAD and the questions that it answers.

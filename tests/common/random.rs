@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use rerankd::loading::config::{Architecture, ModelConfig};
+use rerankd::checkpoint::config::{Architecture, ModelConfig};
 use serde_json::json;
 
 /// Every tensor of a cross-encoder of this shape.

@@ -19,8 +19,8 @@ use rerankd::backend::BackendError;
 use rerankd::batch::Batch;
 use rerankd::encoder::CrossEncoder;
 use rerankd::loading::LoadedModel;
-use rerankd::models::{Model, Models};
 use rerankd::scheduler::SchedulerLimits;
+use rerankd::served::{Model, Models};
 use rerankd::text::{Tail, TextEncoder, TextLimits};
 use serde_json::{Value, json};
 use tower::ServiceExt;
@@ -31,8 +31,8 @@ pub const LIMITS: ApiLimits = ApiLimits {
     max_documents: 100,
     max_body_bytes: 1 << 20,
     max_inflight_bytes: 4 << 20,
-    body_deadline: Duration::from_secs(5),
-    request_deadline_s: 20,
+    body_timeout: Duration::from_secs(5),
+    request_timeout_s: 20,
 };
 
 pub const QUEUE: SchedulerLimits = SchedulerLimits { max_batch_tokens: 256, max_queue_tokens: 50_000 };
@@ -116,18 +116,18 @@ pub fn tokenizer_json() -> String {
 /// A stub model of this name; `bias` is added to its logits.
 pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch>) {
     let limits = TextLimits {
-        window: 64,
         max_query_tokens: None,
         max_document_chars: 100_000,
         max_request_tokens: 20_000,
         tail: Tail::Aligned,
         threads: 2,
     };
-    let text = TextEncoder::new(tokenizer_json().as_bytes(), 3 + WORDS.len(), limits).unwrap();
+    let text = TextEncoder::new(tokenizer_json().as_bytes(), 3 + WORDS.len(), 64, limits).unwrap();
     let watch = Arc::new(Watch::default());
     let encoder = Arc::new(Stub { watch: Arc::clone(&watch), bias });
     let (vocabulary, description) = (3 + WORDS.len(), String::new());
-    let loaded = LoadedModel { name: name.to_owned(), aliases: vec![], text, encoder, vocabulary, description };
+    let loaded =
+        LoadedModel { name: name.to_owned(), aliases: vec![], text, encoder, dtype: "f32", vocabulary, description };
     (Model::start(loaded, queue).unwrap(), watch)
 }
 

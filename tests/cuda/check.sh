@@ -10,7 +10,7 @@ if ! command -v g++ >/dev/null; then
     exit 0
 fi
 here=$(cd "$(dirname "$0")" && pwd)
-kernels=$here/../../src/backend/cuda/kernels.cu
+kernels=$here/../../src/backend/cuda/kernels/kernels.cu
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -11,7 +11,7 @@
 #include "emulator.h"
 
 #ifndef KERNELS_CU
-#define KERNELS_CU "../../src/backend/cuda/kernels.cu"
+#define KERNELS_CU "../../src/backend/cuda/kernels/kernels.cu"
 #endif
 #include KERNELS_CU
 
@@ -22,15 +22,15 @@ EMULATED_KERNEL(attention)
 EMULATED_KERNEL(attention_wgmma)
 #endif
 #ifdef HAS_PRODUCT_WGMMA
-EMULATED_KERNEL(product_wgmma)
+EMULATED_KERNEL(gemm_wgmma)
 #endif
-EMULATED_KERNEL(first_token_attention)
-EMULATED_KERNEL(first_rows)
+EMULATED_KERNEL(cls_attention)
+EMULATED_KERNEL(gather_cls)
 EMULATED_KERNEL(activate)
 #ifdef ELEMENT_FP8
 EMULATED_KERNEL(quantise)
 #endif
-EMULATED_KERNEL(widen)
+EMULATED_KERNEL(to_f32)
 EMULATED_KERNEL(head_dense)
 EMULATED_KERNEL(head_out)
 
@@ -372,7 +372,7 @@ void check_attention() {
 void run_first_token(const Batch& batch, Buffer<element>& q, Buffer<element>& kv, Buffer<element>& out) {
     auto counts = Buffer<u32>::of(batch.counts());
     auto offsets = Buffer<u32>::of(batch.offsets);
-    launch(emulated_kernel_first_token_attention, {batch.sequences() + 1, H}, 128, 0, counts.data(), offsets.data(), q.data(),
+    launch(emulated_kernel_cls_attention, {batch.sequences() + 1, H}, 128, 0, counts.data(), offsets.data(), q.data(),
            kv.data(), out.data(), SCALE);
 }
 
@@ -403,7 +403,7 @@ void check_first_token_of(const char* name, const std::vector<u32>& lengths, dou
         run_first_token(alone, own_q, own_kv, own_out);
         same = same && out.same_bits(own_out, own, 0, C);
     }
-    const std::string what = std::string("first_token_attention, ") + name + ", " + lengths_text(lengths);
+    const std::string what = std::string("cls_attention, ") + name + ", " + lengths_text(lengths);
     check(what, out, reference, D, bound);
     if (lengths.size() > 1) check_same(what + ", alone", same);
 }
@@ -422,12 +422,12 @@ void check_first_rows() {
     auto offsets = Buffer<u32>::of(batch.offsets);
     auto x = Buffer<element>::of(host);
     auto out = Buffer<element>::unset(static_cast<size_t>(batch.sequences()) * C);
-    launch(emulated_kernel_first_rows, {2, 1}, 128, 0, counts.data(), offsets.data(), x.data(), out.data());
+    launch(emulated_kernel_gather_cls, {2, 1}, 128, 0, counts.data(), offsets.data(), x.data(), out.data());
     bool same = out.kept_within();
     for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
         same = same && out.same_bits(x, sequence * C, static_cast<size_t>(batch.offsets[sequence]) * C, C);
     }
-    check_same("first_rows", same);
+    check_same("gather_cls", same);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -562,10 +562,10 @@ void check_product(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_re
     const auto map = [](Buffer<element>& of, u32 rows, u32 columns, u32 box_rows) {
         return TensorMap{{reinterpret_cast<u64>(of.data()), columns, rows, columns * sizeof(element), PRODUCT_DEPTH, box_rows}};
     };
-    launch(emulated_kernel_product_wgmma, {blocks, 1}, PRODUCT_THREADS, PRODUCT_SHARED_BYTES,
+    launch(emulated_kernel_gemm_wgmma, {blocks, 1}, PRODUCT_THREADS, PRODUCT_SHARED_BYTES,
            map(x_in, rows, inputs, PRODUCT_ROWS), map(weight_in, outputs, inputs, PRODUCT_COLUMNS), bias_in.data(),
            with_residual ? to.data() : static_cast<element*>(nullptr), to.data(), rows, outputs, inputs, function);
-    const std::string name = "product_wgmma, " + std::to_string(rows) + " x " + std::to_string(outputs) + " x " +
+    const std::string name = "gemm_wgmma, " + std::to_string(rows) + " x " + std::to_string(outputs) + " x " +
                              std::to_string(inputs) + (function == 0 ? ", gelu" : "") + (with_residual ? ", residual" : "");
     check(name, to, reference, outputs, BOUND);
     check_same(name + ", nothing around it is written", to.kept_within());
@@ -673,15 +673,15 @@ void check_head(u32 rows, unsigned blocks) {
     verdict("head_out" + of, worst <= HEAD_BOUND && logits.kept_within(), text);
 }
 
-void check_widen(u32 rows, u32 columns) {
+void check_to_f32(u32 rows, u32 columns) {
     const std::vector<element> host = normal_elements(static_cast<size_t>(rows) * columns);
     auto rows_in = Buffer<u32>::of({rows});
     auto x = Buffer<element>::of(host);
     auto out = Buffer<float>::unset(host.size());
-    launch(emulated_kernel_widen, {2, 1}, 256, 0, rows_in.data(), columns, x.data(), out.data());
+    launch(emulated_kernel_to_f32, {2, 1}, 256, 0, rows_in.data(), columns, x.data(), out.data());
     bool same = out.kept_within();
     for (size_t i = 0; i < host.size(); ++i) same = same && out[i] == value_of(host[i]);
-    check_same("widen, [" + std::to_string(rows) + ", " + std::to_string(columns) + "]", same);
+    check_same("to_f32, [" + std::to_string(rows) + ", " + std::to_string(columns) + "]", same);
 }
 
 void report_bad_access(int, siginfo_t* info, void*) {
@@ -741,9 +741,9 @@ int main() {
     check_quantise(2, "relu", relu, 8);
 #endif
     for (u32 rows : {1, 8, 9}) check_head(rows, rows * 3);
-    check_widen(5, C);
-    check_widen(3, 1);
-    check_widen(3, 13);
+    check_to_f32(5, C);
+    check_to_f32(3, 1);
+    check_to_f32(3, 13);
     printf("%d breaches\n", breaches);
     return breaches ? 1 : 0;
 }

@@ -24,7 +24,7 @@ SHAPES = [(1024, 64), (384, 32)]
 MORE_SHAPES = [(256, 32), (256, 64), (384, 64), (768, 64), (768, 32), (1024, 32), (96, 32), (72, 32)]
 DETAILED = "sm_90a"
 # Kernels whose registers are counted and whose machine code is looked at.
-INTRICATE = ("attention", "attention_wgmma", "product_wgmma")
+INTRICATE = ("attention", "attention_wgmma", "gemm_wgmma")
 
 
 class Nvrtc:
@@ -176,7 +176,7 @@ def main():
                 if architecture == "sm_90a" and head == 64 and element != "F32":
                     kernels.append("attention_wgmma")
                 if architecture == "sm_90a" and element in ("F16", "BF16"):
-                    kernels.append("product_wgmma")
+                    kernels.append("gemm_wgmma")
                 if cuobjdump and len(kernels) > 1:
                     code = machine_code(cuobjdump, cubin)
                     warnings += [line for kernel in kernels[1:] for line in touched_under_way(code[kernel])[:3]]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles src/backend/cuda/kernels.cu with NVRTC for every architecture, on a machine with or without a GPU.
+# Compiles src/backend/cuda/kernels/kernels.cu with NVRTC for every architecture, on a machine with or without a GPU.
 #
 #   tests/cuda/nvrtc.sh
 #
@@ -19,4 +19,4 @@ if [ -z "${NVRTC_LIB:-}" ]; then
         rm "$cache"/nvidia_cuda_nvrtc-*.whl
     fi
 fi
-exec python3 "$here/nvrtc.py" "$NVRTC_LIB" "$here/../../src/backend/cuda/kernels.cu"
+exec python3 "$here/nvrtc.py" "$NVRTC_LIB" "$here/../../src/backend/cuda/kernels/kernels.cu"

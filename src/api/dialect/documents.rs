@@ -9,7 +9,7 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Asked;
+use super::ParsedRequest;
 use super::fields::{self, Documents, flag, in_range, whole};
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
@@ -23,7 +23,7 @@ use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
 pub(crate) struct RerankBody {
     /// A served model's name or alias.
     model: String,
-    /// What the documents are ranked for; not empty. Longer than its share of the window, it is cut.
+    /// What the documents are ranked for; not empty. Longer than its share of the window, it is truncation.
     query: String,
     /// Texts, or objects with a `text`; at least one. A long one is cut into chunks, and its best chunk counts.
     #[schema(schema_with = fields::documents_schema)]
@@ -62,7 +62,7 @@ pub(crate) struct RerankBody {
 }
 
 /// Reads and checks a body.
-pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
+pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: RerankBody = fields::json(body)?;
     let defaults = DocumentOptions::default();
     let options = DocumentOptions {
@@ -88,7 +88,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankEr
         let text = |index: usize| texts.as_ref().map(|texts| texts[index].clone());
         Json(answer(ranking, id, text, for_voyage)).into_response()
     };
-    Ok(Asked { request, write: Box::new(write) })
+    Ok(ParsedRequest { request, write: Box::new(write) })
 }
 
 /// The answer.

@@ -5,7 +5,7 @@ use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Asked;
+use super::ParsedRequest;
 use super::documents::Usage;
 use super::fields::{self, Documents, flag, in_range, whole};
 use crate::error::RerankError;
@@ -67,7 +67,7 @@ pub(crate) struct InputResult {
     object: (),
 }
 
-pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
+pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: InputBody = fields::json(body)?;
     let request = RerankRequest {
         model: body.model,
@@ -96,5 +96,5 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankEr
         };
         Json(answer).into_response()
     };
-    Ok(Asked { request, write: Box::new(write) })
+    Ok(ParsedRequest { request, write: Box::new(write) })
 }

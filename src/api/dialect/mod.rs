@@ -17,7 +17,7 @@ use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 
 /// A checked request, and how its answer is written.
-pub(super) struct Asked {
+pub(super) struct ParsedRequest {
     pub(super) request: RerankRequest,
     pub(super) write: Write,
 }
@@ -60,7 +60,7 @@ impl Dialect {
     ///
     /// # Errors
     /// [`RerankError::Invalid`], naming the field.
-    pub(super) fn parse(self, body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
+    pub(super) fn parse(self, body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
         match self {
             Self::Documents => documents::parse(body, max_documents),
             Self::Texts => texts::parse(body, max_documents),

@@ -5,7 +5,7 @@ use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Asked;
+use super::ParsedRequest;
 use super::documents::Usage;
 use super::fields::{self, Document, Documents, in_range, whole};
 use crate::error::RerankError;
@@ -48,7 +48,7 @@ pub(crate) struct PassageRank {
     logit: f32,
 }
 
-pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
+pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: PassagesBody = fields::json(body)?;
     let request = RerankRequest {
         model: body.model,
@@ -63,5 +63,5 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankEr
         let answer = PassagesAnswer { rankings: ranking.results.iter().map(rank).collect(), usage: Usage::of(ranking) };
         Json(answer).into_response()
     };
-    Ok(Asked { request, write: Box::new(write) })
+    Ok(ParsedRequest { request, write: Box::new(write) })
 }

@@ -5,7 +5,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::Asked;
+use super::ParsedRequest;
 use super::fields::{self, Documents, flag, in_range, whole};
 use crate::api::ApiError;
 use crate::error::RerankError;
@@ -58,7 +58,7 @@ pub(crate) struct TextsError {
     error_type: &'static str,
 }
 
-pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankError> {
+pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: TextsBody = fields::json(body)?;
     let request = RerankRequest {
         model: body.model,
@@ -78,7 +78,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<Asked, RerankEr
         };
         Json(ranking.results.iter().map(rank).collect::<Vec<_>>()).into_response()
     };
-    Ok(Asked { request, write: Box::new(write) })
+    Ok(ParsedRequest { request, write: Box::new(write) })
 }
 
 pub(super) fn refuse(error: ApiError) -> Response {

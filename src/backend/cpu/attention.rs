@@ -17,10 +17,10 @@
 use std::ops::Range;
 
 use super::epilogue::Output;
-use super::math::{Exactness, exp2, store_some, store_some_bf16};
-use super::matrix::Matrix;
-use super::product::{self, Dot, Operands};
-use super::simd::{Isa, Op, Path};
+use super::gemm::{self, Dot, Operands};
+use super::simd::{Accuracy, exp2, store_partial, store_partial_bf16};
+use super::simd::{Isa, Op, SimdPath};
+use super::workspace::Matrix;
 use crate::backend::AttentionShape;
 
 /// Queries of a block: four tiles of six.
@@ -59,7 +59,7 @@ pub(super) trait Element: Dot {
     type Value: bytemuck::Pod;
     /// Values of a k-step.
     const PER_STEP: usize;
-    const EXACTNESS: Exactness;
+    const EXACTNESS: Accuracy;
     const FORMAT: Self;
 
     /// Value by value, as words of k-steps.
@@ -70,10 +70,10 @@ pub(super) trait Element: Dot {
     unsafe fn store<I: Isa>(isa: I, to: *mut Self::Value, n: usize, x: I::F);
 }
 
-impl Element for product::F32 {
+impl Element for gemm::F32 {
     type Value = f32;
     const PER_STEP: usize = 1;
-    const EXACTNESS: Exactness = Exactness::F32;
+    const EXACTNESS: Accuracy = Accuracy::F32;
     const FORMAT: Self = Self;
 
     #[inline(always)]
@@ -83,14 +83,14 @@ impl Element for product::F32 {
     #[inline(always)]
     unsafe fn store<I: Isa>(isa: I, to: *mut f32, n: usize, x: I::F) {
         // SAFETY: the caller's promise.
-        unsafe { store_some(isa, to, n, x) }
+        unsafe { store_partial(isa, to, n, x) }
     }
 }
 
-impl Element for product::Bf16 {
+impl Element for gemm::Bf16 {
     type Value = u16;
     const PER_STEP: usize = 2;
-    const EXACTNESS: Exactness = Exactness::Bf16;
+    const EXACTNESS: Accuracy = Accuracy::Bf16;
     const FORMAT: Self = Self;
 
     #[inline(always)]
@@ -100,7 +100,7 @@ impl Element for product::Bf16 {
     #[inline(always)]
     unsafe fn store<I: Isa>(isa: I, to: *mut u16, n: usize, x: I::F) {
         // SAFETY: the caller's promise.
-        unsafe { store_some_bf16(isa, to, n, x) }
+        unsafe { store_partial_bf16(isa, to, n, x) }
     }
 }
 
@@ -111,7 +111,7 @@ impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
     /// No other thread computes the same ones meanwhile.
     pub(super) unsafe fn compute<E: Element<Value = T>>(
         &self,
-        path: Path,
+        path: SimdPath,
         sequence: usize,
         head: usize,
         queries: Range<usize>,
@@ -191,7 +191,7 @@ impl<E: Element> Op for Head<'_, E> {
                 unsafe {
                     for panel in 0..n.div_ceil(I::PANEL) {
                         let vectors = key_vectors::<I>(n - panel * I::PANEL);
-                        for tile in product::tiles(0..rows) {
+                        for tile in gemm::tiles(0..rows) {
                             let operands = Operands {
                                 a: words.add(tile.start * words_stride),
                                 a_stride: words_stride,
@@ -203,7 +203,7 @@ impl<E: Element> Op for Head<'_, E> {
                                 ahead: std::ptr::null(),
                                 ahead_stride: 0,
                             };
-                            product::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
+                            gemm::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
                         }
                     }
                     for row in 0..rows {
@@ -216,7 +216,7 @@ impl<E: Element> Op for Head<'_, E> {
                             total[row] = sum;
                             continue;
                         }
-                        let shrink = exp2(isa, isa.splat((before - now) * factor), Exactness::F32);
+                        let shrink = exp2(isa, isa.splat((before - now) * factor), Accuracy::F32);
                         total[row] = total[row] * isa.max_of(shrink) + sum;
                         let context = context.shared().row(row);
                         for at in (0..value_panels * value_width).step_by(I::LANES) {
@@ -225,7 +225,7 @@ impl<E: Element> Op for Head<'_, E> {
                     }
                     for panel in 0..value_panels {
                         let step = panel * value_steps + first_key / E::PER_STEP;
-                        for tile in product::tiles(0..rows) {
+                        for tile in gemm::tiles(0..rows) {
                             let operands = Operands {
                                 a: weights.shared().row(tile.start).cast(),
                                 a_stride: weights.stride() / E::PER_STEP,
@@ -237,7 +237,7 @@ impl<E: Element> Op for Head<'_, E> {
                                 ahead: std::ptr::null(),
                                 ahead_stride: 0,
                             };
-                            product::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
+                            gemm::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
                         }
                     }
                 }
@@ -249,9 +249,9 @@ impl<E: Element> Op for Head<'_, E> {
                     unsafe {
                         let value = isa.mul(isa.load(context.shared().row(row).add(at)), inverse);
                         match output {
-                            Output::F32(to) => store_some(isa, to.row(block + row).add(column + at), d - at, value),
+                            Output::F32(to) => store_partial(isa, to.row(block + row).add(column + at), d - at, value),
                             Output::Bf16(to) => {
-                                store_some_bf16(isa, to.row(block + row).add(column + at), d - at, value)
+                                store_partial_bf16(isa, to.row(block + row).add(column + at), d - at, value)
                             }
                         }
                     }
@@ -319,8 +319,8 @@ unsafe fn soften<I: Isa, E: Element>(
 #[inline(always)]
 fn power<I: Isa, E: Element>(isa: I, x: I::F) -> I::F {
     match E::EXACTNESS {
-        Exactness::F32 => exp2(isa, x, Exactness::F32),
-        Exactness::Bf16 => isa.exp2_for_bf16(x),
+        Accuracy::F32 => exp2(isa, x, Accuracy::F32),
+        Accuracy::Bf16 => isa.exp2_for_bf16(x),
     }
 }
 

@@ -1,8 +1,9 @@
 //! Where the values of a product go, and what becomes of them on the way: activation, residual, rounding.
 
-use super::math::{Exactness, MAX_LANES, activate};
-use super::matrix::{Matrix, Shared};
+use super::activation::activate;
 use super::simd::Isa;
+use super::simd::{Accuracy, MAX_LANES};
+use super::workspace::{Matrix, Shared};
 use crate::backend::Activation;
 
 /// Where the results go, rounded or not.
@@ -69,7 +70,7 @@ impl Store for RoundedGelu<'_> {
     #[inline(always)]
     unsafe fn store<I: Isa>(self, isa: I, at: Place, value: I::F) {
         // SAFETY: the caller's promise.
-        unsafe { Rounded(self.0).store(isa, at, activate(isa, Activation::Gelu, value, Exactness::Bf16)) }
+        unsafe { Rounded(self.0).store(isa, at, activate(isa, Activation::Gelu, value, Accuracy::Bf16)) }
     }
 }
 
@@ -120,12 +121,12 @@ impl Store for Clipped<'_> {
 impl General<'_> {
     #[inline(always)]
     fn activated<I: Isa>(self, isa: I, value: I::F) -> I::F {
-        let exactness = match self.output {
-            Output::F32(_) => Exactness::F32,
-            Output::Bf16(_) => Exactness::Bf16,
+        let accuracy = match self.output {
+            Output::F32(_) => Accuracy::F32,
+            Output::Bf16(_) => Accuracy::Bf16,
         };
         match self.activation {
-            Some(activation) => activate(isa, activation, value, exactness),
+            Some(activation) => activate(isa, activation, value, accuracy),
             None => value,
         }
     }

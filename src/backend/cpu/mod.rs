@@ -2,10 +2,10 @@
 //!
 //! In reading order: `simd` is what an instruction set offers; `panels` the weights' layout, `product` the kernel that reads
 //! it, and `epilogue` what becomes of its sums; `attention`, `rows` (norms, forms of rows) and `math` (exp, GELU) are the
-//! other operations; `pieces` says how a batch is cut for the threads of `pool`; `matrix` is their memory; `probe` is for benches.
+//! other operations; `partition` says how a batch is cut for the threads of `pool`; `matrix` is their memory; `probe` is for benches.
 //! This file puts them behind [`Backend`].
 //!
-//! A saturated batch is cut into pieces of some hundreds of tokens, and each thread runs the whole graph over its own, with
+//! A saturated batch is cut into partition of some hundreds of tokens, and each thread runs the whole graph over its own, with
 //! no barrier between operations; a lone request's operations are each split over the threads. Either way each value is
 //! computed by the same instructions in the same order, so scores are the same bits, whatever the batch, its order and the
 //! number of threads.
@@ -15,19 +15,21 @@
 
 #![allow(unsafe_code, reason = "its address: kernels, and memory that threads share in parts")]
 
+mod activation;
 mod attention;
+mod dtype;
 mod epilogue;
-mod math;
-mod matrix;
-mod panels;
-mod pieces;
-mod pool;
-pub mod probe;
-mod product;
-mod rows;
+mod gemm;
+mod layer_norm;
+mod packed;
+mod partition;
+mod quantize;
+pub mod roofline;
 mod simd;
 #[cfg(test)]
 mod tests;
+mod thread_pool;
+mod workspace;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -37,31 +39,33 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use self::attention::{Attention, Element, Sequence};
+pub use self::dtype::CpuDtype;
 use self::epilogue::Output;
-use self::matrix::Matrix;
-use self::panels::{Format, Panels};
-pub use self::pool::Pool;
-use self::product::Product;
-use self::rows::{LayerNorm, Low, Lower, LowerFrom, gather, input, take_bf16};
-use self::simd::Path;
+use self::gemm::Gemm;
+use self::layer_norm::LayerNorm;
+use self::packed::{Format, PackedWeights};
+use self::quantize::{Low, Lower, LowerFrom, gather, input, take_bf16};
+use self::simd::SimdPath;
+pub use self::thread_pool::ThreadPool;
+use self::workspace::Matrix;
 use super::{
-    Activation, AttentionShape, Backend, BackendError, Dtype, EmbeddingTables, Epilogue, Graph, HostTensor, Limits,
-    NormWeights, Place,
+    Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
+    NormWeights, Roofline, Timed,
 };
 use crate::batch::Batch;
 
 /// The processor, in one precision.
 #[derive(Debug, Clone)]
 pub struct CpuBackend {
-    path: Path,
+    path: SimdPath,
     format: Format,
-    pool: Arc<Pool>,
+    pool: Arc<ThreadPool>,
 }
 
 /// One run of a graph: by a thread alone, or by all in step.
 #[derive(Debug)]
-pub struct Lane {
-    team: Option<Arc<Pool>>,
+pub struct ExecContext {
+    team: Option<Arc<ThreadPool>>,
 }
 
 /// `[rows, columns]`, as f32, in the form that products read, or both.
@@ -90,7 +94,7 @@ enum Table {
 
 /// Packed weights of a linear layer.
 #[derive(Debug)]
-pub struct Linear(Panels);
+pub struct Linear(PackedWeights);
 
 /// A layer norm's weights, both `[C]`.
 #[derive(Debug)]
@@ -102,29 +106,29 @@ pub struct Norm {
 
 impl CpuBackend {
     /// Products in `dtype` on the threads of `pool`, with the best instructions that this machine has.
-    pub fn new(dtype: Dtype, pool: Arc<Pool>) -> Self {
-        Self::on(Path::best(), dtype, pool)
+    pub fn new(dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
+        Self::on(SimdPath::best(), dtype, pool)
     }
 
-    fn on(path: Path, dtype: Dtype, pool: Arc<Pool>) -> Self {
+    fn on(path: SimdPath, dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
         Self { path, format: Self::format_of(dtype), pool }
     }
 
-    fn format_of(dtype: Dtype) -> Format {
+    fn format_of(dtype: CpuDtype) -> Format {
         match dtype {
-            Dtype::F32 => Format::F32,
-            Dtype::Bf16 => Format::Bf16,
-            Dtype::Int8 => Format::Int8,
+            CpuDtype::F32 => Format::F32,
+            CpuDtype::Bf16 => Format::Bf16,
+            CpuDtype::Int8 => Format::Int8,
         }
     }
 
     /// Whether this machine multiplies bf16 in one instruction. Where it does not, bf16 is slower than f32.
     pub fn has_bf16() -> bool {
-        Path::best().has_bf16()
+        SimdPath::best().has_bf16()
     }
 
     /// The input of a product with `weights`.
-    fn input<'a>(&self, x: &'a Buffer, weights: &Panels) -> product::Input<'a> {
+    fn input<'a>(&self, x: &'a Buffer, weights: &PackedWeights) -> gemm::Input<'a> {
         match (weights.format, &x.exact, &x.low) {
             (Format::F32, Some(exact), _) => input(exact, &[]),
             (Format::Bf16 | Format::Int8, _, Some(low)) => low.input(),
@@ -132,15 +136,15 @@ impl CpuBackend {
         }
     }
 
-    /// Computes a product, split over the lane's threads by panels, and by rows too where panels are few.
-    fn multiply(&self, lane: &Lane, product: &Product<'_>) {
+    /// Computes a product, split over the ctx's threads by panels, and by rows too where panels are few.
+    fn multiply(&self, ctx: &ExecContext, product: &Gemm<'_>) {
         let (panels, rows) = (product.panels(), product.input.rows);
-        let Some(pool) = &lane.team else {
+        let Some(pool) = &ctx.team else {
             // SAFETY: this thread alone has the output.
             return unsafe { product.compute(self.path, panels, 0..rows) };
         };
         let blocks = (4 * pool.threads()).div_ceil(panels.len()).min(rows.div_ceil(TEAM_ROWS));
-        lane.split(panels.len() * blocks, |units| {
+        ctx.split(panels.len() * blocks, |units| {
             for unit in units {
                 let (panel, block) = (panels.start + unit / blocks, unit % blocks);
                 let rows = rows * block / blocks..rows * (block + 1) / blocks;
@@ -151,24 +155,24 @@ impl CpuBackend {
     }
 
     /// The lower form of f32 rows that are not needed any more, or the rows themselves where products read f32.
-    fn lowered(&self, lane: &Lane, from: Matrix<f32>) -> Buffer {
+    fn lowered(&self, ctx: &ExecContext, from: Matrix<f32>) -> Buffer {
         let (rows, columns) = (from.rows(), from.columns());
         let Some(mut low) = Low::take(self.format, rows, columns) else {
             return Buffer { rows, exact: Some(from), low: None };
         };
-        self.lower(lane, LowerFrom::F32(&from), columns, &mut low, rows);
+        self.lower(ctx, LowerFrom::F32(&from), columns, &mut low, rows);
         Buffer { rows, exact: None, low: Some(low) }
     }
 
-    fn lower(&self, lane: &Lane, from: LowerFrom<'_>, columns: usize, low: &mut Low, rows: usize) {
+    fn lower(&self, ctx: &ExecContext, from: LowerFrom<'_>, columns: usize, low: &mut Low, rows: usize) {
         let low = low.shared();
-        lane.split(rows, |rows| self.path.enter(Lower { from, columns, low, rows }));
+        ctx.split(rows, |rows| self.path.enter(Lower { from, columns, low, rows }));
     }
 
     /// Attention whose queries are the rows of `q` and whose keys and values are columns of `kv`.
     fn attend(
         &self,
-        lane: &Lane,
+        ctx: &ExecContext,
         shape: AttentionShape,
         q: &Buffer,
         kv: &Buffer,
@@ -183,11 +187,11 @@ impl CpuBackend {
                 if self.format == Format::Int8 {
                     // A row's bytes need the range of all its heads.
                     let mut context = Matrix::take(q.rows(), columns);
-                    self.heads::<product::Bf16>(lane, &attention(Output::F32(context.shared())));
-                    return self.lowered(lane, context);
+                    self.heads::<gemm::Bf16>(ctx, &attention(Output::F32(context.shared())));
+                    return self.lowered(ctx, context);
                 }
                 let mut context = take_bf16(q.rows(), columns);
-                self.heads::<product::Bf16>(lane, &attention(Output::Bf16(context.shared())));
+                self.heads::<gemm::Bf16>(ctx, &attention(Output::Bf16(context.shared())));
                 Buffer { rows: context.rows(), exact: None, low: Some(Low::Bf16(context)) }
             }
             _ => {
@@ -196,19 +200,19 @@ impl CpuBackend {
                 };
                 let mut context = Matrix::take(q.rows(), columns);
                 let (k_start, v_start, output) = (starts[0], starts[1], Output::F32(context.shared()));
-                self.heads::<product::F32>(lane, &Attention { shape, q, kv, k_start, v_start, sequences, output });
+                self.heads::<gemm::F32>(ctx, &Attention { shape, q, kv, k_start, v_start, sequences, output });
                 Buffer { rows: context.rows(), exact: Some(context), low: None }
             }
         }
     }
 
-    /// Every head of every sequence, split over the lane's threads; where heads are few, queries are split too.
-    fn heads<E: Element<Value: Send + Sync>>(&self, lane: &Lane, attention: &Attention<'_, E::Value>) {
+    /// Every head of every sequence, split over the ctx's threads; where heads are few, queries are split too.
+    fn heads<E: Element<Value: Send + Sync>>(&self, ctx: &ExecContext, attention: &Attention<'_, E::Value>) {
         let heads = attention.shape.heads;
         let all = attention.sequences.len() * heads;
-        let threads = lane.team.as_ref().map_or(1, |pool| pool.threads());
+        let threads = ctx.team.as_ref().map_or(1, |pool| pool.threads());
         let parts = if threads == 1 { 1 } else { (2 * threads).div_ceil(all) };
-        lane.split(all * parts, |units| {
+        ctx.split(all * parts, |units| {
             for unit in units {
                 let (sequence, head, part) = (unit / parts / heads, unit / parts % heads, unit % parts);
                 let n = attention.sequences[sequence].queries.len();
@@ -238,7 +242,7 @@ impl CpuBackend {
 /// Rows below which a product is not split by rows among threads.
 const TEAM_ROWS: usize = 24;
 
-impl Lane {
+impl ExecContext {
     /// Calls `f` with parts of `0..n`, one for each thread that has any.
     fn split(&self, n: usize, f: impl Fn(Range<usize>) + Sync) {
         let Some(pool) = &self.team else { return f(0..n) };
@@ -273,13 +277,12 @@ impl Table {
 }
 
 impl Backend for CpuBackend {
-    type Lane = Lane;
+    type ExecContext = ExecContext;
     type Buffer = Buffer;
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
-    /// And the share of the threads that the lane has.
-    type Moment = (Instant, f64);
+    /// And the share of the threads that the ctx has.
 
     fn describe(&self) -> String {
         let dtype = match self.format {
@@ -288,22 +291,6 @@ impl Backend for CpuBackend {
             Format::Int8 => "int8",
         };
         format!("CPU, {dtype}, {}, {} threads", self.path.name(), self.pool.threads())
-    }
-
-    fn moment(&self, lane: &Lane) -> Result<(Instant, f64), BackendError> {
-        let share = if lane.team.is_some() { 1.0 } else { 1.0 / self.pool.threads() as f64 };
-        Ok((Instant::now(), share))
-    }
-
-    fn seconds(&self, from: &(Instant, f64), to: &(Instant, f64)) -> Result<f64, BackendError> {
-        Ok(to.0.duration_since(from.0).as_secs_f64() * to.1)
-    }
-
-    fn limits(&self) -> Result<Option<Limits>, BackendError> {
-        let peak = |format| probe::peak_of(format, self.pool.threads());
-        let products = peak(self.format);
-        let attention = if self.format == Format::Int8 { peak(Format::Bf16) } else { products };
-        Ok(Some(Limits { products, attention, memory: None }))
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
@@ -315,12 +302,12 @@ impl Backend for CpuBackend {
         })
     }
 
-    fn linear(&self, weight: HostTensor, bias: HostTensor, place: Place) -> Result<Linear, BackendError> {
-        let format = match place {
-            Place::Encoder => self.format,
-            Place::Head => Format::F32,
+    fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Linear, BackendError> {
+        let format = match role {
+            LayerRole::Encoder => self.format,
+            LayerRole::Head => Format::F32,
         };
-        Ok(Linear(Panels::pack(format, self.path.panel(), &weight, &bias, &self.pool)))
+        Ok(Linear(PackedWeights::pack(format, self.path.panel(), &weight, &bias, &self.pool)))
     }
 
     fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
@@ -329,10 +316,10 @@ impl Backend for CpuBackend {
 
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         let lengths: Vec<usize> = batch.ranges().map(|rows| rows.len()).collect();
-        let plan = pieces::cut(&lengths, self.pool.threads());
+        let plan = partition::cut(&lengths, self.pool.threads());
         let outcome = Mutex::new((vec![f32::NAN; lengths.len()], Ok(())));
-        let compute = |lane: &Lane, piece: &[usize]| {
-            let scores = graph(lane, &batch.select(piece));
+        let compute = |ctx: &ExecContext, piece: &[usize]| {
+            let scores = graph(ctx, &batch.select(piece));
             let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
             match scores {
                 Ok(scores) => piece.iter().zip(scores).for_each(|(&sequence, score)| outcome.0[sequence] = score),
@@ -340,21 +327,22 @@ impl Backend for CpuBackend {
             }
         };
         let _turn = self.pool.turn();
-        let team = Lane { team: (self.pool.threads() > 1).then(|| Arc::clone(&self.pool)) };
+        let team = ExecContext { team: (self.pool.threads() > 1).then(|| Arc::clone(&self.pool)) };
         for piece in &plan.together {
             compute(&team, piece);
         }
         // A thread that is done early, since another was disturbed, takes over what that one has not begun.
-        let left: Vec<Mutex<&[pieces::Piece]>> = plan.apart.iter().map(|pieces| Mutex::new(&pieces[..])).collect();
+        let left: Vec<Mutex<&[partition::Piece]>> =
+            plan.apart.iter().map(|partition| Mutex::new(&partition[..])).collect();
         let take = |from: usize| {
-            let mut pieces = left[from].lock().unwrap_or_else(PoisonError::into_inner);
-            let (first, rest) = pieces.split_first()?;
-            *pieces = rest;
+            let mut partition = left[from].lock().unwrap_or_else(PoisonError::into_inner);
+            let (first, rest) = partition.split_first()?;
+            *partition = rest;
             Some(first)
         };
-        if plan.apart.iter().any(|pieces| !pieces.is_empty()) {
+        if plan.apart.iter().any(|partition| !partition.is_empty()) {
             self.pool.broadcast(&|thread| {
-                let alone = Lane { team: None };
+                let alone = ExecContext { team: None };
                 for from in (0..left.len()).map(|i| (thread + i) % left.len()) {
                     while let Some(piece) = take(from) {
                         compute(&alone, piece);
@@ -366,11 +354,11 @@ impl Backend for CpuBackend {
         outcome.map(|()| logits)
     }
 
-    fn embed(&self, lane: &Lane, weights: &Embeddings, batch: &Batch) -> Result<Buffer, BackendError> {
+    fn embed(&self, ctx: &ExecContext, weights: &Embeddings, batch: &Batch) -> Result<Buffer, BackendError> {
         let (rows, c) = (batch.tokens(), weights.norm.weight.len());
         let mut sum = Matrix::<f32>::take(rows, c);
         let shared = sum.shared();
-        lane.split(rows, |rows| {
+        ctx.split(rows, |rows| {
             let mut scratch = Matrix::<f32>::take(1, c);
             for row in rows {
                 // SAFETY: each row is one thread's, and has c values.
@@ -381,12 +369,12 @@ impl Backend for CpuBackend {
                 weights.positions.read(batch.positions()[row], to, scratch, true);
             }
         });
-        self.layer_norm(lane, &weights.norm, Buffer { rows, exact: Some(sum), low: None })
+        self.layer_norm(ctx, &weights.norm, Buffer { rows, exact: Some(sum), low: None })
     }
 
     fn apply(
         &self,
-        lane: &Lane,
+        ctx: &ExecContext,
         weights: &Linear,
         outputs: Range<usize>,
         x: &Buffer,
@@ -400,31 +388,31 @@ impl Backend for CpuBackend {
         };
         let input = self.input(x, weights);
         let product =
-            |output| Product { input, weights, start: outputs.start, end: outputs.end, activation, residual, output };
+            |output| Gemm { input, weights, start: outputs.start, end: outputs.end, activation, residual, output };
         if weights.format == Format::F32 || residual.is_some() {
             let mut exact = Matrix::take(rows, columns);
-            self.multiply(lane, &product(Output::F32(exact.shared())));
+            self.multiply(ctx, &product(Output::F32(exact.shared())));
             if activation == Some(Activation::Tanh) {
                 (0..rows).for_each(|row| exact.row_mut(row).iter_mut().for_each(|value| *value = value.tanh()));
             }
             return Ok(Buffer { rows, exact: Some(exact), low: None });
         }
         let mut halves = take_bf16(rows, columns);
-        self.multiply(lane, &product(Output::Bf16(halves.shared())));
+        self.multiply(ctx, &product(Output::Bf16(halves.shared())));
         // What attention reads stays bf16; what a product reads is lowered once its rows are whole.
         if weights.format == Format::Int8 && activation.is_some() {
             let mut low = Low::take(Format::Int8, rows, columns).expect("int8 is a lower form");
-            self.lower(lane, LowerFrom::Bf16(&halves), columns, &mut low, rows);
+            self.lower(ctx, LowerFrom::Bf16(&halves), columns, &mut low, rows);
             return Ok(Buffer { rows, exact: None, low: Some(low) });
         }
         Ok(Buffer { rows, exact: None, low: Some(Low::Bf16(halves)) })
     }
 
-    fn layer_norm(&self, lane: &Lane, weights: &Norm, x: Buffer) -> Result<Buffer, BackendError> {
+    fn layer_norm(&self, ctx: &ExecContext, weights: &Norm, x: Buffer) -> Result<Buffer, BackendError> {
         let mut exact = x.exact.expect("norms are of f32 rows");
         let mut low = Low::take(self.format, x.rows, exact.columns());
-        let (shared, low_shared) = (exact.shared(), rows::shared(&mut low));
-        lane.split(x.rows, |rows| {
+        let (shared, low_shared) = (exact.shared(), quantize::shared(&mut low));
+        ctx.split(x.rows, |rows| {
             let Norm { weight, bias, eps } = weights;
             self.path.enter(LayerNorm { x: shared, weight, bias, eps: *eps, low: low_shared, rows });
         });
@@ -433,7 +421,7 @@ impl Backend for CpuBackend {
 
     fn attention(
         &self,
-        lane: &Lane,
+        ctx: &ExecContext,
         shape: AttentionShape,
         qkv: &Buffer,
         batch: &Batch,
@@ -441,12 +429,12 @@ impl Backend for CpuBackend {
         let c = shape.heads * shape.head_size;
         let sequences: Vec<Sequence> =
             batch.ranges().map(|rows| Sequence { queries: rows.clone(), keys: rows }).collect();
-        Ok(self.attend(lane, shape, qkv, qkv, [c, 2 * c], &sequences))
+        Ok(self.attend(ctx, shape, qkv, qkv, [c, 2 * c], &sequences))
     }
 
-    fn first_token_attention(
+    fn cls_attention(
         &self,
-        lane: &Lane,
+        ctx: &ExecContext,
         shape: AttentionShape,
         q: &Buffer,
         kv: &Buffer,
@@ -455,11 +443,11 @@ impl Backend for CpuBackend {
         let c = shape.heads * shape.head_size;
         let sequences: Vec<Sequence> =
             batch.ranges().enumerate().map(|(i, rows)| Sequence { queries: i..i + 1, keys: rows }).collect();
-        Ok(self.attend(lane, shape, q, kv, [0, c], &sequences))
+        Ok(self.attend(ctx, shape, q, kv, [0, c], &sequences))
     }
 
-    fn first_rows(&self, _: &Lane, x: &Buffer, batch: &Batch) -> Result<Buffer, BackendError> {
-        let rows = batch.first_rows();
+    fn gather_cls(&self, _: &ExecContext, x: &Buffer, batch: &Batch) -> Result<Buffer, BackendError> {
+        let rows = batch.gather_cls();
         Ok(Buffer {
             rows: rows.len(),
             exact: x.exact.as_ref().map(|exact| gather(exact, &rows)),
@@ -467,8 +455,28 @@ impl Backend for CpuBackend {
         })
     }
 
-    fn download(&self, _: &Lane, x: &Buffer) -> Result<Vec<f32>, BackendError> {
+    fn download(&self, _: &ExecContext, x: &Buffer) -> Result<Vec<f32>, BackendError> {
         let exact = x.exact.as_ref().expect("only f32 rows are read back");
         Ok((0..x.rows).flat_map(|row| exact.row(row).iter().copied()).collect())
+    }
+}
+
+impl Timed for CpuBackend {
+    type Event = (Instant, f64);
+
+    fn record_event(&self, ctx: &ExecContext) -> Result<(Instant, f64), BackendError> {
+        let share = if ctx.team.is_some() { 1.0 } else { 1.0 / self.pool.threads() as f64 };
+        Ok((Instant::now(), share))
+    }
+
+    fn elapsed_seconds(&self, from: &(Instant, f64), to: &(Instant, f64)) -> Result<f64, BackendError> {
+        Ok(to.0.duration_since(from.0).as_secs_f64() * to.1)
+    }
+
+    fn roofline(&self) -> Result<Option<Roofline>, BackendError> {
+        let peak = |format| roofline::peak_of(format, self.pool.threads());
+        let products = peak(self.format);
+        let attention = if self.format == Format::Int8 { peak(Format::Bf16) } else { products };
+        Ok(Some(Roofline { gemms: products, attention, memory: None }))
     }
 }

@@ -3,7 +3,8 @@
 
 use candle_core::{Device, Tensor};
 
-use super::math::{self, Exactness};
+use super::activation;
+use super::simd::Accuracy;
 use super::simd::{Isa, Op};
 use super::*;
 use crate::backend::candle::CandleBackend;
@@ -11,7 +12,7 @@ use crate::batch::Pair;
 
 /// Runs `check` on every path here, in every precision. What does not run here is named.
 fn everywhere(test: &str, check: impl Fn(&CpuBackend, &Bound)) {
-    let paths = Path::every_one_here();
+    let paths = SimdPath::supported();
     let names: Vec<&str> = paths.iter().map(|path| path.name()).collect();
     eprintln!("{test}: on {}", names.join(", "));
     for missing in
@@ -21,9 +22,9 @@ fn everywhere(test: &str, check: impl Fn(&CpuBackend, &Bound)) {
             eprintln!("{test}: SKIPPED on {missing}, which this machine does not have");
         }
     }
-    let pool = Arc::new(Pool::new(2, false).unwrap());
+    let pool = Arc::new(ThreadPool::new(2, false).unwrap());
     for path in paths {
-        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::Int8] {
+        for dtype in [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8] {
             let backend = CpuBackend::on(path, dtype, Arc::clone(&pool));
             check(&backend, &Bound { dtype, at: format!("{test}, {}, {dtype:?}", path.name()) });
         }
@@ -36,7 +37,7 @@ fn everywhere(test: &str, check: impl Fn(&CpuBackend, &Bound)) {
 /// magnitudes) and the rounding of its result: 2^-9 of a bf16 value. int8 rounds each operand to within 1/254 of its row's
 /// range or 1/127 of its column's largest, errors that add up like a random walk.
 struct Bound {
-    dtype: Dtype,
+    dtype: CpuDtype,
     at: String,
 }
 
@@ -46,9 +47,9 @@ impl Bound {
         assert_eq!(ours.len(), theirs.len(), "{}: {what}", self.at);
         let sum = magnitude * (terms as f32).sqrt();
         let (relative, absolute) = match self.dtype {
-            Dtype::F32 => (1e-6, 2e-6 * sum),
-            Dtype::Bf16 => (1.0 / 250.0, 4e-6 * sum + magnitude / 400.0),
-            Dtype::Int8 => (1.0 / 100.0, 0.025 * sum),
+            CpuDtype::F32 => (1e-6, 2e-6 * sum),
+            CpuDtype::Bf16 => (1.0 / 250.0, 4e-6 * sum + magnitude / 400.0),
+            CpuDtype::Int8 => (1.0 / 100.0, 0.025 * sum),
         };
         for (i, (our, their)) in ours.iter().zip(theirs).enumerate() {
             let bound = relative * their.abs() + absolute;
@@ -78,7 +79,7 @@ impl CpuBackend {
         (0..rows).for_each(|row| exact.row_mut(row).copy_from_slice(&data[row * columns..][..columns]));
         let mut low = Low::take(self.format, rows, columns);
         if let Some(low) = &mut low {
-            self.lower(&Lane { team: None }, LowerFrom::F32(&exact), columns, low, rows);
+            self.lower(&ExecContext { team: None }, LowerFrom::F32(&exact), columns, low, rows);
         }
         Buffer { rows, exact: Some(exact), low }
     }
@@ -91,9 +92,9 @@ impl CpuBackend {
         if self.format == Format::F32 { buffer } else { Buffer { exact: None, ..buffer } }
     }
 
-    /// Both kinds of lane: alone, and all threads in step.
-    fn lanes(&self) -> [Lane; 2] {
-        [Lane { team: None }, Lane { team: Some(Arc::clone(&self.pool)) }]
+    /// Both kinds of ctx: alone, and all threads in step.
+    fn contexts(&self) -> [ExecContext; 2] {
+        [ExecContext { team: None }, ExecContext { team: Some(Arc::clone(&self.pool)) }]
     }
 }
 
@@ -139,10 +140,10 @@ fn products_equal_their_definition() {
         for (m, k, n) in sizes {
             let (x, w, b) = (numbers(&mut random, m * k), numbers(&mut random, n * k), numbers(&mut random, n));
             let residual = numbers(&mut random, m * n);
-            let reference = CandleBackend::cpu();
-            let theirs = reference.linear(tensor(&[n, k], &w), tensor(&[n], &b), Place::Encoder).unwrap();
-            let ours = backend.linear(tensor(&[n, k], &w), tensor(&[n], &b), Place::Encoder).unwrap();
-            let exact = backend.linear(tensor(&[n, k], &w), tensor(&[n], &b), Place::Head).unwrap();
+            let reference = CandleBackend::cpu(2).unwrap();
+            let theirs = reference.linear(tensor(&[n, k], &w), tensor(&[n], &b), LayerRole::Encoder).unwrap();
+            let ours = backend.linear(tensor(&[n, k], &w), tensor(&[n], &b), LayerRole::Encoder).unwrap();
+            let exact = backend.linear(tensor(&[n, k], &w), tensor(&[n], &b), LayerRole::Head).unwrap();
             let (x_ours, x_theirs) = (backend.buffer(m, &x), candle(m, &x));
             for outputs in [0..n, n / 3..n, 0..n.div_ceil(2), n / 3..n.div_ceil(2).max(n / 3 + 1)] {
                 let columns = outputs.len();
@@ -161,11 +162,11 @@ fn products_equal_their_definition() {
                         _ => (Epilogue::Bias, Epilogue::Bias),
                     };
                     let weights = if kind.starts_with("head") { &exact } else { &ours };
-                    let [alone, team] = backend.lanes();
-                    let result = |lane| {
+                    let [alone, team] = backend.contexts();
+                    let result = |ctx| {
                         backend
                             .apply(
-                                lane,
+                                ctx,
                                 weights,
                                 outputs.clone(),
                                 &x_ours,
@@ -187,7 +188,7 @@ fn products_equal_their_definition() {
                     let expected = reference.apply(&(), &theirs, outputs.clone(), &x_theirs, theirs_epilogue).unwrap();
                     let expected = reference.download(&(), &expected).unwrap();
                     let bound = if kind.starts_with("head") {
-                        &Bound { dtype: Dtype::F32, at: bound.at.clone() }
+                        &Bound { dtype: CpuDtype::F32, at: bound.at.clone() }
                     } else {
                         bound
                     };
@@ -206,15 +207,15 @@ fn the_shorter_gelu_is_as_near_as_it_says() {
         type Output = [f32; 2];
         #[inline(always)]
         fn run<I: Isa>(self, isa: I) -> [f32; 2] {
-            let of = |exactness| {
+            let of = |accuracy| {
                 // All lanes are alike.
-                let value = math::activate(isa, Activation::Gelu, isa.splat(self.0), exactness);
+                let value = activation::activate(isa, Activation::Gelu, isa.splat(self.0), accuracy);
                 isa.max_of(value)
             };
-            [of(Exactness::F32), of(Exactness::Bf16)]
+            [of(Accuracy::F32), of(Accuracy::Bf16)]
         }
     }
-    for path in Path::every_one_here() {
+    for path in SimdPath::supported() {
         eprintln!("gelu: {}", path.name());
         let extremes = [f32::MAX, f32::MIN_POSITIVE, 0.0];
         for x in (-40_000..40_000).map(|i| i as f32 / 2000.0).chain(extremes) {
@@ -247,14 +248,14 @@ fn norms_equal_their_definition() {
                     row.iter().enumerate().map(normed).collect::<Vec<f32>>()
                 })
                 .collect();
-            for lane in &backend.lanes() {
+            for ctx in &backend.contexts() {
                 let ours =
-                    backend.layer_norm(lane, &backend.norm(weights()).unwrap(), backend.buffer(rows, &x)).unwrap();
+                    backend.layer_norm(ctx, &backend.norm(weights()).unwrap(), backend.buffer(rows, &x)).unwrap();
                 let what = format!("{rows} x {c}");
                 // A number near 30 is known to within 2e-6, and so is the mean; what is left is divided by the deviation.
-                let exact = Bound { dtype: Dtype::F32, at: bound.at.clone() };
-                exact.check(&backend.download(lane, &ours).unwrap(), &theirs, 10.0, 1, &what);
-                let exact = backend.download(lane, &ours).unwrap();
+                let exact = Bound { dtype: CpuDtype::F32, at: bound.at.clone() };
+                exact.check(&backend.download(ctx, &ours).unwrap(), &theirs, 10.0, 1, &what);
+                let exact = backend.download(ctx, &ours).unwrap();
                 bound.check(&values(&ours), &exact, 2.0, 1, &format!("{what}, lower form"));
             }
         }
@@ -286,19 +287,18 @@ fn attention_equals_its_definition() {
                 rows.iter().flat_map(|&row| qkv[row as usize * 3 * c + from..][..width].to_vec()).collect()
             };
             let all: Vec<u32> = (0..t as u32).collect();
-            let (q, kv) = (part(0, c, &batch.first_rows()), part(c, 2 * c, &all));
-            let reference = CandleBackend::cpu();
+            let (q, kv) = (part(0, c, &batch.gather_cls()), part(c, 2 * c, &all));
+            let reference = CandleBackend::cpu(2).unwrap();
             let theirs = reference.attention(&(), shape, &candle(t, &qkv), &batch).unwrap();
-            let theirs_first = reference
-                .first_token_attention(&(), shape, &candle(batch.sequences(), &q), &candle(t, &kv), &batch)
-                .unwrap();
-            let [alone, team] = backend.lanes();
+            let theirs_first =
+                reference.cls_attention(&(), shape, &candle(batch.sequences(), &q), &candle(t, &kv), &batch).unwrap();
+            let [alone, team] = backend.contexts();
             let what = format!("{heads} heads of {d}, {lengths:?}");
-            let ours = |lane| {
-                let all = backend.attention(lane, shape, &backend.attended(t, &qkv), &batch).unwrap();
+            let ours = |ctx| {
+                let all = backend.attention(ctx, shape, &backend.attended(t, &qkv), &batch).unwrap();
                 let first = backend
-                    .first_token_attention(
-                        lane,
+                    .cls_attention(
+                        ctx,
                         shape,
                         &backend.attended(batch.sequences(), &q),
                         &backend.attended(t, &kv),
@@ -312,7 +312,7 @@ fn attention_equals_its_definition() {
             assert_eq!((bits(&result), bits(&first)), (bits(&result_team), bits(&first_team)), "{}: {what}", bound.at);
             // An average of values up to 4, with weights that bf16 rounds too. In f32 a score's own error, a sum of d terms up to
             // 16, is a relative error of its weight.
-            let terms = if bound.dtype == Dtype::F32 { 16 * d } else { 1 };
+            let terms = if bound.dtype == CpuDtype::F32 { 16 * d } else { 1 };
             bound.check(&result, &reference.download(&(), &theirs).unwrap(), 4.0, terms, &what);
             bound.check(
                 &first,
@@ -340,14 +340,14 @@ fn embeddings_equal_their_definition() {
             };
             let pairs = [Pair::new(vec![3, 49, 0, 7], vec![0, 0, 1, 1]), Pair::new(vec![5], vec![0])];
             let batch = Batch::pack(&pairs);
-            let reference = CandleBackend::cpu();
+            let reference = CandleBackend::cpu(2).unwrap();
             let theirs = reference.embed(&(), &reference.embeddings(tables()).unwrap(), &batch).unwrap();
             let theirs = reference.download(&(), &theirs).unwrap();
-            for lane in &backend.lanes() {
-                let ours = backend.embed(lane, &backend.embeddings(tables()).unwrap(), &batch).unwrap();
+            for ctx in &backend.contexts() {
+                let ours = backend.embed(ctx, &backend.embeddings(tables()).unwrap(), &batch).unwrap();
                 // Numbers exact in bf16 are exact in f16 as well, down to 2^-17.
-                let exact = Bound { dtype: Dtype::F32, at: bound.at.clone() };
-                exact.check(&backend.download(lane, &ours).unwrap(), &theirs, 60.0, 1, &format!("{c}"));
+                let exact = Bound { dtype: CpuDtype::F32, at: bound.at.clone() };
+                exact.check(&backend.download(ctx, &ours).unwrap(), &theirs, 60.0, 1, &format!("{c}"));
             }
         }
     });
@@ -402,17 +402,17 @@ impl Op for BytesAndHalves<'_> {
             let float = |_| f32::from_bits(random.u32(1 << 23..0x7f00_0000) & !0x7fff | random.u32(0..2) << 31);
             let floats: Vec<f32> = (0..I::LANES).map(float).collect();
             let (mut bytes, mut halves) = (vec![0u8; I::LANES], vec![0u16; I::LANES]);
-            let mut widened = vec![0f32; I::LANES];
+            let mut as_f32 = vec![0f32; I::LANES];
             // SAFETY: each has LANES values.
             unsafe {
                 isa.store_u8(bytes.as_mut_ptr(), isa.load(whole.as_ptr()));
                 isa.store_bf16(halves.as_mut_ptr(), isa.load(floats.as_ptr()));
-                isa.store(widened.as_mut_ptr(), isa.load_bf16(halves.as_ptr()));
+                isa.store(as_f32.as_mut_ptr(), isa.load_bf16(halves.as_ptr()));
             }
             let expected: Vec<half::bf16> = floats.iter().map(|&x| half::bf16::from_f32(x)).collect();
             assert!(bytes.iter().zip(&whole).all(|(&byte, x)| f32::from(byte) == x.round_ties_even()), "{}", self.at);
             assert!(halves.iter().zip(&expected).all(|(&bits, x)| bits == x.to_bits()), "{}", self.at);
-            assert!(widened.iter().zip(&expected).all(|(&x, half)| x == half.to_f32()), "{}", self.at);
+            assert!(as_f32.iter().zip(&expected).all(|(&x, half)| x == half.to_f32()), "{}", self.at);
         }
     }
 }
@@ -427,12 +427,13 @@ fn nan_is_not_lost() {
         let norm = backend
             .norm(NormWeights { weight: tensor(&[c], &vec![1.0; c]), bias: tensor(&[c], &vec![0.0; c]), eps: 1e-5 })
             .unwrap();
-        let lane = Lane { team: None };
-        let normed = backend.layer_norm(&lane, &norm, backend.buffer(2, &x)).unwrap();
-        let weights =
-            backend.linear(tensor(&[c, c], &vec![0.1; c * c]), tensor(&[c], &vec![0.0; c]), Place::Encoder).unwrap();
-        let added = backend.apply(&lane, &weights, 0..c, &normed, Epilogue::Residual(&normed)).unwrap();
-        let values = backend.download(&lane, &backend.layer_norm(&lane, &norm, added).unwrap()).unwrap();
+        let ctx = ExecContext { team: None };
+        let normed = backend.layer_norm(&ctx, &norm, backend.buffer(2, &x)).unwrap();
+        let weights = backend
+            .linear(tensor(&[c, c], &vec![0.1; c * c]), tensor(&[c], &vec![0.0; c]), LayerRole::Encoder)
+            .unwrap();
+        let added = backend.apply(&ctx, &weights, 0..c, &normed, Epilogue::Residual(&normed)).unwrap();
+        let values = backend.download(&ctx, &backend.layer_norm(&ctx, &norm, added).unwrap()).unwrap();
         assert!(values[..c].iter().all(|value| value.is_nan()), "{}", bound.at);
     });
 }

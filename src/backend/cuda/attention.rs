@@ -1,5 +1,5 @@
-//! Which of the two attention kernels a card runs: the one on Hopper's warpgroup products (`attention_wgmma`) where it is there,
-//! agrees with the other and is faster, else the one on `mma.sync`. One for all sequences, so that a score does not depend on
+//! Which of the two attention kernels a device runs: the one on Hopper's warpgroup gemms (`attention_wgmma`) where it is there,
+//! matches_library with the other and is faster, else the one on `mma.sync`. One for all sequences, so that a score does not depend on
 //! what a sequence is beside.
 
 use std::sync::Arc;
@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKernelArg};
 
-use super::agreement::{bound, worst_row};
-use super::card::{self, Card};
-use super::layout::{Layout, TILE_ROWS};
-use super::{Element, address};
+use super::batch_layout::{Layout, TILE_ROWS};
+use super::cross_check::{bound, worst_row};
+use super::device::Device;
+use super::{CudaDtype, CudaOptions, address};
 use crate::backend::{AttentionShape, BackendError};
 use crate::batch::{Batch, Pair};
 
@@ -35,44 +35,43 @@ pub(super) struct Attention {
 }
 
 impl Attention {
-    /// The kernel for this card and shape.
+    /// The kernel for this device and shape.
     ///
     /// # Errors
-    /// The driver's, with which the card is lost to this process.
-    pub(super) fn choose(card: &Arc<Card>, element: Element, shape: AttentionShape) -> Result<Self> {
-        let d = shape.head_size;
+    /// The driver's, with which the device is lost to this process.
+    pub(super) fn choose(device: &Arc<Device>, options: &CudaOptions, shape: AttentionShape) -> Result<Self> {
+        let (d, dtype) = (shape.head_size, options.dtype);
         let of = |name, function: &CudaFunction, blocks_a_tile| {
             let stages = 2 * 2 * KEY_ROWS;
             let bytes =
-                if element == Element::F32 { 2 * KEY_ROWS * 4 } else { (TILE_ROWS / blocks_a_tile + stages) * 2 };
+                if dtype == CudaDtype::F32 { 2 * KEY_ROWS * 4 } else { (TILE_ROWS / blocks_a_tile + stages) * 2 };
             Self { name, function: function.clone(), blocks_a_tile, shared_bytes: bytes * d }
         };
-        let mma = of("attention", &card.kernels.attention, 1);
-        let Some(function) = &card.kernels.attention_wgmma else { return Ok(mma) };
-        if std::env::var("RERANKD_CUDA_ATTENTION").is_ok_and(|kernel| kernel == "mma") {
+        let mma = of("attention", &device.kernels.attention, 1);
+        let Some(function) = &device.kernels.attention_wgmma else { return Ok(mma) };
+        if options.mma_attention_only {
             return Ok(mma);
         }
         let wgmma = of("attention_wgmma", function, 2);
 
-        let name: String = card.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-        let file = card::cache_folder().map(|folder| folder.join(format!("attention-{name}-{}", card.kernels_key)));
-        let kept = file.as_ref().and_then(|file| std::fs::read_to_string(file).ok());
-        let chosen = match kept.as_deref() {
-            Some("attention") => mma,
-            Some("attention_wgmma") => wgmma,
-            _ => match Trial::new(card, element, shape).and_then(|trial| trial.compare(&mma, &wgmma)) {
+        let name: String = device.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let file = format!("attention-{name}-{}", device.kernels_key);
+        let chosen = match device.cache.read(&file).as_deref() {
+            Some(b"attention") => mma,
+            Some(b"attention_wgmma") => wgmma,
+            _ => match Trial::new(device, dtype, shape).and_then(|trial| trial.compare(&mma, &wgmma)) {
                 Ok(verdict) => {
-                    let wins = verdict.error <= bound(element) && verdict.wgmma_seconds < verdict.mma_seconds;
+                    let wins = verdict.error <= bound(dtype) && verdict.wgmma_seconds < verdict.mma_seconds;
                     let chosen = if wins { wgmma } else { mma };
-                    if verdict.error <= bound(element) {
+                    if verdict.error <= bound(dtype) {
                         tracing::info!(?verdict, "attention runs on the kernel {}", chosen.name);
                         // What disagrees is tried, and told, again at the next start.
-                        file.inspect(|file| card::store(file, chosen.name.as_bytes()));
+                        device.cache.write(&file, chosen.name.as_bytes());
                     } else {
                         tracing::warn!(
                             ?verdict,
-                            "the attention kernel for Hopper's warpgroup products gives other results than the one on mma.sync on \
-                             this card and is left alone; please report it"
+                            "the attention kernel for Hopper's warpgroup gemms gives other results than the one on mma.sync on \
+                             this device and is left alone; please report it"
                         );
                     }
                     chosen
@@ -80,7 +79,7 @@ impl Attention {
                 Err(BackendError::OutOfMemory(_)) => mma,
                 Err(error) => {
                     return Err(error).context(
-                        "the attention kernel for Hopper's warpgroup products does not run; RERANKD_CUDA_ATTENTION=mma leaves it out",
+                        "the attention kernel for Hopper's warpgroup gemms does not run; --cuda-attention mma leaves it out",
                     );
                 }
             },
@@ -91,7 +90,7 @@ impl Attention {
     /// Launches it over the tiles of a batch that lies at `upload`, for `heads` heads.
     ///
     /// # Safety
-    /// `upload` holds a batch in this layout, `qkv` its `[T, 3C]` and `out` room for `[T, C]`, on the device, of the kernel's element.
+    /// `upload` holds a batch in this layout, `qkv` its `[T, 3C]` and `out` room for `[T, C]`, on the device, of the kernel's dtype.
     pub(super) unsafe fn launch(
         &self,
         stream: &Arc<CudaStream>,
@@ -128,10 +127,10 @@ struct Verdict {
     wgmma_seconds: f64,
 }
 
-/// Random Q, K and V on the card, and room for a result.
+/// Random Q, K and V on the device, and room for a result.
 struct Trial {
     stream: Arc<CudaStream>,
-    element: Element,
+    dtype: CudaDtype,
     shape: AttentionShape,
     heads_timed: usize,
     qkv: CudaSlice<u8>,
@@ -139,17 +138,17 @@ struct Trial {
 }
 
 impl Trial {
-    fn new(card: &Arc<Card>, element: Element, shape: AttentionShape) -> Result<Self, BackendError> {
-        let stream = card.context.new_stream()?;
+    fn new(device: &Arc<Device>, dtype: CudaDtype, shape: AttentionShape) -> Result<Self, BackendError> {
+        let stream = device.context.new_stream()?;
         let row = shape.heads * shape.head_size;
         let mut random = fastrand::Rng::with_seed(1);
         // Of variance 1, so that scores spread as a model's do.
         let values: Vec<f32> = (0..LONG * 3 * row).map(|_| (random.f32() - 0.5) * 3.46).collect();
-        let qkv = stream.clone_htod(&element.encode(&values))?;
-        let out = stream.alloc_zeros(LONG * row * element.bytes())?;
-        // Enough tiles for every multiprocessor, as when a card is busy.
-        let heads_timed = (2 * card.multiprocessors as usize).div_ceil(LONG / 128).min(shape.heads);
-        Ok(Self { stream, element, shape, heads_timed, qkv, out })
+        let qkv = stream.clone_htod(&dtype.encode(&values))?;
+        let out = stream.alloc_zeros(LONG * row * dtype.bytes())?;
+        // Enough tiles for every multiprocessor, as when a device is busy.
+        let heads_timed = (2 * device.multiprocessors as usize).div_ceil(LONG / 128).min(shape.heads);
+        Ok(Self { stream, dtype, shape, heads_timed, qkv, out })
     }
 
     fn compare(&self, mma: &Attention, wgmma: &Attention) -> Result<Verdict, BackendError> {
@@ -164,7 +163,7 @@ impl Trial {
         self.launch(attention, layout, &upload, self.shape.heads)?;
         let bytes = self.stream.clone_dtoh(&self.out)?;
         let length = AWKWARD_LENGTHS.iter().sum::<usize>() * self.shape.heads * self.shape.head_size;
-        Ok(self.element.decode(&bytes[..length * self.element.bytes()]))
+        Ok(self.dtype.decode(&bytes[..length * self.dtype.bytes()]))
     }
 
     /// Seconds of a launch over one long sequence: of as many as take two milliseconds together.

@@ -30,7 +30,7 @@ library libnvrtc 13 nvrtc.cpp -DSTANDIN_EMULATOR_DEFAULT="\"$(cd "$here/.." && p
 library libcublasLt 13 cublaslt.cpp -O3 -march=native -Wno-psabi "$out/libcuda.so.1" -Wl,-rpath,'$ORIGIN'
 
 if [ "${2:-}" = selftest ]; then
-    g++ -std=c++17 -O2 -Wall -Wextra "$here/selftest.cpp" -DKERNELS_CU="\"$here/../../../src/backend/cuda/kernels.cu\"" \
+    g++ -std=c++17 -O2 -Wall -Wextra "$here/selftest.cpp" -DKERNELS_CU="\"$here/../../../src/backend/cuda/kernels/kernels.cu\"" \
         -o "$out/selftest" "$out/libcuda.so.1" "$out/libnvrtc.so.13" "$out/libcublasLt.so.13" -Wl,-rpath,'$ORIGIN' -pthread
     cd "$out" && LD_LIBRARY_PATH=$out ./selftest
 fi

@@ -21,7 +21,7 @@
 #include "shared.h"
 
 #ifndef KERNELS_CU
-#define KERNELS_CU "src/backend/cuda/kernels.cu"
+#define KERNELS_CU "src/backend/cuda/kernels/kernels.cu"
 #endif
 
 using std::string;

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Isa, Op};
+use super::isa::{Isa, Op};
 
 /// AVX2 and FMA, with `vpdpbusd` if `VNNI`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +88,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn fetch(self, line: *const u32) {
+    fn prefetch(self, line: *const u32) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
     }
 
@@ -197,7 +197,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
 }
 
-/// The low 16 bits of each lane, of lanes below 65,536.
+/// The low 16 bits of each ctx, of lanes below 65,536.
 #[inline(always)]
 unsafe fn narrow(x: __m256i) -> __m128i {
     // SAFETY: the caller has AVX2.

@@ -3,7 +3,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::{Isa, Op};
+use super::isa::{Isa, Op};
 
 /// AVX-512, with `vdpbf16ps` if `BF16` and `vpdpbusd` if `VNNI`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,7 +108,7 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
         unsafe { _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x))) }
     }
     #[inline(always)]
-    fn fetch(self, line: *const u32) {
+    fn prefetch(self, line: *const u32) {
         unsafe { _mm_prefetch::<_MM_HINT_T1>(line.cast()) }
     }
 

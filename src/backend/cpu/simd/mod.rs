@@ -11,124 +11,19 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod isa;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod partial;
 mod portable;
 
+pub(super) use isa::{Accuracy, Isa, MAX_LANES, Op, exp2};
+pub(super) use partial::{load_partial, store_partial, store_partial_bf16};
 pub(super) use portable::Portable;
-
-use super::math::{Exactness, MAX_LANES, exp2};
-
-/// A computation that is written once for all instruction sets.
-pub(super) trait Op {
-    /// What it returns.
-    type Output;
-    /// Does it. Implementations are `#[inline(always)]`, and keep vectors out of closures, which are not.
-    fn run<I: Isa>(self, isa: I) -> Self::Output;
-}
-
-/// The vector operations that the kernels use.
-///
-/// # Safety
-/// An implementation's values exist only where the machine has its instructions. The pointer methods' contracts are each
-/// that of the slice of the given number of elements.
-pub(super) unsafe trait Isa: Copy + Send + Sync + 'static {
-    /// `LANES` f32.
-    type F: Copy;
-    /// `LANES` times four bytes.
-    type I: Copy;
-    /// Lanes of a vector.
-    const LANES: usize;
-    /// Vectors across a panel of packed weights: with six rows, as many accumulators as registers allow.
-    const PANEL_VECTORS: usize;
-    /// Columns of a panel.
-    const PANEL: usize = Self::LANES * Self::PANEL_VECTORS;
-    /// Whether `dot_int8` takes 128 from each byte of a, for instructions that multiply signed bytes alone.
-    const SIGNED_BYTES: bool = false;
-
-    /// Runs `op` compiled for this instruction set.
-    fn enter<O: Op>(self, op: O) -> O::Output;
-
-    fn splat(self, x: f32) -> Self::F;
-    fn splat_bits(self, x: u32) -> Self::I;
-    /// Reads `LANES` values, at any alignment.
-    unsafe fn load(self, from: *const f32) -> Self::F;
-    unsafe fn load_bits(self, from: *const u32) -> Self::I;
-    unsafe fn store(self, to: *mut f32, x: Self::F);
-    unsafe fn store_bits(self, to: *mut u32, x: Self::I);
-    /// Writes `LANES` values rounded to bf16, ties to even.
-    unsafe fn store_bf16(self, to: *mut u16, x: Self::F);
-    /// Reads `LANES` bf16 values.
-    unsafe fn load_bf16(self, from: *const u16) -> Self::F;
-    /// Writes the low byte of each lane, of whole numbers from 0 to 255 in x.
-    unsafe fn store_u8(self, to: *mut u8, x: Self::F);
-    /// Fetches the line into the second-level cache, where there is an instruction for it. Any address will do.
-    #[inline(always)]
-    fn fetch(self, _line: *const u32) {}
-
-    fn floats(self, x: Self::I) -> Self::F;
-    /// i32 lanes as f32.
-    fn i32_to_f32(self, x: Self::I) -> Self::F;
-
-    fn add(self, a: Self::F, b: Self::F) -> Self::F;
-    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
-    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
-    fn div(self, a: Self::F, b: Self::F) -> Self::F;
-    fn max(self, a: Self::F, b: Self::F) -> Self::F;
-    fn min(self, a: Self::F, b: Self::F) -> Self::F;
-    /// `a * b + c`, rounded once.
-    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// To the nearest whole number.
-    fn round(self, x: Self::F) -> Self::F;
-    /// 2^x within 1e-4 of itself, for what is rounded to bf16 next: the general form, or the instruction set's own.
-    #[inline(always)]
-    fn exp2_for_bf16(self, x: Self::F) -> Self::F {
-        exp2(self, x, Exactness::Bf16)
-    }
-    /// `a / b` within 1e-3 of itself or better, for what is rounded to bf16 next.
-    #[inline(always)]
-    fn div_for_bf16(self, a: Self::F, b: Self::F) -> Self::F {
-        self.div(a, b)
-    }
-    /// `x * 2^n` for whole n from -126 to 127.
-    fn scale_by_power(self, x: Self::F, n: Self::F) -> Self::F;
-    /// The first n lanes of x, and `fill` in the others.
-    #[inline(always)]
-    fn first_lanes(self, x: Self::F, n: usize, fill: f32) -> Self::F {
-        let mut lanes = [0f32; MAX_LANES];
-        // SAFETY: the array has room for the widest vector.
-        unsafe {
-            self.store(lanes.as_mut_ptr(), x);
-            lanes[n..].fill(fill);
-            self.load(lanes.as_ptr())
-        }
-    }
-    fn sum(self, x: Self::F) -> f32;
-    fn max_of(self, x: Self::F) -> f32;
-    fn min_of(self, x: Self::F) -> f32;
-
-    /// `acc + a * b` in f32 lanes.
-    fn dot_f32(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
-    /// `acc + a0 * b0 + a1 * b1` in f32 lanes of two bf16 each.
-    fn dot_bf16(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
-    /// `acc + sum of a_i * b_i` in i32 lanes of four bytes each, a unsigned ([`Self::SIGNED_BYTES`]), b from -127 to 127.
-    fn dot_int8(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
-
-    /// The 16 x 16 transposition of words, or its plain form: `to[w * to_stride + i] = from[i * from_stride + w]`
-    /// for i below `LANES` and w below `words`.
-    unsafe fn transpose(self, from: *const u32, from_stride: usize, words: usize, to: *mut u32, to_stride: usize) {
-        for w in 0..words {
-            for i in 0..Self::LANES {
-                // SAFETY: the caller's: both indices are within what it owns.
-                unsafe { *to.add(w * to_stride + i) = *from.add(i * from_stride + w) };
-            }
-        }
-    }
-}
 
 /// Which instruction sets a machine may have. The best is chosen at start and named in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Path {
+pub(super) enum SimdPath {
     /// AVX-512 with dot products of bf16 and int8 (Zen 4 and later, Sapphire Rapids and later).
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(avx512::Avx512<true, true>),
@@ -157,9 +52,9 @@ pub(super) enum Path {
     Portable(Portable),
 }
 
-impl Path {
+impl SimdPath {
     /// Every path that this machine can run, best first.
-    pub(super) fn every_one_here() -> Vec<Self> {
+    pub(super) fn supported() -> Vec<Self> {
         let mut paths = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
@@ -181,7 +76,7 @@ impl Path {
 
     /// The best that this machine can run.
     pub(super) fn best() -> Self {
-        Self::every_one_here()[0]
+        Self::supported()[0]
     }
 
     /// As logs name it.

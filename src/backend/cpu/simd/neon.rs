@@ -5,7 +5,7 @@
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
-use super::{Isa, Op};
+use super::isa::{Isa, Op};
 
 /// NEON, with `sdot` if `DOT`, and with `bfdot` and `usdot` if `BF16_I8MM`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //!
 //! The compiler turns the loops into the target's baseline vectors (SSE2 on x86-64).
 
-use super::{Isa, Op};
+use super::isa::{Isa, Op};
 
 const LANES: usize = 8;
 
@@ -13,8 +13,8 @@ pub(in super::super) struct Portable;
 #[inline(always)]
 fn lanes<T: Copy + Default>(f: impl Fn(usize) -> T) -> [T; LANES] {
     let mut out = [T::default(); LANES];
-    for (i, lane) in out.iter_mut().enumerate() {
-        *lane = f(i);
+    for (i, ctx) in out.iter_mut().enumerate() {
+        *ctx = f(i);
     }
     out
 }

@@ -1,0 +1,60 @@
+//! Loads and stores of fewer values than a vector holds.
+
+use super::isa::{Isa, MAX_LANES};
+
+/// The first `n` values, or a whole vector where n is more; the other lanes hold `fill`.
+///
+/// # Safety
+/// `from` may be read for that many values.
+#[inline(always)]
+pub(in crate::backend::cpu) unsafe fn load_partial<I: Isa>(isa: I, from: *const f32, n: usize, fill: f32) -> I::F {
+    // SAFETY: a whole vector only where the caller has one; otherwise n values, and the vector comes from `values`.
+    unsafe {
+        if n >= I::LANES {
+            return isa.load(from);
+        }
+        let mut values = [fill; MAX_LANES];
+        for (i, value) in values.iter_mut().enumerate().take(n) {
+            *value = *from.add(i);
+        }
+        isa.load(values.as_ptr())
+    }
+}
+
+/// Writes the first `n` lanes of x, or all where n is more.
+///
+/// # Safety
+/// `to` may be written for that many values.
+#[inline(always)]
+pub(in crate::backend::cpu) unsafe fn store_partial<I: Isa>(isa: I, to: *mut f32, n: usize, x: I::F) {
+    // SAFETY: as in `load_partial`.
+    unsafe {
+        if n >= I::LANES {
+            return isa.store(to, x);
+        }
+        let mut values = [0f32; MAX_LANES];
+        isa.store(values.as_mut_ptr(), x);
+        for (i, &value) in values.iter().enumerate().take(n) {
+            *to.add(i) = value;
+        }
+    }
+}
+
+/// [`store_partial`] rounded to bf16.
+///
+/// # Safety
+/// `to` may be written for that many values.
+#[inline(always)]
+pub(in crate::backend::cpu) unsafe fn store_partial_bf16<I: Isa>(isa: I, to: *mut u16, n: usize, x: I::F) {
+    // SAFETY: as in `load_partial`.
+    unsafe {
+        if n >= I::LANES {
+            return isa.store_bf16(to, x);
+        }
+        let mut values = [0u16; MAX_LANES];
+        isa.store_bf16(values.as_mut_ptr(), x);
+        for (i, &value) in values.iter().enumerate().take(n) {
+            *to.add(i) = value;
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! What a device computes in, and how values are stored there.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+
+/// What activations are, and what gemms multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CudaDtype {
+    /// Half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// Single precision: for comparison.
+    F32,
+    /// Half precision, and gemms of E4M3.
+    Fp8,
+}
+
+impl CudaDtype {
+    /// As in `--dtype`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+            Self::Fp8 => "fp8",
+        }
+    }
+
+    /// Of an activation.
+    pub(super) fn bytes(self) -> usize {
+        if self == Self::F32 { 4 } else { 2 }
+    }
+
+    /// Of what a product multiplies.
+    pub(super) fn operand_bytes(self) -> usize {
+        if self == Self::Fp8 { 1 } else { self.bytes() }
+    }
+
+    /// Values as they are stored on the device, E4M3's activations included.
+    pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
+        match self {
+            Self::F16 | Self::Fp8 => {
+                let mut halves = vec![f16::ZERO; values.len()];
+                halves.convert_from_f32_slice(values);
+                bytemuck::cast_slice::<u16, u8>(halves.reinterpret_cast()).to_vec()
+            }
+            Self::Bf16 => {
+                let mut halves = vec![bf16::ZERO; values.len()];
+                halves.convert_from_f32_slice(values);
+                bytemuck::cast_slice::<u16, u8>(halves.reinterpret_cast()).to_vec()
+            }
+            Self::F32 => bytemuck::cast_slice(values).to_vec(),
+        }
+    }
+
+    /// The inverse of [`Self::encode`], but for rounding.
+    pub(super) fn decode(self, bytes: &[u8]) -> Vec<f32> {
+        let half = |pair: &[u8]| u16::from_ne_bytes([pair[0], pair[1]]);
+        match self {
+            Self::F16 | Self::Fp8 => bytes.chunks_exact(2).map(|pair| f16::from_bits(half(pair)).to_f32()).collect(),
+            Self::Bf16 => bytes.chunks_exact(2).map(|pair| bf16::from_bits(half(pair)).to_f32()).collect(),
+            Self::F32 => bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        }
+    }
+}

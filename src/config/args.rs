@@ -1,0 +1,263 @@
+//! The flags, as typed. Every flag is also an environment variable (`RERANKD_` and its name) and a line of the config file.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use crate::secret::Secret;
+use crate::telemetry::{self, LogFormat};
+
+/// Which models to load, the device, and the limits on text. Shared by every command that scores.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Models")]
+pub struct ModelArgs {
+    /// Model to load; repeat for several [default: the built-in one]
+    ///
+    /// A name from `rerankd models`, organisation/name on the hub (optionally @revision), or a folder with config.json,
+    /// tokenizer.json and the weights. NAME=MODEL serves it under the name NAME.
+    #[arg(long = "model", id = "model", value_name = "[NAME=]MODEL", env = "RERANKD_MODEL", value_delimiter = ',')]
+    pub models: Vec<String>,
+
+    /// Maximum tokens of a query and a chunk together [default: the model's own]
+    ///
+    /// Longer documents are split into overlapping chunks of this size, and the best chunk gives the score. A larger window
+    /// gives the model more context per chunk, and costs more than proportionally.
+    #[arg(long, value_name = "TOKENS", env = "RERANKD_WINDOW")]
+    pub window: Option<usize>,
+
+    /// Maximum tokens of a query; the rest is truncated [default: half the window]
+    #[arg(long, value_name = "TOKENS", env = "RERANKD_MAX_QUERY_TOKENS")]
+    pub max_query_tokens: Option<usize>,
+
+    /// Position of a long document's last chunk
+    ///
+    /// `aligned`: it ends with the document and is as long as the others. `short`: it starts one stride after the previous
+    /// chunk and may be shorter.
+    #[arg(long, value_enum, default_value = "aligned", env = "RERANKD_TAIL")]
+    pub tail: TailArg,
+
+    /// Device to compute on: cpu, cuda, cuda:N, auto or candle
+    ///
+    /// `cpu`: the fastest kernels for this processor. `cuda`: an NVIDIA GPU; `cuda:1` selects one; `cuda:0,cuda:1` uses both,
+    /// each with a copy of the model. `auto`: a GPU if there is one, else the CPU. `candle`: the reference implementation on the
+    /// CPU, f32 only, slow.
+    #[arg(long, default_value = "cpu", env = "RERANKD_DEVICE")]
+    pub device: String,
+
+    /// Precision of the encoder's matrix multiplications
+    ///
+    /// CPU: `f32`, `bf16` (half the memory; about twice as fast where the CPU has bf16 instructions) and `int8` (a quarter of the
+    /// memory, lower fidelity). CUDA: `f16`, `bf16`, `f32` and `fp8` (E4M3, needs compute capability 8.9; lower fidelity than
+    /// int8). `auto` is f16 on a GPU, bf16 on CPUs with AVX-512 BF16 or NEON BF16, and f32 on other CPUs.
+    #[arg(long, value_enum, default_value = "auto", env = "RERANKD_DTYPE")]
+    pub dtype: DtypeArg,
+
+    /// Compute threads, and as many tokenizer threads [default: the processors this process may use]
+    #[arg(long, value_name = "N", env = "RERANKD_THREADS")]
+    pub threads: Option<usize>,
+
+    /// Pin each compute thread to one processor
+    ///
+    /// Gives steadier latency where the server has the machine to itself; harmful where processors are shared.
+    #[arg(long, env = "RERANKD_PIN_THREADS")]
+    pub pin_threads: bool,
+
+    /// Token budget of one batch [default: 2048 on a CPU, 16896 on a GPU]
+    ///
+    /// Larger batches use the device slightly better, and make small requests wait longer for the batch before theirs.
+    #[arg(long, value_name = "TOKENS", env = "RERANKD_MAX_BATCH_TOKENS")]
+    pub max_batch_tokens: Option<usize>,
+
+    /// Bitwise the same score in any batch, on a GPU too (slower there; the CPU always is)
+    #[arg(long, env = "RERANKD_BATCH_INVARIANT")]
+    pub batch_invariant: bool,
+
+    /// Maximum characters of one document; the rest is truncated before tokenization
+    #[arg(long, value_name = "CHARS", default_value_t = 262_144, env = "RERANKD_MAX_DOCUMENT_CHARS")]
+    pub max_document_chars: usize,
+
+    /// Maximum tokens of one request over all its chunks; above it the answer is 413
+    #[arg(long, value_name = "TOKENS", default_value_t = 1_048_576, env = "RERANKD_MAX_REQUEST_TOKENS")]
+    pub max_request_tokens: usize,
+
+    #[cfg(feature = "cuda")]
+    #[command(flatten)]
+    pub cuda: CudaArgs,
+}
+
+/// CUDA settings that few people need.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "CUDA")]
+pub struct CudaArgs {
+    /// Folder for compiled kernels and tuning results [default: rerankd in the user's cache folder]
+    #[arg(long, value_name = "FOLDER", env = "RERANKD_CUDA_CACHE")]
+    pub cuda_cache: Option<PathBuf>,
+
+    /// GEMM kernels: the faster for each shape, cuBLASLt only, or the custom kernel wherever it applies
+    #[arg(long, value_enum, default_value = "auto", env = "RERANKD_CUDA_GEMM")]
+    pub cuda_gemm: CudaGemmArg,
+
+    /// Attention kernel: the faster, or always the one on mma.sync
+    #[arg(long, value_enum, default_value = "auto", env = "RERANKD_CUDA_ATTENTION")]
+    pub cuda_attention: CudaAttentionArg,
+}
+
+/// What `serve` adds: the address, keys, and the limits on clients.
+#[derive(Debug, Clone, Args)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub models: ModelArgs,
+
+    /// IP address to listen on; 0.0.0.0 listens on every interface
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "RERANKD_HOST", help_heading = "Server")]
+    pub host: IpAddr,
+
+    /// TCP port to listen on; 0 takes a free one
+    #[arg(long, default_value_t = 8080, env = "RERANKD_PORT", help_heading = "Server")]
+    pub port: u16,
+
+    /// API key that requests must carry; repeat, or separate by commas, for several [default: none, open to everyone]
+    #[arg(
+        long = "api-key",
+        id = "api-key",
+        value_name = "KEY",
+        env = "RERANKD_API_KEY",
+        hide_env_values = true,
+        hide_default_value = true,
+        value_delimiter = ',',
+        help_heading = "Server"
+    )]
+    pub api_keys: Vec<Secret>,
+
+    /// File with one API key per line; lines that start with # are comments
+    #[arg(long, value_name = "FILE", env = "RERANKD_API_KEY_FILE", help_heading = "Server")]
+    pub api_key_file: Option<PathBuf>,
+
+    /// Maximum documents of one request
+    #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000), env = "RERANKD_MAX_DOCUMENTS", help_heading = "Limits")]
+    pub max_documents: u32,
+
+    /// Maximum bytes of one request body; above it the answer is 413
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 8 << 20,
+        env = "RERANKD_MAX_BODY_BYTES",
+        help_heading = "Limits"
+    )]
+    pub max_body_bytes: usize,
+
+    /// Maximum bytes of all request bodies in memory; above it the answer is 503
+    #[arg(
+        long,
+        value_name = "BYTES",
+        default_value_t = 256 << 20,
+        env = "RERANKD_MAX_INFLIGHT_BYTES",
+        help_heading = "Limits"
+    )]
+    pub max_inflight_bytes: usize,
+
+    /// Maximum tokens waiting in each model's queue; above it the answer is 503 with Retry-After
+    #[arg(
+        long,
+        value_name = "TOKENS",
+        default_value_t = 2_097_152,
+        env = "RERANKD_MAX_QUEUE_TOKENS",
+        help_heading = "Limits"
+    )]
+    pub max_queue_tokens: usize,
+
+    /// Maximum open connections
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000), env = "RERANKD_MAX_CONNECTIONS", help_heading = "Limits")]
+    pub max_connections: u32,
+
+    /// Time from a request's complete body to its answer; after it the answer is 504
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 120, value_parser = clap::value_parser!(u64).range(1..=86_400),
+        env = "RERANKD_REQUEST_TIMEOUT",
+        help_heading = "Limits"
+    )]
+    pub request_timeout: u64,
+
+    /// Time for a request's header to arrive; also how long an idle connection stays open
+    #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_HEADER_TIMEOUT", help_heading = "Limits")]
+    pub header_timeout: u64,
+
+    /// Time for a request's body to arrive
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BODY_TIMEOUT", help_heading = "Limits")]
+    pub body_timeout: u64,
+
+    /// Time for running requests to finish after SIGTERM; a second signal ends the process at once
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_DRAIN_TIMEOUT", help_heading = "Limits")]
+    pub drain_timeout: u64,
+}
+
+/// Settings of every command.
+#[derive(Debug, Clone, Args)]
+pub struct CommonArgs {
+    /// TOML file with a line for any flag: `port = 8080`, `model = ["a", "b"]`
+    #[arg(long, value_name = "FILE", env = "RERANKD_CONFIG", global = true, help_heading = "General")]
+    pub config: Option<PathBuf>,
+
+    /// Log format: text for people, json for log collectors
+    #[arg(
+        long,
+        value_enum,
+        default_value = "text",
+        env = "RERANKD_LOG_FORMAT",
+        global = true,
+        help_heading = "General"
+    )]
+    pub log_format: LogFormat,
+
+    /// Log level or filter: error, warn, info, debug, or per module as in `rerankd=debug,hyper=info`
+    #[arg(
+        long,
+        value_name = "FILTER",
+        default_value = "info",
+        value_parser = telemetry::parse_log_filter,
+        env = "RERANKD_LOG",
+        global = true,
+        help_heading = "General"
+    )]
+    pub log: String,
+}
+
+/// Values of `--tail`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TailArg {
+    Aligned,
+    Short,
+}
+
+/// Values of `--dtype`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DtypeArg {
+    Auto,
+    F32,
+    F16,
+    Bf16,
+    Int8,
+    Fp8,
+}
+
+/// Values of `--cuda-gemm`.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CudaGemmArg {
+    Auto,
+    Cublaslt,
+    Custom,
+}
+
+/// Values of `--cuda-attention`.
+#[cfg(feature = "cuda")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CudaAttentionArg {
+    Auto,
+    Mma,
+}

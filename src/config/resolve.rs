@@ -1,0 +1,334 @@
+//! Flags to settings: what was typed, checked, and what it means on this machine.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+
+#[cfg(feature = "cuda")]
+use super::args::{CudaArgs, CudaAttentionArg, CudaGemmArg};
+use super::args::{DtypeArg, ModelArgs, ServeArgs, TailArg};
+use super::machine::{CudaAvailability, Machine};
+use crate::api::{ApiLimits, Keys, ServerTimeouts};
+use crate::backend::cpu::CpuDtype;
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{CudaDtype, CudaOptions, GemmChoice};
+use crate::loading::source::{BUILTIN, ModelSource};
+use crate::loading::{DeviceChoice, LoadOptions};
+use crate::scheduler::SchedulerLimits;
+use crate::text::{Tail, TextLimits};
+
+/// Default token budget of one batch on a CPU.
+pub const CPU_BATCH_TOKENS: usize = 2048;
+/// The same on a GPU: a whole number of waves of 128 x 256 tiles on the 132 multiprocessors of an H100 or H200, for every GEMM of
+/// both large models.
+#[cfg(feature = "cuda")]
+pub const CUDA_BATCH_TOKENS: usize = 16_896;
+
+/// Values of `--device` in this build.
+const DEVICES: &str = if cfg!(feature = "cuda") { "cpu, cuda, cuda:N, auto or candle" } else { "cpu or candle" };
+
+/// Models to load, and how.
+#[derive(Debug)]
+pub struct ModelSettings {
+    /// In the order of the command line.
+    pub sources: Vec<ModelSource>,
+    pub load: LoadOptions,
+    /// Limits of each model's queue.
+    pub scheduler: SchedulerLimits,
+    /// What the operator should know before loading starts.
+    pub notices: Vec<Notice>,
+}
+
+/// A log line about a decision made while resolving.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Notice {
+    Info(String),
+    Warning(String),
+}
+
+/// Everything that `serve` needs.
+#[derive(Debug)]
+pub struct ServeSettings {
+    pub models: ModelSettings,
+    pub address: SocketAddr,
+    pub keys: Keys,
+    pub limits: ApiLimits,
+    pub max_connections: usize,
+    pub timeouts: ServerTimeouts,
+}
+
+impl Notice {
+    /// Writes the line to the log.
+    pub fn log(&self) {
+        match self {
+            Self::Info(text) => tracing::info!("{text}"),
+            Self::Warning(text) => tracing::warn!("{text}"),
+        }
+    }
+}
+
+impl ModelArgs {
+    /// Checks the flags and resolves them for `machine`.
+    ///
+    /// # Errors
+    /// A model that is neither a folder nor a known name, a device or dtype that this build does not have, a limit of 0.
+    pub fn resolve(&self, machine: &Machine, max_queue_tokens: usize) -> Result<ModelSettings> {
+        for (flag, value) in [
+            ("--threads", self.threads),
+            ("--max-batch-tokens", self.max_batch_tokens),
+            ("--max-document-chars", Some(self.max_document_chars)),
+            ("--max-request-tokens", Some(self.max_request_tokens)),
+            ("--max-query-tokens", self.max_query_tokens),
+        ] {
+            ensure!(value != Some(0), "{flag} is 0; expected at least 1");
+        }
+        let mut notices = Vec::new();
+        let mut names: Vec<&str> = self.models.iter().map(String::as_str).filter(|model| !model.is_empty()).collect();
+        if names.is_empty() {
+            notices.push(Notice::Info(format!(
+                "no --model given: loading {BUILTIN}, the built-in demonstration model; `rerankd models` lists better ones"
+            )));
+            names.push(BUILTIN);
+        }
+        let sources = names.into_iter().map(ModelSource::parse).collect::<Result<_>>()?;
+        let threads = self.threads.unwrap_or(machine.processors);
+        let limits = TextLimits {
+            max_query_tokens: self.max_query_tokens,
+            max_document_chars: self.max_document_chars,
+            max_request_tokens: self.max_request_tokens,
+            tail: match self.tail {
+                TailArg::Aligned => Tail::Aligned,
+                TailArg::Short => Tail::Short,
+            },
+            threads,
+        };
+        let device = self.device(machine, threads, &mut notices)?;
+        let max_batch_tokens = self.max_batch_tokens.unwrap_or(match &device {
+            #[cfg(feature = "cuda")]
+            DeviceChoice::Cuda(..) => CUDA_BATCH_TOKENS,
+            _ => CPU_BATCH_TOKENS,
+        });
+        Ok(ModelSettings {
+            sources,
+            load: LoadOptions { device, window: self.window, limits, profile: None },
+            scheduler: SchedulerLimits { max_batch_tokens, max_queue_tokens },
+            notices,
+        })
+    }
+
+    fn device(&self, machine: &Machine, threads: usize, notices: &mut Vec<Notice>) -> Result<DeviceChoice> {
+        let name = self.device.as_str();
+        match name {
+            "auto" => match (machine.find_cuda)() {
+                #[cfg(feature = "cuda")]
+                CudaAvailability::Usable => self.cuda("cuda"),
+                CudaAvailability::Unusable(reason) => {
+                    notices.push(Notice::Warning(format!("using the CPU: there is a GPU, but {reason}")));
+                    self.cpu(machine, threads)
+                }
+                _ => self.cpu(machine, threads),
+            },
+            "cpu" => self.cpu(machine, threads),
+            #[cfg(feature = "cuda")]
+            _ if name.starts_with("cuda") => self.cuda(name),
+            "candle" => self.require_f32().map(|()| DeviceChoice::Candle { threads }),
+            #[cfg(feature = "candle-cuda")]
+            _ if name == "candle-cuda" || name.starts_with("candle-cuda:") => {
+                self.require_f32()?;
+                let ordinal = name.split_once(':').map_or("0", |(_, ordinal)| ordinal);
+                let ordinal = ordinal.parse().with_context(|| format!("--device {name:?}: not a device number"))?;
+                Ok(DeviceChoice::CandleCuda { ordinal, threads })
+            }
+            _ => bail!("--device {name:?} is not known to this build; expected {DEVICES}"),
+        }
+    }
+
+    fn cpu(&self, machine: &Machine, threads: usize) -> Result<DeviceChoice> {
+        let dtype = match self.dtype {
+            DtypeArg::F32 => CpuDtype::F32,
+            DtypeArg::Bf16 => CpuDtype::Bf16,
+            DtypeArg::Int8 => CpuDtype::Int8,
+            DtypeArg::F16 => bail!("--dtype f16 needs a GPU; on a CPU choose bf16, int8 or f32"),
+            DtypeArg::Fp8 => bail!("--dtype fp8 needs a GPU; on a CPU choose int8, bf16 or f32"),
+            DtypeArg::Auto if machine.has_bf16 => CpuDtype::Bf16,
+            DtypeArg::Auto => CpuDtype::F32,
+        };
+        Ok(DeviceChoice::Cpu { dtype, threads, pin_threads: self.pin_threads })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(&self, names: &str) -> Result<DeviceChoice> {
+        let ordinal = |name: &str| match name {
+            "cuda" => Ok(0),
+            _ => name
+                .strip_prefix("cuda:")
+                .and_then(|number| number.parse().ok())
+                .with_context(|| format!("--device {name:?}: expected cuda, cuda:1, or a list as cuda:0,cuda:1")),
+        };
+        let ordinals: Vec<usize> = names.split(',').map(|name| ordinal(name.trim())).collect::<Result<_>>()?;
+        for (i, ordinal) in ordinals.iter().enumerate() {
+            ensure!(!ordinals[..i].contains(ordinal), "--device {names:?} names cuda:{ordinal} twice");
+        }
+        let dtype = match self.dtype {
+            DtypeArg::Auto | DtypeArg::F16 => CudaDtype::F16,
+            DtypeArg::Bf16 => CudaDtype::Bf16,
+            DtypeArg::F32 => CudaDtype::F32,
+            DtypeArg::Fp8 => CudaDtype::Fp8,
+            DtypeArg::Int8 => bail!("--dtype int8 needs a CPU; on a GPU choose fp8, f16, bf16 or f32"),
+        };
+        let CudaArgs { cuda_cache, cuda_gemm, cuda_attention } = &self.cuda;
+        let options = CudaOptions {
+            dtype,
+            max_batch_tokens: self.max_batch_tokens.unwrap_or(CUDA_BATCH_TOKENS),
+            batch_invariant: self.batch_invariant,
+            gemm: match cuda_gemm {
+                CudaGemmArg::Auto => GemmChoice::Fastest,
+                CudaGemmArg::Cublaslt => GemmChoice::CublasLt,
+                CudaGemmArg::Custom => GemmChoice::Custom,
+            },
+            mma_attention_only: *cuda_attention == CudaAttentionArg::Mma,
+            cache: cuda_cache.clone().filter(|folder| !folder.as_os_str().is_empty()).or_else(default_cuda_cache),
+        };
+        Ok(DeviceChoice::Cuda(ordinals, options))
+    }
+
+    fn require_f32(&self) -> Result<()> {
+        ensure!(
+            matches!(self.dtype, DtypeArg::Auto | DtypeArg::F32),
+            "--device {} computes in f32 only; leave --dtype out, or choose --device cpu",
+            self.device
+        );
+        Ok(())
+    }
+}
+
+/// `rerankd` in the user's cache folder (XDG Base Directory Specification), if the environment names one.
+#[cfg(feature = "cuda")]
+fn default_cuda_cache() -> Option<PathBuf> {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let cache = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
+    cache.map(|folder| folder.join("rerankd"))
+}
+
+impl ServeArgs {
+    /// Checks the flags and resolves them for `machine`.
+    ///
+    /// # Errors
+    /// As [`ModelArgs::resolve`]; a key file that cannot be read or holds no key.
+    pub fn resolve(&self, machine: &Machine) -> Result<ServeSettings> {
+        let file = match &self.api_key_file {
+            Some(path) => std::fs::read_to_string(path)
+                .with_context(|| format!("--api-key-file {}: cannot be read", path.display()))?,
+            None => String::new(),
+        };
+        let from_file = file.lines().map(str::trim).filter(|line| !line.starts_with('#'));
+        let keys = Keys::new(self.api_keys.iter().map(|key| key.reveal()).chain(from_file));
+        ensure!(self.api_keys.is_empty() || !keys.is_open(), "--api-key is empty; leave it out to serve everyone");
+        // A file without a key would silently open the server to everyone.
+        ensure!(self.api_key_file.is_none() || !keys.is_open(), "--api-key-file: the file contains no key");
+        Ok(ServeSettings {
+            models: self.models.resolve(machine, self.max_queue_tokens)?,
+            address: SocketAddr::new(self.host, self.port),
+            keys,
+            limits: ApiLimits {
+                max_documents: self.max_documents as usize,
+                max_body_bytes: self.max_body_bytes,
+                max_inflight_bytes: self.max_inflight_bytes.max(self.max_body_bytes),
+                body_timeout: Duration::from_secs(self.body_timeout),
+                request_timeout_s: self.request_timeout,
+            },
+            max_connections: self.max_connections as usize,
+            timeouts: ServerTimeouts {
+                header: Duration::from_secs(self.header_timeout),
+                drain: Duration::from_secs(self.drain_timeout),
+            },
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, Command, FromArgMatches as _};
+
+    use super::*;
+
+    const PLAIN: Machine = Machine { processors: 8, has_bf16: false, find_cuda: || CudaAvailability::Absent };
+
+    fn resolve(machine: Machine, flags: &[&str]) -> Result<ServeSettings> {
+        let command = ServeArgs::augment_args(Command::new("serve"));
+        let matches = command.try_get_matches_from(["serve"].iter().chain(flags))?;
+        ServeArgs::from_arg_matches(&matches)?.resolve(&machine)
+    }
+
+    fn device(machine: Machine, flags: &[&str]) -> String {
+        match resolve(machine, flags) {
+            Ok(settings) => format!("{:?}", settings.models.load.device),
+            Err(error) => error.to_string(),
+        }
+    }
+
+    #[test]
+    fn auto_takes_bf16_only_where_the_cpu_has_it() {
+        assert!(device(PLAIN, &[]).contains("F32, threads: 8"));
+        assert!(device(Machine { has_bf16: true, ..PLAIN }, &["--threads", "3"]).contains("Bf16, threads: 3"));
+    }
+
+    #[test]
+    fn auto_device_falls_back_to_the_cpu_and_says_why() {
+        let broken = Machine { find_cuda: || CudaAvailability::Unusable("the driver is too old".to_owned()), ..PLAIN };
+        let settings = resolve(broken, &["--device", "auto", "--model", "rerankd-mini"]).unwrap();
+        assert!(matches!(settings.models.load.device, DeviceChoice::Cpu { .. }));
+        assert_eq!(
+            settings.models.notices,
+            [Notice::Warning("using the CPU: there is a GPU, but the driver is too old".to_owned())]
+        );
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn auto_device_takes_a_usable_gpu() {
+        let gpu = Machine { find_cuda: || CudaAvailability::Usable, ..PLAIN };
+        let settings = resolve(gpu, &["--device", "auto"]).unwrap();
+        assert!(matches!(settings.models.load.device, DeviceChoice::Cuda(ref ordinals, _) if *ordinals == [0]));
+        assert_eq!(settings.models.scheduler.max_batch_tokens, CUDA_BATCH_TOKENS);
+    }
+
+    #[test]
+    fn unknown_values_name_the_flag() {
+        for (flags, named) in [
+            (&["--dtype", "f64"][..], "--dtype"),
+            (&["--tail", "long"], "--tail"),
+            (&["--device", "gpu"], "--device"),
+            (&["--dtype", "f16"], "--dtype f16"),
+            (&["--device", "candle", "--dtype", "bf16"], "--dtype"),
+            (&["--threads", "0"], "--threads"),
+            (&["--max-documents", "0"], "--max-documents"),
+            (&["--api-key", ""], "--api-key"),
+            (&["--api-key-file", "/nonexistent"], "--api-key-file"),
+            (&["--model", "nothing-here"], "nothing-here"),
+        ] {
+            assert!(device(PLAIN, flags).contains(named), "{flags:?}: {}", device(PLAIN, flags));
+        }
+        #[cfg(feature = "cuda")]
+        for (flags, named) in [
+            (&["--cuda-gemm", "ours"][..], "--cuda-gemm"),
+            (&["--cuda-attention", "wgmma"], "--cuda-attention"),
+            (&["--device", "cuda:x"], "cuda:x"),
+            (&["--device", "cuda:0,cuda:0"], "twice"),
+            (&["--device", "cuda", "--dtype", "int8"], "--dtype int8"),
+        ] {
+            assert!(device(PLAIN, flags).contains(named), "{flags:?}: {}", device(PLAIN, flags));
+        }
+    }
+
+    #[test]
+    fn debug_output_hides_keys() {
+        let command = ServeArgs::augment_args(Command::new("serve"));
+        let matches = command.try_get_matches_from(["serve", "--api-key", "sk-private"]).unwrap();
+        let args = ServeArgs::from_arg_matches(&matches).unwrap();
+        let settings = args.resolve(&PLAIN).unwrap();
+        assert!(!format!("{args:?} {settings:?}").contains("sk-private"));
+    }
+}

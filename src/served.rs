@@ -1,0 +1,147 @@
+//! The models that this process serves, by name.
+
+use std::time::{Duration, Instant};
+
+use crate::error::RerankError;
+use crate::loading::download::Hub;
+use crate::loading::source::ModelSource;
+use crate::loading::{LoadOptions, LoadedModel, Loader};
+use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
+use crate::text::TextEncoder;
+
+/// What the largest model may need for one batch on a small processor.
+const LONG_BATCH: Duration = Duration::from_secs(120);
+
+/// A served model: its text side and its queue.
+#[derive(Debug)]
+pub struct Model {
+    /// The name that answers carry.
+    pub name: String,
+    /// Other names that requests may use.
+    pub aliases: Vec<String>,
+    /// Text to pairs.
+    pub text: TextEncoder,
+    /// Pairs to logits.
+    pub scheduler: Scheduler,
+}
+
+/// Every served model.
+#[derive(Debug)]
+pub struct Models(Vec<Model>);
+
+impl Model {
+    /// Starts the worker of a loaded model.
+    ///
+    /// # Errors
+    /// The operating system has no thread for it.
+    pub fn start(loaded: LoadedModel, limits: SchedulerLimits) -> std::io::Result<Self> {
+        let LoadedModel { name, aliases, text, encoder, .. } = loaded;
+        let scheduler = Scheduler::start(&name, encoder, limits)?;
+        Ok(Self { name, aliases, text, scheduler })
+    }
+
+    /// Whether a real inference has succeeded within `recent`, or does so now within `patience_s`. A model that has
+    /// succeeded before and has been at one batch for less than two minutes is busy, not dead.
+    ///
+    /// # Errors
+    /// Why it did not.
+    pub async fn check(&self, recent: Duration, patience_s: u64) -> Result<(), RerankError> {
+        let last_success = self.scheduler.last_success();
+        let busy = self.scheduler.running_since().is_some_and(|since| since.elapsed() < LONG_BATCH);
+        if last_success.is_some_and(|at| busy || at.elapsed() < recent) {
+            return Ok(());
+        }
+        let pair = self.text.pair("health", "a pair like any other").map_err(RerankError::Internal)?;
+        let deadline = Deadline::after(patience_s);
+        let permit = self.scheduler.admit(pair.tokens())?;
+        let scored = self.scheduler.score(vec![pair], permit, Some(deadline));
+        match tokio::time::timeout_at(deadline.at.into(), scored).await {
+            Ok(result) => result.map(|_| ()),
+            Err(_) => Err(RerankError::Deadline { seconds: patience_s }),
+        }
+    }
+
+    fn is_called(&self, name: &str) -> bool {
+        self.names().any(|own| own.eq_ignore_ascii_case(name))
+    }
+
+    /// The name and its aliases.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.name.as_str()).chain(self.aliases.iter().map(String::as_str))
+    }
+}
+
+impl Models {
+    /// Loads every model and starts its worker. Each one's name and description go to `report`.
+    ///
+    /// # Errors
+    /// Anything wrong with a model's files; two models of one name.
+    pub fn load(
+        sources: &[ModelSource],
+        hub: &Hub,
+        options: &LoadOptions,
+        limits: SchedulerLimits,
+        mut report: impl FnMut(&str, &str),
+    ) -> anyhow::Result<Self> {
+        let loader = Loader::new(hub, options)?;
+        let mut models = Vec::with_capacity(sources.len());
+        for source in sources {
+            let loaded = loader.load(source)?;
+            report(&loaded.name, &loaded.description);
+            models.push(Model::start(loaded, limits)?);
+        }
+        Self::new(models)
+    }
+
+    /// Serves these models.
+    ///
+    /// # Errors
+    /// A name that two of them claim.
+    pub fn new(models: Vec<Model>) -> anyhow::Result<Self> {
+        for (i, model) in models.iter().enumerate() {
+            for other in &models[..i] {
+                if let Some(name) = model.names().find(|name| other.is_called(name)) {
+                    anyhow::bail!("two models are called {name:?}; name one of them with --model NAME=MODEL");
+                }
+            }
+        }
+        Ok(Self(models))
+    }
+
+    /// The model that a request names: its name or an alias in any case, or either behind a gateway's prefix
+    /// (`fireworks/BAAI/bge-reranker-v2-m3`).
+    ///
+    /// # Errors
+    /// [`RerankError::UnknownModel`]
+    pub fn find(&self, name: &str) -> Result<&Model, RerankError> {
+        let called = |name: &str| self.0.iter().find(|model| model.is_called(name));
+        let suffixes = name.match_indices('/').map(|(slash, _)| &name[slash + 1..]);
+        std::iter::once(name)
+            .chain(suffixes)
+            .find_map(called)
+            .ok_or_else(|| RerankError::UnknownModel { model: name.chars().take(128).collect() })
+    }
+
+    /// The model that a request names, or the first one where its dialect has no place for a name.
+    ///
+    /// # Errors
+    /// [`RerankError::UnknownModel`]
+    pub fn choose(&self, name: Option<&str>) -> Result<&Model, RerankError> {
+        match (name, self.0.first()) {
+            (None, Some(first)) => Ok(first),
+            (name, _) => self.find(name.unwrap_or_default()),
+        }
+    }
+
+    /// All of them, in the order of the command line.
+    pub fn iter(&self) -> impl Iterator<Item = &Model> {
+        self.0.iter()
+    }
+
+    /// Waits until nothing is queued, at most until `until`.
+    pub async fn drained(&self, until: Instant) {
+        while Instant::now() < until && self.iter().any(|model| model.scheduler.waiting_tokens() > 0) {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}

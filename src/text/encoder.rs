@@ -1,0 +1,320 @@
+//! Text -> pairs of token ids: the query once, documents in slices off the async threads, chunks with overlap, equal pairs
+//! folded into one.
+//!
+//! Ids are those of the model's own tokenizer, special tokens in the text included: a document that contains `</s>` gets the
+//! special id, as with every other server of these models.
+
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use futures_util::{StreamExt, stream};
+use tokenizers::Tokenizer;
+use tokio::sync::Semaphore;
+
+use super::chunk::{Chunking, Tail};
+use super::slice::{self, SLICE_CHARS};
+use super::template::{self, PairTemplate};
+
+use crate::batch::Pair;
+use crate::error::RerankError;
+
+/// The smallest window that leaves room for a query and a document beside the special tokens.
+const MIN_WINDOW: usize = 16;
+
+/// Chunks of a document that are scored unless the request says otherwise.
+pub const DEFAULT_MAX_CHUNKS: usize = 1024;
+
+/// The most, and the default, that neighbouring chunks can be asked to share.
+pub const MAX_OVERLAP_TOKENS: usize = 80;
+
+/// What bounds a request's text.
+#[derive(Debug, Clone, Copy)]
+pub struct TextLimits {
+    /// Tokens of the query at most; `None` is half the window without the special tokens.
+    pub max_query_tokens: Option<usize>,
+    /// Characters of one document; the rest is cut before it is tokenised.
+    pub max_document_chars: usize,
+    /// Tokens of all pairs of one request.
+    pub max_request_tokens: usize,
+    /// Where a long document's last chunk lies.
+    pub tail: Tail,
+    /// Texts tokenised at a time, over all requests.
+    pub threads: usize,
+}
+
+/// How one request wants its documents cut.
+#[derive(Debug, Clone, Copy)]
+pub struct DocumentOptions {
+    /// Tokens that neighbouring chunks share.
+    pub overlap_tokens: usize,
+    /// Chunks of a document that are scored.
+    pub max_chunks_per_doc: usize,
+    /// Tokens of a document that are read.
+    pub max_tokens_per_doc: Option<usize>,
+}
+
+impl Default for DocumentOptions {
+    fn default() -> Self {
+        Self { overlap_tokens: MAX_OVERLAP_TOKENS, max_chunks_per_doc: DEFAULT_MAX_CHUNKS, max_tokens_per_doc: None }
+    }
+}
+
+/// A request's work: each distinct pair once, and which pairs each document's score is the maximum of.
+#[derive(Debug, Default)]
+pub struct EncodedRequest {
+    /// Distinct pairs.
+    pub pairs: Vec<Pair>,
+    /// For each document, in the request's order, indices into `pairs`; never empty.
+    pub documents: Vec<Vec<usize>>,
+    /// What was left out.
+    pub truncation: Truncation,
+}
+
+/// What of a request's text the model did not read.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Truncation {
+    /// The query was longer than its share.
+    pub query: bool,
+    /// Documents that were truncated, by any limit.
+    pub documents: usize,
+    /// Chunks beyond `max_chunks_per_doc`, over all documents.
+    pub chunks: usize,
+}
+
+/// A model's tokenizer and pair template.
+#[derive(Debug, Clone)]
+pub struct TextEncoder {
+    inner: Arc<Inner>,
+    slots: Arc<Semaphore>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    tokenizer: Tokenizer,
+    template: PairTemplate,
+    /// Tokens of a pair at most, special tokens included.
+    window: usize,
+    limits: TextLimits,
+}
+
+impl TextEncoder {
+    /// Reads a `tokenizer.json` for a model whose embedding has `vocab_size` rows.
+    ///
+    /// # Errors
+    /// Not a tokenizer, ids beyond the embedding, pairs without a fixed template, a window too small to hold a pair.
+    pub fn new(tokenizer_json: &[u8], vocab_size: usize, window: usize, limits: TextLimits) -> Result<Self> {
+        let mut tokenizer = Tokenizer::from_bytes(tokenizer_json).map_err(|e| anyhow!("not a tokenizer.json: {e}"))?;
+        // Published files carry their own (MiniLM's pads every pair to 512); both are ours to decide.
+        tokenizer.with_padding(None);
+        tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
+        let highest = tokenizer.get_vocab(true).into_values().max().context("the vocabulary is empty")?;
+        ensure!(
+            (highest as usize) < vocab_size,
+            "the tokenizer's highest id is {highest}, the model's embedding has {vocab_size} rows; these files do not belong together"
+        );
+        let template = PairTemplate::of(&tokenizer)?;
+        let least = MIN_WINDOW.max(template.special_tokens() + 4);
+        ensure!(window >= least, "a window of {window} tokens is too small; the minimum is {least}");
+        let slots = Arc::new(Semaphore::new(limits.threads.max(1)));
+        Ok(Self { inner: Arc::new(Inner { tokenizer, template, window, limits }), slots })
+    }
+
+    /// The pair template in words: `<s> query </s> </s> document </s>`.
+    pub fn pair_format(&self) -> String {
+        self.inner.template.format(&self.inner.tokenizer)
+    }
+
+    /// Tokens of a pair at most.
+    pub fn window(&self) -> usize {
+        self.inner.window
+    }
+
+    /// Tokens of a query at most: its share of the window.
+    pub fn max_query_tokens(&self) -> usize {
+        let all = self.inner.window - self.inner.template.special_tokens();
+        self.inner.limits.max_query_tokens.unwrap_or(all / 2).clamp(1, all - 1)
+    }
+
+    /// How a document is cut beside a query of `query_tokens` tokens.
+    pub fn chunking(&self, query_tokens: usize, options: DocumentOptions) -> Chunking {
+        let limits = &self.inner.limits;
+        Chunking {
+            room: self.inner.window - query_tokens - self.inner.template.special_tokens(),
+            overlap: options.overlap_tokens,
+            max_chunks: options.max_chunks_per_doc,
+            tail: limits.tail,
+        }
+    }
+
+    /// A text's ids without special tokens, tokenised whole. For tests and benches; requests go through [`Self::encode`].
+    ///
+    /// # Errors
+    /// The tokenizer's own failures.
+    pub fn token_ids(&self, text: &str) -> Result<Vec<u32>> {
+        template::encode(&self.inner.tokenizer, text)
+    }
+
+    /// The pair of one query and one document that are known to fit the window. For tests, benches and self-checks.
+    ///
+    /// # Errors
+    /// The tokenizer's own failures.
+    pub fn pair(&self, query: &str, document: &str) -> Result<Pair> {
+        Ok(self.inner.template.pair(&self.token_ids(query)?, &self.token_ids(document)?))
+    }
+
+    /// The pairs of a query with each document.
+    ///
+    /// # Errors
+    /// More work than one request may ask for; a failure of the tokenizer.
+    pub async fn encode(
+        &self,
+        query: &str,
+        documents: Arc<[String]>,
+        options: DocumentOptions,
+    ) -> Result<EncodedRequest, RerankError> {
+        let (query, query_truncated) = self.query_ids(query).await?;
+        let chunking = self.chunking(query.len(), options);
+        let reach = chunking.reach().min(options.max_tokens_per_doc.unwrap_or(usize::MAX));
+        let texts = self.document_ids(documents, reach).await?;
+        let inner = Arc::clone(&self.inner);
+        let truncation = Truncation { query: query_truncated, ..Truncation::default() };
+        let pairs = move || inner.pairs(&query, &texts, chunking, options.max_tokens_per_doc, truncation);
+        tokio::task::spawn_blocking(pairs).await.map_err(|e| RerankError::Internal(e.into()))?
+    }
+
+    /// The query's ids, cut to its share, and whether it had more.
+    async fn query_ids(&self, query: &str) -> Result<(Vec<u32>, bool), RerankError> {
+        let limit = self.max_query_tokens();
+        let text: Arc<[String]> = [query.to_owned()].into();
+        let mut ids = Vec::new();
+        for range in slice::slices(query, SLICE_CHARS, usize::MAX).0 {
+            if ids.len() > limit {
+                break;
+            }
+            let unit = vec![(0, range)];
+            ids.extend(self.tokenize(Arc::clone(&text), unit).await?.into_iter().flat_map(|(_, ids)| ids));
+        }
+        let truncated = ids.len() > limit;
+        ids.truncate(limit);
+        Ok((ids, truncated))
+    }
+
+    /// Every document's tokens, its ids kept as far as its chunks reach.
+    async fn document_ids(&self, documents: Arc<[String]>, reach: usize) -> Result<Vec<DocumentIds>, RerankError> {
+        let limits = &self.inner.limits;
+        let (units, mut texts) = units(&documents, limits.max_document_chars);
+        let mut total = 0;
+        // A few units at a time: requests share the slots in turn, so a long one delays a short one by its units in flight.
+        let jobs = units.into_iter().map(|unit| self.tokenize(Arc::clone(&documents), unit));
+        let mut results = stream::iter(jobs).buffered(limits.threads.max(1));
+        while let Some(unit) = results.next().await {
+            for (document, new) in unit? {
+                let text = &mut texts[document];
+                let kept = new.len().min(reach.saturating_sub(text.ids.len()));
+                text.ids.extend_from_slice(&new[..kept]);
+                text.tokens += new.len();
+                total += kept;
+            }
+            if total > limits.max_request_tokens {
+                return Err(RerankError::TooMuchWork { tokens: total, limit: limits.max_request_tokens });
+            }
+        }
+        Ok(texts)
+    }
+
+    /// Tokenises one unit of work on a blocking thread, in turn with everyone else's.
+    async fn tokenize(&self, texts: Arc<[String]>, unit: Unit) -> Result<Vec<(usize, Vec<u32>)>, RerankError> {
+        let slot = Arc::clone(&self.slots).acquire_owned().await.map_err(|e| RerankError::Internal(e.into()))?;
+        let inner = Arc::clone(&self.inner);
+        let work = move || {
+            let _slot = slot;
+            let ids = |(text, range): (usize, Range<usize>)| {
+                Ok((text, template::encode(&inner.tokenizer, &texts[text][range])?))
+            };
+            unit.into_iter().map(ids).collect::<Result<Vec<_>>>().map_err(RerankError::Internal)
+        };
+        tokio::task::spawn_blocking(work).await.map_err(|e| RerankError::Internal(e.into()))?
+    }
+}
+
+impl Inner {
+    fn pairs(
+        &self,
+        query: &[u32],
+        documents: &[DocumentIds],
+        chunking: Chunking,
+        max_tokens: Option<usize>,
+        mut truncation: Truncation,
+    ) -> Result<EncodedRequest, RerankError> {
+        let read = |text: &DocumentIds| text.tokens.min(max_tokens.unwrap_or(usize::MAX));
+        // Counted before anything is built: a small request can ask for a great many chunks.
+        let fixed = query.len() + self.template.special_tokens();
+        let tokens =
+            documents.iter().flat_map(|text| chunking.chunks(read(text))).map(|chunk| fixed + chunk.len()).sum();
+        if tokens > self.limits.max_request_tokens {
+            return Err(RerankError::TooMuchWork { tokens, limit: self.limits.max_request_tokens });
+        }
+        let mut encoded = EncodedRequest::default();
+        let mut known: HashMap<&[u32], usize> = HashMap::new();
+        for text in documents {
+            let dropped = chunking.count(read(text)).saturating_sub(chunking.max_chunks);
+            truncation.chunks += dropped;
+            truncation.documents += usize::from(text.truncated || dropped > 0 || read(text) < text.tokens);
+            let indices = chunking.chunks(read(text)).map(|chunk| match known.entry(&text.ids[chunk]) {
+                Entry::Occupied(same) => *same.get(),
+                Entry::Vacant(new) => {
+                    encoded.pairs.push(self.template.pair(query, new.key()));
+                    *new.insert(encoded.pairs.len() - 1)
+                }
+            });
+            encoded.documents.push(indices.collect());
+        }
+        encoded.truncation = truncation;
+        Ok(encoded)
+    }
+}
+
+impl EncodedRequest {
+    /// Tokens of all distinct pairs: what the model reads.
+    pub fn tokens(&self) -> usize {
+        self.pairs.iter().map(Pair::tokens).sum()
+    }
+}
+
+/// A document, tokenised.
+#[derive(Debug, Default)]
+struct DocumentIds {
+    /// As far as its chunks reach.
+    ids: Vec<u32>,
+    /// All of them, kept or not.
+    tokens: usize,
+    /// Whether its text was cut before it was tokenised.
+    truncated: bool,
+}
+
+/// Slices that are tokenised in one go: a piece of one long document, or several short documents.
+type Unit = Vec<(usize, Range<usize>)>;
+
+fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<DocumentIds>) {
+    let mut units = Vec::new();
+    let mut open: Unit = Vec::new();
+    let mut open_bytes = 0;
+    let mut texts = Vec::with_capacity(documents.len());
+    for (document, text) in documents.iter().enumerate() {
+        let (ranges, truncated) = slice::slices(text, SLICE_CHARS, max_chars);
+        texts.push(DocumentIds { truncated, ..DocumentIds::default() });
+        for range in ranges {
+            open_bytes += range.len();
+            open.push((document, range));
+            if open_bytes >= SLICE_CHARS {
+                units.push(std::mem::take(&mut open));
+                open_bytes = 0;
+            }
+        }
+    }
+    units.extend((!open.is_empty()).then_some(open));
+    (units, texts)
+}
