@@ -4,10 +4,14 @@
 #[derive(Debug, thiserror::Error)]
 pub enum RerankError {
     /// No served model has this name or alias.
-    #[error("Model does not exist. Please check it carefully.")]
+    #[error(
+        "Model does not exist. Please check it carefully. The request asked for {model:?}; this server has {served}."
+    )]
     UnknownModel {
-        /// As the request gave it.
+        /// As the request gave it, shortened.
         model: String,
+        /// Names of the served models.
+        served: String,
     },
     /// A field has a value that cannot be used.
     #[error("{field}: {problem}")]
@@ -34,6 +38,17 @@ pub enum RerankError {
         /// When the queue is expected to have room.
         retry_after_s: u64,
     },
+    /// The work alone takes longer than the deadline allows.
+    #[error(
+        "the request would take about {needed_s} s to compute, the deadline is {patience_s} s; send fewer or shorter documents, or \
+         lower max_chunks_per_doc"
+    )]
+    CannotFinish {
+        /// Seconds of computing, at the measured speed.
+        needed_s: u64,
+        /// Seconds until the deadline.
+        patience_s: u64,
+    },
     /// The deadline passed before the scores were there.
     #[error(
         "the deadline of {seconds} s passed before the request was computed; send fewer documents or try again when the server is less busy"
@@ -45,6 +60,9 @@ pub enum RerankError {
     /// The device has no memory for one of the request's pairs alone.
     #[error("the device's memory is exhausted; send shorter documents, or try again later")]
     OutOfMemory,
+    /// Models are being loaded.
+    #[error("the server is loading its models; try again in a moment")]
+    Loading,
     /// The server is on its way down.
     #[error("the server is shutting down")]
     ShuttingDown,

@@ -17,6 +17,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod admission;
 pub mod api;
 pub mod backend;
 pub mod batch;

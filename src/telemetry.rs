@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 /// How log lines look.
@@ -38,20 +39,49 @@ pub fn parse_log_filter(text: &str) -> Result<String, String> {
     }
 }
 
-/// Starts logging to standard error. A second call changes nothing.
-pub fn init_logs(format: LogFormat, filter: &str) {
+/// Writes the last log lines when it is dropped.
+#[must_use]
+pub struct LogGuard(Option<WorkerGuard>);
+
+/// Log lines that wait for standard error at most; further ones are dropped, so that a reader that stalls stops nothing.
+const MAX_WAITING_LINES: usize = 16_384;
+
+static DROPPED_LINES: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// Starts logging to standard error, from a thread of its own. A second call changes nothing.
+///
+/// # Panics
+/// With a filter that [`parse_log_filter`] refuses.
+pub fn init_logs(format: LogFormat, filter: &str) -> LogGuard {
     let filter = EnvFilter::try_new(filter).expect("checked by parse_log_filter");
-    // A log that cannot be written is dropped: the server goes on.
+    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(MAX_WAITING_LINES);
+    let (writer, guard) = builder.thread_name("log").finish(std::io::stderr());
+    DROPPED_LINES.set(writer.error_counter()).ok();
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .log_internal_errors(false)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-    match format {
-        LogFormat::Text => logs.try_init().ok(),
-        LogFormat::Json => logs.json().flatten_event(true).try_init().ok(),
+    let started = match format {
+        LogFormat::Text => logs.try_init().is_ok(),
+        LogFormat::Json => logs.json().flatten_event(true).try_init().is_ok(),
     };
+    LogGuard(started.then_some(guard))
+}
+
+impl Drop for LogGuard {
+    fn drop(&mut self) {
+        drop(self.0.take());
+    }
+}
+
+/// Work that is to be done every few seconds: folds recorded values into their buckets, and counts dropped log lines.
+pub fn upkeep() {
+    if let Some(dropped) = DROPPED_LINES.get() {
+        metrics::counter!("rerankd_log_lines_dropped_total").absolute(dropped.dropped_lines() as u64);
+    }
+    prometheus().run_upkeep();
 }
 
 /// The process's metrics, collected from the first call on.
@@ -81,12 +111,25 @@ fn describe() {
     describe_gauge!("rerankd_queue_tokens", Unit::Count, "Tokens admitted and not yet computed, by model");
     describe_counter!("rerankd_batches_failed_total", "Batches that the backend could not compute, by model");
     describe_counter!(
-        "rerankd_requests_given_up_total",
-        "Requests dropped from the queue: client gone or deadline passed"
+        "rerankd_requests_cancelled_total",
+        "Requests removed from the queue: client gone or deadline passed"
     );
     describe_counter!("rerankd_documents_total", "Documents ranked");
-    describe_counter!("rerankd_queries_cut_total", "Queries longer than their share of the window");
-    describe_counter!("rerankd_documents_cut_total", "Documents of which some text was not read");
+    describe_counter!("rerankd_queries_truncated_total", "Queries longer than their share of the window");
+    describe_counter!("rerankd_documents_truncated_total", "Documents of which some text was not read");
+    describe_histogram!("rerankd_tokenize_seconds", Unit::Seconds, "Tokenizing time of a request");
+    describe_histogram!(
+        "rerankd_queue_seconds",
+        Unit::Seconds,
+        "Time of a request in the queue, until its first batch"
+    );
+    describe_gauge!("rerankd_tokenizer_bytes", Unit::Bytes, "Text admitted and not yet tokenized");
+    describe_counter!("rerankd_worker_restarts_total", "Workers restarted after a panic, by model");
+    describe_counter!(
+        "rerankd_connections_refused_total",
+        "Connections closed at once: more than the cap and its reserve"
+    );
+    describe_counter!("rerankd_log_lines_dropped_total", "Log lines dropped because standard error does not take them");
     describe_counter!("rerankd_chunks_dropped_total", "Chunks beyond max_chunks_per_doc");
 }
 

@@ -20,6 +20,7 @@ use crate::config::args::ModelArgs;
 use crate::config::hub::hub_options_from_env;
 use crate::config::machine::Machine;
 use crate::config::resolve::Notice;
+use crate::config::resolve::QueueSettings;
 use crate::loading::download::Hub;
 use crate::loading::{DeviceChoice, LoadedModel, Loader};
 use crate::telemetry;
@@ -54,7 +55,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let mut settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
+    let mut settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     let profile = args.profile.then(Arc::<Profile>::default);
     settings.load.profile = profile.clone();
     settings.notices.iter().for_each(Notice::log);

@@ -11,6 +11,7 @@ use serde_json::json;
 use super::{Failure, print, start, table};
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
+use crate::config::resolve::QueueSettings;
 use crate::eval::bm25::Bm25;
 use crate::eval::{Measures, Topic, TopicOptions, topics};
 use crate::rerank::{RerankRequest, rerank};
@@ -63,7 +64,7 @@ struct Outcome {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
+    let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     let options = TopicOptions {
         run: args.run.clone(),
         candidates: args.candidates,

@@ -86,7 +86,7 @@ fn parse_from(arguments: Vec<std::ffi::OsString>) -> Result<Cli, Failure> {
 /// # Errors
 /// Whatever ends it early.
 pub fn run(cli: Cli) -> Result<(), Failure> {
-    telemetry::init_logs(cli.common.log_format, &cli.common.log);
+    let _logs = telemetry::init_logs(cli.common.log_format, &cli.common.log);
     match cli.command {
         Command::Serve(args) => serve::run(&args),
         Command::Rank(args) => rank::run(&args),

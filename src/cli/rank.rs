@@ -9,6 +9,7 @@ use serde_json::json;
 use super::{Failure, print, start, table};
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
+use crate::config::resolve::QueueSettings;
 use crate::rerank::{Ranking, RerankRequest, rerank};
 use crate::telemetry;
 use crate::text::DocumentOptions;
@@ -42,7 +43,7 @@ struct Documents {
 }
 
 pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
+    let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     if settings.sources.len() > 1 {
         return Err(Failure::Config(anyhow!("rank takes one --model; `rerankd eval` compares several")));
     }

@@ -1,9 +1,8 @@
-//! `rerankd serve`: load, listen, drain.
+//! `rerankd serve`: listen, load, answer, drain.
 
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -30,31 +29,40 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         .build()
         .context("cannot start the runtime")
         .map_err(Failure::Other)?;
-    let outcome = runtime.block_on(serve(&settings));
+    let outcome = runtime.block_on(serve(Arc::new(settings)));
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(settings: &ServeSettings) -> Result<(), Failure> {
-    // The signals are ours from here on: one that comes while a model loads ends the process at once.
-    let listening = Arc::new(AtomicBool::new(false));
-    let stop = stop_signal(Arc::clone(&listening)).map_err(Failure::Other)?;
-    tokio::spawn(keep_metrics_small());
+async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
+    let stop = stop_signal().map_err(Failure::Other)?;
+    tokio::spawn(upkeep());
     let server = Server::bind(settings.address).map_err(Failure::Config)?;
     let address = server.address();
-    let load = || super::start(&settings.models, |name, about| tracing::info!(model = name, "{about}"));
-    let models = tokio::task::block_in_place(load).map_err(Failure::Config)?;
     let listener = server.listen().map_err(Failure::Config)?;
-    announce(settings, address, &models.iter().next().map(|model| model.name.clone()).unwrap_or_default());
-    let app = App::new(models, settings.keys.clone(), settings.limits);
-    // A batch that outlives the drain ends with the process: nobody joins its worker.
+    tracing::info!("accepting connections on {address}; requests are answered with 503 until the models are loaded");
+    let app = App::new(settings.keys.clone(), settings.limits, settings.hosts.clone());
+    // A batch that outlives the drain ends with the process: nothing joins its worker.
     std::mem::forget(Arc::clone(&app));
-    listening.store(true, Ordering::Release);
-    api::serve(listener, app, settings.max_connections, settings.timeouts, stop).await;
+    let mut serving = std::pin::pin!(api::serve(listener, Arc::clone(&app), settings.timeouts, stop));
+    let loading = tokio::task::spawn_blocking({
+        let settings = Arc::clone(&settings);
+        move || super::start(&settings.models, |name, about| tracing::info!(model = name, "{about}"))
+    });
+    tokio::select! {
+        () = &mut serving => return Ok(()), // stopped while loading
+        loaded = loading => {
+            let models = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::Config)?;
+            let first = models.iter().next().map(|model| model.name.clone()).unwrap_or_default();
+            app.set_models(models);
+            announce(&settings, address, &first);
+        }
+    }
+    serving.await;
     Ok(())
 }
 
-/// What an operator wants to see once, and what a newcomer wants to try.
+/// Logs the limits, the address and a command to try.
 fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
     let (limits, models) = (&settings.limits, &settings.models);
     tracing::info!(
@@ -79,17 +87,16 @@ fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
     tracing::info!("try it: curl http://{shown}/v1/rerank{key} -d '{body}'");
 }
 
-/// Folds recorded values into their buckets, which otherwise happens only when somebody reads /metrics.
-async fn keep_metrics_small() {
+async fn upkeep() {
     let mut interval = tokio::time::interval(Duration::from_secs(5));
     loop {
         interval.tick().await;
-        telemetry::prometheus().run_upkeep();
+        telemetry::upkeep();
     }
 }
 
-/// Resolves at the first SIGTERM or SIGINT once the server is `listening`; before that, and at the second, the process ends.
-fn stop_signal(listening: Arc<AtomicBool>) -> anyhow::Result<impl Future<Output = ()>> {
+/// Resolves at the first SIGTERM or SIGINT. The second ends the process at once.
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (send, receive) = tokio::sync::oneshot::channel();
@@ -98,9 +105,8 @@ fn stop_signal(listening: Arc<AtomicBool>) -> anyhow::Result<impl Future<Output 
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         };
         next().await;
-        if listening.load(Ordering::Acquire) && send.send(()).is_ok() {
-            next().await;
-        }
+        send.send(()).ok();
+        next().await;
         std::process::exit(130);
     });
     Ok(async move {
