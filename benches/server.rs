@@ -116,7 +116,7 @@ fn end_to_end(criterion: &mut Criterion) {
         .map_or(rerankd::config::MAX_BATCH_TOKENS, |n| n.parse().expect("a number"));
     let queue = SchedulerLimits { max_batch_tokens, max_queue_tokens: 1 << 20 };
     let model = Model::start(base(threads), queue).expect("a thread");
-    let app = App::new(Models::new(vec![model]).expect("one model"), Keys::new([]), stub::LIMITS);
+    let app = stub::serving(vec![model], Keys::new([]), stub::LIMITS);
     let body = json!({"model": "base", "query": query, "documents": documents, "max_chunks_per_doc": 1});
     let request = || assert_eq!(runtime.block_on(stub::rerank(&app, body.clone())).status, 200);
 

@@ -163,7 +163,7 @@ fn a_server_answers_on_its_socket_and_drains_on_sigterm() {
     assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("relevance_score"), "{answer}");
     // An idle connection that is kept alive does not hold the exit.
     let mut idle = server.connect();
-    idle.write_all(b"GET /ready HTTP/1.1\r\nhost: x\r\n\r\n").unwrap();
+    idle.write_all(b"GET /ready HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
     idle.read_exact(&mut [0; 15]).unwrap();
     server.signal("-TERM");
     assert_eq!(server.exit_code(), Some(0));
@@ -182,7 +182,7 @@ fn a_running_request_is_answered_in_the_drain() {
     let texts = vec![format!("\"{}\"", "word ".repeat(2000)); 20].join(",");
     let body = format!(r#"{{"model":"tiny","query":"a","documents":[{texts}]}}"#);
     let mut stream = server.connect();
-    write!(stream, "POST /v1/rerank HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    write!(stream, "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
     std::thread::sleep(Duration::from_millis(50)); // so that the request is in, finished or not
     server.signal("-TERM");
     let mut answer = String::new();
@@ -201,7 +201,7 @@ fn a_header_that_does_not_come_is_given_up() {
     let mut answer = String::new();
     slow.read_to_string(&mut answer).ok(); // closed, with or without a last word
     assert!(start.elapsed() < Duration::from_secs(30), "the connection is still open");
-    assert!(server.request("GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").contains("ready"));
+    assert!(server.request("GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").contains("ready"));
 }
 
 #[test]

@@ -1,13 +1,14 @@
 //! Request bodies: memory is reserved as bytes arrive, not as they are announced, and a client must keep sending.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use http_body_util::BodyExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
 use super::ApiError;
 use crate::error::RerankError;
@@ -102,7 +103,7 @@ impl MemoryBudget {
         let mut window = (Instant::now() + RATE_WINDOW, MIN_BYTES_PER_WINDOW);
         loop {
             let until = deadline.min(window.0);
-            let frame = match tokio::time::timeout_at(until.into(), body.frame()).await {
+            let frame = match tokio::time::timeout_at(until, body.frame()).await {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(Some(Err(error))) => return Err(ApiError::bad_request(format!("the body ended early: {error}"))),
                 Ok(None) => return Ok(ReadBody { bytes, share }),

@@ -7,12 +7,12 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 
 /// Bytes per second at which a client must take an answer, measured over the write timeout.
 const MIN_WRITE_RATE: u64 = 1024;
@@ -122,7 +122,7 @@ impl TimedStream {
             self.blocked = Some((Instant::now(), 0));
             return self.poll_write_timeout(cx);
         }
-        self.write_timer.as_mut().reset(deadline.into());
+        self.write_timer.as_mut().reset(deadline);
         ready!(self.write_timer.as_mut().poll(cx));
         cx.waker().wake_by_ref();
         Poll::Pending
@@ -153,7 +153,7 @@ impl AsyncRead for TimedStream {
             return Poll::Ready(result);
         }
         let Some(deadline) = self.state.read_deadline(&self.timeouts) else { return Poll::Pending };
-        self.read_timer.as_mut().reset(deadline.into());
+        self.read_timer.as_mut().reset(deadline);
         ready!(self.read_timer.as_mut().poll(cx));
         // The phase may have changed since the timer was set.
         match self.state.read_deadline(&self.timeouts) {

@@ -136,13 +136,14 @@ mod tests {
 
     #[test]
     fn a_small_request_overtakes_what_is_left_of_a_large_one() {
-        // The large request has used its first service after 4 batches; then the small one comes first, and the large one fills up.
+        // The large request has had its first service after 5 batches: then the small one comes first.
         let mut waiting = queue(&[&[1000; 8]]);
         for batch in 0..5 {
             assert_eq!(next_batch(&mut waiting, 1000), [Slice { job: 0, pairs: batch..batch + 1 }]);
         }
         waiting.push_back(Waiting::new(1, vec![300; 4]));
-        assert_eq!(next_batch(&mut waiting, 1300), [Slice { job: 1, pairs: 0..3 }]);
+        assert_eq!(next_batch(&mut waiting, 1300), [Slice { job: 1, pairs: 0..4 }]);
+        assert_eq!(next_batch(&mut waiting, 1300), [Slice { job: 0, pairs: 5..6 }]);
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl Server {
     pub fn rerank(&self, body: &str) -> String {
         let length = body.len();
         self.request(&format!(
-            "POST /v1/rerank HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+            "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
         ))
     }
 

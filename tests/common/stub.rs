@@ -28,6 +28,7 @@ use tower::ServiceExt;
 pub const WORDS: [&str; 10] = ["apple", "banana", "fruit", "vegetable", "red", "green", "nan", "panic", "x", "y"];
 
 pub const LIMITS: ApiLimits = ApiLimits {
+    max_connections: 64,
     max_documents: 100,
     max_body_bytes: 1 << 20,
     max_inflight_bytes: 4 << 20,
@@ -138,6 +139,13 @@ pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch
     (Model::start(loaded, queue).unwrap(), watch)
 }
 
+/// A server of these models.
+pub fn serving(models: Vec<Model>, keys: Keys, limits: ApiLimits) -> Arc<App> {
+    let app = App::new(keys, limits, None);
+    app.set_models(Models::new(models).unwrap());
+    app
+}
+
 /// A server of one open stub model called `m`.
 pub fn app() -> (Arc<App>, Arc<Watch>) {
     app_with(&[], LIMITS, QUEUE)
@@ -146,7 +154,7 @@ pub fn app() -> (Arc<App>, Arc<Watch>) {
 /// The same with keys and limits.
 pub fn app_with(keys: &[&str], limits: ApiLimits, queue: SchedulerLimits) -> (Arc<App>, Arc<Watch>) {
     let (model, watch) = model("m", 0.0, queue);
-    (App::new(Models::new(vec![model]).unwrap(), Keys::new(keys.iter().copied()), limits), watch)
+    (serving(vec![model], Keys::new(keys.iter().copied()), limits), watch)
 }
 
 /// What came back.
