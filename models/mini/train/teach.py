@@ -46,7 +46,7 @@ def main():
         taught.update(zip(batch, scores.reshape(len(batch), -1)))
         if start // 16 % 15 == 14:
             gold = np.mean([s.argmax() == 0 for s in taught.values()])
-            print(f"{len(taught)} groups, teacher ranks our gold first in {gold:.3f}, {time.time() - began:.0f} s", flush=True)
+            print(f"{len(taught)} groups, teacher ranks the gold passage first in {gold:.3f}, {time.time() - began:.0f} s", flush=True)
             pickle.dump(taught, open(f"{WORK}/teacher.part", "wb"))
     pickle.dump(taught, open(f"{WORK}/teacher.part", "wb"))
     os.replace(f"{WORK}/teacher.part", f"{WORK}/teacher.pkl")
