@@ -1,8 +1,9 @@
-# One image for hosts with and without a card: the binary, its built-in model, CUDA's two libraries, a cache volume for models.
+# One image for hosts with and without a GPU: the binary with its built-in model, two CUDA libraries, a cache volume for models.
 #   docker build -t rerankd .
 #   docker run -p 8080:8080 -v rerankd-cache:/cache rerankd serve --model BAAI/bge-reranker-v2-m3
 #   docker run --gpus all -p 8080:8080 -v rerankd-cache:/cache rerankd serve --device cuda --model BAAI/bge-reranker-v2-m3
-# The libraries are 654 MB of it (libcublasLt 540, NVRTC 114) and need driver 580 or later. `--target cpu` leaves them out.
+# The CUDA libraries take 654 MB (libcublasLt 540, NVRTC 114) and need driver 580 or later. `docker build --target cpu` leaves
+# them out.
 FROM rust:1.95-bookworm AS build
 WORKDIR /src
 COPY . .
@@ -34,5 +35,5 @@ CMD ["serve"]
 
 FROM cpu
 COPY --from=cuda /libraries /usr/local/lib/cuda
-# What the container toolkit needs to mount the driver.
+# The NVIDIA variables make the container toolkit mount the driver.
 ENV LD_LIBRARY_PATH=/usr/local/lib/cuda NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility

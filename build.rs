@@ -1,4 +1,4 @@
-//! Lists models/*.toml for the catalogue, so that adding a model is adding a file.
+//! Generates the list of models/*.toml that the catalogue includes, so that a new file there is a new model.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -9,14 +9,14 @@ fn main() {
     let folder = Path::new(&env::var("CARGO_MANIFEST_DIR").expect("set by cargo")).join("models");
     let mut entries: Vec<_> = fs::read_dir(&folder)
         .expect("models/ is part of the repository")
-        .map(|entry| entry.expect("a readable folder").path())
+        .map(|entry| entry.expect("models/ is readable").path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "toml"))
         .collect();
     entries.sort();
     let mut code = String::from("&[\n");
     for path in entries {
-        let name = path.file_name().expect("a file").to_string_lossy().into_owned();
-        writeln!(code, "    ({name:?}, include_str!({path:?})),").expect("a string takes all");
+        let name = path.file_name().expect("a path of read_dir has a file name").to_string_lossy().into_owned();
+        writeln!(code, "    ({name:?}, include_str!({path:?})),").expect("writing to a string cannot fail");
     }
     code.push(']');
     let target = Path::new(&env::var("OUT_DIR").expect("set by cargo")).join("catalogue_files.rs");

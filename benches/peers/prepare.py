@@ -1,9 +1,9 @@
-"""Makes what the engines load: one checkpoint of random weights, and from it the graphs of ONNX Runtime and OpenVINO.
+"""Writes one checkpoint of random weights, and converts it to the graphs of ONNX Runtime and OpenVINO.
 
     python prepare.py FOLDER SHAPE ENGINE...
 
-The folder is a Hugging Face checkpoint (config.json, tokenizer.json, model.safetensors in f32), with beside it
-workloads.json, reference.json (what torch says in f32), and graphs/. What is there already is kept.
+FOLDER becomes a Hugging Face checkpoint (config.json, tokenizer.json, model.safetensors in f32) with workloads.json,
+reference.json (torch's logits in f32) and graphs/. Existing files are kept.
 """
 
 import json
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaFo
 import workloads
 from workloads import END, MASK, PADDING, START, UNKNOWN, Shape
 
-# Any standardised input will do to calibrate random weights, but not the pairs that are measured.
+# Random weights can be calibrated with any input, but not with the pairs that are measured.
 CALIBRATION_PAIRS = 16
 CALIBRATION_TOKENS = 128
 
@@ -54,7 +54,7 @@ def step(message: str) -> None:
     print(f"preparing {message} ...", file=sys.stderr, flush=True)
 
 
-# The checkpoint, and what it answers.
+# The checkpoint and its reference logits.
 
 
 def write_checkpoint(shape: Shape, folder: Path, device: str = "cpu") -> None:
@@ -74,15 +74,15 @@ def write_checkpoint(shape: Shape, folder: Path, device: str = "cpu") -> None:
     )
     with torch.device(device):
         model = XLMRobertaForSequenceClassification(config)
-    randomise(model, device)
+    randomize(model, device)
     model.save_pretrained(folder)
     write_tokenizer(folder)
 
 
-def randomise(model: nn.Module, device: str) -> None:
-    """Weights of a size at which every part matters to the logit, so that a wrong part shows.
+def randomize(model: nn.Module, device: str) -> None:
+    """Draws weights so large that every part of the model affects the logit and an error anywhere is visible.
 
-    The usual 0.02 would leave attention flat and all pairs with almost one logit.
+    The usual standard deviation of 0.02 would give flat attention and almost equal logits for all pairs.
     """
     dice = torch.Generator(device).manual_seed(0)
 
@@ -103,7 +103,7 @@ def randomise(model: nn.Module, device: str) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One word a token: `w5` is id 5. Its cost is a lower bound for a real tokenizer's, in sentence-transformers' favour."""
+    """One word per token: `w5` is id 5. It is cheaper than a real tokenizer, which favors sentence-transformers."""
     special = {"<s>": START, "<pad>": PADDING, "</s>": END, "<unk>": UNKNOWN, "<mask>": MASK}
     vocabulary = special | {f"w{token}": token for token in range(len(special), workloads.VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -126,21 +126,21 @@ def write_tokenizer(folder: Path) -> None:
 
 @torch.inference_mode()
 def write_reference(folder: Path) -> None:
-    """The logits of workload b, from transformers itself, each pair alone."""
+    """Writes the logits of workload b from transformers, each pair scored alone."""
     model = XLMRobertaForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     pairs = workloads.read(folder / "workloads.json")["b"]
     logits = [model(input_ids=torch.tensor([ids])).logits.item() for ids in pairs]
     (folder / "reference.json").write_text(json.dumps(logits))
 
 
-# The graphs: a module that exporters read easily, with the checkpoint's own tensors.
+# The graphs: a module that exporters handle well, with the checkpoint's tensors.
 
 
 class Graph(nn.Module):
-    """The same mathematics as transformers', with nothing in it that depends on the input's shape.
+    """The same computation as in transformers, without control flow that depends on the input's shape.
 
-    `fused_attention` keeps softmax(QK)V one operation, which OpenVINO has a kernel for; ONNX Runtime's optimizer wants to see
-    its parts.
+    `fused_attention` exports attention as one operation, for which OpenVINO has a kernel. ONNX Runtime's optimizer needs
+    the separate operations to fuse them itself.
     """
 
     def __init__(self, shape: Shape, folder: Path, fused_attention: bool) -> None:
@@ -207,16 +207,16 @@ def write_openvino(shape: Shape, folder: Path, path: Path) -> None:
 
 
 def write_openvino_w8a8(shape: Shape, folder: Path, path: Path) -> None:
-    """NNCF's post-training quantisation for transformers, SmoothQuant included; weights and activations in 8 bits."""
+    """NNCF's post-training quantization for transformers with SmoothQuant: 8-bit weights and activations."""
     import nncf
     import openvino
 
     model = openvino.Core().read_model(folder / "graphs" / "openvino.xml")
     samples = list(calibration())
-    quantised = nncf.quantize(
+    quantized = nncf.quantize(
         model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
     )
-    openvino.save_model(quantised, path, compress_to_fp16=False)
+    openvino.save_model(quantized, path, compress_to_fp16=False)
 
 
 def calibration() -> Iterator[dict[str, Any]]:
@@ -228,7 +228,7 @@ def calibration() -> Iterator[dict[str, Any]]:
 
 
 def write_onnx(shape: Shape, folder: Path, path: Path) -> None:
-    """Export, then ONNX Runtime's own transformer optimizer: attention, GELU and skip connections become one node each."""
+    """Exports, then runs ONNX Runtime's transformer optimizer, which fuses attention, GELU and residual connections."""
     from onnxruntime.transformers import optimizer
 
     plain = path.with_name("plain.onnx")
@@ -251,13 +251,13 @@ def write_onnx(shape: Shape, folder: Path, path: Path) -> None:
     counts = fused.get_fused_operator_statistics()
     print(f"  fused: { {name: count for name, count in counts.items() if count} }", file=sys.stderr)
     if counts.get("Attention", 0) + counts.get("MultiHeadAttention", 0) != shape.layers:
-        sys.exit("the optimizer has not fused the attention: ONNX Runtime would not be at its best")
+        sys.exit("the optimizer has not fused every attention, so ONNX Runtime would be measured too slow")
     fused.save_model_to_file(str(path))
     plain.unlink()
 
 
 def write_onnx_int8(shape: Shape, folder: Path, path: Path) -> None:
-    """Dynamic quantisation, a scale for each output channel. Embeddings stay as they are: they cost nothing and are read once."""
+    """Dynamic quantization with one scale per output channel. Embeddings stay f32: a lookup costs almost nothing."""
     from onnx import TensorProto
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -267,7 +267,7 @@ def write_onnx_int8(shape: Shape, folder: Path, path: Path) -> None:
         op_types_to_quantize=["MatMul", "Attention"],
         per_channel=True,
         weight_type=QuantType.QInt8,
-        # The fused nodes are of ONNX Runtime's own domain, and shape inference knows nothing of what they put out.
+        # Shape inference does not know the output types of ONNX Runtime's fused nodes.
         extra_options={"MatMulConstBOnly": True, "DefaultTensorType": TensorProto.FLOAT},
     )
 

@@ -1,9 +1,9 @@
-//! The XLM-RoBERTa of candle-transformers as published, measured as `rerankd bench --json` is: what our backends are compared with.
+//! Measures the XLM-RoBERTa of candle-transformers as published, for comparison with rerankd's backends.
 //!
-//! `stock_candle --model FOLDER --workloads FILE --threads N --json`, in the protocol of benches/peers/README.md. Pairs are
-//! scored one at a time (`one`) or sorted by length in padded batches of 8 (`batch8`).
+//! `stock_candle --model FOLDER --workloads FILE --threads N --json` speaks the protocol of benches/peers/README.md. Modes:
+//! pairs one at a time (`one`), or sorted by length in padded batches of 8 (`batch8`).
 
-#![allow(clippy::print_stdout, reason = "the protocol is lines on standard output")]
+#![allow(clippy::print_stdout, reason = "the protocol uses standard output")]
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -34,7 +34,7 @@ fn argument(name: &str) -> Result<PathBuf> {
 fn main() -> Result<()> {
     let (folder, workloads) = (argument("--model")?, argument("--workloads")?);
     let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(folder.join("config.json"))?)?;
-    // Later versions of transformers leave out what is always so.
+    // Later versions of transformers omit this field, whose value is always the same.
     config.as_object_mut().context("an object")?.entry("position_embedding_type").or_insert("absolute".into());
     let config: Config = serde_json::from_value(config)?;
     let weights = std::fs::read(folder.join("model.safetensors"))?;
@@ -42,7 +42,7 @@ fn main() -> Result<()> {
     let model = XLMRobertaForSequenceClassification::new(1, &config, weights)?;
     let workloads: BTreeMap<String, Vec<Vec<u32>>> = serde_json::from_str(&std::fs::read_to_string(workloads)?)?;
     let engine = "candle-transformers-f32";
-    say(&json!({"engine": engine, "ready": true, "version": "0.11.1", "modes": ["one", "batch8"]}))?;
+    write_line(&json!({"engine": engine, "ready": true, "version": "0.11.1", "modes": ["one", "batch8"]}))?;
     for line in std::io::stdin().lines() {
         let turn: Turn = serde_json::from_str(&line?)?;
         let pairs = workloads.get(&turn.workload).context("no such workload")?;
@@ -64,14 +64,14 @@ fn main() -> Result<()> {
         let mut logits = vec![0.0; pairs.len()];
         order.iter().zip(&sorted).for_each(|(&i, &logit)| logits[i] = logit);
         let tokens: usize = pairs.iter().map(Vec::len).sum();
-        say(
+        write_line(
             &json!({"engine": engine, "workload": turn.workload, "seconds": seconds, "tokens": tokens, "logits": logits}),
         )?;
     }
     Ok(())
 }
 
-/// `[batch, longest]`, padded.
+/// The pairs `part` as one padded tensor `[batch, longest]`.
 fn padded(part: &[usize], pairs: &[Vec<u32>]) -> Result<Tensor> {
     let longest = part.iter().map(|&i| pairs[i].len()).max().unwrap_or(0);
     let mut ids = Vec::with_capacity(part.len() * longest);
@@ -82,7 +82,7 @@ fn padded(part: &[usize], pairs: &[Vec<u32>]) -> Result<Tensor> {
     Ok(Tensor::from_vec(ids, (part.len(), longest), &Device::Cpu)?)
 }
 
-fn say(line: &serde_json::Value) -> Result<()> {
+fn write_line(line: &serde_json::Value) -> Result<()> {
     let mut out = std::io::stdout();
     writeln!(out, "{line}")?;
     Ok(out.flush()?)

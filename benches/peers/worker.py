@@ -1,8 +1,8 @@
-"""One peer in one process: loads, says that it is ready, then answers one line of JSON for each line that asks.
+"""Runs one of the other engines in its own process: loads it, prints a ready line, then answers each input line.
 
     python worker.py ENGINE FOLDER THREADS
 
-README.md tells the lines. What libraries print goes to standard error, so that standard output holds nothing else.
+README.md describes the protocol. Output of libraries goes to standard error, so that standard output has protocol lines only.
 """
 
 import json
@@ -18,18 +18,18 @@ import numpy as np
 
 import workloads
 
-# What a mode computes at a time. Padding is within a batch only, and pairs are sorted by length first.
-# Streams share batches out, one a thread: short pairs want more than one at a time there too.
+# Pairs per batch of each mode. Pairs are sorted by length first, and padded within a batch.
+# The streams modes give each thread a batch of its own; for short pairs larger batches are faster there too.
 BATCH = {"one": 1, "batch8": 8, "batch32": 32, "streams": 1, "streams4": 4, "streams8": 8}
 STREAMS = [mode for mode in BATCH if mode.startswith("streams")]
 
 Pairs = list[list[int]]
-# Scores prepared input; what it returns holds a logit for each pair, in the order of the input.
+# Scores prepared input and returns one logit per pair, in the order of the input.
 Score = Callable[[Any], np.ndarray]
 
 
 class Mode(NamedTuple):
-    """`prepare` makes the engine's own input before the clock starts; `score` is what is timed."""
+    """`prepare` converts the pairs to the engine's input and is not timed; `score` is timed."""
 
     prepare: Callable[[Pairs], Any]
     score: Score
@@ -78,7 +78,7 @@ def longest_first(pairs: Pairs) -> list[int]:
 
 
 def padded(pairs: Pairs, batch: int) -> list[dict[str, np.ndarray]]:
-    """Rectangles of ids and masks, `batch` pairs each."""
+    """Padded arrays of ids and attention masks, `[batch, longest]` each."""
     batches = []
     for start in range(0, len(pairs), batch):
         rows = pairs[start : start + batch]
@@ -95,16 +95,16 @@ def batches_of(mode: str) -> Callable[[Pairs], list[dict[str, np.ndarray]]]:
     return lambda pairs: padded(pairs, BATCH[mode])
 
 
-# The peers.
+# The engines.
 
 
 def load_openvino(precision: str, folder: Path, threads: int) -> Engine:
-    """Latency mode gives one inference all threads; throughput mode gives each of several inferences one thread."""
+    """The latency hint gives all threads to one inference; the throughput hint gives one thread to each of several."""
     import openvino
 
     core = openvino.Core()
     graph = "openvino-w8a8.xml" if precision == "w8a8" else "openvino.xml"
-    # What W8A8 leaves unquantised, softmax and norms, runs in bf16 too where the processor has it.
+    # Softmax and norms, which W8A8 does not quantize, run in bf16.
     rest = "f32" if precision == "f32" else "bf16"
 
     def compiled(hint: str, streams: int) -> Any:
@@ -162,7 +162,7 @@ def load_onnxruntime(precision: str, folder: Path, threads: int) -> Engine:
 
 
 def load_sentence_transformers(precision: str, folder: Path, threads: int) -> Engine:
-    """CrossEncoder.predict as its users call it, from text to logits; it sorts by length itself. Its own default is batch32."""
+    """CrossEncoder.predict as users call it, from text to logits. It sorts by length itself; its default is batch32."""
     import torch
     from sentence_transformers import CrossEncoder
 
@@ -180,7 +180,7 @@ def load_sentence_transformers(precision: str, folder: Path, threads: int) -> En
     def texts(pairs: Pairs) -> list[tuple[str, str]]:
         texts = [workloads.text(ids) for ids in pairs]
         if model.tokenizer([first for first, _ in texts], [second for _, second in texts])["input_ids"] != pairs:
-            sys.exit("the tokenizer makes other ids of the texts than the workloads have")
+            sys.exit("the tokenizer's ids of the texts differ from the workload's ids")
         return texts
 
     def predict(mode: str) -> Score:

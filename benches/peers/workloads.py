@@ -1,6 +1,6 @@
-"""What everybody computes: the shapes, and for each of them four workloads of token ids. Standard library only.
+"""The model shapes, and four workloads of token ids for each. Standard library only.
 
-A workload is a list of pairs, a pair is a list of ids, and the ids are written to a file once: no engine derives its own.
+A workload is a list of pairs and a pair is a list of ids. The ids are written to a file once, and every engine reads them.
 """
 
 import json
@@ -24,7 +24,7 @@ WORKLOADS = {
 
 
 class Shape(NamedTuple):
-    """An XLM-RoBERTa cross-encoder's dimensions, and how many pairs of it a workload has: some seconds' worth on two cores."""
+    """Dimensions of an XLM-RoBERTa cross-encoder, and the pairs per workload: a few seconds of work on two cores."""
 
     layers: int
     hidden: int
@@ -42,8 +42,11 @@ SHAPES = {
 
 
 def operations(shape: Shape, lengths: list[int]) -> tuple[float, float]:
-    """Multiplications and additions of linear layers, and of attention: what no engine gets around. Of the last layer only keys and
-    values are needed for every token, all else for a pair's first one. Embeddings, norms, activations and the head are left out."""
+    """Floating-point operations (multiplications and additions) of the linear layers, and of attention.
+
+    Counts the least that any engine must compute: in the last layer keys and values for every token, everything else for
+    each pair's first token. Embeddings, norms, activations and the head are left out.
+    """
     tokens, pairs = sum(lengths), len(lengths)
     weights = 4 * shape.hidden * shape.hidden + 2 * shape.hidden * shape.feed_forward
     keys_and_values = 2 * shape.hidden * shape.hidden
@@ -53,7 +56,7 @@ def operations(shape: Shape, lengths: list[int]) -> tuple[float, float]:
 
 
 def lengths(shape: Shape, workload: str) -> list[int]:
-    """Tokens of each pair. Smaller shapes have more pairs, and their first ones are those of the larger shapes."""
+    """Tokens of each pair. Smaller shapes have more pairs; the first ones equal those of the larger shapes."""
     dice = random.Random(1234)
     mixed = [dice.randint(32, WINDOW) for _ in range(32)]
     short = [dice.randint(20, 64) for _ in range(100)]
@@ -62,13 +65,13 @@ def lengths(shape: Shape, workload: str) -> list[int]:
 
 
 def pair(number: int, tokens: int) -> list[int]:
-    """The ids of one pair, as a tokenizer would lay them out, so that sentence-transformers can be given the text of it."""
+    """The ids of one pair in a tokenizer's layout, so that there is a text for sentence-transformers."""
     words = [5 + (number * 31 + place * 17) % 8000 for place in range(tokens - SPECIAL_TOKENS)]
     return [START, *words[:QUERY_TOKENS], END, END, *words[QUERY_TOKENS:], END]
 
 
 def token_ids(shape: Shape) -> dict[str, list[list[int]]]:
-    """Workload -> pairs -> ids, as the file holds them."""
+    """Workload -> pairs -> ids, as stored in the file."""
     return {
         workload: [pair(number, tokens) for number, tokens in enumerate(lengths(shape, workload))]
         for workload in WORKLOADS
@@ -76,7 +79,7 @@ def token_ids(shape: Shape) -> dict[str, list[list[int]]]:
 
 
 def text(ids: list[int]) -> tuple[str, str]:
-    """Query and document that the checkpoint's tokenizer turns into these ids."""
+    """The query and document that the checkpoint's tokenizer maps to these ids."""
     words = [f"w{token}" for token in ids]
     return " ".join(words[1 : 1 + QUERY_TOKENS]), " ".join(words[3 + QUERY_TOKENS : -1])
 

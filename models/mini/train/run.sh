@@ -1,13 +1,14 @@
 #!/bin/sh
-# Makes rerankd-mini from a plain Debian 12 machine: fetch, tokenizer, groups, start weights, teacher, training, evaluation.
+# Builds rerankd-mini on a plain Debian 12 machine: download, tokenizer, groups, initial weights, teacher, training, evaluation.
 #
 #     TEACHER=ms-marco-MiniLM-L-12-v2 XQUAD=xquad models/mini/train/run.sh
 #
-# TEACHER is a folder with the teacher in transformers' form, XQUAD one with xquad.en.json and xquad.zh.json (used to
-# keep its text out of the training passages, and for evaluation). Two cores, 16 GB and two hours are enough.
-# Needs: python3 with venv, npm, apt. Seeds are fixed, but the learning rate follows the clock and Debian's package
-# descriptions change, so a second run gives a like model and not the same bytes. The tokenizer is the committed one, which
-# tokenizer.py made from an earlier state of the passages; NEW_TOKENIZER=1 makes it afresh.
+# TEACHER: folder of the teacher in transformers' format. XQUAD: folder with xquad.en.json and xquad.zh.json, used to keep
+# XQuAD's text out of the training passages, and for evaluation.
+# Needs two cores, 16 GB, two hours; python3 with venv, npm, apt.
+# Seeds are fixed, but the learning rate follows the clock and Debian's package descriptions change. A second run gives a
+# similar model and not the same bytes.
+# The committed tokenizer is used; tokenizer.py made it from an earlier state of the passages. NEW_TOKENIZER=1 trains it again.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=${OUT:-$(dirname "$here")}

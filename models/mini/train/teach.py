@@ -1,9 +1,9 @@
-"""Lets the teacher (ms-marco-MiniLM-L-12-v2) score English groups, all eight documents in the length that the student sees.
+"""Scores English groups with the teacher (ms-marco-MiniLM-L-12-v2): all eight documents, at the length the student sees.
 
     python teach.py TEACHER_DIR --minutes 12
 
-The teacher costs some two thirds of a training step per token, so this is a question of time: questions about prose come
-first, and what the minutes do not reach is trained on without scores. Scores are kept by the group's place in groups.pkl.
+The teacher costs about two thirds of a training step per token, so its time is limited. Questions about prose come first.
+Groups that are not reached in time are trained without teacher scores. Scores are stored by the group's index in groups.pkl.
 """
 import argparse, json, os, pickle, time
 import numpy as np, torch
@@ -46,7 +46,7 @@ def main():
         taught.update(zip(batch, scores.reshape(len(batch), -1)))
         if start // 16 % 15 == 14:
             gold = np.mean([s.argmax() == 0 for s in taught.values()])
-            print(f"{len(taught)} groups, teacher ranks our gold first in {gold:.3f}, {time.time() - began:.0f} s", flush=True)
+            print(f"{len(taught)} groups, teacher ranks the gold passage first in {gold:.3f}, {time.time() - began:.0f} s", flush=True)
             pickle.dump(taught, open(f"{WORK}/teacher.part", "wb"))
     pickle.dump(taught, open(f"{WORK}/teacher.part", "wb"))
     os.replace(f"{WORK}/teacher.part", f"{WORK}/teacher.pkl")

@@ -1,7 +1,7 @@
 """Trains the Unigram tokenizer (16,000 lower-cased pieces, English and Chinese) and writes its three files.
 
-There is no word-start marker: text is split at spaces and punctuation, so "apple" is the same piece wherever it
-stands, and a Chinese word is the same piece in mid-sentence and behind a comma. A matcher wants exactly that.
+There is no word-start marker: text is split at spaces and punctuation. "apple" is the same piece everywhere, and a Chinese
+word is the same piece in mid-sentence and after a comma. This helps a model that matches tokens.
 """
 import collections, json, os, random, sys
 import jieba
@@ -21,7 +21,7 @@ def main():
     for row in rows:
         if budget[row["lang"]] > 0:
             budget[row["lang"]] -= len(row["text"])
-            # Segmented Chinese keeps a piece within a word; at run time the text comes unsegmented.
+            # With segmented Chinese no piece crosses a word boundary. At run time the text is not segmented.
             texts.append(" ".join(jieba.cut(row["text"])) if row["lang"] == "zh" else row["text"])
 
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])

@@ -1,14 +1,13 @@
-"""Trains rerankd-mini from the structured start: groups of one positive and seven negatives, mostly whole passages.
+"""Trains rerankd-mini from the structured initial weights: groups of one positive and seven negatives, mostly whole passages.
 
-Loss over a group's logits: cross-entropy of the softmax (gold first), a small binary term that puts the sigmoid in a
-sensible place, and, where the teacher has scored the group, the divergence from the teacher's softmax.
-Document positions are sometimes moved up by a random gap: short passages then train all positions.
-A second run with --start and --pools goes on with the pools' groups (pools.py), whose targets are graded by BM25.
-Every step holds a few groups of single words too; they are nearly free, and without them "apple" does not find "apple".
+Loss over a group's logits: cross-entropy of the softmax (gold first), a small binary term that calibrates the sigmoid, and
+the divergence from the teacher's softmax for groups with teacher scores.
+Document positions are sometimes shifted by a random gap, so that short passages train all positions.
+A second run with --start and --pools continues with the groups of pools.py, whose targets are graded by BM25.
+Every step also has a few groups of single words. They cost almost nothing; without them "apple" does not match "apple".
 
-The encoder runs in bfloat16, the head and the weights stay in f32. Two processes of one thread each average their
-gradients once a step. On a machine that others use too, that loses less than two threads that wait for each other in
-every matrix product.
+The encoder runs in bfloat16; the head and the weights are f32. Two single-threaded processes average their gradients once
+per step. On a shared machine this is faster than two threads that synchronize in every matrix multiplication.
 """
 import argparse, json, math, os, pickle, random, shutil, tempfile, time
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,7 @@ from transformers import XLMRobertaForSequenceClassification
 import initialise
 
 WORK = os.environ.get("MINI_WORK", "./work")
-NEGATIVES, TOKEN_BUDGET, WORD_GROUPS = 7, 6000, 6     # the budget is that of one process and step
+NEGATIVES, TOKEN_BUDGET, WORD_GROUPS = 7, 6000, 6     # the budget is per process and step
 HELD_OUT = {"en": 240, "zh": 100}
 
 
@@ -32,14 +31,14 @@ class Groups:
         self.held_out = {lang: [g for g in data["groups"] if g["held_out"] and g["lang"] == lang and g["kind"] == "question"][:n]
                          for lang, n in HELD_OUT.items()}
         train = [g for g in data["groups"] if not g["held_out"]]
-        train += [g for g in train if "teacher" in g]       # what the teacher has scored comes twice
+        train += [g for g in train if "teacher" in g]       # groups with teacher scores occur twice
         self.rng = random.Random(seed)
-        if pools:       # the last phase: three in four from the pools, the rest from what came before
+        if pools:       # second phase: three in four from the pools, the rest from the first phase
             pooled = pickle.load(open(f"{WORK}/pools.pkl", "rb"))
             old = [g for g in train if "teacher" in g or self.rng.random() < .1]
             train = pooled + self.rng.sample(old, len(pooled) // 3)
         self.rng.shuffle(train)
-        # The first minutes are for short passages, on which matching is learnt fastest.
+        # Short passages come first, because matching is learned fastest on them.
         size = lambda g: sum(b - a for d in g["documents"] for _, a, b in d)
         short = [] if pools else [g for g in train if size(g) < 110 * (NEGATIVES + 1)][:3000]
         chosen = set(map(id, short))
@@ -53,13 +52,13 @@ class Groups:
         return [np.concatenate([self.tokens[i][a:b] for i, a, b in d]) for d in group["documents"]]
 
     def chinese_word(self):
-        """A word against other words, alone or within two neighbours."""
+        """A word against other words, alone or between two context words."""
         words = self.rng.sample(self.han_words, NEGATIVES + 1)
         around = self.rng.choice([[], [], self.rng.sample(self.han_words, 2)])
         return [words[0]], [around[:1] + [w] + around[1:] for w in words]
 
     def batch(self):
-        """Passage groups up to the token budget, then word groups: queries, documents, teacher scores (NaN for none)."""
+        """Passage groups up to the token budget, then word groups: queries, documents, teacher scores (NaN if none), tokens."""
         queries, docs, teacher, tokens = [], [], [], 0
         while tokens < TOKEN_BUDGET:
             g = self.train[self.at % len(self.train)]
@@ -75,7 +74,7 @@ class Groups:
 
 
 def pair_tensors(pairs, rng, shift):
-    """<s> query </s></s> document </s>, and positions from 2 on, the document's moved up where `shift`."""
+    """<s> query </s></s> document </s>, with positions from 2; with probability `shift` the document's are moved up."""
     ids, positions = [], []
     for query, document in pairs:
         head = [0, *map(int, query), 2, 2]
@@ -92,7 +91,7 @@ def pair_tensors(pairs, rng, shift):
 
 
 def logits(model, queries, documents, rng, shift=0.0, chunk_tokens=6000):
-    """Scores all pairs, in chunks of like length, since padding is paid for like text."""
+    """Scores all pairs in batches of similar length, because padding costs as much as text."""
     per_query = len(documents) // len(queries)
     pairs = [(queries[i // per_query], d) for i, d in enumerate(documents)]
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
@@ -113,7 +112,7 @@ def logits(model, queries, documents, rng, shift=0.0, chunk_tokens=6000):
 
 
 def group_loss(scores, teacher):
-    """`teacher` covers the passage groups, which come first; the word groups behind them weigh a third as much each."""
+    """`teacher` has a row per passage group, and these come first. A word group after them has a third of the weight."""
     n = len(teacher)
     gold = torch.zeros(len(scores), dtype=torch.long)
     loss = F.cross_entropy(scores, gold, label_smoothing=.02, reduction="none")
@@ -136,7 +135,7 @@ def group_loss(scores, teacher):
 
 @torch.inference_mode()
 def held_out_recall(model, groups):
-    """The share of held-out questions whose gold passage is first of eight, and BM25's share beside it."""
+    """Share of held-out questions whose gold passage is first of eight, with BM25's share for comparison."""
     model.eval()
     rng, out = random.Random(9), {}
     for lang, held_out in groups.held_out.items():
@@ -169,12 +168,12 @@ def save(model, out, tokenizer_dir):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer_dir"), parser.add_argument("out")
-    parser.add_argument("--minutes", type=float, default=60, help="the schedule follows the clock, whatever else the machine does")
-    parser.add_argument("--end", type=float, default=1, help="where in the schedule to stop, for a phase that a later one takes over")
+    parser.add_argument("--minutes", type=float, default=60, help="length of the schedule, in wall time")
+    parser.add_argument("--end", type=float, default=1, help="fraction of the schedule at which to stop, if a later phase continues")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--muon", action="store_true", help="Muon for the encoder's matrices, AdamW for the rest")
-    parser.add_argument("--start", help="model folder to go on from, with a fresh optimizer")
-    parser.add_argument("--pools", action="store_true", help="train on the pools' groups (pools.py), some of the others among them")
+    parser.add_argument("--start", help="model folder to continue from, with a new optimizer")
+    parser.add_argument("--pools", action="store_true", help="train on the groups of pools.py, mixed with some of the first phase")
     parser.add_argument("--seed", type=int, default=11)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--every", type=float, default=12, help="minutes between checkpoints")

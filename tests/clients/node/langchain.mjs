@@ -1,4 +1,4 @@
-// LangChain's document compressors. They hand back the documents they were given, in order and with scores.
+// LangChain's document compressors. They return the caller's documents, ordered and with scores.
 
 import { CohereRerank } from "@langchain/cohere";
 import { Document } from "@langchain/core/documents";

@@ -1,6 +1,6 @@
-// The seed question, and what every client must make of it: python/seed.py, for JavaScript.
+// The seed question and the checks for every client: python/seed.py for JavaScript.
 //
-// A client's file defines `rank(server, model, topN, texts)`, which asks through the client and returns
+// A client's file defines `rank(server, model, topN, texts)`. It sends the question through the client and returns
 // [{index, score, text}] in the client's order. `check` runs it and prints one line of JSON.
 
 import { readFileSync } from "node:fs";
@@ -11,10 +11,10 @@ export const DOCUMENTS = ["apple", "banana", "fruit", "vegetable"];
 const MODEL = "rerankd-mini";
 const UNKNOWN_MODEL = "no-such-model";
 
-// What the server says of each error, and users should read.
+// The server's error messages, which should reach the user of a client.
 const MESSAGES = { "wrong key": "Invalid token", "unknown model": "Model does not exist", overload: "overloaded" };
 
-// Scores travel as JSON numbers and stay doubles.
+// Scores are JSON numbers and stay 64-bit floats.
 const SCORE_TOLERANCE = 1e-5;
 
 const OPEN = { url: process.env.RERANKD_OPEN, key: "any-key-at-all" };
@@ -22,26 +22,26 @@ const CLOSED = { url: process.env.RERANKD_CLOSED, key: process.env.RERANKD_KEY }
 const WRONG_KEY = { url: CLOSED.url, key: "a-wrong-key" };
 const BUSY = { url: process.env.RERANKD_BUSY, key: "any-key-at-all" };
 
-// Telemetry, gateways: a client that wants them here has not been pointed at the server.
+// Fails on any other connection (telemetry, gateways): a correctly configured client needs none.
 const connect = Socket.prototype.connect;
 Socket.prototype.connect = function (...args) {
   const { host } = [args[0]].flat().find((one) => one && typeof one === "object") ?? {};
-  if (host && !["localhost", "127.0.0.1", "::1"].includes(host)) throw new Error(`this test leaves the machine: ${host}`);
+  if (host && !["localhost", "127.0.0.1", "::1"].includes(host)) throw new Error(`connection to another host: ${host}`);
   return connect.apply(this, args);
 };
 
-/** The answer without any client in between, best first. */
-async function askPlainly(server) {
+/** The server's answer without a client, best first. */
+async function askDirectly(server) {
   const body = JSON.stringify({ model: MODEL, query: QUERY, documents: DOCUMENTS });
   const answer = await (await fetch(`${server.url}/v1/rerank`, { method: "POST", body })).json();
   return answer.results.map((result) => ({ index: result.index, score: result.relevance_score }));
 }
 
-const EXPECTED = await askPlainly(OPEN);
+const EXPECTED = await askDirectly(OPEN);
 
 /**
  * Runs every check of one client. `wrongKey`, `unknownModel`, `overload`: [class, status] of the error that a user of the client
- * would catch. `notOffered`: checks that the client has no way to ask for, with the reason.
+ * would catch. `notOffered`: checks that the client does not support, with the reason.
  */
 export async function check(client, packageName, rank, { wrongKey, unknownModel, overload, notOffered = {} }) {
   const checks = {
@@ -80,8 +80,8 @@ function compare(results, expected) {
 }
 
 /**
- * The name of the error that `ask` ends in, and whether it tells what the server said. Several attempts, because between two of the
- * requests that keep the busy server busy there is a moment in which another one fits in.
+ * Returns the name of the error that `ask` throws, and whether it contains the server's message. For overload, it makes several
+ * attempts, because the busy server accepts a request between two of those that keep it busy.
  */
 async function rejects([expectedClass, status], problem, ask) {
   for (let attempt = 0; attempt < (problem === "overload" ? 5 : 1); attempt++) {
@@ -89,11 +89,11 @@ async function rejects([expectedClass, status], problem, ask) {
       await ask();
     } catch (error) {
       const seen = error.statusCode ?? error.status;
-      // Packages that carry several copies of a class have a test of their own for it.
+      // Packages with several copies of a class provide isInstance.
       const expected = expectedClass.isInstance?.(error) ?? error instanceof expectedClass;
       if (!expected || seen !== status) throw error;
-      const told = error.message.includes(MESSAGES[problem]);
-      return `${error.constructor.name} ${seen}${told ? "" : " (keeps our message to itself)"}`;
+      const hasMessage = error.message.includes(MESSAGES[problem]);
+      return `${error.constructor.name} ${seen}${hasMessage ? "" : " (without the server's message)"}`;
     }
     await new Promise((resolve) => setTimeout(resolve, 300));
   }

@@ -1,4 +1,4 @@
-// SDKs of vendors: Cohere (the newest and the widespread 7), Voyage, Mixedbread (two), Together; and the OpenAI SDK's raw `post`.
+// Vendors' SDKs: Cohere (latest and 7), Voyage, Mixedbread (two), Together; and `post` of the OpenAI SDK.
 
 import Mixedbread from "@mixedbread/sdk";
 import { MixedbreadAIClient, MixedbreadAIError } from "@mixedbread-ai/sdk";
@@ -24,7 +24,7 @@ const cohereV2 = (sdk) => async (server, model, topN) => {
 
 async function voyage(server, model, topK, texts) {
   const client = new VoyageAIClient({ apiKey: server.key, baseUrl: `${server.url}/v1`, maxRetries: 0 });
-  // It reads `data`, which the server adds where a request shows one of Voyage's own fields: topK must be set.
+  // The client reads `data`, which the server adds if the request has one of Voyage's own fields, such as topK.
   const asked = { topK: topK ?? DOCUMENTS.length, returnDocuments: texts };
   const { data } = await client.rerank({ model, query: QUERY, documents: DOCUMENTS, ...asked });
   return data.map((one) => ({ index: one.index, score: one.relevanceScore, text: one.document }));

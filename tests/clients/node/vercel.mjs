@@ -1,4 +1,4 @@
-// The Vercel AI SDK's `rerank`, with each of its providers.
+// `rerank` of the Vercel AI SDK with its providers.
 
 import { createCohere } from "@ai-sdk/cohere";
 import { createTogetherAI } from "@ai-sdk/togetherai";

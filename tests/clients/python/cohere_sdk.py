@@ -1,4 +1,4 @@
-"""Cohere's own SDK, both of its clients, and their asynchronous twin. Run with the newest version and with the widespread 5."""
+"""Cohere's SDK: both clients and the asynchronous one. Runs with the latest version and with version 5."""
 
 import asyncio
 from functools import partial
@@ -39,6 +39,6 @@ NO_TEXTS = {"return_documents": "v2 has no such parameter"}
 check("cohere.Client", "cohere", v1, **ERRORS)
 check("cohere.ClientV2", "cohere", v2, **ERRORS, not_offered=NO_TEXTS)
 for path in ("/v1", "/v2", "/"):
-    # The SDK adds the version itself; those who add it too are served all the same.
+    # The SDK adds the API version to the path; a base URL that already has it also works.
     check(f"cohere.ClientV2, base URL with {path}", "cohere", partial(v2, path=path), **ERRORS, not_offered=NO_TEXTS)
 check("cohere.AsyncClientV2", "cohere", v2_async, **ERRORS, not_offered=NO_TEXTS)

@@ -1,4 +1,4 @@
-"""Clients that are not made for reranking servers alone: the OpenAI SDK's raw `post`, agno, Mixedbread's older SDK."""
+"""Other clients: `post` of the OpenAI SDK, agno, Mixedbread's older SDK."""
 
 import openai
 from agno.knowledge.document import Document
@@ -18,7 +18,7 @@ def with_openai(server, model, top_n, texts):
 
 
 def with_openai_models(server, model, top_n, texts):
-    """Looks the model up before it asks, as gateways do."""
+    """Looks up the model before the request, as gateways do."""
     client = openai.OpenAI(api_key=server.key, base_url=f"{server.url}/v1", max_retries=0)
     assert model in [one.id for one in client.models.list()] or model == "no-such-model"
     return with_openai(server, client.models.retrieve(model).id, top_n, texts)
@@ -58,7 +58,7 @@ check(
     unknown_model=ApiError,
     overload=ApiError,
 )
-SWALLOWED = dict.fromkeys(["wrong key", "unknown model", "overload"], "logs the error and hands the documents back as they were")
+SWALLOWED = dict.fromkeys(["wrong key", "unknown model", "overload"], "logs the error and returns the documents unchanged")
 for name, rank in (("CohereReranker", with_agno_cohere), ("InfinityReranker", with_agno_infinity)):
     check(
         f"agno {name}", "agno", rank, wrong_key=None, unknown_model=None, overload=None, not_offered=SWALLOWED

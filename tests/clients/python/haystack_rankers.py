@@ -1,4 +1,4 @@
-"""Haystack's rankers. They hand back the documents they were given, in order and with scores."""
+"""Haystack's rankers. They return the caller's documents, ordered and with scores."""
 
 from cohere.errors import BadRequestError, ServiceUnavailableError, UnauthorizedError
 from haystack import Document
@@ -9,7 +9,7 @@ from haystack_integrations.components.rankers.jina import JinaRanker
 from haystack_integrations.components.rankers.nvidia import NvidiaRanker
 from seed import DOCUMENTS, QUERY, check
 
-OWN_DOCUMENTS = {"return_documents": "the documents are the caller's own"}
+OWN_DOCUMENTS = {"return_documents": "returns the caller's documents"}
 
 
 def rank_with(ranker):
@@ -77,5 +77,5 @@ check(
     wrong_key=RuntimeError,
     unknown_model=RuntimeError,
     overload=RuntimeError,
-    not_offered=OWN_DOCUMENTS | {"unknown model": "the dialect names no model"},
+    not_offered=OWN_DOCUMENTS | {"unknown model": "this request format has no model field"},
 )

@@ -1,4 +1,4 @@
-"""LangChain's document compressors. They hand back the documents they were given, in order and with scores."""
+"""LangChain's document compressors. They return the caller's documents, ordered and with scores."""
 
 import cohere
 import voyageai.error
@@ -12,7 +12,7 @@ from langchain_nvidia_ai_endpoints import NVIDIARerank
 from langchain_voyageai import VoyageAIRerank
 from seed import DOCUMENTS, QUERY, check
 
-OWN_DOCUMENTS = {"return_documents": "the documents are the caller's own"}
+OWN_DOCUMENTS = {"return_documents": "returns the caller's documents"}
 
 
 def rank_with(compressor):
@@ -37,14 +37,14 @@ def with_cohere_url(server, model, top_n, texts):
 
 
 def with_jina(server, model, top_n, texts):
-    # The address is a constant of the module; its users who run their own server set it like this.
+    # The URL is a constant of the module; users with their own server set it this way.
     jina_rerank.JINA_API_URL = f"{server.url}/v1/rerank"
     return rank_with(JinaRerank(jina_api_key=server.key, model=model, top_n=count(top_n)))
 
 
 def with_infinity(server, model, top_n, texts):
     client = AuthenticatedClient(base_url=server.url, token=server.key, raise_on_unexpected_status=True)
-    # Its type asks for the client without a key, which shares no base with the one that has one.
+    # Its field has the type of the client without a key; AuthenticatedClient is no subclass of it.
     return rank_with(InfinityRerank.model_construct(client=client, model=model, top_n=count(top_n)))
 
 

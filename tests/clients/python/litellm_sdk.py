@@ -1,4 +1,4 @@
-"""LiteLLM, with each of its providers that takes a base URL."""
+"""LiteLLM, with each provider that accepts a base URL."""
 
 import litellm
 from seed import DOCUMENTS, QUERY, check
@@ -12,7 +12,7 @@ def provider(prefix, path):
             model=f"{prefix}/{model}",
             query=QUERY,
             documents=DOCUMENTS,
-            # voyage/ reads `data`, which the server adds where a request shows one of Voyage's own fields: top_k must be set.
+            # voyage/ reads `data`, which the server adds if the request has one of Voyage's own fields, such as top_k.
             top_n=len(DOCUMENTS) if prefix == "voyage" and top_n is None else top_n,
             return_documents=texts,
             api_key=server.key,
@@ -26,16 +26,16 @@ def provider(prefix, path):
     return rank
 
 
-# Prefix of the model's name, path of the base URL, checks that it has no way to ask for.
+# Prefix of the model's name, path of the base URL, checks that the provider does not support.
 for prefix, path, not_offered in (
     ("cohere", "/v1/rerank", None),
     ("jina_ai", "/v1/rerank", None),
     ("hosted_vllm", "", None),
-    ("huggingface", "", {"unknown model": "the dialect names no model"}),
+    ("huggingface", "", {"unknown model": "this request format has no model field"}),
     (
         "infinity",
         "",
-        {"return_documents": "reads texts as bare strings, where it cannot be told from cohere/, which reads objects"},
+        {"return_documents": "expects texts as strings; its requests look like those of cohere/, which expects objects"},
     ),
     ("voyage", "/v1/rerank", None),
     ("together_ai", "/v1", None),

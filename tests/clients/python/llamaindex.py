@@ -1,4 +1,4 @@
-"""LlamaIndex' rerank postprocessors. They hand back the nodes they were given, in order and with scores."""
+"""LlamaIndex' rerank postprocessors. They return the caller's nodes, ordered and with scores."""
 
 import os
 
@@ -15,7 +15,7 @@ from llama_index.postprocessor.tei_rerank import TextEmbeddingInference
 from llama_index.postprocessor.xinference_rerank import XinferenceRerank
 from seed import DOCUMENTS, QUERY, check, not_possible
 
-OWN_NODES = {"return_documents": "the nodes are the caller's own"}
+OWN_NODES = {"return_documents": "returns the caller's nodes"}
 
 
 def rank_with(postprocessor):
@@ -65,16 +65,16 @@ def nvidia(server, model, top_n, texts):
 
 
 def mixedbread_ai(server, model, top_n, texts):
-    # It has no parameter for the address; its SDK reads this variable.
+    # It has no parameter for the URL; its SDK reads this variable.
     os.environ["MIXEDBREAD_BASE_URL"] = server.url
     return rank_with(MixedbreadAIRerank(model=model, api_key=server.key, top_n=count(top_n), max_retries=0))
 
 
-# These two look for `results`, and raise what they found in its place.
+# These two raise RuntimeError with the answer if it has no `results`.
 OF_RESULTS = {"wrong_key": RuntimeError, "unknown_model": RuntimeError, "overload": RuntimeError}
-# This one does not look at the status: with no list in the answer, its own check of the length fails.
+# This client ignores the HTTP status; its check of the answer's length fails.
 OF_TEI = {"wrong_key": AssertionError, "unknown_model": AssertionError, "overload": (AssertionError, TypeError)}
-NO_MODEL = {"unknown model": "the dialect names no model"}
+NO_MODEL = {"unknown model": "this request format has no model field"}
 
 check("LlamaIndex SiliconFlowRerank", "llama-index-postprocessor-siliconflow-rerank", siliconflow, **OF_RESULTS)
 check(

@@ -1,4 +1,4 @@
-"""The `rerankers` package with its hosted providers, each at a URL of ours."""
+"""The `rerankers` package with its hosted providers, each with the URL of the tested server."""
 
 from rerankers import Reranker
 from seed import DOCUMENTS, QUERY, check
@@ -14,7 +14,7 @@ def provider(name, path):
     return rank
 
 
-# It never looks at the status: an error is a dictionary without the key that it reads results from.
+# The package ignores the HTTP status; reading results from an error's dictionary fails.
 NO_KEY = (KeyError, TypeError)
 for name, path in (
     ("cohere", "/v1/rerank"),

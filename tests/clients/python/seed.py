@@ -1,7 +1,8 @@
-"""The seed question, and what every client must make of it.
+"""The seed question and the checks for every client.
 
-A client's file defines `rank(server, model, top_n, texts)`, which asks through the client and returns (index, score, text or None)
-for each result, in the client's order. `check` runs it against the three servers of `../run` and prints one line of JSON.
+A client's file defines `rank(server, model, top_n, texts)`. It sends the question through the client and returns
+(index, score, text or None) for each result, in the client's order. `check` runs it against the three servers of `../run` and
+prints one line of JSON.
 """
 
 import json
@@ -18,10 +19,10 @@ DOCUMENTS = ["apple", "banana", "fruit", "vegetable"]
 MODEL = "rerankd-mini"
 UNKNOWN_MODEL = "no-such-model"
 
-# What the server says of each error, and users should read.
+# The server's error messages, which should reach the user of a client.
 MESSAGES = {"wrong key": "Invalid token", "unknown model": "Model does not exist", "overload": "overloaded"}
 
-# Scores travel as JSON numbers; a few clients hold them as 32-bit floats. The logit of a score near 1 loses another digit or two.
+# A few clients store scores as 32-bit floats. The logit of a score near 1 loses one or two more digits.
 SCORE_TOLERANCE = 1e-5
 LOGIT_TOLERANCE = 1e-3
 
@@ -37,8 +38,8 @@ WRONG_KEY = Server(CLOSED.url, "a-wrong-key")
 BUSY = Server(os.environ["RERANKD_BUSY"], "any-key-at-all")
 
 
-def stay_on_this_machine(event, args):
-    """Telemetry, price lists, hubs: a client that wants them here has not been pointed at the server."""
+def forbid_remote_connections(event, args):
+    """Fails on any other connection (telemetry, price lists, model hubs): a correctly configured client needs none."""
     if event == "socket.getaddrinfo":
         host = args[0]
     elif event == "socket.connect" and isinstance(args[1], tuple):
@@ -46,33 +47,33 @@ def stay_on_this_machine(event, args):
     else:
         return
     if host not in (None, "", b"", "localhost", b"localhost", "127.0.0.1", b"127.0.0.1", "::1", b"::1"):
-        raise OSError(f"this test leaves the machine: {host!r}")
+        raise OSError(f"connection to another host: {host!r}")
 
 
-sys.addaudithook(stay_on_this_machine)
+sys.addaudithook(forbid_remote_connections)
 
-# Not every client's retries can be turned off, and they sleep as long as the overloaded server's Retry-After says.
+# Some clients' retries cannot be disabled; they sleep for the overloaded server's Retry-After.
 real_sleep = time.sleep
 time.sleep = lambda seconds: real_sleep(min(seconds, 0.01))
 
 
-def ask_plainly(server):
-    """The answer without any client in between: [(index, score)], best first."""
+def ask_directly(server):
+    """The server's answer without a client: [(index, score)], best first."""
     body = json.dumps({"model": MODEL, "query": QUERY, "documents": DOCUMENTS}).encode()
     with urllib.request.urlopen(urllib.request.Request(server.url + "/v1/rerank", body), timeout=60) as answer:
         return [(result["index"], result["relevance_score"]) for result in json.load(answer)["results"]]
 
 
-EXPECTED = ask_plainly(OPEN)
+EXPECTED = ask_directly(OPEN)
 
 
 def check(client, package, rank, *, wrong_key, unknown_model, overload, logits=False, keyless=False, not_offered=None):
     """Runs every check of one client.
 
-    `wrong_key`, `unknown_model`, `overload`: the exception that a user of the client would catch, or several.
-    `logits`: the dialect answers raw logits in place of scores.
-    `keyless`: it has no way to send a key, so it works with an open server only.
-    `not_offered`: checks that the client has no way to ask for, with the reason.
+    `wrong_key`, `unknown_model`, `overload`: the exception (or exceptions) that a user of the client would catch.
+    `logits`: this request format returns logits instead of scores.
+    `keyless`: the client cannot send a key, so only the open server is tested.
+    `not_offered`: checks that the client does not support, with the reason.
     """
 
     def success():
@@ -103,13 +104,13 @@ def check(client, package, rank, *, wrong_key, unknown_model, overload, logits=F
             continue
         try:
             cells[name] = {"state": "ok", "note": run() or ""}
-        except Exception as error:  # whatever a client throws is a row of the table, not the end of it
+        except Exception as error:  # any exception of a client is reported in its row of the table
             cells[name] = {"state": "FAIL", "note": f"{type(error).__name__}: {error}"}
     print(json.dumps({"client": client, "version": f"{package} {version(package)}", "cells": cells}), flush=True)
 
 
 def not_possible(client, package, reason):
-    """A client that cannot be pointed at a server: a row that says why."""
+    """Prints a row for a client whose server cannot be configured, with the reason."""
     cell = {"state": "n/a", "note": reason}
     print(json.dumps({"client": client, "version": f"{package} {version(package)}", "cells": {"success": cell}}), flush=True)
 
@@ -124,14 +125,16 @@ def compare(results, expected, logits):
 
 
 def raises(expected, problem, ask):
-    """The name of the exception that `ask` ends in, and whether it tells what the server said. Several attempts, because between
-    two of the requests that keep the busy server busy there is a moment in which another one fits in."""
+    """Returns the name of the exception that `ask` raises, and whether it contains the server's message.
+
+    For overload, it makes several attempts, because the busy server accepts a request between two of those that keep it busy.
+    """
     for _ in range(5 if problem == "overload" else 1):
         try:
             answer = ask()
         except expected as error:
-            told = MESSAGES[problem] in f"{error} {vars(error)}"
-            return qualified_name(type(error)) + ("" if told else " (keeps our message to itself)")
+            has_message = MESSAGES[problem] in f"{error} {vars(error)}"
+            return qualified_name(type(error)) + ("" if has_message else " (without the server's message)")
         real_sleep(0.3)
     raise AssertionError(f"no exception, but {answer!r}")
 

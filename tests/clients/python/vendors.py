@@ -1,4 +1,4 @@
-"""SDKs of vendors and of other servers: Voyage, Mixedbread, Together, Xinference, Infinity."""
+"""SDKs of vendors and other servers: Voyage, Mixedbread, Together, Xinference, Infinity."""
 
 import mixedbread
 import together
@@ -83,5 +83,5 @@ check(
     wrong_key=UnexpectedStatus,
     unknown_model=UnexpectedStatus,
     overload=UnexpectedStatus,
-    not_offered={"return_documents": "types a document as a bare string, which breaks the clients that read objects"},
+    not_offered={"return_documents": "expects documents as strings; the server returns objects, which other clients expect"},
 )
