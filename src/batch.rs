@@ -109,7 +109,7 @@ impl Batch {
     }
 
     /// The row of each sequence's first token, `[S]`: the one that a classification head reads.
-    pub fn gather_cls(&self) -> Vec<u32> {
+    pub fn cls_rows(&self) -> Vec<u32> {
         self.offsets[..self.sequences()].iter().map(|&row| row as u32).collect()
     }
 }
@@ -126,7 +126,7 @@ mod tests {
         assert_eq!(batch.type_ids(), [0, 0, 1, 0]);
         assert_eq!(batch.positions(), [0, 1, 2, 0]);
         assert_eq!(batch.offsets(), [0, 3, 4]);
-        assert_eq!(batch.gather_cls(), [0, 3]);
+        assert_eq!(batch.cls_rows(), [0, 3]);
         assert_eq!(batch.ranges().collect::<Vec<_>>(), [0..3, 3..4]);
         let turned = batch.select(&[1, 0]);
         assert_eq!(

@@ -196,7 +196,7 @@ impl Backend for CandleBackend {
     }
 
     fn gather_cls(&self, (): &(), x: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
-        Ok(x.index_select(&self.indices(&batch.gather_cls())?, 0)?)
+        Ok(x.index_select(&self.indices(&batch.cls_rows())?, 0)?)
     }
 
     fn download(&self, (): &(), x: &Tensor) -> Result<Vec<f32>, BackendError> {
