@@ -34,8 +34,8 @@ const BLOCK_BYTES: usize = 1 << 20;
 const MAX_MAGNITUDE: f32 = 1e9;
 
 /// Where a checkpoint is read from: a file, or bytes embedded in the binary.
-trait Source: Read + Seek + Send {}
-impl<T: Read + Seek + Send> Source for T {}
+trait ReadSeek: Read + Seek + Send {}
+impl<T: Read + Seek + Send> ReadSeek for T {}
 
 /// An open checkpoint. The graph takes its tensors by name; [`Weights::finish`] then reports tensors that were not taken.
 pub struct Weights {
@@ -53,7 +53,7 @@ struct CheckpointFile {
 }
 
 enum Content {
-    Safetensors { source: Box<dyn Source>, data_start: u64, metadata: Metadata },
+    Safetensors { source: Box<dyn ReadSeek>, data_start: u64, metadata: Metadata },
     Pickle(PthTensors),
 }
 
@@ -252,7 +252,7 @@ impl fmt::Debug for Weights {
 }
 
 impl CheckpointFile {
-    fn safetensors(name: String, mut source: Box<dyn Source>) -> Result<Self> {
+    fn safetensors(name: String, mut source: Box<dyn ReadSeek>) -> Result<Self> {
         let content = read_header(&mut source).with_context(|| format!("{name}: not a complete safetensors file"))?;
         let (data_start, metadata) = content;
         Ok(Self { name, content: Content::Safetensors { source, data_start, metadata } })
@@ -325,7 +325,7 @@ fn check_pickle_sizes(tensors: &PthTensors, file_bytes: u64) -> Result<()> {
 
 /// Reads the header and compares its tensors with the length of the file, so that a truncated file is rejected at once.
 /// Returns the offset of the data, and the header.
-fn read_header(source: &mut Box<dyn Source>) -> Result<(u64, Metadata)> {
+fn read_header(source: &mut Box<dyn ReadSeek>) -> Result<(u64, Metadata)> {
     let length = source.seek(SeekFrom::End(0))?;
     source.seek(SeekFrom::Start(0))?;
     let mut prefix = [0; 8];
@@ -346,7 +346,7 @@ fn read_header(source: &mut Box<dyn Source>) -> Result<(u64, Metadata)> {
 }
 
 /// Reads `bytes` bytes of little-endian floats as f32, a block at a time, so that only the f32 values are in memory whole.
-fn read_floats(source: &mut dyn Source, dtype: Dtype, bytes: usize) -> Result<Vec<f32>> {
+fn read_floats(source: &mut dyn ReadSeek, dtype: Dtype, bytes: usize) -> Result<Vec<f32>> {
     type Convert = fn(&[u8], &mut Vec<f32>);
     let (width, convert): (usize, Convert) = match dtype {
         Dtype::F64 => (8, |b, out| out.extend(b.as_chunks().0.iter().map(|&v| f64::from_le_bytes(v) as f32))),
@@ -388,6 +388,33 @@ mod tests {
         let error = weights(4.0).take_stacked(&names, &[1 << 30, 1 << 30]).unwrap_err().to_string();
         assert!(error.contains("tensor weight has shape [2, 2]"), "{error}");
         assert_eq!(weights(4.0).take_stacked(&names, &[2, 2]).unwrap().shape, [6, 2]);
+    }
+
+    #[test]
+    fn a_pickled_tensor_that_is_larger_than_its_file_is_rejected_before_memory_is_reserved() {
+        let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/xlmr-pickle/pytorch_model.bin");
+        let mut bytes = std::fs::read(fixture).unwrap();
+        // The word embedding's shape, [300, 64], becomes [65535, 64]: 16 MB in a file of 280 KB.
+        let (shape, size) = (b"M,\x01K@\x86", [0xff, 0xff]);
+        let at = bytes.windows(shape.len()).position(|window| window == shape).unwrap();
+        bytes[at + 1..at + 3].copy_from_slice(&size);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("pytorch_model.bin");
+        std::fs::write(&path, bytes).unwrap();
+        let error = format!("{:#}", Weights::open(&path).unwrap_err());
+        assert!(error.contains("pytorch_model.bin") && error.contains("shape [65535, 64]"), "{error}");
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_checkpoint_that_is_a_device_is_rejected_and_not_read() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"] {
+            let path = folder.path().join(name);
+            std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+            let error = format!("{:#}", Weights::open(&path).unwrap_err());
+            assert!(error.contains(name) && error.contains("not a regular file"), "{error}");
+        }
     }
 
     #[test]

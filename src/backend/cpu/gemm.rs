@@ -274,11 +274,11 @@ impl<D: Dot> GemmLoops<'_, D> {
         let Gemm { weights, start, end, activation, residual, output, .. } = *self.gemm;
         assert!(sums.len() >= rows.len() * weights.width);
         let first = panel * weights.width;
-        let whole = start <= first && first + weights.width <= end;
-        let general = StoreAny { activation, residual, output };
+        let whole_panel = start <= first && first + weights.width <= end;
+        let any = StoreAny { activation, residual, output };
         // SAFETY: guaranteed by the caller. Residual and output have the GEMM's shape.
         unsafe {
-            match (whole, activation, residual, output) {
+            match (whole_panel, activation, residual, output) {
                 (true, None, None, OutputRows::Bf16(to)) => self.store(isa, sums, first, rows, StoreBf16(to)),
                 (true, Some(Activation::Gelu), None, OutputRows::Bf16(to)) => {
                     self.store(isa, sums, first, rows, StoreGeluBf16(to));
@@ -286,8 +286,8 @@ impl<D: Dot> GemmLoops<'_, D> {
                 (true, None, Some(residual), OutputRows::F32(to)) => {
                     self.store(isa, sums, first, rows, StoreResidual(residual, to));
                 }
-                (true, ..) => self.store(isa, sums, first, rows, general),
-                (false, ..) => self.store(isa, sums, first, rows, StoreClipped { inner: general, start, end }),
+                (true, ..) => self.store(isa, sums, first, rows, any),
+                (false, ..) => self.store(isa, sums, first, rows, StoreClipped { inner: any, start, end }),
             }
         }
     }

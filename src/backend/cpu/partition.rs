@@ -24,26 +24,26 @@ pub(super) struct Partitioning {
 /// While a thread exceeds the mean by more than [`MAX_IMBALANCE`], one of its sequences becomes shared.
 pub(super) fn partition_batch(lengths: &[usize], threads: usize) -> Partitioning {
     let mut partitioning = Partitioning::default();
-    let mut left: Vec<usize> = (0..lengths.len()).collect();
-    left.sort_by_key(|&sequence| (std::cmp::Reverse(lengths[sequence]), sequence));
+    let mut remaining: Vec<usize> = (0..lengths.len()).collect();
+    remaining.sort_by_key(|&sequence| (std::cmp::Reverse(lengths[sequence]), sequence));
     if threads == 1 {
-        partitioning.per_thread = vec![group_by_tokens(&left, lengths, PARTITION_TOKENS)];
+        partitioning.per_thread = vec![group_by_tokens(&remaining, lengths, PARTITION_TOKENS)];
         return partitioning;
     }
     let mut shared = Vec::new();
     let assigned = loop {
-        let assigned = assign(&left, lengths, threads);
+        let assigned = assign(&remaining, lengths, threads);
         let tokens = |sequences: &Vec<usize>| sequences.iter().map(|&s| lengths[s]).sum::<usize>();
         let most = assigned.iter().max_by_key(|sequences| tokens(sequences)).expect("threads is at least 1");
-        let share = left.iter().map(|&s| lengths[s]).sum::<usize>() as f64 / threads as f64;
-        if left.is_empty() || tokens(most) as f64 <= share * MAX_IMBALANCE {
+        let share = remaining.iter().map(|&s| lengths[s]).sum::<usize>() as f64 / threads as f64;
+        if remaining.is_empty() || tokens(most) as f64 <= share * MAX_IMBALANCE {
             break assigned;
         }
         // The shortest sequence that removes the imbalance: a shared sequence costs a barrier for each operation.
         let excess = tokens(most) as f64 - share;
         let shortest = most.iter().rev().find(|&&s| lengths[s] as f64 >= excess);
         let chosen = *shortest.unwrap_or(&most[0]);
-        left.retain(|&sequence| sequence != chosen);
+        remaining.retain(|&sequence| sequence != chosen);
         shared.push(chosen);
     };
     partitioning.shared = group_by_tokens(&shared, lengths, PARTITION_TOKENS * threads);

@@ -110,7 +110,6 @@ pub(super) struct QuantizeRows<'a> {
     pub(super) rows: Range<usize>,
 }
 
-/// Rows that are to be quantized_buffer.
 #[derive(Clone, Copy)]
 pub(super) enum QuantizeSource<'a> {
     F32(&'a Matrix<f32>),

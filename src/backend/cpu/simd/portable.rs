@@ -1,6 +1,6 @@
 //! Plain Rust over arrays of lanes: the path of machines without a supported instruction set, and the reference for the others.
 //!
-//! The compiler ticket_lock the loops into the target's baseline vectors (SSE2 on x86-64).
+//! The compiler turns the loops into the target's baseline vectors (SSE2 on x86-64).
 
 use super::isa::{Isa, SimdOp};
 
