@@ -1,7 +1,7 @@
-//! The encoder alone, at the shapes of the models that we serve, over four workloads. Tokens per second, no padding counted.
+//! Throughput of the encoder without HTTP, tokenizer and scheduler, in tokens per second, for model shapes and workloads.
 //!
-//! `cargo bench --bench encoder`; `RERANKD_BENCH_SHAPES=minilm,base,large` chooses shapes (default minilm), and
-//! `RERANKD_BENCH_ENGINES=f32,bf16,int8,candle` engines (default all). Weights are random: speed does not depend on their values.
+//! Run with `cargo bench --bench encoder`. `RERANKD_BENCH_SHAPES=minilm,base,large` selects shapes (default minilm) and
+//! `RERANKD_BENCH_ENGINES=f32,bf16,int8,candle` engines (default all). Weights are random: speed does not depend on them.
 
 #![allow(missing_docs, reason = "criterion writes the functions")]
 
@@ -24,7 +24,7 @@ use rerankd::encoder::{self, CrossEncoder};
 const SHAPES: [(&str, usize, usize, usize, usize); 3] =
     [("minilm", 12, 384, 12, 1536), ("base", 12, 768, 12, 3072), ("large", 24, 1024, 16, 4096)];
 
-/// Name and lengths of the pairs of one batch: long, mixed, short, and one alone.
+/// Name, and lengths in tokens of the pairs of one batch: long, mixed, short, and a single pair.
 const WORKLOADS: [(&str, &[usize]); 4] = [
     ("a_512x4", &[512; 4]),
     ("b_mixed", &[32, 512, 96, 256, 160, 384, 64, 224]),
@@ -40,10 +40,10 @@ fn encoder(engine: &str, (layers, c, heads, f): (usize, usize, usize, usize)) ->
             "num_attention_heads":{heads},"intermediate_size":{f},"max_position_embeddings":514,"pad_token_id":1}}"#
     );
     let config = ModelConfig::parse(&json).expect("a valid shape");
-    let folder = tempfile::tempdir().expect("a folder for the weights");
+    let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("model.safetensors");
-    random::write_checkpoint(&config, &path).expect("room for the weights");
-    let weights = Weights::open(&path).expect("just written");
+    random::write_checkpoint(&config, &path).expect("the weights are written");
+    let weights = Weights::open(&path).expect("the weights are read");
     let threads = std::thread::available_parallelism().map_or(1, Into::into);
     let cpu = |dtype| CpuBackend::new(dtype, Arc::new(ThreadPool::new(threads, false).expect("threads")));
     let loaded = match engine {
@@ -52,7 +52,7 @@ fn encoder(engine: &str, (layers, c, heads, f): (usize, usize, usize, usize)) ->
         "int8" => encoder::load(&config, weights, cpu(CpuDtype::Int8)),
         _ => encoder::load(&config, weights, CandleBackend::cpu(threads).expect("threads")),
     };
-    loaded.expect("complete")
+    loaded.expect("the model is loaded")
 }
 
 fn pair(tokens: usize) -> Pair {
@@ -60,16 +60,16 @@ fn pair(tokens: usize) -> Pair {
     Pair::new(ids, vec![0; tokens])
 }
 
-/// Whether the variable, a list, names it; `default` where it is not set.
-fn chosen(variable: &str, default: &str, name: &str) -> bool {
-    std::env::var(variable).unwrap_or_else(|_| default.to_owned()).split(',').any(|chosen| chosen == name)
+/// Whether the comma-separated list in the environment variable (`default` if unset) contains `name`.
+fn selected(variable: &str, default: &str, name: &str) -> bool {
+    std::env::var(variable).unwrap_or_else(|_| default.to_owned()).split(',').any(|entry| entry == name)
 }
 
 fn encoders(criterion: &mut Criterion) {
     for (shape, layers, c, heads, f) in SHAPES {
         for engine in ["f32", "bf16", "int8", "candle"] {
-            if !chosen("RERANKD_BENCH_SHAPES", "minilm", shape)
-                || !chosen("RERANKD_BENCH_ENGINES", "f32,bf16,int8,candle", engine)
+            if !selected("RERANKD_BENCH_SHAPES", "minilm", shape)
+                || !selected("RERANKD_BENCH_ENGINES", "f32,bf16,int8,candle", engine)
             {
                 continue;
             }

@@ -1,39 +1,40 @@
-//! Products alone, as a share of what the machine's multipliers can do, which is measured first.
+//! GEMM throughput of the CPU backend, as a fraction of the machine's measured peak.
 //!
-//! `cargo bench --bench kernels`; criterion's elements are operations, a multiplication and an addition being two. Shapes
-//! are those of MiniLM's, base and large models' layers, `m x k x n`.
+//! Run with `cargo bench --bench kernels`. Criterion's elements are operations; a multiplication and an addition are two.
+//! Shapes, `m x k x n`, are those of the layers of MiniLM, base and large models.
 
 #![allow(missing_docs, reason = "criterion writes the functions")]
-#![allow(clippy::print_stderr, reason = "the peak is part of the report")]
+#![allow(clippy::print_stderr, reason = "the fraction of the peak is part of the report")]
 
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use rerankd::backend::cpu::CpuDtype;
-use rerankd::backend::cpu::roofline::{GemmSample, peak};
+use rerankd::backend::cpu::gemm_benchmark::GemmBenchmark;
+use rerankd::backend::cpu::roofline::peak;
 
 const SHAPES: [[usize; 3]; 5] =
     [[512, 384, 1536], [512, 768, 3072], [512, 3072, 768], [512, 1024, 4096], [512, 4096, 1024]];
 
-fn products(criterion: &mut Criterion) {
+fn gemms(criterion: &mut Criterion) {
     let threads = std::thread::available_parallelism().map_or(1, Into::into);
     let run_as_test = std::env::args().any(|argument| argument == "--test");
     for dtype in [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8] {
-        let mut group = criterion.benchmark_group(format!("product/{dtype:?}"));
+        let mut group = criterion.benchmark_group(format!("gemm/{dtype:?}"));
         group.sample_size(10).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(1));
         for threads in [1, threads] {
             for shape in SHAPES {
-                let mut gemm = GemmSample::new(dtype, threads, shape);
+                let mut gemm = GemmBenchmark::new(dtype, threads, shape);
                 let operations = 2.0 * shape.iter().product::<usize>() as f64;
                 let [m, k, n] = shape;
                 if !run_as_test {
-                    eprintln!("{}", share(dtype, threads, &mut gemm, shape, operations));
+                    eprintln!("{}", share_of_peak(dtype, threads, &mut gemm, shape, operations));
                 }
                 group.throughput(Throughput::Elements(operations as u64));
                 group.bench_function(
                     BenchmarkId::new(format!("{threads} threads"), format!("{m}x{k}x{n}")),
                     |bencher| {
-                        bencher.iter(|| gemm.multiply());
+                        bencher.iter(|| gemm.run());
                     },
                 );
             }
@@ -42,14 +43,21 @@ fn products(criterion: &mut Criterion) {
     }
 }
 
-/// The median of pairs, peak and product in turn: a shared machine's speed drifts.
-fn share(dtype: CpuDtype, threads: usize, gemm: &mut GemmSample, [m, k, n]: [usize; 3], operations: f64) -> String {
+/// The median of seven measurements of GEMM rate / peak rate. Both are measured in turn, because the speed of a shared machine
+/// drifts.
+fn share_of_peak(
+    dtype: CpuDtype,
+    threads: usize,
+    gemm: &mut GemmBenchmark,
+    [m, k, n]: [usize; 3],
+    operations: f64,
+) -> String {
     let mut pairs: Vec<(f64, f64)> = (0..7)
         .map(|_| {
             let peak = peak(dtype, threads);
-            gemm.multiply();
+            gemm.run();
             let begun = Instant::now();
-            (0..4).for_each(|_| gemm.multiply());
+            (0..4).for_each(|_| gemm.run());
             (4.0 * operations / begun.elapsed().as_secs_f64(), peak)
         })
         .collect();
@@ -63,5 +71,5 @@ fn share(dtype: CpuDtype, threads: usize, gemm: &mut GemmSample, [m, k, n]: [usi
     )
 }
 
-criterion_group!(benches, products);
+criterion_group!(benches, gemms);
 criterion_main!(benches);

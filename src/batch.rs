@@ -1,11 +1,11 @@
-//! The words that every floor shares: a pair of token ids, and a batch of pairs laid end to end.
+//! A pair of token id sequences, and a packed batch of pairs.
 //!
-//! One alphabet for shapes, everywhere: T tokens in a batch, S sequences, C hidden size, H heads, D head size (C = H * D),
-//! F feed-forward size. Nothing is ever padded: a batch is T ids and the S + 1 offsets that cut them into sequences.
+//! Letters for shapes, in the whole crate: T tokens in a batch, S sequences, C hidden size, H heads, D head size (C = H * D),
+//! F feed-forward size. Batches are packed, not padded: T ids, and S + 1 offsets that divide them into sequences.
 
 use std::ops::Range;
 
-/// One query and one chunk of a document, as the model reads them: special tokens included, ready to embed.
+/// A query and a chunk of a document as one token sequence, special tokens included.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Pair {
     ids: Box<[u32]>,
@@ -13,10 +13,10 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// A pair from its token ids and their segment (token type) ids, one each.
+    /// A pair of `ids`, `[len]`, and the segment (token type) id of each token, `[len]`.
     ///
     /// # Panics
-    /// When the two differ in length or are empty: [`crate::text`] builds both together, from a template.
+    /// The lengths differ, or are 0.
     pub fn new(ids: Vec<u32>, type_ids: Vec<u8>) -> Self {
         assert!(!ids.is_empty() && ids.len() == type_ids.len(), "a pair has one type id for each token");
         Self { ids: ids.into(), type_ids: type_ids.into() }
@@ -32,13 +32,13 @@ impl Pair {
         &self.type_ids
     }
 
-    /// Tokens in the pair, special tokens included.
+    /// The number of tokens, special tokens included.
     pub fn tokens(&self) -> usize {
         self.ids.len()
     }
 }
 
-/// Pairs laid end to end: what one forward pass computes.
+/// Pairs packed end to end: the input of one forward pass.
 #[derive(Debug, Clone, Default)]
 pub struct Batch {
     ids: Vec<u32>,
@@ -60,7 +60,7 @@ impl Batch {
         batch
     }
 
-    /// The given sequences, in the given order, as a batch of their own.
+    /// A batch of the given sequences, in the given order.
     pub fn select(&self, sequences: &[usize]) -> Self {
         let mut batch = Self { offsets: vec![0], ..Self::default() };
         for &sequence in sequences {
@@ -83,12 +83,12 @@ impl Batch {
         &self.type_ids
     }
 
-    /// Each token's place in its own sequence, from 0, `[T]`.
+    /// Each token's position in its sequence, from 0, `[T]`.
     pub fn positions(&self) -> &[u32] {
         &self.positions
     }
 
-    /// Where each sequence begins, and the end of the last, `[S + 1]`.
+    /// The first row of each sequence, and the end of the last, `[S + 1]`.
     pub fn offsets(&self) -> &[usize] {
         &self.offsets
     }
@@ -108,8 +108,8 @@ impl Batch {
         self.offsets.windows(2).map(|w| w[0]..w[1])
     }
 
-    /// The row of each sequence's first token, `[S]`: the one that a classification head reads.
-    pub fn gather_cls(&self) -> Vec<u32> {
+    /// The row of each sequence's first token (CLS), which the classification head reads, `[S]`.
+    pub fn cls_rows(&self) -> Vec<u32> {
         self.offsets[..self.sequences()].iter().map(|&row| row as u32).collect()
     }
 }
@@ -119,18 +119,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn packing_keeps_ids_and_restarts_positions() {
+    fn packing_keeps_ids_and_restarts_positions_in_each_sequence() {
         let pairs = [Pair::new(vec![5, 6, 7], vec![0, 0, 1]), Pair::new(vec![8], vec![0])];
         let batch = Batch::pack(&pairs);
         assert_eq!(batch.ids(), [5, 6, 7, 8]);
         assert_eq!(batch.type_ids(), [0, 0, 1, 0]);
         assert_eq!(batch.positions(), [0, 1, 2, 0]);
         assert_eq!(batch.offsets(), [0, 3, 4]);
-        assert_eq!(batch.gather_cls(), [0, 3]);
+        assert_eq!(batch.cls_rows(), [0, 3]);
         assert_eq!(batch.ranges().collect::<Vec<_>>(), [0..3, 3..4]);
-        let turned = batch.select(&[1, 0]);
+        let reversed = batch.select(&[1, 0]);
         assert_eq!(
-            (turned.ids(), turned.positions(), turned.offsets()),
+            (reversed.ids(), reversed.positions(), reversed.offsets()),
             (&[8, 5, 6, 7][..], &[0, 0, 1, 2][..], &[0, 1, 4][..])
         );
     }

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Builds rerankd for AArch64 and runs the CPU backend's tests on its NEON paths, on a machine of another kind, under QEMU.
+# Builds rerankd for AArch64 and runs the CPU backend's tests on its NEON paths under QEMU, on a machine of another architecture.
 #
 #   tests/aarch64.sh
 #
-# It shows that the crate builds there, that every kernel agrees with its definition on every path, and that whole models do
-# with `transformers`, alone and in company. It says nothing of speed. On an AArch64 machine, `cargo nextest run` shows more.
+# It checks that the crate builds, that every kernel matches its reference on every NEON path, and that whole models match
+# `transformers`, for single pairs and in batches. It does not measure speed. On an AArch64 machine, run `cargo nextest run`.
 #
-# It needs, by Debian's names, qemu-user-static, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross; and Rust's standard library
-# for the target: `rustup target add aarch64-unknown-linux-gnu`, or in RUSTC a compiler that has it.
+# Requirements: the Debian packages qemu-user-static, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross, and Rust's standard
+# library for the target: `rustup target add aarch64-unknown-linux-gnu`, or set RUSTC to a compiler that has it.
 #
-# .ci/run leaves it out: minutes of building and emulation, with tools that few machines have.
+# .ci/run does not run it: it takes minutes, and few machines have these tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=aarch64-unknown-linux-gnu
@@ -24,11 +24,11 @@ ls "$libraries"/libstd-*.rlib >/dev/null 2>&1 || skip "no std in $libraries (rus
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64-static -L /usr/aarch64-linux-gnu"
 
-# Every path that a machine can run is tested on it, from the best one down.
+# Kernel tests run every path that the emulated CPU supports.
 export QEMU_CPU=max
 cargo test --target "$target" --lib backend::cpu -- --nocapture
 
-# Whole models take a machine's best path: all dot products, those of signed bytes, none.
+# Whole models use the best path of the emulated CPU: with all dot products, with signed int8 only, and with none.
 for QEMU_CPU in max neoverse-n1 cortex-a72; do
     printf '\n== %s\n' "$QEMU_CPU"
     cargo test --target "$target" --test golden -- --nocapture cpu_backend a_score

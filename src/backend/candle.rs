@@ -1,7 +1,7 @@
-//! Candle tensors: the portable backend, f32 on the CPU (or candle's own CUDA kernels behind the feature `candle-cuda`).
+//! The portable backend, on candle tensors: f32 on the CPU, or on candle's CUDA kernels with the feature `candle-cuda`.
 //!
-//! Written for being right and readable: it is the definition that every faster backend is tested against. One graph runs
-//! at a time; the parallelism is inside candle's matrix products (its `rayon` pool).
+//! Written to be correct and readable: every faster backend is tested against it. One graph runs at a time; candle
+//! parallelizes each GEMM (with a `rayon` pool).
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,15 +17,16 @@ use super::{
 };
 use crate::batch::Batch;
 
-/// Query rows that attend at a time. Scores of one block are `[H, 256, L]` floats: 128 MiB at 16 heads and 8192 tokens,
-/// where the whole matrix would be 4 GiB. The block is counted from the sequence's own start, so it moves no score.
+/// Query rows per block of attention. The scores of a block are `[H, 256, L]` f32 for a sequence of L tokens: 128 MiB at 16
+/// heads and 8192 tokens, where the whole matrix would be 4 GiB. Blocks start at the sequence's first row, so results do not
+/// depend on the batch.
 const ATTENTION_ROWS: usize = 256;
 
 /// The candle backend on one device.
 #[derive(Debug, Clone)]
 pub struct CandleBackend {
     device: Device,
-    /// The threads of candle's GEMMs. candle itself would take one per processor of the host, whatever the container's quota.
+    /// The threads of candle's GEMMs. By default, candle would start one per core of the host and ignore the container's quota.
     pool: Arc<ThreadPool>,
 }
 
@@ -38,7 +39,7 @@ pub struct Embeddings {
     norm: Norm,
 }
 
-/// A linear layer as candle tensors: W^T, `[inputs, outputs]`, contiguous, and the bias, `[outputs]`.
+/// A linear layer as candle tensors: W^T `[inputs, outputs]`, contiguous, and the bias `[outputs]`.
 #[derive(Debug)]
 pub struct Linear {
     weight: Tensor,
@@ -57,7 +58,7 @@ impl CandleBackend {
     /// f32 on the CPU, on `threads` threads.
     ///
     /// # Errors
-    /// The operating system refuses the threads.
+    /// The operating system cannot create the threads.
     pub fn cpu(threads: usize) -> Result<Self, BackendError> {
         Self::on(Device::Cpu, threads)
     }
@@ -65,7 +66,7 @@ impl CandleBackend {
     /// f32 on a CUDA device through candle's own kernels.
     ///
     /// # Errors
-    /// There is no such device, or the operating system refuses the threads.
+    /// There is no such device, or the operating system cannot create the threads.
     #[cfg(feature = "candle-cuda")]
     pub fn cuda(ordinal: usize, threads: usize) -> Result<Self, BackendError> {
         Self::on(Device::new_cuda(ordinal)?, threads)
@@ -84,7 +85,7 @@ impl CandleBackend {
         Ok(Tensor::new(values, &self.device)?)
     }
 
-    /// `softmax(q k^T / sqrt(D)) v` for one sequence. `q` is `[Lq, C]`, `k` and `v` `[L, C]`; the result `[Lq, C]`.
+    /// `softmax(q k^T / sqrt(D)) v` for one sequence. `q` is `[Lq, C]`, `k` and `v` are `[L, C]`; returns `[Lq, C]`.
     fn attend(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
         let AttentionShape { heads, head_size } = shape;
         let by_head = |x: &Tensor| x.reshape(((), heads, head_size))?.transpose(0, 1)?.contiguous(); // [H, L, D]
@@ -151,7 +152,7 @@ impl Backend for CandleBackend {
     ) -> Result<Tensor, BackendError> {
         let weight = weights.weight.narrow(1, outputs.start, outputs.len())?;
         let bias = weights.bias.narrow(0, outputs.start, outputs.len())?;
-        let y = product(x, &weight)?.broadcast_add(&bias)?;
+        let y = matmul(x, &weight)?.broadcast_add(&bias)?;
         Ok(match epilogue {
             Epilogue::Bias => y,
             Epilogue::Activation(Activation::Gelu) => y.gelu_erf()?,
@@ -196,7 +197,7 @@ impl Backend for CandleBackend {
     }
 
     fn gather_cls(&self, (): &(), x: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
-        Ok(x.index_select(&self.indices(&batch.gather_cls())?, 0)?)
+        Ok(x.index_select(&self.indices(&batch.cls_rows())?, 0)?)
     }
 
     fn download(&self, (): &(), x: &Tensor) -> Result<Vec<f32>, BackendError> {
@@ -217,11 +218,11 @@ impl Timed for CandleBackend {
     }
 }
 
-/// `x W^T`, each row of it the same bits whatever rows are beside it.
+/// `x weight`, batch-invariant: each row of the result is bitwise the same whatever the other rows are.
 ///
-/// gemm, below candle, has other kernels for a product of one row and for one of one column, which sum in another order.
-/// So a lone row is multiplied beside its copy, and a lone column is a sum of products.
-fn product(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
+/// The crate gemm, which candle uses, has separate kernels for a single row and for a single column, which sum in another
+/// order. So a single row is duplicated first, and a single column is computed as a sum of element-wise products.
+fn matmul(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
     if weight.dim(1)? == 1 {
         return x.broadcast_mul(&weight.t()?)?.sum_keepdim(D::Minus1);
     }

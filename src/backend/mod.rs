@@ -1,12 +1,13 @@
-//! The only place that computes: some ten fused operations over packed buffers, and nothing about any model.
+//! The trait [`Backend`]: some ten fused operations over packed buffers. All computation is behind it, and no model is known
+//! here.
 //!
-//! An architecture is a graph over these operations ([`crate::encoder`]); a device is an implementation of them.
-//! [`candle`] is the portable one and the definition of right: every other is held to it by the same property tests.
-//! [`profile`] is none of its own: it goes around another and times it.
+//! An architecture is a graph over these operations (`encoder`); a device is an implementation of them. [`candle`] is the
+//! portable backend and the reference: the same property tests compare every other backend with it. [`profile`] wraps a
+//! backend and times its operations.
 //!
-//! A backend decides where the parallelism lives. [`Backend::run`] may cut a batch between sequences and have the graph run over
-//! several pieces at once; each run of the graph has a [`Backend::ExecContext`] of its own (a thread's scratch memory, a stream), which
-//! it hands to every operation and never looks into.
+//! A backend decides how to parallelize. [`Backend::run`] may split a batch between sequences and run the graph on several
+//! parts at the same time. Each run of the graph has its own [`Backend::ExecContext`] (a thread, or a stream and workspace),
+//! which the graph passes to every operation.
 
 pub mod candle;
 pub mod cpu;
@@ -18,7 +19,7 @@ use std::ops::Range;
 
 use crate::batch::Batch;
 
-/// A tensor on its way from a checkpoint to a backend: row-major f32 on the host. The backend takes it over.
+/// A tensor in host memory, as read from a checkpoint: f32, row-major.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HostTensor {
     /// Dimensions, outermost first.
@@ -27,20 +28,19 @@ pub struct HostTensor {
     pub data: Vec<f32>,
 }
 
-/// The three tables that an embedding sums, and the norm after them.
+/// Weights of the embedding: three tables whose rows are added, and the layer norm of the sum.
 #[derive(Debug)]
 pub struct EmbeddingTables {
     /// `[vocabulary, C]`
     pub words: HostTensor,
-    /// `[positions, C]`, row 0 for a sequence's first token (a RoBERTa checkpoint's unused head rows are cut off at load).
+    /// `[positions, C]`. Row 0 is for a sequence's first token: the unused first rows of a RoBERTa checkpoint are removed at load.
     pub positions: HostTensor,
     /// `[types, C]`
     pub types: HostTensor,
-    /// The layer norm over the sum.
     pub norm: NormWeights,
 }
 
-/// Layer norm: `(x - mean) / sqrt(variance + eps) * weight + bias`, over each row.
+/// Weights of a layer norm: `(x - mean) / sqrt(variance + eps) * weight + bias` for each row.
 #[derive(Debug)]
 pub struct NormWeights {
     /// `[C]`
@@ -54,28 +54,28 @@ pub struct NormWeights {
 /// An element-wise non-linearity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// `x * Phi(x)` with the error function: what checkpoints mean by `gelu`.
+    /// `x * Phi(x)`, computed with the error function: `gelu` in checkpoints.
     Gelu,
-    /// The tanh approximation of it (`gelu_new`, `gelu_pytorch_tanh`).
+    /// The tanh approximation of GELU: `gelu_new` and `gelu_pytorch_tanh` in checkpoints.
     GeluTanh,
     /// `max(x, 0)`
     Relu,
-    /// Hyperbolic tangent, in the classification heads.
+    /// Hyperbolic tangent. Used in classification heads only.
     Tanh,
 }
 
-/// What happens to a product `x W^T` before it is stored.
+/// The epilogue of a GEMM `x W^T`: applied to the result before it is stored.
 #[derive(Debug)]
 pub enum Epilogue<'a, B> {
     /// Add the bias.
     Bias,
-    /// Add the bias, then apply the function.
+    /// Add the bias, then apply the activation.
     Activation(Activation),
-    /// Add the bias and this buffer, `[rows, outputs]`.
+    /// Add the bias and the residual, `[rows, outputs]`.
     Residual(&'a B),
 }
 
-/// Heads of an attention: C = `heads * head_size` columns of Q, of K and of V, head after head.
+/// Heads of an attention. Q, K and V have C = `heads * head_size` columns each, head after head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttentionShape {
     /// H
@@ -84,97 +84,100 @@ pub struct AttentionShape {
     pub head_size: usize,
 }
 
-/// What a device can do at most, as it was measured on this one: the two sides of a roofline (Williams et al. 2009).
+/// The device's measured peak rates: the two limits of the roofline model (Williams, Waterman, Patterson 2009).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Roofline {
-    /// Operations a second in linear layers' products, a multiplication and an addition being two.
+    /// Operations per second in the GEMMs of linear layers. A multiplication and an addition are two operations.
     pub gemms: f64,
-    /// The same in attention, which has more bits where products have eight.
+    /// Operations per second in attention, which is in bf16 or f16 if GEMMs are in 8 bits.
     pub attention: f64,
-    /// Of the device's memory; nothing where caches hold what an operation reads.
+    /// The device's memory; `None` if operations read mostly from caches.
     pub memory: Option<MemoryRoofline>,
 }
 
-/// How fast values come and go.
+/// Memory bandwidth, and the size of values in memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryRoofline {
-    /// Bytes a second, read and written.
+    /// Bytes per second, reads and writes together.
     pub bytes: f64,
-    /// Bytes of an activation.
+    /// Bytes per activation.
     pub activation: usize,
-    /// Bytes of a weight.
+    /// Bytes per weight.
     pub weight: usize,
 }
 
-/// A backend could not compute. The cause is the device library's own error.
+/// A failure of a backend. The source is the error of the device's library.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
-    /// This batch failed; the next may not.
+    /// This batch failed. The next one may succeed.
     #[error("the backend failed: {0}")]
     Failed(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// There is no memory on the device for so many tokens at once, and they cannot be divided further.
+    /// The device has too little memory for the batch, and the batch cannot be split further.
     #[error("the device's memory is exhausted: {0}")]
     OutOfMemory(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The device computes no more for this process (an illegal address, a card off the bus).
+    /// The device is no longer usable by this process, for example after an illegal address or a bus error.
     #[error("the device is lost: {0}")]
     DeviceLost(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
-/// A graph over one batch, or a part of it, in a ctx: logits `[S]`, in the batch's order.
+/// A model's forward pass over a batch or a part of it: returns the logits `[S]` in the batch's order.
 pub type Graph<'a, B> = &'a (dyn Fn(&<B as Backend>::ExecContext, &Batch) -> Result<Vec<f32>, BackendError> + Sync);
 
-/// Where in a model a linear layer stands.
+/// The role of a linear layer in a model. It determines the precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerRole {
-    /// In an encoder layer: nearly all the work, in the backend's working precision.
+    /// In an encoder layer: nearly all of the work. Computed in the backend's configured precision.
     Encoder,
-    /// In the classification head: S rows only, which a backend computes as exactly as it can.
+    /// In the classification head: only S rows. Computed in the highest precision that the backend has.
     Head,
 }
 
-/// A device and the arithmetic on it. Buffers are `[rows, columns]`; the graph names them and never looks inside.
+/// A device and the operations on it. Buffers are `[rows, columns]` and opaque to the graph.
 pub trait Backend: Sized + Send + Sync + 'static {
-    /// What one run of a graph has to itself.
+    /// The execution context of one run of a graph: its stream, thread or workspace.
     type ExecContext;
-    /// Rows of activations on the device.
+    /// Activations on the device, `[rows, columns]`.
     type Buffer;
     /// [`EmbeddingTables`] on the device.
     type Embeddings: Send + Sync;
-    /// A linear layer's weights on the device, in the layout of the backend's choice.
+    /// A linear layer's weights on the device, in a layout that the backend chooses.
     type Linear: Send + Sync;
     /// [`NormWeights`] on the device.
     type Norm: Send + Sync;
 
-    /// What start-up prints: implementation, precision, device.
+    /// Implementation, precision and device, for the start-up log.
     fn describe(&self) -> String;
 
-    /// Calls of [`Backend::run`] that may compute at the same time.
+    /// How many calls of [`Backend::run`] can compute at the same time. Further calls wait.
     fn max_concurrent_batches(&self) -> usize {
         1
     }
 
-    /// Takes the embedding tables over.
+    /// Loads the embedding tables to the device.
+    ///
+    /// # Errors
+    /// The device fails or has too little memory. The same holds for every method below.
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Self::Embeddings, BackendError>;
-    /// Takes a linear layer over: `weight` is `[outputs, inputs]`, `bias` `[outputs]`.
+    /// Loads a linear layer to the device: `weight` is `[outputs, inputs]`, `bias` is `[outputs]`.
     fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Self::Linear, BackendError>;
-    /// Takes a layer norm over.
+    /// Loads a layer norm to the device.
     fn norm(&self, weights: NormWeights) -> Result<Self::Norm, BackendError>;
 
-    /// Runs `graph` over `batch`, whole or cut between sequences, and returns the logits `[S]` in the batch's order.
+    /// Runs `graph` over `batch`, as a whole or in parts split between sequences. Returns the logits `[S]` in the batch's order.
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError>;
-    /// As [`Backend::run`], and `graph` is called for certain: a backend may answer `run` from a recording of an earlier call.
+    /// As [`Backend::run`], but always calls `graph`. `run` may instead replay a recorded launch sequence (a CUDA graph).
     fn run_observed(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         self.run(batch, graph)
     }
 
-    /// `norm(words[id] + positions[position] + types[type])` for each token: `[T, C]`.
+    /// `norm(words[id] + positions[position] + types[type])` for each token. Returns `[T, C]`.
     fn embed(
         &self,
         ctx: &Self::ExecContext,
         weights: &Self::Embeddings,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
-    /// `epilogue(x W^T)` for the rows `outputs` of W (the columns of the result): `[rows, outputs.len()]`.
+    /// A linear layer, `epilogue(x W^T)`, for the rows `outputs` of W. `x` is `[rows, inputs]`; returns `[rows, outputs.len()]`.
     fn apply(
         &self,
         ctx: &Self::ExecContext,
@@ -183,14 +186,14 @@ pub trait Backend: Sized + Send + Sync + 'static {
         x: &Self::Buffer,
         epilogue: Epilogue<'_, Self::Buffer>,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Layer norm of each row.
+    /// Layer norm of each row. Shape is unchanged.
     fn layer_norm(
         &self,
         ctx: &Self::ExecContext,
         weights: &Self::Norm,
         x: Self::Buffer,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Bidirectional attention of every token to its own sequence. `qkv` is `[T, 3C]`; the result `[T, C]`.
+    /// Bidirectional attention of each token to all tokens of its sequence. `qkv` is `[T, 3C]`; returns `[T, C]`.
     fn attention(
         &self,
         ctx: &Self::ExecContext,
@@ -198,7 +201,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
         qkv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Attention of each sequence's first token alone. `q` is `[S, C]`, `kv` `[T, 2C]`; the result `[S, C]`.
+    /// Attention of each sequence's first token (CLS) to all tokens of its sequence. `q` is `[S, C]`, `kv` is `[T, 2C]`; returns
+    /// `[S, C]`.
     fn cls_attention(
         &self,
         ctx: &Self::ExecContext,
@@ -207,36 +211,37 @@ pub trait Backend: Sized + Send + Sync + 'static {
         kv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Each sequence's first row: `[T, columns]` to `[S, columns]`.
+    /// The row of each sequence's first token (CLS): `[T, columns]` to `[S, columns]`.
     fn gather_cls(
         &self,
         ctx: &Self::ExecContext,
         x: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
-    /// The buffer's values on the host, row-major.
+    /// Copies the buffer's values to the host, row-major.
     fn download(&self, ctx: &Self::ExecContext, x: &Self::Buffer) -> Result<Vec<f32>, BackendError>;
 }
 
-/// Timing of a backend's operations and measurement of its device, for `rerankd bench --profile`.
+/// A backend whose operations can be timed, for `rerankd bench --profile`.
 pub trait Timed: Backend {
-    /// A point in the work of an execution context.
+    /// A point in the sequence of operations of an execution context.
     type Event: Send;
 
-    /// Marks the current end of the work queued on `ctx`.
+    /// Records an event after the operations queued on `ctx` so far.
     ///
     /// # Errors
-    /// Failures of the device.
+    /// The device fails.
     fn record_event(&self, ctx: &Self::ExecContext) -> Result<Self::Event, BackendError>;
-    /// Device seconds between two events of one execution context, once the run that recorded them has ended.
+    /// Seconds of the whole device between two events of one execution context. Called after the run that recorded them: if the
+    /// context uses 1 of N threads, this is 1/N of the elapsed time.
     ///
     /// # Errors
-    /// Failures of the device.
+    /// The device fails.
     fn elapsed_seconds(&self, from: &Self::Event, to: &Self::Event) -> Result<f64, BackendError>;
-    /// Measures the device's peak rates, if the backend knows how. Must not overlap with a run.
+    /// Measures the device's peak rates; `None` if the backend cannot. Must not be called during a run.
     ///
     /// # Errors
-    /// Failures of the device.
+    /// The device fails.
     fn roofline(&self) -> Result<Option<Roofline>, BackendError> {
         Ok(None)
     }

@@ -1,5 +1,5 @@
-//! Where a batch's time goes: a backend around another, whatever the device, that times each operation and says how near it
-//! came to what the device can do. It changes no value. `rerankd bench --profile` shows what it finds.
+//! A backend that wraps another, times each operation and compares the time with the device's roofline. Results are
+//! unchanged. `rerankd bench --profile` prints the measurements.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,115 +10,116 @@ use super::{
 };
 use crate::batch::Batch;
 
-/// What was found so far: for the backends that add to it, and for whoever reads it.
+/// The measurements so far, shared by the profiled backends and their reader.
 #[derive(Debug, Default)]
-pub struct Profile(Mutex<State>);
+pub struct Profile(Mutex<ProfileState>);
 
 #[derive(Debug, Default)]
-struct State {
+struct ProfileState {
     roofline: Option<Roofline>,
-    /// In the order in which a batch comes to them.
+    /// In the order of execution.
     operations: Vec<Operation>,
 }
 
-/// All calls of one operation.
+/// The calls of one operation, added up.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Operation {
-    /// What it is, and the shape of a product's weight, inputs to outputs.
+    /// The operation, with inputs and outputs if it is a GEMM: `GEMM 384 -> 1536, GELU`. `CLS` means first tokens only.
     pub name: String,
-    /// Calls.
     pub calls: usize,
-    /// Seconds of the whole device.
+    /// Measured time of the whole device, in seconds.
     pub seconds: f64,
-    /// Seconds that it takes at least, at the device's roofline; 0 where they say nothing of it.
-    pub least: f64,
+    /// The least possible time at the device's peak rates, in seconds; 0 if unknown.
+    pub roofline_seconds: f64,
 }
 
-/// What an operation cannot do without: every value is read or written once.
+/// The work that an operation needs at least, if every value is read or written once.
 #[derive(Debug, Clone, Copy, Default)]
 struct Work {
-    /// In products.
-    products: usize,
-    /// In attention.
-    attention: usize,
-    /// Activations that are read or written.
+    /// Operations in GEMMs.
+    gemm_operations: usize,
+    /// Operations in attention.
+    attention_operations: usize,
+    /// Activations read or written.
     activations: usize,
-    /// Weights that are read.
+    /// Weights read.
     weights: usize,
 }
 
 impl Work {
-    /// Seconds of the whole device.
-    fn least(self, roofline: &Roofline) -> f64 {
-        let multiplied = self.products as f64 / roofline.gemms + self.attention as f64 / roofline.attention;
-        let moved = roofline.memory.map_or(0.0, |memory| {
+    /// The least possible time, in seconds: the larger of compute time and memory time.
+    fn roofline_seconds(self, roofline: &Roofline) -> f64 {
+        let compute =
+            self.gemm_operations as f64 / roofline.gemms + self.attention_operations as f64 / roofline.attention;
+        let memory = roofline.memory.map_or(0.0, |memory| {
             (self.activations * memory.activation + self.weights * memory.weight) as f64 / memory.bytes
         });
-        multiplied.max(moved)
+        compute.max(memory)
     }
 }
 
 impl Profile {
-    /// What a device was found to do at most.
+    /// The device's peak rates; `None` before the first run, or if the backend cannot measure them.
     pub fn roofline(&self) -> Option<Roofline> {
         self.lock().roofline
     }
 
-    /// What was added since the last call.
+    /// Returns the operations since the last call, and clears them.
     pub fn take(&self) -> Vec<Operation> {
         std::mem::take(&mut self.lock().operations)
     }
 
     fn add(&self, name: String, seconds: f64, work: Work) {
         let mut state = self.lock();
-        let least = state.roofline.map_or(0.0, |roofline| work.least(&roofline));
+        let roofline_seconds = state.roofline.map_or(0.0, |roofline| work.roofline_seconds(&roofline));
         let known = state.operations.iter().position(|operation| operation.name == name);
         let i = known.unwrap_or_else(|| {
-            state.operations.push(Operation { name, calls: 0, seconds: 0.0, least: 0.0 });
+            state.operations.push(Operation { name, calls: 0, seconds: 0.0, roofline_seconds: 0.0 });
             state.operations.len() - 1
         });
         let operation = &mut state.operations[i];
         operation.calls += 1;
         operation.seconds += seconds;
-        operation.least += least;
+        operation.roofline_seconds += roofline_seconds;
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ProfileState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// A backend whose operations are timed. Runs are to come one after another: two at a time share a device, and the times of
-/// each hold the other's.
+/// A backend whose operations are timed. Runs must not overlap: their operations would share the device, and each time would
+/// include the other's.
 pub struct Profiled<B: Timed> {
     inner: B,
     profile: Arc<Profile>,
-    /// Of the run that is under way.
+    /// Operations of the current run.
     timed: Mutex<Vec<TimedOperation<B::Event>>>,
 }
 
-struct TimedOperation<M> {
+struct TimedOperation<E> {
     name: String,
     work: Work,
-    from: M,
-    to: M,
+    start: E,
+    end: E,
 }
 
-/// Rows of activations, and how many of what.
+/// The inner backend's buffer, with its shape.
 pub struct Buffer<B> {
     inner: B,
     rows: usize,
     columns: usize,
-    first_tokens: bool,
+    /// Whether the rows are those of first tokens only.
+    cls_only: bool,
 }
 
-/// Embedding tables.
+/// The inner backend's embedding tables, with their width C.
 pub struct Embeddings<E> {
     inner: E,
     columns: usize,
 }
 
-/// A linear layer.
+/// The inner backend's linear layer, with its number of inputs and its role.
 pub struct Linear<L> {
     inner: L,
     inputs: usize,
@@ -126,7 +127,7 @@ pub struct Linear<L> {
 }
 
 impl<B: Timed> Profiled<B> {
-    /// Adds what the operations of `inner` take to `profile`.
+    /// Wraps `inner` and adds the times of its operations to `profile`.
     pub fn new(inner: B, profile: Arc<Profile>) -> Self {
         Self { inner, profile, timed: Mutex::default() }
     }
@@ -138,10 +139,10 @@ impl<B: Timed> Profiled<B> {
         work: Work,
         operation: impl FnOnce(&B) -> Result<T, BackendError>,
     ) -> Result<T, BackendError> {
-        let from = self.inner.record_event(ctx)?;
+        let start = self.inner.record_event(ctx)?;
         let result = operation(&self.inner)?;
-        let to = self.inner.record_event(ctx)?;
-        self.timed().push(TimedOperation { name: name.into(), work, from, to });
+        let end = self.inner.record_event(ctx)?;
+        self.timed().push(TimedOperation { name: name.into(), work, start, end });
         Ok(result)
     }
 
@@ -158,7 +159,7 @@ impl<B: Timed> Backend for Profiled<B> {
     type Norm = B::Norm;
 
     fn describe(&self) -> String {
-        format!("{}, each operation timed", self.inner.describe())
+        format!("{}, profiled", self.inner.describe())
     }
 
     fn max_concurrent_batches(&self) -> usize {
@@ -180,18 +181,18 @@ impl<B: Timed> Backend for Profiled<B> {
     }
 
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
-        // A recording has no operations to time.
+        // A replayed CUDA graph has no operations to time.
         self.run_observed(batch, graph)
     }
 
     fn run_observed(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
-        self.timed().clear(); // of a run that failed
+        self.timed().clear(); // Left over if the last run failed.
         let logits = self.inner.run_observed(batch, graph)?;
         if self.profile.roofline().is_none() {
             self.profile.lock().roofline = self.inner.roofline()?;
         }
-        for TimedOperation { name, work, from, to } in std::mem::take(&mut *self.timed()) {
-            self.profile.add(name, self.inner.elapsed_seconds(&from, &to)?, work);
+        for TimedOperation { name, work, start, end } in std::mem::take(&mut *self.timed()) {
+            self.profile.add(name, self.inner.elapsed_seconds(&start, &end)?, work);
         }
         Ok(logits)
     }
@@ -203,10 +204,10 @@ impl<B: Timed> Backend for Profiled<B> {
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError> {
         let (rows, columns) = (batch.tokens(), weights.columns);
-        // A row of words, one of positions, and the sum's.
+        // Reads a row of words and a row of positions; writes a row. Token types are few and stay in cache.
         let work = Work { activations: 3 * rows * columns, ..Work::default() };
         let inner = self.time(ctx, "embeddings", work, |b| b.embed(ctx, &weights.inner, batch))?;
-        Ok(Buffer { inner, rows, columns, first_tokens: false })
+        Ok(Buffer { inner, rows, columns, cls_only: false })
     }
 
     fn apply(
@@ -218,24 +219,24 @@ impl<B: Timed> Backend for Profiled<B> {
         epilogue: Epilogue<'_, Self::Buffer>,
     ) -> Result<Self::Buffer, BackendError> {
         let (rows, columns, inputs) = (x.rows, outputs.len(), weights.inputs);
-        let (suffix, more) = match epilogue {
+        let (suffix, residual_values) = match epilogue {
             Epilogue::Bias => ("", 0),
-            Epilogue::Activation(Activation::Gelu) => (", gelu", 0),
-            Epilogue::Activation(Activation::GeluTanh) => (", tanh gelu", 0),
-            Epilogue::Activation(Activation::Relu) => (", relu", 0),
+            Epilogue::Activation(Activation::Gelu) => (", GELU", 0),
+            Epilogue::Activation(Activation::GeluTanh) => (", tanh GELU", 0),
+            Epilogue::Activation(Activation::Relu) => (", ReLU", 0),
             Epilogue::Activation(Activation::Tanh) => (", tanh", 0),
             Epilogue::Residual(_) => (", residual", rows * columns),
         };
-        let name = match (weights.role, x.first_tokens) {
+        let name = match (weights.role, x.cls_only) {
             (LayerRole::Head, _) => "head".to_owned(),
-            (LayerRole::Encoder, true) => format!("first tokens: product {inputs} to {columns}{suffix}"),
-            (LayerRole::Encoder, false) => format!("product {inputs} to {columns}{suffix}"),
+            (LayerRole::Encoder, true) => format!("CLS: GEMM {inputs} -> {columns}{suffix}"),
+            (LayerRole::Encoder, false) => format!("GEMM {inputs} -> {columns}{suffix}"),
         };
         let work = match weights.role {
             LayerRole::Head => Work::default(),
             LayerRole::Encoder => Work {
-                products: 2 * rows * inputs * columns,
-                activations: rows * (inputs + columns) + more,
+                gemm_operations: 2 * rows * inputs * columns,
+                activations: rows * (inputs + columns) + residual_values,
                 weights: inputs * columns,
                 ..Work::default()
             },
@@ -248,7 +249,7 @@ impl<B: Timed> Backend for Profiled<B> {
             };
             b.apply(ctx, &weights.inner, outputs, &x.inner, epilogue)
         })?;
-        Ok(Buffer { inner, rows, columns, first_tokens: x.first_tokens })
+        Ok(Buffer { inner, rows, columns, cls_only: x.cls_only })
     }
 
     fn layer_norm(
@@ -257,11 +258,11 @@ impl<B: Timed> Backend for Profiled<B> {
         weights: &B::Norm,
         x: Self::Buffer,
     ) -> Result<Self::Buffer, BackendError> {
-        let Buffer { inner, rows, columns, first_tokens } = x;
-        let name = if first_tokens { "first tokens: layer norm" } else { "layer norm" };
+        let Buffer { inner, rows, columns, cls_only } = x;
+        let name = if cls_only { "CLS: layer norm" } else { "layer norm" };
         let work = Work { activations: 2 * rows * columns, ..Work::default() };
         let inner = self.time(ctx, name, work, |b| b.layer_norm(ctx, weights, inner))?;
-        Ok(Buffer { inner, rows, columns, first_tokens })
+        Ok(Buffer { inner, rows, columns, cls_only })
     }
 
     fn attention(
@@ -273,9 +274,9 @@ impl<B: Timed> Backend for Profiled<B> {
     ) -> Result<Self::Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
         let squares: usize = batch.ranges().map(|rows| rows.len() * rows.len()).sum();
-        let work = Work { attention: 4 * squares * c, activations: 4 * qkv.rows * c, ..Work::default() };
+        let work = Work { attention_operations: 4 * squares * c, activations: 4 * qkv.rows * c, ..Work::default() };
         let inner = self.time(ctx, "attention", work, |b| b.attention(ctx, shape, &qkv.inner, batch))?;
-        Ok(Buffer { inner, rows: qkv.rows, columns: c, first_tokens: false })
+        Ok(Buffer { inner, rows: qkv.rows, columns: c, cls_only: false })
     }
 
     fn cls_attention(
@@ -287,17 +288,18 @@ impl<B: Timed> Backend for Profiled<B> {
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
-        let work = Work { attention: 4 * kv.rows * c, activations: 2 * (kv.rows + q.rows) * c, ..Work::default() };
-        let inner = self
-            .time(ctx, "first tokens: attention", work, |b| b.cls_attention(ctx, shape, &q.inner, &kv.inner, batch))?;
-        Ok(Buffer { inner, rows: q.rows, columns: c, first_tokens: true })
+        let work =
+            Work { attention_operations: 4 * kv.rows * c, activations: 2 * (kv.rows + q.rows) * c, ..Work::default() };
+        let inner =
+            self.time(ctx, "CLS: attention", work, |b| b.cls_attention(ctx, shape, &q.inner, &kv.inner, batch))?;
+        Ok(Buffer { inner, rows: q.rows, columns: c, cls_only: true })
     }
 
     fn gather_cls(&self, ctx: &B::ExecContext, x: &Self::Buffer, batch: &Batch) -> Result<Self::Buffer, BackendError> {
         let rows = batch.sequences();
         let work = Work { activations: 2 * rows * x.columns, ..Work::default() };
-        let inner = self.time(ctx, "first tokens: gather", work, |b| b.gather_cls(ctx, &x.inner, batch))?;
-        Ok(Buffer { inner, rows, columns: x.columns, first_tokens: true })
+        let inner = self.time(ctx, "CLS: gather", work, |b| b.gather_cls(ctx, &x.inner, batch))?;
+        Ok(Buffer { inner, rows, columns: x.columns, cls_only: true })
     }
 
     fn download(&self, ctx: &B::ExecContext, x: &Self::Buffer) -> Result<Vec<f32>, BackendError> {

@@ -1,4 +1,5 @@
-//! Checkpoints on disk: `config.json` as checked numbers, and weight files as named host tensors.
+//! Checkpoints on disk: `config.json` as validated numbers, and weight files as named host tensors.
 
 pub mod config;
+pub mod file;
 pub mod weights;

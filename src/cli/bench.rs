@@ -204,13 +204,14 @@ fn operations(operations: &[Operation], runs: f64, run: f64) -> Vec<Vec<String>>
             if known { format!("{:.0}", 100.0 * least / seconds) } else { "-".to_owned() },
         ]
     };
-    let mut rows = vec![["operation", "calls", "ms", "% of run", "least ms", "% reached"].map(str::to_owned).to_vec()];
+    let mut rows =
+        vec![["operation", "calls", "ms", "% of run", "roofline ms", "% of roofline"].map(str::to_owned).to_vec()];
     rows.extend(operations.iter().map(|operation| {
         let calls = format!("{:.0}", operation.calls as f64 / runs);
-        row(&operation.name, calls, operation.seconds / runs, operation.least / runs)
+        row(&operation.name, calls, operation.seconds / runs, operation.roofline_seconds / runs)
     }));
     let sum = |of: fn(&Operation) -> f64| operations.iter().map(of).sum::<f64>() / runs;
-    let (seconds, least) = (sum(|operation| operation.seconds), sum(|operation| operation.least));
+    let (seconds, least) = (sum(|operation| operation.seconds), sum(|operation| operation.roofline_seconds));
     rows.push(row("between operations, and idle threads", String::new(), (run - seconds).max(0.0), 0.0));
     rows.push(row("all", String::new(), run, least));
     rows

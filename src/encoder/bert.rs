@@ -1,12 +1,14 @@
-//! BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2019) as cross-encoders: the same
-//! post-norm transformer, which differ in where positions start, in tensor names and in the classification head.
+//! BERT (Devlin et al. 2018), RoBERTa (Liu et al. 2019) and XLM-RoBERTa (Conneau et al. 2019) as cross-encoders.
+//!
+//! All three are the same post-norm transformer encoder. They differ in the first position, in tensor names and in the
+//! classification head.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 
-use super::CrossEncoder;
+use super::cross_encoder::CrossEncoder;
 use super::head::Head;
 use crate::backend::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, HostTensor, LayerRole, NormWeights,
@@ -23,18 +25,18 @@ pub struct Bert<B: Backend> {
     head: Head<B>,
 }
 
-/// The places where a forward pass can be watched, in order. Golden tests compare each, so a failure names its layer.
+/// The intermediate results of a forward pass, in order. Golden tests compare each, so that a failure names the layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
-    /// After the embedding's norm, `[T, C]`.
+    /// The embeddings after their layer norm, `[T, C]`.
     Embeddings,
-    /// After a layer, `[T, C]`; the last layer computes first tokens only, `[S, C]`.
+    /// The output of an encoder layer, `[T, C]`. The last layer computes only the first tokens, `[S, C]`.
     Layer(usize),
-    /// The head's output, `[S, 1]`.
+    /// The output of the head, `[S, 1]`.
     Logits,
 }
 
-/// One encoder layer. Q, K and V are one weight, `[3C, C]`.
+/// One encoder layer. The projections Q, K and V are one linear layer with a weight `[3C, C]`.
 struct Layer<B: Backend> {
     shape: AttentionShape,
     activation: Activation,
@@ -49,10 +51,10 @@ struct Layer<B: Backend> {
 }
 
 impl<B: Backend> Bert<B> {
-    /// Builds the graph from a checkpoint in the names that `transformers` gives its tensors.
+    /// Loads a checkpoint with the tensor names of `transformers`.
     ///
     /// # Errors
-    /// Any tensor that is missing, left over, mis-shaped or not finite.
+    /// A tensor is missing, unexpected, of the wrong shape or damaged, or the device fails.
     pub fn load(config: &ModelConfig, mut weights: Weights, backend: B) -> Result<Self> {
         let prefix = match config.architecture {
             Architecture::Bert => "bert",
@@ -63,17 +65,17 @@ impl<B: Backend> Bert<B> {
             .map(|i| Layer::load(config, &mut weights, &backend, &format!("{prefix}.encoder.layer.{i}")))
             .collect::<Result<_>>()?;
         let head = Head::load(config, &mut weights, &backend)?;
-        // Index buffers of old checkpoints, and the pooler that RoBERTa's classifier does not read.
+        // Unused: index buffers of old checkpoints, and RoBERTa's pooler, which its classifier does not read.
         weights.finish(|name| {
             name.ends_with(".position_ids") || name.ends_with(".token_type_ids") || name.starts_with("roberta.pooler.")
         })?;
         Ok(Self { backend, embeddings, layers, head })
     }
 
-    /// Every stage's values, in order, row-major, of a batch that the backend runs whole.
+    /// Every stage's values in order, row-major. The batch must be small enough that the backend does not split it.
     ///
     /// # Errors
-    /// The device's own failures.
+    /// The device fails or has too little memory.
     pub fn stages(&self, batch: &Batch) -> Result<Vec<(Stage, Vec<f32>)>, BackendError> {
         let stages = Mutex::new(Vec::new());
         self.backend.run_observed(batch, &|ctx, part| {
@@ -86,7 +88,7 @@ impl<B: Backend> Bert<B> {
         Ok(stages.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// The forward pass: logits `[S]`. `observe` sees every stage go by.
+    /// The forward pass. Returns the logits `[S]` and calls `observe` with the result of every stage.
     fn forward(
         &self,
         ctx: &B::ExecContext,
@@ -99,9 +101,9 @@ impl<B: Backend> Bert<B> {
         let last = self.layers.len() - 1;
         for (i, layer) in self.layers.iter().enumerate() {
             hidden = if i < last {
-                layer.all_tokens(backend, ctx, &hidden, batch)?
+                layer.forward(backend, ctx, &hidden, batch)?
             } else {
-                layer.first_tokens(backend, ctx, &hidden, batch)?
+                layer.forward_cls(backend, ctx, &hidden, batch)?
             };
             observe(Stage::Layer(i), &hidden)?;
         }
@@ -163,34 +165,35 @@ impl<B: Backend> Layer<B> {
     }
 
     /// The layer for every token: `[T, C]` to `[T, C]`.
-    fn all_tokens(
+    fn forward(
         &self,
         backend: &B,
         ctx: &B::ExecContext,
         hidden: &B::Buffer,
         batch: &Batch,
     ) -> Result<B::Buffer, BackendError> {
-        let qkv = backend.apply(ctx, &self.qkv, self.columns(0, 3), hidden, Epilogue::Bias)?;
+        let qkv = backend.apply(ctx, &self.qkv, self.qkv_outputs(0, 3), hidden, Epilogue::Bias)?;
         let context = backend.attention(ctx, self.shape, &qkv, batch)?;
         self.after_attention(backend, ctx, &context, hidden)
     }
 
-    /// The layer for what a head reads: keys and values of every token, all else of first tokens. `[T, C]` to `[S, C]`.
-    fn first_tokens(
+    /// The layer for first tokens (CLS) only, which is all that the head reads: `[T, C]` to `[S, C]`. Keys and values are still
+    /// those of every token.
+    fn forward_cls(
         &self,
         backend: &B,
         ctx: &B::ExecContext,
         hidden: &B::Buffer,
         batch: &Batch,
     ) -> Result<B::Buffer, BackendError> {
-        let first = backend.gather_cls(ctx, hidden, batch)?;
-        let q = backend.apply(ctx, &self.qkv, self.columns(0, 1), &first, Epilogue::Bias)?;
-        let kv = backend.apply(ctx, &self.qkv, self.columns(1, 3), hidden, Epilogue::Bias)?;
+        let cls = backend.gather_cls(ctx, hidden, batch)?;
+        let q = backend.apply(ctx, &self.qkv, self.qkv_outputs(0, 1), &cls, Epilogue::Bias)?;
+        let kv = backend.apply(ctx, &self.qkv, self.qkv_outputs(1, 3), hidden, Epilogue::Bias)?;
         let context = backend.cls_attention(ctx, self.shape, &q, &kv, batch)?;
-        self.after_attention(backend, ctx, &context, &first)
+        self.after_attention(backend, ctx, &context, &cls)
     }
 
-    /// Output projection and feed-forward, each with its residual and norm.
+    /// Attention output projection and feed-forward network, each with residual and layer norm.
     fn after_attention(
         &self,
         backend: &B,
@@ -207,8 +210,8 @@ impl<B: Backend> Layer<B> {
         backend.layer_norm(ctx, &self.output_norm, output)
     }
 
-    /// The rows of the QKV weight from part `from` to part `to`, of Q, K, V.
-    fn columns(&self, from: usize, to: usize) -> Range<usize> {
+    /// The outputs of the QKV projection from part `from` to part `to`; the parts are Q, K, V.
+    fn qkv_outputs(&self, from: usize, to: usize) -> Range<usize> {
         from * self.hidden_size..to * self.hidden_size
     }
 }
@@ -220,7 +223,7 @@ fn embedding_tables(config: &ModelConfig, weights: &mut Weights, prefix: &str) -
     let words = table("word", config.vocab_size)?;
     let stored = table("position", config.position_rows)?;
     let types = table("token_type", config.type_vocab_size)?;
-    // RoBERTa counts positions from pad_token_id + 1. Cutting the rows before it lets every graph count from 0.
+    // RoBERTa's positions start at pad_token_id + 1. The rows before are removed, so that positions start at 0 everywhere.
     let positions =
         HostTensor { shape: vec![config.max_window(), c], data: stored.data[config.position_offset * c..].to_vec() };
     Ok(EmbeddingTables {
@@ -232,7 +235,7 @@ fn embedding_tables(config: &ModelConfig, weights: &mut Weights, prefix: &str) -
 }
 
 fn norm_weights(config: &ModelConfig, weights: &mut Weights, prefix: &str) -> Result<NormWeights> {
-    // The oldest checkpoints, converted from TensorFlow, say gamma and beta.
+    // Old checkpoints, converted from TensorFlow, use the names gamma and beta.
     let (weight, bias) =
         if weights.contains(&format!("{prefix}.gamma")) { ("gamma", "beta") } else { ("weight", "bias") };
     Ok(NormWeights {

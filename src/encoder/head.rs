@@ -1,4 +1,4 @@
-//! Classification heads: from each sequence's first token to one logit.
+//! The classification head: from each sequence's first token (CLS) to one logit.
 
 use anyhow::Result;
 
@@ -6,7 +6,8 @@ use crate::backend::{Activation, Backend, BackendError, Epilogue, LayerRole};
 use crate::checkpoint::config::{Architecture, ModelConfig};
 use crate::checkpoint::weights::Weights;
 
-/// `out(tanh(dense(first token)))`: BERT calls the two layers pooler and classifier, RoBERTa classifier.dense and out_proj.
+/// `out(tanh(dense(cls)))`. The layers are named pooler and classifier in BERT, and classifier.dense and classifier.out_proj in
+/// RoBERTa.
 pub(super) struct Head<B: Backend> {
     dense: B::Linear,
     out: B::Linear,
@@ -28,14 +29,9 @@ impl<B: Backend> Head<B> {
     }
 
     /// `[S, C]` to `[S, 1]`.
-    pub(super) fn logits(
-        &self,
-        backend: &B,
-        ctx: &B::ExecContext,
-        first: &B::Buffer,
-    ) -> Result<B::Buffer, BackendError> {
+    pub(super) fn logits(&self, backend: &B, ctx: &B::ExecContext, cls: &B::Buffer) -> Result<B::Buffer, BackendError> {
         let dense =
-            backend.apply(ctx, &self.dense, 0..self.hidden_size, first, Epilogue::Activation(Activation::Tanh))?;
+            backend.apply(ctx, &self.dense, 0..self.hidden_size, cls, Epilogue::Activation(Activation::Tanh))?;
         backend.apply(ctx, &self.out, 0..1, &dense, Epilogue::Bias)
     }
 }

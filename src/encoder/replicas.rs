@@ -1,22 +1,23 @@
-//! One model on several devices, as one model with the lanes of all.
+//! One model on several devices, as one [`CrossEncoder`].
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use super::CrossEncoder;
+use super::cross_encoder::CrossEncoder;
 use crate::backend::BackendError;
 use crate::batch::Batch;
 
-/// Replicas of a model, each on a device of its own. A batch goes to the one that has least to do.
+/// Replicas of a model, each on its own device. A batch goes to the replica with the fewest batches in flight.
 pub struct Replicas(Vec<Replica>);
 
 struct Replica {
     encoder: Arc<dyn CrossEncoder>,
+    /// Batches in flight.
     batches: AtomicUsize,
 }
 
 impl Replicas {
-    /// These as one; a single one is itself.
+    /// Combines replicas. A single one is returned unchanged.
     pub fn of(mut encoders: Vec<Arc<dyn CrossEncoder>>) -> Arc<dyn CrossEncoder> {
         if encoders.len() == 1 {
             return encoders.remove(0);
@@ -25,7 +26,7 @@ impl Replicas {
         Arc::new(Self(encoders.into_iter().map(replica).collect()))
     }
 
-    /// The replica with the fewest batches for its lanes, with this one counted.
+    /// The replica with the fewest batches in flight, whose count is increased by one.
     fn choose(&self) -> Option<&Replica> {
         loop {
             let least = self.0.iter().min_by_key(|replica| replica.batches.load(Relaxed))?;
@@ -37,7 +38,7 @@ impl Replicas {
     }
 }
 
-/// Gives the place back, whatever became of the batch.
+/// Decreases the count of batches in flight when dropped, also after an error or a panic.
 struct InFlight<'a>(&'a AtomicUsize);
 
 impl Drop for InFlight<'_> {
@@ -49,7 +50,7 @@ impl Drop for InFlight<'_> {
 impl CrossEncoder for Replicas {
     fn score(&self, batch: &Batch) -> Result<Vec<f32>, BackendError> {
         let Some(replica) = self.choose() else {
-            return Err(BackendError::Failed("there is no device".into()));
+            return Err(BackendError::Failed("there are no devices".into()));
         };
         let _in_flight = InFlight(&replica.batches);
         replica.encoder.score(batch)
@@ -71,7 +72,7 @@ mod tests {
     use super::*;
     use crate::batch::Pair;
 
-    /// Answers with its number once all have been called.
+    /// Returns its number once all replicas have been called.
     struct Numbered(f32, Arc<Barrier>);
 
     impl CrossEncoder for Numbered {
@@ -86,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn batches_spread_over_the_devices() {
+    fn concurrent_batches_go_to_different_replicas() {
         let barrier = Arc::new(Barrier::new(3));
         let replica = |i| Arc::new(Numbered(i as f32, Arc::clone(&barrier))) as Arc<dyn CrossEncoder>;
         let replicas = Replicas::of((0..3).map(replica).collect());

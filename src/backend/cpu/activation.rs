@@ -3,9 +3,10 @@
 use super::simd::{Accuracy, Isa, exp2};
 use crate::backend::Activation;
 
-/// The activations that run in an epilogue. `Tanh` is not among them: heads have a few rows, and take the library's.
+/// Applies an activation to a vector. `Tanh` returns `x` unchanged: only heads use it, on a few rows, and the caller applies
+/// the library's `tanh` to the stored result.
 #[inline(always)]
-pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::F, accuracy: Accuracy) -> I::F {
+pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::Floats, accuracy: Accuracy) -> I::Floats {
     match activation {
         Activation::Gelu => match accuracy {
             Accuracy::F32 => gelu(isa, x),
@@ -19,10 +20,10 @@ pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::F, accuracy
 
 /// `x / 2 * (1 + erf(x / sqrt 2))`.
 ///
-/// erf is the ratio of polynomials that Eigen uses (`generic_fast_erf_float`, MPL-2.0, whose coefficients these are): within
-/// a few units in the last place of f32.
+/// erf is a ratio of polynomials with the coefficients of Eigen's `generic_fast_erf_float` (MPL-2.0). Its error is a few units
+/// in the last place of f32.
 #[inline(always)]
-fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
+fn gelu<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     let z = isa.mul(x, isa.splat(std::f32::consts::FRAC_1_SQRT_2));
     let z = isa.max(isa.min(z, isa.splat(4.0)), isa.splat(-4.0));
     let z2 = isa.mul(z, z);
@@ -39,10 +40,10 @@ fn gelu<I: Isa>(isa: I, x: I::F) -> I::F {
     isa.fma(half, erf, half)
 }
 
-/// [`gelu`] for what is rounded to bf16 next: `x / (1 + 2^-u)`, u being x times a polynomial of x^2 that was fitted to the
-/// logarithm of the normal distribution's odds. Within 7.5e-5 of the exact value or 6.5e-4 of its size; below -20 it is `4e-6 x`.
+/// [`gelu`] for results that are rounded to bf16: `x / (1 + 2^-u)`, where u is x times a polynomial of x^2, fitted to the log
+/// odds of the normal distribution. The error is at most 7.5e-5, or 6.5e-4 of the value. Below x = -20 the result is `4e-6 x`.
 #[inline(always)]
-fn gelu_for_bf16<I: Isa>(isa: I, x: I::F) -> I::F {
+fn gelu_for_bf16<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     let y = isa.max(isa.min(x, isa.splat(4.5)), isa.splat(-4.5));
     let y2 = isa.mul(y, y);
     let p = isa.fma(y2, isa.splat(1.120_783_7e-3), isa.splat(-0.107_483_2));
@@ -53,7 +54,7 @@ fn gelu_for_bf16<I: Isa>(isa: I, x: I::F) -> I::F {
 
 /// `x / 2 * (1 + tanh(u))` with `u = sqrt(2/pi) (x + 0.044715 x^3)`, as `x / (1 + e^-2u)`.
 #[inline(always)]
-fn gelu_tanh<I: Isa>(isa: I, x: I::F) -> I::F {
+fn gelu_tanh<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     /// -2 sqrt(2/pi) log2(e)
     const FACTOR: f32 = -2.302_208_2;
     let u = isa.mul(x, isa.fma(isa.mul(x, x), isa.splat(0.044_715 * FACTOR), isa.splat(FACTOR)));

@@ -1,25 +1,24 @@
-//! Attention of a sequence's queries to its keys, a head at a time, without a matrix of L x L.
+//! Attention of a sequence's queries to its keys, one head at a time, in blocks: the matrix of all scores is never in memory.
 //!
 //! ```text
 //! pack K^T and V of the head as panels
 //! for each block of queries:
-//!     for each block of keys:                      scores of a block stay in cache
-//!         scores = Q K^T                           the product's kernel
-//!         weights = 2^((scores - largest so far) log2(e) / sqrt(D))
-//!         context = context * 2^(what `largest` grew) + weights V
-//!     context / sum of weights
+//!     for each block of keys:                      a block's scores stay in cache
+//!         scores = Q K^T                           the GEMM's microkernel
+//!         weights = 2^((scores - new row_max) log2(e) / sqrt(D))
+//!         context = context * 2^((old row_max - new row_max) log2(e) / sqrt(D)) + weights V
+//!     output = context / row_sum
 //! ```
 //!
-//! The running maximum is Milakov and Gimelshein's ("Online normalizer calculation for softmax", 2018), by blocks as in
-//! FlashAttention (Dao et al. 2022). Every query's row is computed by itself, and blocks of keys are counted from the
-//! sequence's first: nothing depends on what else is in the batch, or on how queries are shared among threads.
+//! The online softmax is Milakov and Gimelshein's ("Online normalizer calculation for softmax", 2018), in blocks as in
+//! FlashAttention (Dao et al. 2022). Each query's row is computed independently, and blocks of keys start at the sequence's
+//! first key. So a result does not depend on the batch composition or on how queries are split among threads.
 
 use std::ops::Range;
 
-use super::epilogue::Output;
+use super::epilogue::OutputRows;
 use super::gemm::{self, Dot, Operands};
-use super::simd::{Accuracy, exp2, store_partial, store_partial_bf16};
-use super::simd::{Isa, Op, SimdPath};
+use super::simd::{Accuracy, Isa, SimdOp, SimdPath, exp2, store_partial, store_partial_bf16};
 use super::workspace::Matrix;
 use crate::backend::AttentionShape;
 
@@ -29,7 +28,7 @@ const BLOCK_QUERIES: usize = 24;
 /// Keys of a block: a whole number of panels on every instruction set.
 const BLOCK_KEYS: usize = 512;
 
-/// A sequence's queries and keys, as rows.
+/// The rows of a sequence's queries and keys.
 #[derive(Debug, Clone)]
 pub(super) struct Sequence {
     /// Rows of `q`, and of the output.
@@ -42,74 +41,75 @@ pub(super) struct Sequence {
 #[derive(Debug)]
 pub(super) struct Attention<'a, T> {
     pub(super) shape: AttentionShape,
-    /// Queries, from column 0.
+    /// Queries: columns 0 to C.
     pub(super) q: &'a Matrix<T>,
-    /// Keys from column `k_start`, values from `v_start`.
+    /// Keys start at column `k_start`, values at `v_start`.
     pub(super) kv: &'a Matrix<T>,
     pub(super) k_start: usize,
     pub(super) v_start: usize,
     pub(super) sequences: &'a [Sequence],
     /// `[queries, C]`
-    pub(super) output: Output<'a>,
+    pub(super) output: OutputRows<'a>,
 }
 
-/// Numbers that attention is computed in: what it adds to a product's [`Dot`].
-pub(super) trait Element: Dot {
-    /// As stored.
+/// A format that attention can be computed in: what attention needs beyond [`Dot`].
+pub(super) trait AttentionFormat: Dot {
+    /// The type of a stored value.
     type Value: bytemuck::Pod;
-    /// Values of a k-step.
-    const PER_STEP: usize;
-    const EXACTNESS: Accuracy;
-    const FORMAT: Self;
+    /// Values in a k-group.
+    const VALUES_PER_K_GROUP: usize;
+    /// Accuracy of the softmax's exponentials.
+    const ACCURACY: Accuracy;
+    const INSTANCE: Self;
 
-    /// Value by value, as words of k-steps.
+    /// The value in the low bits of a word.
     fn bits(value: Self::Value) -> u32;
 
     /// # Safety
-    /// `to` may be written for n values, or a whole vector where n is more.
-    unsafe fn store<I: Isa>(isa: I, to: *mut Self::Value, n: usize, x: I::F);
+    /// `to` is valid for writes of n values, or of a whole vector where n is more.
+    unsafe fn store<I: Isa>(isa: I, to: *mut Self::Value, n: usize, x: I::Floats);
 }
 
-impl Element for gemm::F32 {
+impl AttentionFormat for gemm::F32 {
     type Value = f32;
-    const PER_STEP: usize = 1;
-    const EXACTNESS: Accuracy = Accuracy::F32;
-    const FORMAT: Self = Self;
+    const VALUES_PER_K_GROUP: usize = 1;
+    const ACCURACY: Accuracy = Accuracy::F32;
+    const INSTANCE: Self = Self;
 
     #[inline(always)]
     fn bits(value: f32) -> u32 {
         value.to_bits()
     }
     #[inline(always)]
-    unsafe fn store<I: Isa>(isa: I, to: *mut f32, n: usize, x: I::F) {
-        // SAFETY: the caller's promise.
+    unsafe fn store<I: Isa>(isa: I, to: *mut f32, n: usize, x: I::Floats) {
+        // SAFETY: guaranteed by the caller.
         unsafe { store_partial(isa, to, n, x) }
     }
 }
 
-impl Element for gemm::Bf16 {
+impl AttentionFormat for gemm::Bf16 {
     type Value = u16;
-    const PER_STEP: usize = 2;
-    const EXACTNESS: Accuracy = Accuracy::Bf16;
-    const FORMAT: Self = Self;
+    const VALUES_PER_K_GROUP: usize = 2;
+    const ACCURACY: Accuracy = Accuracy::Bf16;
+    const INSTANCE: Self = Self;
 
     #[inline(always)]
     fn bits(value: u16) -> u32 {
         value.into()
     }
     #[inline(always)]
-    unsafe fn store<I: Isa>(isa: I, to: *mut u16, n: usize, x: I::F) {
-        // SAFETY: the caller's promise.
+    unsafe fn store<I: Isa>(isa: I, to: *mut u16, n: usize, x: I::Floats) {
+        // SAFETY: guaranteed by the caller.
         unsafe { store_partial_bf16(isa, to, n, x) }
     }
 }
 
 impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
-    /// Computes one head of one sequence, for the given ones of its queries (counted from its first).
+    /// Computes one head of one sequence for the given queries, counted from the sequence's first.
     ///
     /// # Safety
-    /// No other thread computes the same ones meanwhile.
-    pub(super) unsafe fn compute<E: Element<Value = T>>(
+    /// No other thread accesses the same part of the output at the same time.
+    pub(super) unsafe fn compute<E: AttentionFormat<Value = T>>(
         &self,
         path: SimdPath,
         sequence: usize,
@@ -122,51 +122,51 @@ impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
         assert!(all.end <= self.q.rows() && keys.end <= self.kv.rows() && self.q.columns() >= c);
         assert!(self.kv.columns() >= c + self.k_start.max(self.v_start));
         let queries = all.start + queries.start..all.start + queries.end;
-        path.enter(Head::<E> { attention: self, head, queries, keys: keys.clone() });
+        path.enter(HeadAttention::<E> { attention: self, head, queries, keys: keys.clone() });
     }
 }
 
 /// One head of one sequence.
-struct Head<'a, E: Element> {
+struct HeadAttention<'a, E: AttentionFormat> {
     attention: &'a Attention<'a, E::Value>,
     head: usize,
     queries: Range<usize>,
     keys: Range<usize>,
 }
 
-impl<E: Element> Op for Head<'_, E> {
+impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let Attention { shape, q, kv, k_start, v_start, output, .. } = *self.attention;
         let (d, column, keys) = (shape.head_size, self.head * shape.head_size, self.keys.len());
-        let steps = d.div_ceil(E::PER_STEP);
-        let key_panels = keys.div_ceil(I::PANEL);
-        let value_steps = keys.div_ceil(E::PER_STEP);
-        // Narrow heads have narrow panels of values: half a register tile of zeros would cost as much as a full one.
+        let k_groups = d.div_ceil(E::VALUES_PER_K_GROUP);
+        let key_panels = keys.div_ceil(I::PANEL_COLUMNS);
+        let value_k_groups = keys.div_ceil(E::VALUES_PER_K_GROUP);
+        // Small heads have narrow panels of values: multiplying zeros in a wider tile would cost as much as values.
         let vectors =
             if d <= I::LANES { 1 } else { 2.max(I::PANEL_VECTORS.min(d.div_ceil(I::LANES).next_power_of_two())) };
         let value_width = vectors * I::LANES;
         let value_panels = d.div_ceil(value_width);
 
-        let mut packed_keys = Matrix::<u32>::take(key_panels * steps, I::PANEL);
-        let mut packed_values = Matrix::<u32>::take(1, value_panels * value_steps * value_width);
-        // And before that the keys of a vector, which are fewer.
-        let mut packed_queries = Matrix::<u32>::take(1, BLOCK_QUERIES * steps);
-        // No wider than its keys, but for a line: rows a power of two apart would share few sets of the cache.
-        let block_keys = BLOCK_KEYS.min(keys.next_multiple_of(I::PANEL));
-        let mut scores = Matrix::<f32>::take(BLOCK_QUERIES, block_keys + 16);
-        let mut weights = Matrix::<E::Value>::take(BLOCK_QUERIES, block_keys + 32);
-        let mut context = Matrix::<f32>::take(BLOCK_QUERIES, value_panels * value_width);
-        let (mut largest, mut total) = ([0f32; BLOCK_QUERIES], [0f32; BLOCK_QUERIES]);
-        let packed_keys = packed_keys.all_mut();
-        let packed_values = packed_values.all_mut();
-        let packed_queries = packed_queries.all_mut();
+        let mut packed_keys = Matrix::<u32>::acquire(key_panels * k_groups, I::PANEL_COLUMNS);
+        let mut packed_values = Matrix::<u32>::acquire(1, value_panels * value_k_groups * value_width);
+        // Also used as scratch for the keys of one vector, which are fewer than BLOCK_QUERIES.
+        let mut packed_queries = Matrix::<u32>::acquire(1, BLOCK_QUERIES * k_groups);
+        // One cache line wider than the block: rows at a distance of a power of two would map to few cache sets.
+        let block_keys = BLOCK_KEYS.min(keys.next_multiple_of(I::PANEL_COLUMNS));
+        let mut scores = Matrix::<f32>::acquire(BLOCK_QUERIES, block_keys + 16);
+        let mut weights = Matrix::<E::Value>::acquire(BLOCK_QUERIES, block_keys + 32);
+        let mut context = Matrix::<f32>::acquire(BLOCK_QUERIES, value_panels * value_width);
+        let (mut row_max, mut row_sum) = ([0f32; BLOCK_QUERIES], [0f32; BLOCK_QUERIES]);
+        let packed_keys = packed_keys.as_mut_slice();
+        let packed_values = packed_values.as_mut_slice();
+        let packed_queries = packed_queries.as_mut_slice();
 
         pack_keys::<I, E>(isa, kv, self.keys.clone(), k_start + column, d, packed_queries, packed_keys);
         for panel in 0..value_panels {
-            let to = &mut packed_values[panel * value_steps * value_width..][..value_steps * value_width];
+            let to = &mut packed_values[panel * value_k_groups * value_width..][..value_k_groups * value_width];
             let first = panel * value_width;
             let columns = v_start + column + first..v_start + column + d.min(first + value_width);
             pack_values::<E>(kv, self.keys.clone(), columns, value_width, to);
@@ -175,82 +175,86 @@ impl<E: Element> Op for Head<'_, E> {
         let factor = std::f32::consts::LOG2_E / (d as f32).sqrt();
         for block in (self.queries.start..self.queries.end).step_by(BLOCK_QUERIES) {
             let rows = BLOCK_QUERIES.min(self.queries.end - block);
-            let (words, words_stride) = if whole_steps::<E>(d, column) {
-                (q.row(block)[column..].as_ptr().cast::<u32>(), q.stride() / E::PER_STEP)
+            let (words, words_stride) = if whole_k_groups::<E>(d, column) {
+                (q.row(block)[column..].as_ptr().cast::<u32>(), q.stride() / E::VALUES_PER_K_GROUP)
             } else {
                 for row in 0..rows {
                     let from = &q.row(block + row)[column..][..d];
-                    pack_words::<E>(from, &mut packed_queries[row * steps..][..steps]);
+                    pack_row::<E>(from, &mut packed_queries[row * k_groups..][..k_groups]);
                 }
-                (packed_queries.as_ptr(), steps)
+                (packed_queries.as_ptr(), k_groups)
             };
             for first_key in (0..keys).step_by(BLOCK_KEYS) {
                 let n = BLOCK_KEYS.min(keys - first_key);
-                // SAFETY: all matrices were taken above with a row for each query of a block and a column for each key of it;
-                // packed keys and values have a panel for every key and column.
+                // SAFETY: all matrices were acquired above with a row for each query of a block and a column for each key of it.
+                // Packed keys and values have a panel for every key and column.
                 unsafe {
-                    for panel in 0..n.div_ceil(I::PANEL) {
-                        let vectors = key_vectors::<I>(n - panel * I::PANEL);
+                    for panel in 0..n.div_ceil(I::PANEL_COLUMNS) {
+                        let vectors = panel_vectors::<I>(n - panel * I::PANEL_COLUMNS);
                         for tile in gemm::tiles(0..rows) {
                             let operands = Operands {
                                 a: words.add(tile.start * words_stride),
                                 a_stride: words_stride,
-                                b: packed_keys.as_ptr().add((first_key / I::PANEL + panel) * steps * I::PANEL),
-                                steps,
-                                sums: scores.shared().row(tile.start).add(panel * I::PANEL).cast(),
+                                b: packed_keys
+                                    .as_ptr()
+                                    .add((first_key / I::PANEL_COLUMNS + panel) * k_groups * I::PANEL_COLUMNS),
+                                k_groups,
+                                sums: scores.shared().row(tile.start).add(panel * I::PANEL_COLUMNS).cast(),
                                 sums_stride: scores.stride(),
-                                resume: false,
-                                ahead: std::ptr::null(),
-                                ahead_stride: 0,
+                                accumulate: false,
+                                prefetch: std::ptr::null(),
+                                prefetch_stride: 0,
                             };
-                            gemm::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
+                            gemm::multiply(isa, E::INSTANCE, operands, tile.len(), vectors);
                         }
                     }
                     for row in 0..rows {
                         let first = first_key == 0;
-                        let before = if first { f32::NEG_INFINITY } else { largest[row] };
+                        let old_max = if first { f32::NEG_INFINITY } else { row_max[row] };
                         let (scores, to) = (scores.shared().row(row), weights.shared().row(row));
-                        let (now, sum) = soften::<I, E>(isa, scores, n, factor, before, to);
-                        largest[row] = now;
+                        let (new_max, sum) = softmax_block::<I, E>(isa, scores, n, factor, old_max, to);
+                        row_max[row] = new_max;
                         if first {
-                            total[row] = sum;
+                            row_sum[row] = sum;
                             continue;
                         }
-                        let shrink = exp2(isa, isa.splat((before - now) * factor), Accuracy::F32);
-                        total[row] = total[row] * isa.max_of(shrink) + sum;
+                        let rescale = exp2(isa, isa.splat((old_max - new_max) * factor), Accuracy::F32);
+                        row_sum[row] = row_sum[row] * isa.reduce_max(rescale) + sum;
                         let context = context.shared().row(row);
                         for at in (0..value_panels * value_width).step_by(I::LANES) {
-                            isa.store(context.add(at), isa.mul(isa.load(context.add(at)), shrink));
+                            isa.store(context.add(at), isa.mul(isa.load(context.add(at)), rescale));
                         }
                     }
                     for panel in 0..value_panels {
-                        let step = panel * value_steps + first_key / E::PER_STEP;
+                        let group = panel * value_k_groups + first_key / E::VALUES_PER_K_GROUP;
                         for tile in gemm::tiles(0..rows) {
                             let operands = Operands {
                                 a: weights.shared().row(tile.start).cast(),
-                                a_stride: weights.stride() / E::PER_STEP,
-                                b: packed_values.as_ptr().add(step * value_width),
-                                steps: n.div_ceil(E::PER_STEP),
+                                a_stride: weights.stride() / E::VALUES_PER_K_GROUP,
+                                b: packed_values.as_ptr().add(group * value_width),
+                                k_groups: n.div_ceil(E::VALUES_PER_K_GROUP),
                                 sums: context.shared().row(tile.start).add(panel * value_width).cast(),
                                 sums_stride: context.stride(),
-                                resume: first_key > 0,
-                                ahead: std::ptr::null(),
-                                ahead_stride: 0,
+                                accumulate: first_key > 0,
+                                prefetch: std::ptr::null(),
+                                prefetch_stride: 0,
                             };
-                            gemm::multiply(isa, E::FORMAT, operands, tile.len(), vectors);
+                            gemm::multiply(isa, E::INSTANCE, operands, tile.len(), vectors);
                         }
                     }
                 }
             }
-            for (row, total) in total.iter().enumerate().take(rows) {
-                let inverse = isa.splat(1.0 / total);
+            for (row, sum) in row_sum.iter().enumerate().take(rows) {
+                let inverse = isa.splat(1.0 / sum);
                 for at in (0..d).step_by(I::LANES) {
-                    // SAFETY: the output has C columns, d of them this head's, and nobody else writes them.
+                    // SAFETY: the output has C columns, d of them are this head's, and no other thread writes them.
                     unsafe {
                         let value = isa.mul(isa.load(context.shared().row(row).add(at)), inverse);
                         match output {
-                            Output::F32(to) => store_partial(isa, to.row(block + row).add(column + at), d - at, value),
-                            Output::Bf16(to) => {
+                            OutputRows::F32(to) => {
+                                store_partial(isa, to.row(block + row).add(column + at), d - at, value)
+                            }
+                            OutputRows::Bf16(to) => {
                                 store_partial_bf16(isa, to.row(block + row).add(column + at), d - at, value)
                             }
                         }
@@ -261,25 +265,25 @@ impl<E: Element> Op for Head<'_, E> {
     }
 }
 
-/// Weights of one query's scores of a block, before they are divided by their sum: `2^((score - largest) factor)`.
-/// Returns the largest score up to here and the sum of these weights.
+/// Unnormalized softmax of one query's scores for a block of keys: `weight = 2^((score - max) factor)`, where `max` includes
+/// `old_max`, the maximum of earlier blocks. Returns `max` and the sum of the block's weights.
 ///
 /// # Safety
-/// `scores` has n values and may be read, as `to` may be written, to the end of the vector that n ends in.
+/// `scores` has n values. It is valid for reads, and `to` for writes, up to the end of the last vector.
 #[inline(always)]
-unsafe fn soften<I: Isa, E: Element>(
+unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
     isa: I,
     scores: *const f32,
     n: usize,
     factor: f32,
-    before: f32,
+    old_max: f32,
     to: *mut E::Value,
 ) -> (f32, f32) {
     let whole = n / I::LANES * I::LANES;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
-        // Four at a time: one after the other, each would wait for the one before.
-        let mut parts = [isa.splat(before); 4];
+        // Four independent maxima: a single one would be a chain of dependent instructions.
+        let mut parts = [isa.splat(old_max); 4];
         let unrolled = whole / (4 * I::LANES) * (4 * I::LANES);
         for at in (0..unrolled).step_by(4 * I::LANES) {
             for (i, part) in parts.iter_mut().enumerate() {
@@ -289,51 +293,51 @@ unsafe fn soften<I: Isa, E: Element>(
         for at in (unrolled..whole).step_by(I::LANES) {
             parts[0] = isa.max(parts[0], isa.load(scores.add(at)));
         }
-        let mut most = isa.max(isa.max(parts[0], parts[1]), isa.max(parts[2], parts[3]));
+        let mut max = isa.max(isa.max(parts[0], parts[1]), isa.max(parts[2], parts[3]));
         let last = if whole < n {
             isa.first_lanes(isa.load(scores.add(whole)), n - whole, f32::NEG_INFINITY)
         } else {
             isa.splat(f32::NEG_INFINITY)
         };
-        most = isa.max(most, last);
-        let largest = isa.max_of(most);
-        let (scale, shift) = (isa.splat(factor), isa.splat(-largest * factor));
+        max = isa.max(max, last);
+        let max = isa.reduce_max(max);
+        let (scale, shift) = (isa.splat(factor), isa.splat(-max * factor));
         let mut sum = isa.splat(0.0);
         for at in (0..whole).step_by(I::LANES) {
-            let weight = power::<I, E>(isa, isa.fma(isa.load(scores.add(at)), scale, shift));
+            let weight = exp2_with_accuracy::<I, E>(isa, isa.fma(isa.load(scores.add(at)), scale, shift));
             sum = isa.add(sum, weight);
             E::store(isa, to.add(at), I::LANES, weight);
         }
         if whole < n {
-            let weight = power::<I, E>(isa, isa.fma(last, scale, shift));
+            let weight = exp2_with_accuracy::<I, E>(isa, isa.fma(last, scale, shift));
             let weight = isa.first_lanes(weight, n - whole, 0.0);
             sum = isa.add(sum, weight);
-            // With the zeros that fill the last k-step.
+            // A whole vector: its zeros complete the last k-group.
             E::store(isa, to.add(whole), I::LANES, weight);
         }
-        (largest, isa.sum(sum))
+        (max, isa.reduce_sum(sum))
     }
 }
 
-/// `2^x` as exactly as the element needs.
+/// `2^x` with the accuracy that the format needs.
 #[inline(always)]
-fn power<I: Isa, E: Element>(isa: I, x: I::F) -> I::F {
-    match E::EXACTNESS {
+fn exp2_with_accuracy<I: Isa, E: AttentionFormat>(isa: I, x: I::Floats) -> I::Floats {
+    match E::ACCURACY {
         Accuracy::F32 => exp2(isa, x, Accuracy::F32),
         Accuracy::Bf16 => isa.exp2_for_bf16(x),
     }
 }
 
-/// Vectors of a panel of `keys` keys: a register tile has one, two or four, and the last keys need not fill the widest.
+/// Vectors of a panel of `keys` keys: one, two or four. The last panel may be narrower than the others.
 #[inline(always)]
-fn key_vectors<I: Isa>(keys: usize) -> usize {
+fn panel_vectors<I: Isa>(keys: usize) -> usize {
     keys.div_ceil(I::LANES).next_power_of_two().min(I::PANEL_VECTORS)
 }
 
-/// Keys as the second factor of a product: panels of `[steps, PANEL]` words, the last as wide as it must be. What is beyond the last
-/// key is unspecified: its scores are not read. `rows` has room for a vector's keys.
+/// Packs keys as operand B: panels of `[k_groups, PANEL_COLUMNS]` words, the last one narrower. Columns beyond the last key
+/// are unspecified; their scores are not read. `rows` is scratch for one vector's keys.
 #[inline(always)]
-fn pack_keys<I: Isa, E: Element>(
+fn pack_keys<I: Isa, E: AttentionFormat>(
     isa: I,
     kv: &Matrix<E::Value>,
     keys: Range<usize>,
@@ -342,31 +346,31 @@ fn pack_keys<I: Isa, E: Element>(
     rows: &mut [u32],
     to: &mut [u32],
 ) {
-    let steps = d.div_ceil(E::PER_STEP);
-    for (panel, to) in (0..keys.len()).step_by(I::PANEL).zip(to.chunks_mut(steps * I::PANEL)) {
-        let in_panel = I::PANEL.min(keys.len() - panel);
-        let width = key_vectors::<I>(in_panel) * I::LANES;
+    let k_groups = d.div_ceil(E::VALUES_PER_K_GROUP);
+    for (panel, to) in (0..keys.len()).step_by(I::PANEL_COLUMNS).zip(to.chunks_mut(k_groups * I::PANEL_COLUMNS)) {
+        let in_panel = I::PANEL_COLUMNS.min(keys.len() - panel);
+        let width = panel_vectors::<I>(in_panel) * I::LANES;
         for first in (0..in_panel).step_by(I::LANES) {
             let n = I::LANES.min(in_panel - first);
             let key = keys.start + panel + first;
-            let (from, stride) = if n == I::LANES && whole_steps::<E>(d, column) {
-                (kv.row(key)[column..].as_ptr().cast(), kv.stride() / E::PER_STEP)
+            let (from, stride) = if n == I::LANES && whole_k_groups::<E>(d, column) {
+                (kv.row(key)[column..].as_ptr().cast(), kv.stride() / E::VALUES_PER_K_GROUP)
             } else {
-                for (row, key) in rows.chunks_mut(steps).zip(key..key + n) {
-                    pack_words::<E>(&kv.row(key)[column..][..d], row);
+                for (row, key) in rows.chunks_mut(k_groups).zip(key..key + n) {
+                    pack_row::<E>(&kv.row(key)[column..][..d], row);
                 }
-                (rows.as_ptr(), steps)
+                (rows.as_ptr(), k_groups)
             };
-            assert!(rows.len() >= I::LANES * steps && to.len() >= (steps - 1) * width + first + I::LANES);
-            // SAFETY: there are LANES rows of `steps` words from here on, and the panel has room for their columns.
-            unsafe { isa.transpose(from, stride, steps, to[first..].as_mut_ptr(), width) };
+            assert!(rows.len() >= I::LANES * k_groups && to.len() >= (k_groups - 1) * width + first + I::LANES);
+            // SAFETY: `from` has LANES rows of `k_groups` words, and the panel has room for their columns.
+            unsafe { isa.transpose(from, stride, k_groups, to[first..].as_mut_ptr(), width) };
         }
     }
 }
 
-/// Values as the second factor of a product: `[steps, width]` words of the columns, zeros beyond the last key and column.
+/// Packs values as operand B: `[k_groups, width]` words, with zeros beyond the last key and column.
 #[inline(always)]
-fn pack_values<E: Element>(
+fn pack_values<E: AttentionFormat>(
     kv: &Matrix<E::Value>,
     keys: Range<usize>,
     columns: Range<usize>,
@@ -374,11 +378,11 @@ fn pack_values<E: Element>(
     to: &mut [u32],
 ) {
     let row = |key: usize| &kv.row(key)[columns.clone()];
-    for (step, to) in to.chunks_mut(width).enumerate() {
-        let key = keys.start + step * E::PER_STEP;
-        let (to, beyond) = to.split_at_mut(columns.len());
-        beyond.fill(0);
-        if E::PER_STEP == 1 {
+    for (group, to) in to.chunks_mut(width).enumerate() {
+        let key = keys.start + group * E::VALUES_PER_K_GROUP;
+        let (to, padding) = to.split_at_mut(columns.len());
+        padding.fill(0);
+        if E::VALUES_PER_K_GROUP == 1 {
             for (to, &value) in to.iter_mut().zip(row(key)) {
                 *to = E::bits(value);
             }
@@ -394,16 +398,19 @@ fn pack_values<E: Element>(
     }
 }
 
-/// Whether a head's columns are whole words where they lie. Heads of odd width are copied.
+/// Whether a head's columns are whole, aligned k-groups. Other heads (of odd size, in bf16) are copied first.
 #[inline(always)]
-fn whole_steps<E: Element>(d: usize, column: usize) -> bool {
-    d.is_multiple_of(E::PER_STEP) && column.is_multiple_of(E::PER_STEP)
+fn whole_k_groups<E: AttentionFormat>(d: usize, column: usize) -> bool {
+    d.is_multiple_of(E::VALUES_PER_K_GROUP) && column.is_multiple_of(E::VALUES_PER_K_GROUP)
 }
 
-/// One row as words of k-steps.
+/// Packs one row into k-groups.
 #[inline(always)]
-fn pack_words<E: Element>(from: &[E::Value], to: &mut [u32]) {
-    for (to, values) in to.iter_mut().zip(from.chunks(E::PER_STEP)) {
-        *to = values.iter().rev().fold(0, |word, &value| word.unbounded_shl(32 / E::PER_STEP as u32) | E::bits(value));
+fn pack_row<E: AttentionFormat>(from: &[E::Value], to: &mut [u32]) {
+    for (to, values) in to.iter_mut().zip(from.chunks(E::VALUES_PER_K_GROUP)) {
+        *to = values
+            .iter()
+            .rev()
+            .fold(0, |word, &value| word.unbounded_shl(32 / E::VALUES_PER_K_GROUP as u32) | E::bits(value));
     }
 }

@@ -1,129 +1,129 @@
-//! Where the values of a product go, and what becomes of them on the way: activation, residual, rounding.
+//! GEMM epilogues: activation, residual and rounding, applied to a vector of results before it is stored.
 
 use super::activation::activate;
-use super::simd::Isa;
-use super::simd::{Accuracy, MAX_LANES};
-use super::workspace::{Matrix, Shared};
+use super::simd::{Accuracy, Isa, MAX_LANES};
+use super::workspace::{Matrix, SharedMatrix};
 use crate::backend::Activation;
 
-/// Where the results go, rounded or not.
+/// The result's rows: f32, or rounded to bf16.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Output<'a> {
-    F32(Shared<'a, f32>),
-    Bf16(Shared<'a, u16>),
+pub(super) enum OutputRows<'a> {
+    F32(SharedMatrix<'a, f32>),
+    Bf16(SharedMatrix<'a, u16>),
 }
 
-/// Where a vector of values belongs.
+/// The position of a vector of values.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct VectorPosition {
     pub(super) row: usize,
-    /// The first one's output, of all that the weights have.
+    /// The first value's output, among all outputs of the weights.
     pub(super) output: usize,
-    /// Its column in the result, which may begin at a later output.
+    /// The first value's column in the result, whose column 0 is the first computed output.
     pub(super) column: usize,
 }
 
-/// What becomes of a vector of finished values.
-pub(super) trait Store: Copy {
+/// Stores a vector of values: the GEMM's sums after scale and bias.
+pub(super) trait StoreEpilogue: Copy {
     /// # Safety
-    /// The result has a whole vector of columns there (but for [`Clipped`]), nobody else's meanwhile.
-    unsafe fn store<I: Isa>(self, isa: I, at: Place, value: I::F);
+    /// The result has a whole vector of columns at `at` ([`StoreClipped`] excepted), and no other thread accesses them at the
+    /// same time.
+    unsafe fn store<I: Isa>(self, isa: I, at: VectorPosition, value: I::Floats);
 }
 
-/// Queries, keys and values.
+/// Rounds to bf16. For the QKV projection.
 #[derive(Clone, Copy)]
-pub(super) struct Rounded<'a>(pub(super) Shared<'a, u16>);
+pub(super) struct StoreBf16<'a>(pub(super) SharedMatrix<'a, u16>);
 
-/// A feed-forward layer's inside.
+/// Applies GELU and rounds to bf16. For the first feed-forward layer.
 #[derive(Clone, Copy)]
-pub(super) struct RoundedGelu<'a>(pub(super) Shared<'a, u16>);
+pub(super) struct StoreGeluBf16<'a>(pub(super) SharedMatrix<'a, u16>);
 
-/// Back into the residual stream.
+/// Adds the residual (first field) and stores f32. For the attention's output projection and the second feed-forward layer.
 #[derive(Clone, Copy)]
-pub(super) struct Added<'a>(pub(super) &'a Matrix<f32>, pub(super) Shared<'a, f32>);
+pub(super) struct StoreResidual<'a>(pub(super) &'a Matrix<f32>, pub(super) SharedMatrix<'a, f32>);
 
-/// Anything.
+/// Any epilogue, for whole vectors.
 #[derive(Clone, Copy)]
-pub(super) struct General<'a> {
+pub(super) struct StoreAny<'a> {
     pub(super) activation: Option<Activation>,
     pub(super) residual: Option<&'a Matrix<f32>>,
-    pub(super) output: Output<'a>,
+    pub(super) output: OutputRows<'a>,
 }
 
-/// Anything, where the wanted outputs begin or end within the vector.
+/// Any epilogue, for vectors that hold outputs outside `start..end`.
 #[derive(Clone, Copy)]
-pub(super) struct Clipped<'a> {
-    pub(super) general: General<'a>,
+pub(super) struct StoreClipped<'a> {
+    pub(super) inner: StoreAny<'a>,
     pub(super) start: usize,
     pub(super) end: usize,
 }
 
-impl Store for Rounded<'_> {
+impl StoreEpilogue for StoreBf16<'_> {
     #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, at: Place, value: I::F) {
-        // SAFETY: the caller's promise.
+    unsafe fn store<I: Isa>(self, isa: I, at: VectorPosition, value: I::Floats) {
+        // SAFETY: guaranteed by the caller.
         unsafe { isa.store_bf16(self.0.row(at.row).add(at.column), value) }
     }
 }
 
-impl Store for RoundedGelu<'_> {
+impl StoreEpilogue for StoreGeluBf16<'_> {
     #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, at: Place, value: I::F) {
-        // SAFETY: the caller's promise.
-        unsafe { Rounded(self.0).store(isa, at, activate(isa, Activation::Gelu, value, Accuracy::Bf16)) }
+    unsafe fn store<I: Isa>(self, isa: I, at: VectorPosition, value: I::Floats) {
+        // SAFETY: guaranteed by the caller.
+        unsafe { StoreBf16(self.0).store(isa, at, activate(isa, Activation::Gelu, value, Accuracy::Bf16)) }
     }
 }
 
-impl Store for Added<'_> {
+impl StoreEpilogue for StoreResidual<'_> {
     #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, at: Place, value: I::F) {
-        // SAFETY: the caller's promise; the residual has the result's shape.
+    unsafe fn store<I: Isa>(self, isa: I, at: VectorPosition, value: I::Floats) {
+        // SAFETY: guaranteed by the caller; the residual has the result's shape.
         unsafe {
-            let other = isa.load(self.0.all().as_ptr().add(at.row * self.0.stride() + at.column));
+            let other = isa.load(self.0.as_slice().as_ptr().add(at.row * self.0.stride() + at.column));
             isa.store(self.1.row(at.row).add(at.column), isa.add(value, other));
         }
     }
 }
 
-impl Store for General<'_> {
+impl StoreEpilogue for StoreAny<'_> {
     #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, at: Place, value: I::F) {
+    unsafe fn store<I: Isa>(self, isa: I, at: VectorPosition, value: I::Floats) {
         let value = self.activated(isa, value);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             match (self.residual, self.output) {
-                (Some(residual), Output::F32(to)) => Added(residual, to).store(isa, at, value),
-                (None, Output::F32(to)) => isa.store(to.row(at.row).add(at.column), value),
-                (None, Output::Bf16(to)) => Rounded(to).store(isa, at, value),
-                (Some(_), Output::Bf16(_)) => unreachable!("the residual stream is f32"),
+                (Some(residual), OutputRows::F32(to)) => StoreResidual(residual, to).store(isa, at, value),
+                (None, OutputRows::F32(to)) => isa.store(to.row(at.row).add(at.column), value),
+                (None, OutputRows::Bf16(to)) => StoreBf16(to).store(isa, at, value),
+                (Some(_), OutputRows::Bf16(_)) => unreachable!("the residual stream is f32"),
             }
         }
     }
 }
 
-impl Store for Clipped<'_> {
+impl StoreEpilogue for StoreClipped<'_> {
     #[inline(always)]
-    unsafe fn store<I: Isa>(self, isa: I, at: Place, value: I::F) {
+    unsafe fn store<I: Isa>(self, isa: I, at: VectorPosition, value: I::Floats) {
         let mut values = [0f32; MAX_LANES];
-        // SAFETY: the array has room for the widest vector; of its values, those of wanted outputs are stored, each in its own
+        // SAFETY: the array has room for the widest vector. Only values of outputs in `start..end` are stored, each in its own
         // column.
         unsafe {
-            isa.store(values.as_mut_ptr(), self.general.activated(isa, value));
+            isa.store(values.as_mut_ptr(), self.inner.activated(isa, value));
             for (output, &value) in (at.output..).zip(&values[..I::LANES]) {
                 if (self.start..self.end).contains(&output) {
-                    self.general.store_one(at.row, output - self.start, value);
+                    self.inner.store_one(at.row, output - self.start, value);
                 }
             }
         }
     }
 }
 
-impl General<'_> {
+impl StoreAny<'_> {
     #[inline(always)]
-    fn activated<I: Isa>(self, isa: I, value: I::F) -> I::F {
+    fn activated<I: Isa>(self, isa: I, value: I::Floats) -> I::Floats {
         let accuracy = match self.output {
-            Output::F32(_) => Accuracy::F32,
-            Output::Bf16(_) => Accuracy::Bf16,
+            OutputRows::F32(_) => Accuracy::F32,
+            OutputRows::Bf16(_) => Accuracy::Bf16,
         };
         match self.activation {
             Some(activation) => activate(isa, activation, value, accuracy),
@@ -132,14 +132,14 @@ impl General<'_> {
     }
 
     /// # Safety
-    /// The result has this row and column, nobody else's meanwhile.
+    /// The result has this row and column, and no other thread accesses the value at the same time.
     unsafe fn store_one(self, row: usize, column: usize, value: f32) {
         let value = value + self.residual.map_or(0.0, |residual| residual.row(row)[column]);
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             match self.output {
-                Output::F32(to) => *to.row(row).add(column) = value,
-                Output::Bf16(to) => *to.row(row).add(column) = half::bf16::from_f32(value).to_bits(),
+                OutputRows::F32(to) => *to.row(row).add(column) = value,
+                OutputRows::Bf16(to) => *to.row(row).add(column) = half::bf16::from_f32(value).to_bits(),
             }
         }
     }

@@ -1,77 +1,81 @@
-//! `epilogue(x W^T)`: nearly all of a model's work.
+//! GEMM with a fused epilogue, `epilogue(x W^T)`: nearly all of a model's work.
 //!
-//! A tile of up to six rows by one panel is summed in registers over the k-steps, written once to a few lines of stack, and
-//! finished there by the epilogue. A panel stays in the second-level cache while all rows pass by it:
+//! The microkernel sums a tile of up to six rows by one panel in registers over the k-groups and writes the sums to the stack,
+//! where the epilogue reads them. A panel of W stays in the L2 cache while all rows are multiplied by it:
 //!
 //! ```text
 //! for each panel of W:                         32 to 400 KB
-//!     for each block of k-steps:               so that long rows do not push the panel out
-//!         for each tile of rows:               the rows' words are broadcast, the panel's are loaded
+//!     for each block of k-groups:              so that long rows do not evict the panel
+//!         for each tile of rows:               a row's words are broadcast, the panel's vectors are loaded
 //!             acc[row][vector] += row word * panel vector
-//!             and a share of the words behind the block is fetched into the cache
+//!             prefetch a share of the next block into L2
 //!     epilogue: scales, bias, activation, residual, rounding
 //! ```
 //!
-//! Each element's sum is taken in the order of the k-steps, whatever tile it is in: a row's result does not depend on its
-//! company, its place or the number of threads. (The blocking is Goto and van de Geijn's, "Anatomy of High-Performance
-//! Matrix Multiplication", 2008, without the packing of x, whose rows are short enough.)
+//! Each element is summed in the order of the k-groups, whatever tile it is in. So a row's result does not depend on the batch
+//! composition, the row's index or the number of threads.
+//!
+//! The blocking is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), except that x is
+//! not packed: its rows are short enough.
 
 use std::ops::Range;
 
-use super::epilogue::{Added, Clipped, General, Output, Place, Rounded, RoundedGelu, Store};
-use super::packed::{Format, PackedWeights};
-use super::simd::{Isa, Op, SimdPath};
+use super::epilogue::{
+    OutputRows, StoreAny, StoreBf16, StoreClipped, StoreEpilogue, StoreGeluBf16, StoreResidual, VectorPosition,
+};
+use super::packed::{PackedWeights, StorageFormat};
+use super::simd::{Isa, SimdOp, SimdPath};
 use super::workspace::Matrix;
 use crate::backend::Activation;
 
-/// Rows of a tile: with a panel's vectors, as many accumulators as the registers hold beside their operands.
+/// Rows of a tile. Six rows by a panel's vectors are as many accumulators as fit into the registers beside the operands.
 const TILE_ROWS: usize = 6;
 
-/// K-steps of a block: 256 KB of a panel of 64 columns.
-const BLOCK_STEPS: usize = 1024;
+/// K-groups of a block: 256 KB of a panel of 64 columns.
+const BLOCK_K_GROUPS: usize = 1024;
 
-/// Rows whose sums wait for the next block of k-steps.
+/// Rows of a block, whose partial sums are kept in memory between blocks of k-groups.
 const BLOCK_ROWS: usize = 384;
 
-/// The widest panel.
-const MAX_PANEL: usize = 64;
+/// Columns of the widest panel.
+const MAX_PANEL_COLUMNS: usize = 64;
 
-/// The rows of x in the weights' format.
+/// The rows of x (the GEMM's operand A) in the weights' storage format.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Input<'a> {
-    /// Row after row, `stride` words each.
+pub(super) struct GemmInput<'a> {
+    /// The k-groups of each row: `[rows, stride]` words.
     pub(super) words: &'a [u32],
     pub(super) stride: usize,
     pub(super) rows: usize,
-    /// int8: what each row's bytes stand for.
-    pub(super) ranges: &'a [ByteRange],
+    /// int8: the quantization parameters of each row, `[rows]`. Empty otherwise.
+    pub(super) params: &'a [QuantParams],
 }
 
-/// What a row of bytes stands for: `low + scale * byte`.
+/// Affine quantization of a row to unsigned bytes: `value = min + scale * byte`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
-pub(super) struct ByteRange {
-    pub(super) low: f32,
+pub(super) struct QuantParams {
+    pub(super) min: f32,
     pub(super) scale: f32,
 }
 
-/// A product and what happens to it before it is stored.
+/// One GEMM with its epilogue.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Gemm<'a> {
-    pub(super) input: Input<'a>,
+    pub(super) input: GemmInput<'a>,
     pub(super) weights: &'a PackedWeights,
-    /// The first and the end of the outputs that are computed.
+    /// The computed outputs are `start..end`.
     pub(super) start: usize,
     pub(super) end: usize,
     pub(super) activation: Option<Activation>,
     /// Added to the result, `[rows, end - start]`.
     pub(super) residual: Option<&'a Matrix<f32>>,
     /// `[rows, end - start]`
-    pub(super) output: Output<'a>,
+    pub(super) output: OutputRows<'a>,
 }
 
 impl Gemm<'_> {
-    /// The panels that hold the outputs.
+    /// The panels that hold the computed outputs.
     pub(super) fn panels(&self) -> Range<usize> {
         self.start / self.weights.width..self.end.div_ceil(self.weights.width)
     }
@@ -79,44 +83,45 @@ impl Gemm<'_> {
     /// Computes the given rows of the outputs in the given panels.
     ///
     /// # Safety
-    /// No other thread computes or touches the same ones meanwhile.
+    /// No other thread accesses these rows of these outputs at the same time.
     pub(super) unsafe fn compute(&self, path: SimdPath, panels: Range<usize>, rows: Range<usize>) {
         assert!(rows.end <= self.input.rows && panels.end <= self.panels().end);
-        assert!(self.input.words.len() >= (self.input.rows - 1) * self.input.stride + self.weights.steps);
-        assert!(self.weights.format != Format::Int8 || self.input.ranges.len() >= self.input.rows);
-        // One instance of the loops for each format: the kernel is chosen outside of them.
+        assert!(self.input.words.len() >= (self.input.rows - 1) * self.input.stride + self.weights.k_groups);
+        assert!(self.weights.format != StorageFormat::Int8 || self.input.params.len() >= self.input.rows);
+        // The loops are instantiated for each format, so that the microkernel is chosen outside of them.
         match self.weights.format {
-            Format::F32 => path.enter(Loops::<F32> { product: self, panels, rows, format: F32 }),
-            Format::Bf16 => path.enter(Loops::<Bf16> { product: self, panels, rows, format: Bf16 }),
-            Format::Int8 => path.enter(Loops::<Int8> { product: self, panels, rows, format: Int8 }),
+            StorageFormat::F32 => path.enter(GemmLoops::<F32> { gemm: self, panels, rows, format: F32 }),
+            StorageFormat::Bf16 => path.enter(GemmLoops::<Bf16> { gemm: self, panels, rows, format: Bf16 }),
+            StorageFormat::Int8 => path.enter(GemmLoops::<Int8> { gemm: self, panels, rows, format: Int8 }),
         }
     }
 }
 
-/// A [`Format`] as a type: what one k-step does to an accumulator, and what a finished sum is worth.
+/// A [`StorageFormat`] as a type: how k-groups are multiplied and what a sum is in f32.
 pub(super) trait Dot: Copy {
-    fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I;
-    /// The value of a row's sums in some columns.
-    fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, range: ByteRange) -> I::F;
+    /// `acc + a * b` for one k-group in each lane.
+    fn dot<I: Isa>(self, isa: I, acc: I::Bits, a: I::Bits, b: I::Bits) -> I::Bits;
+    /// A row's sums in a vector of columns as f32, with the bias added.
+    fn value<I: Isa>(self, isa: I, sums: I::Bits, columns: &ColumnParams<I>, params: QuantParams) -> I::Floats;
 }
 
-/// What belongs to a vector of columns.
-pub(super) struct Columns<I: Isa> {
-    bias: I::F,
-    /// These two int8 alone.
-    scale: I::F,
-    column_sum: I::F,
+/// Bias and scales of a vector of columns.
+pub(super) struct ColumnParams<I: Isa> {
+    bias: I::Floats,
+    /// Read for int8 only, as is `column_sum`.
+    scale: I::Floats,
+    column_sum: I::Floats,
 }
 
-impl<I: Isa> Columns<I> {
+impl<I: Isa> ColumnParams<I> {
     /// # Safety
-    /// The weights have a whole vector of columns there.
+    /// The weights have a whole vector of columns at `column`.
     #[inline(always)]
     unsafe fn load(isa: I, weights: &PackedWeights, column: usize) -> Self {
-        // SAFETY: the caller's promise; what f32 and bf16 do not have is not read.
+        // SAFETY: guaranteed by the caller. `scale` and `column_sum` are read for int8 only.
         unsafe {
             let bias = isa.load(weights.bias.as_ptr().add(column));
-            if weights.format != Format::Int8 {
+            if weights.format != StorageFormat::Int8 {
                 return Self { bias, scale: bias, column_sum: bias };
             }
             let scale = isa.load(weights.scale.as_ptr().add(column));
@@ -134,193 +139,193 @@ pub(super) struct Int8;
 
 impl Dot for F32 {
     #[inline(always)]
-    fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I {
+    fn dot<I: Isa>(self, isa: I, acc: I::Bits, a: I::Bits, b: I::Bits) -> I::Bits {
         isa.dot_f32(acc, a, b)
     }
     #[inline(always)]
-    fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, _: ByteRange) -> I::F {
-        isa.add(isa.floats(sums), columns.bias)
+    fn value<I: Isa>(self, isa: I, sums: I::Bits, columns: &ColumnParams<I>, _: QuantParams) -> I::Floats {
+        isa.add(isa.bits_to_f32(sums), columns.bias)
     }
 }
 
 impl Dot for Bf16 {
     #[inline(always)]
-    fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I {
+    fn dot<I: Isa>(self, isa: I, acc: I::Bits, a: I::Bits, b: I::Bits) -> I::Bits {
         isa.dot_bf16(acc, a, b)
     }
     #[inline(always)]
-    fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, range: ByteRange) -> I::F {
-        F32.value(isa, sums, columns, range)
+    fn value<I: Isa>(self, isa: I, sums: I::Bits, columns: &ColumnParams<I>, params: QuantParams) -> I::Floats {
+        F32.value(isa, sums, columns, params)
     }
 }
 
 impl Dot for Int8 {
     #[inline(always)]
-    fn dot<I: Isa>(self, isa: I, acc: I::I, a: I::I, b: I::I) -> I::I {
+    fn dot<I: Isa>(self, isa: I, acc: I::Bits, a: I::Bits, b: I::Bits) -> I::Bits {
         isa.dot_int8(acc, a, b)
     }
-    /// `sum (low + scale_x byte) (scale_w q) = scale_x scale_w (sum byte q) + low (sum scale_w q)`, and likewise for
-    /// `byte - 128` from `low + 128 scale_x` on.
+    /// `sum (min + scale_x byte) (scale_w q) = scale_x scale_w (sum byte q) + min (sum scale_w q)`. With signed bytes, the sum
+    /// is of `byte - 128`, and `min + 128 scale_x` takes the place of `min`.
     #[inline(always)]
-    fn value<I: Isa>(self, isa: I, sums: I::I, columns: &Columns<I>, range: ByteRange) -> I::F {
-        let scale = isa.mul(columns.scale, isa.splat(range.scale));
-        let low = if I::SIGNED_BYTES { range.low + 128.0 * range.scale } else { range.low };
-        isa.fma(isa.i32_to_f32(sums), scale, isa.fma(columns.column_sum, isa.splat(low), columns.bias))
+    fn value<I: Isa>(self, isa: I, sums: I::Bits, columns: &ColumnParams<I>, params: QuantParams) -> I::Floats {
+        let scale = isa.mul(columns.scale, isa.splat(params.scale));
+        let min = if I::SIGNED_BYTES { params.min + 128.0 * params.scale } else { params.min };
+        isa.fma(isa.i32_to_f32(sums), scale, isa.fma(columns.column_sum, isa.splat(min), columns.bias))
     }
 }
 
-/// A few lines of stack for a tile's sums.
+/// Room for a tile's sums on the stack.
 #[repr(align(64))]
-struct Tile([u32; TILE_ROWS * MAX_PANEL]);
+struct Tile([u32; TILE_ROWS * MAX_PANEL_COLUMNS]);
 
-struct Loops<'a, D> {
-    product: &'a Gemm<'a>,
+struct GemmLoops<'a, D> {
+    gemm: &'a Gemm<'a>,
     panels: Range<usize>,
     rows: Range<usize>,
     format: D,
 }
 
-impl<D: Dot> Op for Loops<'_, D> {
+impl<D: Dot> SimdOp for GemmLoops<'_, D> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let (steps, width) = (self.product.weights.steps, self.product.weights.width);
-        assert_eq!(width, I::PANEL);
-        if steps <= BLOCK_STEPS {
-            let mut tile = Tile([0; TILE_ROWS * MAX_PANEL]);
+        let (k_groups, width) = (self.gemm.weights.k_groups, self.gemm.weights.width);
+        assert_eq!(width, I::PANEL_COLUMNS);
+        if k_groups <= BLOCK_K_GROUPS {
+            let mut tile = Tile([0; TILE_ROWS * MAX_PANEL_COLUMNS]);
             for panel in self.panels.clone() {
                 for (i, rows) in tiles(self.rows.clone()).enumerate() {
-                    let share = Share { index: i, of: tiles(self.rows.clone()).len() };
-                    // SAFETY: a tile's sums fit; the panel and the rows are the product's.
+                    let share = PrefetchShare { index: i, of: tiles(self.rows.clone()).len() };
+                    // SAFETY: the tile has room for the sums; the panel and the rows are the GEMM's.
                     unsafe {
-                        self.sum(isa, panel, rows.clone(), 0..steps, share, tile.0.as_mut_ptr());
-                        self.finish(isa, &tile.0, panel, rows);
+                        self.sum(isa, panel, rows.clone(), 0..k_groups, share, tile.0.as_mut_ptr());
+                        self.run_epilogue(isa, &tile.0, panel, rows);
                     }
                 }
             }
             return;
         }
-        let mut sums = Matrix::<u32>::take(BLOCK_ROWS, width);
+        let mut sums = Matrix::<u32>::acquire(BLOCK_ROWS, width);
         for panel in self.panels.clone() {
             for start in self.rows.clone().step_by(BLOCK_ROWS) {
                 let block = start..(start + BLOCK_ROWS).min(self.rows.end);
-                for step in (0..steps).step_by(BLOCK_STEPS) {
+                for group in (0..k_groups).step_by(BLOCK_K_GROUPS) {
                     for (i, rows) in tiles(block.clone()).enumerate() {
-                        let share = Share { index: i, of: tiles(block.clone()).len() };
-                        // SAFETY: the sums have a row for each row of the block, and the stride of a panel's width.
+                        let share = PrefetchShare { index: i, of: tiles(block.clone()).len() };
+                        // SAFETY: `sums` has a row for each row of the block, with a panel's width as stride.
                         unsafe {
                             let to = sums.shared().row(rows.start - start);
-                            self.sum(isa, panel, rows, step..(step + BLOCK_STEPS).min(steps), share, to);
+                            self.sum(isa, panel, rows, group..(group + BLOCK_K_GROUPS).min(k_groups), share, to);
                         }
                     }
                 }
                 for rows in tiles(block) {
-                    // SAFETY: the panel and the rows are the product's.
-                    unsafe { self.finish(isa, &sums.all()[(rows.start - start) * width..], panel, rows) };
+                    // SAFETY: the panel and the rows are the GEMM's.
+                    unsafe { self.run_epilogue(isa, &sums.as_slice()[(rows.start - start) * width..], panel, rows) };
                 }
             }
         }
     }
 }
 
-impl<D: Dot> Loops<'_, D> {
-    /// A tile's sums over some k-steps, added to what is there where they are not the first.
+impl<D: Dot> GemmLoops<'_, D> {
+    /// Sums a tile over a range of k-groups. Adds to `sums` unless the range starts at 0.
     ///
     /// # Safety
-    /// `sums` has a panel's width for each of the rows, which `compute` has checked to be the input's.
+    /// `sums` has a panel's width for each row. The rows are the input's, as `compute` has checked.
     #[inline(always)]
     unsafe fn sum<I: Isa>(
         &self,
         isa: I,
         panel: usize,
         rows: Range<usize>,
-        steps: Range<usize>,
-        share: Share,
+        k_groups: Range<usize>,
+        share: PrefetchShare,
         sums: *mut u32,
     ) {
-        let Gemm { input, weights, .. } = *self.product;
-        let block = steps.len() * weights.width;
-        // SAFETY: the rows and the panel have all the weights' k-steps.
+        let Gemm { input, weights, .. } = *self.gemm;
+        let block = k_groups.len() * weights.width;
+        // SAFETY: the rows and the panel have all the weights' k-groups.
         unsafe {
-            let b = weights.panel(panel).as_ptr().add(steps.start * weights.width);
+            let b = weights.panel(panel).as_ptr().add(k_groups.start * weights.width);
             let operands = Operands {
-                a: input.words.as_ptr().add(rows.start * input.stride + steps.start),
+                a: input.words.as_ptr().add(rows.start * input.stride + k_groups.start),
                 a_stride: input.stride,
                 b,
-                steps: steps.len(),
+                k_groups: k_groups.len(),
                 sums,
                 sums_stride: weights.width,
-                resume: steps.start > 0,
-                // PackedWeights follow one another. Behind the last lies nothing that is wanted; fetching is no access.
-                ahead: b.wrapping_add(block + block * share.index / share.of),
-                ahead_stride: weights.width.div_ceil(share.of),
+                accumulate: k_groups.start > 0,
+                // Panels are contiguous. Prefetching past the last is harmless: prefetch never faults.
+                prefetch: b.wrapping_add(block + block * share.index / share.of),
+                prefetch_stride: weights.width.div_ceil(share.of),
             };
             multiply(isa, self.format, operands, rows.len(), I::PANEL_VECTORS);
         }
     }
 
-    /// The epilogue of a tile whose sums lie in `sums`, `[rows, width]`. What encoder layers end in is compiled each by itself.
+    /// Runs the epilogue of a tile with `sums`, `[rows, width]`. The epilogues of encoder layers are specialized.
     ///
     /// # Safety
-    /// The panel and the rows are the product's, and nobody else's meanwhile.
+    /// The panel and the rows are the GEMM's, and no other thread accesses these outputs at the same time.
     #[inline(always)]
-    unsafe fn finish<I: Isa>(&self, isa: I, sums: &[u32], panel: usize, rows: Range<usize>) {
-        let Gemm { weights, start, end, activation, residual, output, .. } = *self.product;
+    unsafe fn run_epilogue<I: Isa>(&self, isa: I, sums: &[u32], panel: usize, rows: Range<usize>) {
+        let Gemm { weights, start, end, activation, residual, output, .. } = *self.gemm;
         assert!(sums.len() >= rows.len() * weights.width);
         let first = panel * weights.width;
-        let whole = start <= first && first + weights.width <= end;
-        let general = General { activation, residual, output };
-        // SAFETY: passed on. Each arm says what the product's output and residual are.
+        let whole_panel = start <= first && first + weights.width <= end;
+        let any = StoreAny { activation, residual, output };
+        // SAFETY: guaranteed by the caller. Residual and output have the GEMM's shape.
         unsafe {
-            match (whole, activation, residual, output) {
-                (true, None, None, Output::Bf16(to)) => self.store(isa, sums, first, rows, Rounded(to)),
-                (true, Some(Activation::Gelu), None, Output::Bf16(to)) => {
-                    self.store(isa, sums, first, rows, RoundedGelu(to));
+            match (whole_panel, activation, residual, output) {
+                (true, None, None, OutputRows::Bf16(to)) => self.store(isa, sums, first, rows, StoreBf16(to)),
+                (true, Some(Activation::Gelu), None, OutputRows::Bf16(to)) => {
+                    self.store(isa, sums, first, rows, StoreGeluBf16(to));
                 }
-                (true, None, Some(residual), Output::F32(to)) => {
-                    self.store(isa, sums, first, rows, Added(residual, to));
+                (true, None, Some(residual), OutputRows::F32(to)) => {
+                    self.store(isa, sums, first, rows, StoreResidual(residual, to));
                 }
-                (true, ..) => self.store(isa, sums, first, rows, general),
-                (false, ..) => self.store(isa, sums, first, rows, Clipped { general, start, end }),
+                (true, ..) => self.store(isa, sums, first, rows, any),
+                (false, ..) => self.store(isa, sums, first, rows, StoreClipped { inner: any, start, end }),
             }
         }
     }
 
-    /// Values of a tile's sums, from the output `first` on, to where `store` puts them.
+    /// Converts a tile's sums to values and passes them to `store`. `first` is the panel's first output.
     ///
     /// # Safety
-    /// As for [`Self::finish`].
+    /// As for [`Self::run_epilogue`].
     #[inline(always)]
-    unsafe fn store<I: Isa, S: Store>(&self, isa: I, sums: &[u32], first: usize, rows: Range<usize>, store: S) {
-        let Gemm { input, weights, start, .. } = *self.product;
+    unsafe fn store<I: Isa, S: StoreEpilogue>(&self, isa: I, sums: &[u32], first: usize, rows: Range<usize>, store: S) {
+        let Gemm { input, weights, start, .. } = *self.gemm;
         for vector in 0..I::PANEL_VECTORS {
-            // SAFETY: the weights have whole panels; `finish` has checked the sums, `compute` the ranges.
+            // SAFETY: the weights have whole panels; `run_epilogue` has checked the sums and `compute` the parameters.
             unsafe {
                 let output = first + vector * I::LANES;
-                let columns = Columns::load(isa, weights, output);
+                let columns = ColumnParams::load(isa, weights, output);
                 for (i, row) in rows.clone().enumerate() {
-                    let range = match weights.format {
-                        Format::Int8 => *input.ranges.get_unchecked(row),
-                        Format::F32 | Format::Bf16 => ByteRange::default(),
+                    let params = match weights.format {
+                        StorageFormat::Int8 => *input.params.get_unchecked(row),
+                        StorageFormat::F32 | StorageFormat::Bf16 => QuantParams::default(),
                     };
                     let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
-                    let at = Place { row, output, column: output.wrapping_sub(start) };
-                    store.store(isa, at, self.format.value(isa, words, &columns, range));
+                    let at = VectorPosition { row, output, column: output.wrapping_sub(start) };
+                    store.store(isa, at, self.format.value(isa, words, &columns, params));
                 }
             }
         }
     }
 }
 
-/// A tile's part in fetching what comes after a block.
+/// A tile's share of prefetching the block after the current one: part `index` of `of`.
 #[derive(Clone, Copy)]
-struct Share {
+struct PrefetchShare {
     index: usize,
     of: usize,
 }
 
-/// Cuts rows into tiles of like size.
+/// Splits rows into tiles of similar size, of at most six rows.
 #[inline(always)]
 pub(super) fn tiles(rows: Range<usize>) -> impl ExactSizeIterator<Item = Range<usize>> {
     let (start, n) = (rows.start, rows.len());
@@ -328,88 +333,89 @@ pub(super) fn tiles(rows: Range<usize>) -> impl ExactSizeIterator<Item = Range<u
     (0..count).map(move |i| start + n * i / count..start + n * (i + 1) / count)
 }
 
-/// The two factors of a tile and where its sums are kept.
+/// The operands of a tile and its sums.
 #[derive(Clone, Copy)]
 pub(super) struct Operands {
-    /// The rows' words, `steps` in each.
+    /// The rows' words, `[rows, k_groups]`.
     pub(super) a: *const u32,
-    /// Words from a row to the next one.
+    /// Words from the start of a row to the start of the next.
     pub(super) a_stride: usize,
-    /// A panel's words, `[steps, columns]`.
+    /// A panel's words, `[k_groups, columns]`.
     pub(super) b: *const u32,
-    pub(super) steps: usize,
+    pub(super) k_groups: usize,
     /// `[rows, columns]`
     pub(super) sums: *mut u32,
-    /// Words from a row's sums to the next one's.
+    /// Words from the start of a row's sums to the start of the next.
     pub(super) sums_stride: usize,
-    /// Whether to add to the sums that are there.
-    pub(super) resume: bool,
-    /// Words that will be wanted soon, wherever that is: a line is fetched into the second-level cache at each k-step.
-    pub(super) ahead: *const u32,
-    /// Words from one such place to the next one; none where it is 0.
-    pub(super) ahead_stride: usize,
+    /// Whether to add to `sums` instead of overwriting them.
+    pub(super) accumulate: bool,
+    /// Address to prefetch into L2, one cache line at each k-group. Any address is allowed.
+    pub(super) prefetch: *const u32,
+    /// Words between prefetched addresses. 0 disables prefetching.
+    pub(super) prefetch_stride: usize,
 }
 
-/// `sums[row][column] (+)= sum over steps of a[row][step] * b[step][column]`, for one to six rows and some vectors of columns.
+/// `sums[row][column] (+)= sum over k of a[row][k] * b[k][column]`, for one to six rows and one, two or four vectors of columns.
 ///
 /// # Safety
-/// The pointers reach as far as [`Operands`] says, for `rows` rows and `vectors` vectors of columns.
+/// The pointers are valid for the shapes in [`Operands`], with `rows` rows and `vectors` vectors of columns.
 #[inline(always)]
 pub(super) unsafe fn multiply<I: Isa, D: Dot>(isa: I, format: D, operands: Operands, rows: usize, vectors: usize) {
     macro_rules! kernels {
         ($(($vectors:literal: $($rows:literal)+))+) => {
             match (vectors, rows) {
-                $($(($vectors, $rows) => isa.enter(Kernel::<D, $rows, $vectors> { operands, format }),)+)+
-                _ => unreachable!("tiles have one to six rows of one, two or four vectors"),
+                $($(($vectors, $rows) => isa.enter(Microkernel::<D, $rows, $vectors> { operands, format }),)+)+
+                _ => unreachable!("a tile has 1 to 6 rows of 1, 2 or 4 vectors"),
             }
         };
     }
-    // Each instance is a function of its own, entered with the instruction set's features.
+    // Each instance is a function of its own, compiled with the instruction set's target features.
     kernels!((4: 1 2 3 4 5 6) (2: 1 2 3 4 5 6) (1: 1 2 3 4 5 6));
 }
 
-/// The microkernel: R rows by V vectors of sums in registers.
-struct Kernel<D, const R: usize, const V: usize> {
+/// The microkernel: sums of R rows by V vectors, in registers.
+struct Microkernel<D, const R: usize, const V: usize> {
     operands: Operands,
     format: D,
 }
 
-impl<D: Dot, const R: usize, const V: usize> Op for Kernel<D, R, V> {
+impl<D: Dot, const R: usize, const V: usize> SimdOp for Microkernel<D, R, V> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        // Known at compile time: an instruction set with fewer registers has no such tiles.
+        // Known at compile time: such tiles are not used on an instruction set with fewer registers.
         if V > I::PANEL_VECTORS {
-            unreachable!("wider than a panel");
+            unreachable!("the tile is wider than a panel");
         }
-        let Operands { a, a_stride, mut b, steps, sums, sums_stride, resume, mut ahead, ahead_stride } = self.operands;
+        let Operands { a, a_stride, mut b, k_groups, sums, sums_stride, accumulate, mut prefetch, prefetch_stride } =
+            self.operands;
         let mut acc = [[isa.splat_bits(0); V]; R];
-        // SAFETY: `multiply`'s caller has said how far each pointer reaches.
+        // SAFETY: `multiply`'s caller guarantees that the pointers are valid.
         unsafe {
             let at = |r: usize, v: usize| sums.add(r * sums_stride + v * I::LANES);
-            if resume {
+            if accumulate {
                 for (r, row) in acc.iter_mut().enumerate() {
                     for (v, sum) in row.iter_mut().enumerate() {
                         *sum = isa.load_bits(at(r, v));
                     }
                 }
             }
-            for step in 0..steps {
+            for group in 0..k_groups {
                 let mut columns = [isa.splat_bits(0); V];
                 for (v, column) in columns.iter_mut().enumerate() {
                     *column = isa.load_bits(b.add(v * I::LANES));
                 }
                 for (r, row) in acc.iter_mut().enumerate() {
-                    let value = isa.splat_bits(*a.add(r * a_stride + step));
+                    let value = isa.splat_bits(*a.add(r * a_stride + group));
                     for (sum, &column) in row.iter_mut().zip(&columns) {
                         *sum = self.format.dot(isa, *sum, value, column);
                     }
                 }
                 b = b.add(V * I::LANES);
-                if ahead_stride > 0 {
-                    isa.prefetch(ahead);
-                    ahead = ahead.wrapping_add(ahead_stride);
+                if prefetch_stride > 0 {
+                    isa.prefetch(prefetch);
+                    prefetch = prefetch.wrapping_add(prefetch_stride);
                 }
             }
             for (r, row) in acc.iter().enumerate() {

@@ -1,25 +1,29 @@
-//! The fast backend for processors: packed weights, our own kernels by run-time detection, our own threads.
+//! The fast CPU backend: packed weights, SIMD kernels selected at run time, and a thread pool.
 //!
-//! In reading order: `simd` is what an instruction set offers; `panels` the weights' layout, `product` the kernel that reads
-//! it, and `epilogue` what becomes of its sums; `attention`, `rows` (norms, forms of rows) and `math` (exp, GELU) are the
-//! other operations; `partition` says how a batch is cut for the threads of `pool`; `matrix` is their memory; `probe` is for benches.
-//! This file puts them behind [`Backend`].
+//! Modules in reading order: `simd` (instruction sets), `packed` (layout of weights), `gemm` and its `epilogue`, `attention`,
+//! `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others), `partition` (how a batch is split
+//! for the threads), `thread_pool`, `workspace` (scratch memory). [`roofline`] and [`gemm_benchmark`] are for benchmarks. This
+//! file implements [`Backend`].
 //!
-//! A saturated batch is cut into partition of some hundreds of tokens, and each thread runs the whole graph over its own, with
-//! no barrier between operations; a lone request's operations are each split over the threads. Either way each value is
-//! computed by the same instructions in the same order, so scores are the same bits, whatever the batch, its order and the
-//! number of threads.
+//! Large batches are split into partitions of about 512 tokens. Each thread runs the whole graph on its own partition, without
+//! barriers. For a single short request, each operation is split over the threads instead. Either way, each value is computed
+//! by the same instructions in the same order: scores are bitwise identical for any batch composition, batch order and number
+//! of threads.
 //!
-//! The residual stream, norms and heads are f32 in every precision. With bf16, products and attention multiply bf16 and sum in
-//! f32. With int8, products multiply bytes (a range per token, a scale per output) and sum in i32; attention is bf16.
+//! The residual stream, norms and heads are f32 in every precision. With bf16, GEMMs and attention multiply bf16 and sum in
+//! f32. With int8, GEMMs multiply bytes (quantized per token, weights per output) and sum in i32; attention is bf16.
 
-#![allow(unsafe_code, reason = "its address: kernels, and memory that threads share in parts")]
+#![allow(
+    unsafe_code,
+    reason = "unsafe is confined to this module: SIMD kernels, and memory that threads share in disjoint parts"
+)]
 
 mod activation;
 mod attention;
 mod dtype;
 mod epilogue;
 mod gemm;
+pub mod gemm_benchmark;
 mod layer_norm;
 mod packed;
 mod partition;
@@ -38,13 +42,14 @@ use std::time::Instant;
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use self::attention::{Attention, Element, Sequence};
+use self::attention::{Attention, AttentionFormat, Sequence};
 pub use self::dtype::CpuDtype;
-use self::epilogue::Output;
+use self::epilogue::OutputRows;
 use self::gemm::Gemm;
 use self::layer_norm::LayerNorm;
-use self::packed::{Format, PackedWeights};
-use self::quantize::{Low, Lower, LowerFrom, gather, input, take_bf16};
+use self::packed::{PackedWeights, StorageFormat};
+use self::partition::partition_batch;
+use self::quantize::{QuantizeRows, QuantizeSource, QuantizedRows, acquire_bf16, gather_rows, gemm_input};
 use self::simd::SimdPath;
 pub use self::thread_pool::ThreadPool;
 use self::workspace::Matrix;
@@ -54,29 +59,30 @@ use super::{
 };
 use crate::batch::Batch;
 
-/// The processor, in one precision.
+/// The CPU backend in one precision.
 #[derive(Debug, Clone)]
 pub struct CpuBackend {
     path: SimdPath,
-    format: Format,
+    format: StorageFormat,
     pool: Arc<ThreadPool>,
 }
 
-/// One run of a graph: by a thread alone, or by all in step.
+/// How a run of a graph executes its operations: on the calling thread, or each operation split over all threads.
 #[derive(Debug)]
 pub struct ExecContext {
-    team: Option<Arc<ThreadPool>>,
+    /// The threads that operations are split over; `None` for the calling thread only.
+    pool: Option<Arc<ThreadPool>>,
 }
 
-/// `[rows, columns]`, as f32, in the form that products read, or both.
+/// Activations `[rows, columns]`: as f32, in the GEMMs' storage format, or both.
 #[derive(Debug)]
 pub struct Buffer {
     rows: usize,
-    exact: Option<Matrix<f32>>,
-    low: Option<Low>,
+    f32_rows: Option<Matrix<f32>>,
+    quantized: Option<QuantizedRows>,
 }
 
-/// Embedding tables: f32 with f32 products, f16 (which has three more bits than bf16, and range enough) otherwise.
+/// Embedding tables: f32 if GEMMs are f32, otherwise f16, which has three more mantissa bits than bf16 and sufficient range.
 #[derive(Debug)]
 pub struct Embeddings {
     words: Table,
@@ -85,14 +91,14 @@ pub struct Embeddings {
     norm: Norm,
 }
 
-/// `[rows, C]`
+/// One embedding table, `[rows, C]`.
 #[derive(Debug)]
 enum Table {
     F32(Vec<f32>),
     F16(Vec<f16>),
 }
 
-/// Packed weights of a linear layer.
+/// A linear layer's packed weights and bias.
 #[derive(Debug)]
 pub struct Linear(PackedWeights);
 
@@ -105,71 +111,70 @@ pub struct Norm {
 }
 
 impl CpuBackend {
-    /// Products in `dtype` on the threads of `pool`, with the best instructions that this machine has.
+    /// GEMMs in `dtype` on the threads of `pool`, with the best instruction set of this machine.
     pub fn new(dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
         Self::on(SimdPath::best(), dtype, pool)
     }
 
     fn on(path: SimdPath, dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
-        Self { path, format: Self::format_of(dtype), pool }
+        Self { path, format: dtype.storage_format(), pool }
     }
 
-    fn format_of(dtype: CpuDtype) -> Format {
-        match dtype {
-            CpuDtype::F32 => Format::F32,
-            CpuDtype::Bf16 => Format::Bf16,
-            CpuDtype::Int8 => Format::Int8,
-        }
-    }
-
-    /// Whether this machine multiplies bf16 in one instruction. Where it does not, bf16 is slower than f32.
+    /// Whether this machine has an instruction for bf16 dot products. Without one, bf16 is slower than f32.
     pub fn has_bf16() -> bool {
         SimdPath::best().has_bf16()
     }
 
-    /// The input of a product with `weights`.
-    fn input<'a>(&self, x: &'a Buffer, weights: &PackedWeights) -> gemm::Input<'a> {
-        match (weights.format, &x.exact, &x.low) {
-            (Format::F32, Some(exact), _) => input(exact, &[]),
-            (Format::Bf16 | Format::Int8, _, Some(low)) => low.input(),
-            (format, ..) => unreachable!("a product in {format:?} of a buffer that was not made for it"),
+    /// The operand A of a GEMM with `weights`.
+    fn gemm_input<'a>(&self, x: &'a Buffer, weights: &PackedWeights) -> gemm::GemmInput<'a> {
+        match (weights.format, &x.f32_rows, &x.quantized) {
+            (StorageFormat::F32, Some(rows), _) => gemm_input(rows, &[]),
+            (StorageFormat::Bf16 | StorageFormat::Int8, _, Some(rows)) => rows.gemm_input(),
+            (format, ..) => unreachable!("the buffer does not hold rows for a GEMM in {format:?}"),
         }
     }
 
-    /// Computes a product, split over the ctx's threads by panels, and by rows too where panels are few.
-    fn multiply(&self, ctx: &ExecContext, product: &Gemm<'_>) {
-        let (panels, rows) = (product.panels(), product.input.rows);
-        let Some(pool) = &ctx.team else {
-            // SAFETY: this thread alone has the output.
-            return unsafe { product.compute(self.path, panels, 0..rows) };
+    /// Computes a GEMM, split over the context's threads by panels, and also by rows where panels are few.
+    fn gemm(&self, ctx: &ExecContext, gemm: &Gemm<'_>) {
+        let (panels, rows) = (gemm.panels(), gemm.input.rows);
+        let Some(pool) = &ctx.pool else {
+            // SAFETY: only this thread has the output.
+            return unsafe { gemm.compute(self.path, panels, 0..rows) };
         };
-        let blocks = (4 * pool.threads()).div_ceil(panels.len()).min(rows.div_ceil(TEAM_ROWS));
+        let blocks = (4 * pool.threads()).div_ceil(panels.len()).min(rows.div_ceil(MIN_SPLIT_ROWS));
         ctx.split(panels.len() * blocks, |units| {
             for unit in units {
                 let (panel, block) = (panels.start + unit / blocks, unit % blocks);
                 let rows = rows * block / blocks..rows * (block + 1) / blocks;
-                // SAFETY: each unit is one thread's: these rows of this panel's columns.
-                unsafe { product.compute(self.path, panel..panel + 1, rows) };
+                // SAFETY: each unit is computed by one thread, and units are disjoint rows or panels of the output.
+                unsafe { gemm.compute(self.path, panel..panel + 1, rows) };
             }
         });
     }
 
-    /// The lower form of f32 rows that are not needed any more, or the rows themselves where products read f32.
-    fn lowered(&self, ctx: &ExecContext, from: Matrix<f32>) -> Buffer {
+    /// Converts rows to the GEMMs' storage format. f32 rows are dropped, unless GEMMs read f32.
+    fn quantized_buffer(&self, ctx: &ExecContext, from: Matrix<f32>) -> Buffer {
         let (rows, columns) = (from.rows(), from.columns());
-        let Some(mut low) = Low::take(self.format, rows, columns) else {
-            return Buffer { rows, exact: Some(from), low: None };
+        let Some(mut quantized) = QuantizedRows::acquire(self.format, rows, columns) else {
+            return Buffer { rows, f32_rows: Some(from), quantized: None };
         };
-        self.lower(ctx, LowerFrom::F32(&from), columns, &mut low, rows);
-        Buffer { rows, exact: None, low: Some(low) }
+        self.quantize(ctx, QuantizeSource::F32(&from), columns, &mut quantized, rows);
+        Buffer { rows, f32_rows: None, quantized: Some(quantized) }
     }
 
-    fn lower(&self, ctx: &ExecContext, from: LowerFrom<'_>, columns: usize, low: &mut Low, rows: usize) {
-        let low = low.shared();
-        ctx.split(rows, |rows| self.path.enter(Lower { from, columns, low, rows }));
+    fn quantize(
+        &self,
+        ctx: &ExecContext,
+        from: QuantizeSource<'_>,
+        columns: usize,
+        to: &mut QuantizedRows,
+        rows: usize,
+    ) {
+        let to = to.shared();
+        ctx.split(rows, |rows| self.path.enter(QuantizeRows { from, columns, to, rows }));
     }
 
-    /// Attention whose queries are the rows of `q` and whose keys and values are columns of `kv`.
+    /// Attention with queries from `q`, `[queries, C or more]`, and keys and values from `kv`, whose columns start at `starts`.
     fn attend(
         &self,
         ctx: &ExecContext,
@@ -180,37 +185,41 @@ impl CpuBackend {
         sequences: &[Sequence],
     ) -> Buffer {
         let columns = shape.heads * shape.head_size;
-        match (&q.low, &kv.low) {
-            (Some(Low::Bf16(q)), Some(Low::Bf16(kv))) => {
+        match (&q.quantized, &kv.quantized) {
+            (Some(QuantizedRows::Bf16(q)), Some(QuantizedRows::Bf16(kv))) => {
                 let attention =
                     |output| Attention { shape, q, kv, k_start: starts[0], v_start: starts[1], sequences, output };
-                if self.format == Format::Int8 {
-                    // A row's bytes need the range of all its heads.
-                    let mut context = Matrix::take(q.rows(), columns);
-                    self.heads::<gemm::Bf16>(ctx, &attention(Output::F32(context.shared())));
-                    return self.lowered(ctx, context);
+                if self.format == StorageFormat::Int8 {
+                    // A row is quantized with the range of all its heads, so heads are computed in f32 first.
+                    let mut context = Matrix::acquire(q.rows(), columns);
+                    self.attend_heads::<gemm::Bf16>(ctx, &attention(OutputRows::F32(context.shared())));
+                    return self.quantized_buffer(ctx, context);
                 }
-                let mut context = take_bf16(q.rows(), columns);
-                self.heads::<gemm::Bf16>(ctx, &attention(Output::Bf16(context.shared())));
-                Buffer { rows: context.rows(), exact: None, low: Some(Low::Bf16(context)) }
+                let mut context = acquire_bf16(q.rows(), columns);
+                self.attend_heads::<gemm::Bf16>(ctx, &attention(OutputRows::Bf16(context.shared())));
+                Buffer { rows: context.rows(), f32_rows: None, quantized: Some(QuantizedRows::Bf16(context)) }
             }
             _ => {
-                let (Some(q), Some(kv)) = (&q.exact, &kv.exact) else {
-                    unreachable!("attention reads bf16 or f32 rows");
+                let (Some(q), Some(kv)) = (&q.f32_rows, &kv.f32_rows) else {
+                    unreachable!("attention needs bf16 or f32 rows");
                 };
-                let mut context = Matrix::take(q.rows(), columns);
-                let (k_start, v_start, output) = (starts[0], starts[1], Output::F32(context.shared()));
-                self.heads::<gemm::F32>(ctx, &Attention { shape, q, kv, k_start, v_start, sequences, output });
-                Buffer { rows: context.rows(), exact: Some(context), low: None }
+                let mut context = Matrix::acquire(q.rows(), columns);
+                let (k_start, v_start, output) = (starts[0], starts[1], OutputRows::F32(context.shared()));
+                self.attend_heads::<gemm::F32>(ctx, &Attention { shape, q, kv, k_start, v_start, sequences, output });
+                Buffer { rows: context.rows(), f32_rows: Some(context), quantized: None }
             }
         }
     }
 
-    /// Every head of every sequence, split over the ctx's threads; where heads are few, queries are split too.
-    fn heads<E: Element<Value: Send + Sync>>(&self, ctx: &ExecContext, attention: &Attention<'_, E::Value>) {
+    /// Computes every head of every sequence, split over the context's threads. Where heads are few, queries are split too.
+    fn attend_heads<E: AttentionFormat<Value: Send + Sync>>(
+        &self,
+        ctx: &ExecContext,
+        attention: &Attention<'_, E::Value>,
+    ) {
         let heads = attention.shape.heads;
         let all = attention.sequences.len() * heads;
-        let threads = ctx.team.as_ref().map_or(1, |pool| pool.threads());
+        let threads = ctx.pool.as_ref().map_or(1, |pool| pool.threads());
         let parts = if threads == 1 { 1 } else { (2 * threads).div_ceil(all) };
         ctx.split(all * parts, |units| {
             for unit in units {
@@ -218,7 +227,7 @@ impl CpuBackend {
                 let n = attention.sequences[sequence].queries.len();
                 let queries = n * part / parts..n * (part + 1) / parts;
                 if !queries.is_empty() {
-                    // SAFETY: each unit is one thread's: these queries' columns of this head.
+                    // SAFETY: each unit is computed by one thread, and units are disjoint heads or queries of the output.
                     unsafe { attention.compute::<E>(self.path, sequence, head, queries) };
                 }
             }
@@ -227,25 +236,35 @@ impl CpuBackend {
 
     fn table(&self, tensor: HostTensor) -> Table {
         match self.format {
-            Format::F32 => Table::F32(tensor.data),
-            Format::Bf16 | Format::Int8 => {
-                let mut halves = vec![f16::ZERO; tensor.data.len()];
+            StorageFormat::F32 => Table::F32(tensor.data),
+            StorageFormat::Bf16 | StorageFormat::Int8 => {
+                let mut values = vec![f16::ZERO; tensor.data.len()];
                 let part = tensor.data.len().div_ceil(self.pool.threads()).max(1);
-                let parts = halves.chunks_mut(part).zip(tensor.data.chunks(part)).collect();
+                let parts = values.chunks_mut(part).zip(tensor.data.chunks(part)).collect();
                 self.pool.for_each(parts, |(to, from): (&mut [f16], &[f32])| to.convert_from_f32_slice(from));
-                Table::F16(halves)
+                Table::F16(values)
             }
         }
     }
 }
 
-/// Rows below which a product is not split by rows among threads.
-const TEAM_ROWS: usize = 24;
+/// A GEMM is split by rows only into parts of at least about this many rows.
+const MIN_SPLIT_ROWS: usize = 24;
 
 impl ExecContext {
-    /// Calls `f` with parts of `0..n`, one for each thread that has any.
+    /// For operations on the calling thread only.
+    fn single_thread() -> Self {
+        Self { pool: None }
+    }
+
+    /// For operations that are split over all threads of `pool`.
+    fn all_threads(pool: &Arc<ThreadPool>) -> Self {
+        Self { pool: (pool.threads() > 1).then(|| Arc::clone(pool)) }
+    }
+
+    /// Splits `0..n` into contiguous ranges and calls `f` with one on each thread. Empty ranges are skipped.
     fn split(&self, n: usize, f: impl Fn(Range<usize>) + Sync) {
-        let Some(pool) = &self.team else { return f(0..n) };
+        let Some(pool) = &self.pool else { return f(0..n) };
         let threads = pool.threads();
         pool.broadcast(&|thread| {
             let part = n * thread / threads..n * (thread + 1) / threads;
@@ -257,7 +276,7 @@ impl ExecContext {
 }
 
 impl Table {
-    /// Writes row `index` to `to`, or adds it.
+    /// Writes row `index` to `to`, `[C]`, or adds it. `scratch` is `[C]`.
     fn read(&self, index: u32, to: &mut [f32], scratch: &mut [f32], add: bool) {
         let at = index as usize * to.len();
         let row = match self {
@@ -282,13 +301,12 @@ impl Backend for CpuBackend {
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
-    /// And the share of the threads that the ctx has.
 
     fn describe(&self) -> String {
         let dtype = match self.format {
-            Format::F32 => "f32",
-            Format::Bf16 => "bf16",
-            Format::Int8 => "int8",
+            StorageFormat::F32 => "f32",
+            StorageFormat::Bf16 => "bf16",
+            StorageFormat::Int8 => "int8",
         };
         format!("CPU, {dtype}, {}, {} threads", self.path.name(), self.pool.threads())
     }
@@ -305,9 +323,9 @@ impl Backend for CpuBackend {
     fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Linear, BackendError> {
         let format = match role {
             LayerRole::Encoder => self.format,
-            LayerRole::Head => Format::F32,
+            LayerRole::Head => StorageFormat::F32,
         };
-        Ok(Linear(PackedWeights::pack(format, self.path.panel(), &weight, &bias, &self.pool)))
+        Ok(Linear(PackedWeights::pack(format, self.path.panel_columns(), &weight, &bias, &self.pool)))
     }
 
     fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
@@ -316,36 +334,36 @@ impl Backend for CpuBackend {
 
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         let lengths: Vec<usize> = batch.ranges().map(|rows| rows.len()).collect();
-        let plan = partition::cut(&lengths, self.pool.threads());
+        let partitioning = partition_batch(&lengths, self.pool.threads());
         let outcome = Mutex::new((vec![f32::NAN; lengths.len()], Ok(())));
-        let compute = |ctx: &ExecContext, piece: &[usize]| {
-            let scores = graph(ctx, &batch.select(piece));
+        let compute = |ctx: &ExecContext, partition: &[usize]| {
+            let scores = graph(ctx, &batch.select(partition));
             let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
             match scores {
-                Ok(scores) => piece.iter().zip(scores).for_each(|(&sequence, score)| outcome.0[sequence] = score),
+                Ok(scores) => partition.iter().zip(scores).for_each(|(&sequence, score)| outcome.0[sequence] = score),
                 Err(error) => outcome.1 = Err(error),
             }
         };
-        let _turn = self.pool.turn();
-        let team = ExecContext { team: (self.pool.threads() > 1).then(|| Arc::clone(&self.pool)) };
-        for piece in &plan.together {
-            compute(&team, piece);
+        let _threads = self.pool.lock_threads();
+        let all_threads = ExecContext::all_threads(&self.pool);
+        for partition in &partitioning.shared {
+            compute(&all_threads, partition);
         }
-        // A thread that is done early, since another was disturbed, takes over what that one has not begun.
-        let left: Vec<Mutex<&[partition::Piece]>> =
-            plan.apart.iter().map(|partition| Mutex::new(&partition[..])).collect();
-        let take = |from: usize| {
-            let mut partition = left[from].lock().unwrap_or_else(PoisonError::into_inner);
-            let (first, rest) = partition.split_first()?;
-            *partition = rest;
+        // Work stealing: a thread that has finished its own partitions continues with those of other threads.
+        let queues: Vec<Mutex<&[partition::Partition]>> =
+            partitioning.per_thread.iter().map(|partitions| Mutex::new(&partitions[..])).collect();
+        let pop = |owner: usize| {
+            let mut queue = queues[owner].lock().unwrap_or_else(PoisonError::into_inner);
+            let (first, rest) = queue.split_first()?;
+            *queue = rest;
             Some(first)
         };
-        if plan.apart.iter().any(|partition| !partition.is_empty()) {
+        if partitioning.per_thread.iter().any(|partitions| !partitions.is_empty()) {
             self.pool.broadcast(&|thread| {
-                let alone = ExecContext { team: None };
-                for from in (0..left.len()).map(|i| (thread + i) % left.len()) {
-                    while let Some(piece) = take(from) {
-                        compute(&alone, piece);
+                let ctx = ExecContext::single_thread();
+                for owner in (0..queues.len()).map(|i| (thread + i) % queues.len()) {
+                    while let Some(partition) = pop(owner) {
+                        compute(&ctx, partition);
                     }
                 }
             });
@@ -356,12 +374,12 @@ impl Backend for CpuBackend {
 
     fn embed(&self, ctx: &ExecContext, weights: &Embeddings, batch: &Batch) -> Result<Buffer, BackendError> {
         let (rows, c) = (batch.tokens(), weights.norm.weight.len());
-        let mut sum = Matrix::<f32>::take(rows, c);
+        let mut sum = Matrix::<f32>::acquire(rows, c);
         let shared = sum.shared();
         ctx.split(rows, |rows| {
-            let mut scratch = Matrix::<f32>::take(1, c);
+            let mut scratch = Matrix::<f32>::acquire(1, c);
             for row in rows {
-                // SAFETY: each row is one thread's, and has c values.
+                // SAFETY: each row is written by one thread and has c values.
                 let to = unsafe { std::slice::from_raw_parts_mut(shared.row(row), c) };
                 let scratch = scratch.row_mut(0);
                 weights.words.read(batch.ids()[row], to, scratch, false);
@@ -369,7 +387,7 @@ impl Backend for CpuBackend {
                 weights.positions.read(batch.positions()[row], to, scratch, true);
             }
         });
-        self.layer_norm(ctx, &weights.norm, Buffer { rows, exact: Some(sum), low: None })
+        self.layer_norm(ctx, &weights.norm, Buffer { rows, f32_rows: Some(sum), quantized: None })
     }
 
     fn apply(
@@ -384,39 +402,42 @@ impl Backend for CpuBackend {
         let (activation, residual) = match epilogue {
             Epilogue::Bias => (None, None),
             Epilogue::Activation(activation) => (Some(activation), None),
-            Epilogue::Residual(residual) => (None, Some(residual.exact.as_ref().expect("a residual stream is f32"))),
-        };
-        let input = self.input(x, weights);
-        let product =
-            |output| Gemm { input, weights, start: outputs.start, end: outputs.end, activation, residual, output };
-        if weights.format == Format::F32 || residual.is_some() {
-            let mut exact = Matrix::take(rows, columns);
-            self.multiply(ctx, &product(Output::F32(exact.shared())));
-            if activation == Some(Activation::Tanh) {
-                (0..rows).for_each(|row| exact.row_mut(row).iter_mut().for_each(|value| *value = value.tanh()));
+            Epilogue::Residual(residual) => {
+                (None, Some(residual.f32_rows.as_ref().expect("the residual stream is f32")))
             }
-            return Ok(Buffer { rows, exact: Some(exact), low: None });
+        };
+        let input = self.gemm_input(x, weights);
+        let gemm =
+            |output| Gemm { input, weights, start: outputs.start, end: outputs.end, activation, residual, output };
+        if weights.format == StorageFormat::F32 || residual.is_some() {
+            let mut f32_rows = Matrix::acquire(rows, columns);
+            self.gemm(ctx, &gemm(OutputRows::F32(f32_rows.shared())));
+            if activation == Some(Activation::Tanh) {
+                (0..rows).for_each(|row| f32_rows.row_mut(row).iter_mut().for_each(|value| *value = value.tanh()));
+            }
+            return Ok(Buffer { rows, f32_rows: Some(f32_rows), quantized: None });
         }
-        let mut halves = take_bf16(rows, columns);
-        self.multiply(ctx, &product(Output::Bf16(halves.shared())));
-        // What attention reads stays bf16; what a product reads is lowered once its rows are whole.
-        if weights.format == Format::Int8 && activation.is_some() {
-            let mut low = Low::take(Format::Int8, rows, columns).expect("int8 is a lower form");
-            self.lower(ctx, LowerFrom::Bf16(&halves), columns, &mut low, rows);
-            return Ok(Buffer { rows, exact: None, low: Some(low) });
+        let mut bf16_rows = acquire_bf16(rows, columns);
+        self.gemm(ctx, &gemm(OutputRows::Bf16(bf16_rows.shared())));
+        // Attention reads bf16. The input of an int8 GEMM is quantized once its rows are complete.
+        if weights.format == StorageFormat::Int8 && activation.is_some() {
+            let quantized = QuantizedRows::acquire(StorageFormat::Int8, rows, columns);
+            let mut quantized = quantized.expect("int8 rows are quantized");
+            self.quantize(ctx, QuantizeSource::Bf16(&bf16_rows), columns, &mut quantized, rows);
+            return Ok(Buffer { rows, f32_rows: None, quantized: Some(quantized) });
         }
-        Ok(Buffer { rows, exact: None, low: Some(Low::Bf16(halves)) })
+        Ok(Buffer { rows, f32_rows: None, quantized: Some(QuantizedRows::Bf16(bf16_rows)) })
     }
 
     fn layer_norm(&self, ctx: &ExecContext, weights: &Norm, x: Buffer) -> Result<Buffer, BackendError> {
-        let mut exact = x.exact.expect("norms are of f32 rows");
-        let mut low = Low::take(self.format, x.rows, exact.columns());
-        let (shared, low_shared) = (exact.shared(), quantize::shared(&mut low));
+        let mut f32_rows = x.f32_rows.expect("the residual stream is f32");
+        let mut quantized = QuantizedRows::acquire(self.format, x.rows, f32_rows.columns());
+        let (x_shared, quantized_shared) = (f32_rows.shared(), quantize::shared(&mut quantized));
         ctx.split(x.rows, |rows| {
             let Norm { weight, bias, eps } = weights;
-            self.path.enter(LayerNorm { x: shared, weight, bias, eps: *eps, low: low_shared, rows });
+            self.path.enter(LayerNorm { x: x_shared, weight, bias, eps: *eps, quantized: quantized_shared, rows });
         });
-        Ok(Buffer { rows: x.rows, exact: Some(exact), low })
+        Ok(Buffer { rows: x.rows, f32_rows: Some(f32_rows), quantized })
     }
 
     fn attention(
@@ -447,25 +468,26 @@ impl Backend for CpuBackend {
     }
 
     fn gather_cls(&self, _: &ExecContext, x: &Buffer, batch: &Batch) -> Result<Buffer, BackendError> {
-        let rows = batch.gather_cls();
+        let rows = batch.cls_rows();
         Ok(Buffer {
             rows: rows.len(),
-            exact: x.exact.as_ref().map(|exact| gather(exact, &rows)),
-            low: x.low.as_ref().map(|low| low.gather(&rows)),
+            f32_rows: x.f32_rows.as_ref().map(|f32_rows| gather_rows(f32_rows, &rows)),
+            quantized: x.quantized.as_ref().map(|quantized| quantized.gather_rows(&rows)),
         })
     }
 
     fn download(&self, _: &ExecContext, x: &Buffer) -> Result<Vec<f32>, BackendError> {
-        let exact = x.exact.as_ref().expect("only f32 rows are read back");
-        Ok((0..x.rows).flat_map(|row| exact.row(row).iter().copied()).collect())
+        let f32_rows = x.f32_rows.as_ref().expect("graphs download only f32 rows");
+        Ok((0..x.rows).flat_map(|row| f32_rows.row(row).iter().copied()).collect())
     }
 }
 
 impl Timed for CpuBackend {
+    /// The time, and the fraction of the threads that the execution context uses.
     type Event = (Instant, f64);
 
     fn record_event(&self, ctx: &ExecContext) -> Result<(Instant, f64), BackendError> {
-        let share = if ctx.team.is_some() { 1.0 } else { 1.0 / self.pool.threads() as f64 };
+        let share = if ctx.pool.is_some() { 1.0 } else { 1.0 / self.pool.threads() as f64 };
         Ok((Instant::now(), share))
     }
 
@@ -475,8 +497,8 @@ impl Timed for CpuBackend {
 
     fn roofline(&self) -> Result<Option<Roofline>, BackendError> {
         let peak = |format| roofline::peak_of(format, self.pool.threads());
-        let products = peak(self.format);
-        let attention = if self.format == Format::Int8 { peak(Format::Bf16) } else { products };
-        Ok(Some(Roofline { gemms: products, attention, memory: None }))
+        let gemms = peak(self.format);
+        let attention = if self.format == StorageFormat::Int8 { peak(StorageFormat::Bf16) } else { gemms };
+        Ok(Some(Roofline { gemms, attention, memory: None }))
     }
 }

@@ -1,30 +1,30 @@
-//! A linear layer's weights, packed once, at load, in the order in which the kernels read them.
+//! A linear layer's weights (the GEMM's operand B), packed once at load in the order in which the microkernel reads them.
 //!
-//! One geometry for three precisions: a *k-step* is four bytes along the inputs (one f32, two bf16, four int8), and a panel
-//! holds, k-step after k-step, the four bytes of each of its columns (outputs). A kernel body then serves all three.
+//! All storage formats have one layout. A *k-group* is one 32-bit word of values along the inputs: one f32, two bf16 or four
+//! int8. A *panel* is `[k_groups, width]` words, one column for each output. One microkernel then serves all formats.
 
 use bytemuck::cast_slice_mut;
 use half::bf16;
 
 use super::thread_pool::ThreadPool;
-use super::workspace::Line;
+use super::workspace::CacheLine;
 use crate::backend::HostTensor;
 
-/// The numbers that products are made of.
+/// How a GEMM's operands are stored and multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Format {
+pub(super) enum StorageFormat {
     /// f32 times f32.
     F32,
     /// bf16 times bf16, summed in f32.
     Bf16,
-    /// Unsigned activations times signed weights, summed in i32. A weight is `q * scale[output]` with q from -127 to 127
-    /// and `scale` the output's largest weight over 127.
+    /// Unsigned activations times signed weights, summed in i32. A weight is `q * scale[output]` with q from -127 to 127,
+    /// where `scale[output]` is the largest magnitude of the output's weights, divided by 127.
     Int8,
 }
 
-impl Format {
-    /// Values in a k-step.
-    pub(super) fn values_per_step(self) -> usize {
+impl StorageFormat {
+    /// Values in a k-group.
+    pub(super) fn values_per_k_group(self) -> usize {
         match self {
             Self::F32 => 1,
             Self::Bf16 => 2,
@@ -36,70 +36,70 @@ impl Format {
 /// Packed weights `[outputs, inputs]` and their bias. Columns beyond `outputs` and inputs beyond the last are zeros.
 #[derive(Debug)]
 pub(super) struct PackedWeights {
-    pub(super) format: Format,
-    /// K-steps of a column.
-    pub(super) steps: usize,
+    pub(super) format: StorageFormat,
+    /// K-groups of a column.
+    pub(super) k_groups: usize,
     /// Columns of a panel.
     pub(super) width: usize,
-    words: Vec<Line>,
-    /// Each of these has a value for every column of every panel.
+    words: Vec<CacheLine>,
+    /// A value for every column of every panel, as in `scale` and `column_sum`.
     pub(super) bias: Vec<f32>,
-    /// int8: what a column's sum is multiplied by.
+    /// int8: the weights' scale of each column.
     pub(super) scale: Vec<f32>,
-    /// int8: the sum of a column's weights, which an activation's zero point is multiplied by.
+    /// int8: the sum of each column's weights, which is multiplied by an input row's `min`.
     pub(super) column_sum: Vec<f32>,
 }
 
 impl PackedWeights {
     /// Packs `weight`, `[outputs, inputs]`, and `bias`, `[outputs]`, into panels of `width` columns.
     pub(super) fn pack(
-        format: Format,
+        format: StorageFormat,
         width: usize,
         weight: &HostTensor,
         bias: &HostTensor,
         pool: &ThreadPool,
     ) -> Self {
         let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
-        let steps = inputs.div_ceil(format.values_per_step());
+        let k_groups = inputs.div_ceil(format.values_per_k_group());
         let panels = outputs.div_ceil(width);
         let mut padded_bias = bias.data.clone();
         padded_bias.resize(panels * width, 0.0);
         let (mut scale, mut column_sum) = (vec![0.0; panels * width], vec![0.0; panels * width]);
-        let mut words = Line::zeros(panels * steps * width * 4);
-        let panel_lines = steps * width * 4 / 64;
+        let mut words = CacheLine::zeros(panels * k_groups * width * 4);
+        let panel_lines = k_groups * width * 4 / 64;
         let columns = scale.chunks_mut(width).zip(column_sum.chunks_mut(width));
         pool.for_each(words.chunks_mut(panel_lines).zip(columns).enumerate().collect(), |(panel, (lines, columns))| {
             let words: &mut [u32] = cast_slice_mut(lines);
             let (scales, sums): (&mut [f32], &mut [f32]) = columns;
             for column in 0..width.min(outputs - panel * width) {
                 let row = &weight.data[(panel * width + column) * inputs..][..inputs];
-                if format == Format::Int8 {
+                if format == StorageFormat::Int8 {
                     let scale = int8_scale(row);
                     scales[column] = scale;
-                    sums[column] = row.iter().map(|&w| i32::from(int8(w, scale))).sum::<i32>() as f32 * scale;
+                    sums[column] = row.iter().map(|&w| i32::from(quantize_int8(w, scale))).sum::<i32>() as f32 * scale;
                 }
                 let scale = scales[column];
-                for (step, values) in row.chunks(format.values_per_step()).enumerate() {
-                    words[step * width + column] = match format {
-                        Format::F32 => values[0].to_bits(),
-                        Format::Bf16 => word(values, |v| u32::from(bf16::from_f32(v).to_bits()), 16),
-                        Format::Int8 => word(values, |v| u32::from(int8(v, scale) as u8), 8),
+                for (group, values) in row.chunks(format.values_per_k_group()).enumerate() {
+                    words[group * width + column] = match format {
+                        StorageFormat::F32 => values[0].to_bits(),
+                        StorageFormat::Bf16 => pack_word(values, |v| u32::from(bf16::from_f32(v).to_bits()), 16),
+                        StorageFormat::Int8 => pack_word(values, |v| u32::from(quantize_int8(v, scale) as u8), 8),
                     };
                 }
             }
         });
-        Self { format, steps, width, words, bias: padded_bias, scale, column_sum }
+        Self { format, k_groups, width, words, bias: padded_bias, scale, column_sum }
     }
 
-    /// The words of a panel: `[steps, width]`.
+    /// The words of a panel: `[k_groups, width]`.
     pub(super) fn panel(&self, panel: usize) -> &[u32] {
         let words: &[u32] = bytemuck::cast_slice(&self.words);
-        &words[panel * self.steps * self.width..][..self.steps * self.width]
+        &words[panel * self.k_groups * self.width..][..self.k_groups * self.width]
     }
 }
 
-/// Values side by side in a word, the first in its low bits.
-fn word(values: &[f32], bits: impl Fn(f32) -> u32, width: usize) -> u32 {
+/// Packs values into a word, the first in its low bits.
+fn pack_word(values: &[f32], bits: impl Fn(f32) -> u32, width: usize) -> u32 {
     values.iter().enumerate().fold(0, |word, (i, &value)| word | bits(value) << (i * width))
 }
 
@@ -107,9 +107,10 @@ fn int8_scale(weights: &[f32]) -> f32 {
     weights.iter().fold(0f32, |largest, weight| largest.max(weight.abs())).max(f32::MIN_POSITIVE) / 127.0
 }
 
-/// The nearest whole number of scales, ties to even. No library's `round`, which is a call for each weight.
-fn int8(weight: f32, scale: f32) -> i8 {
-    /// 1.5 * 2^23: the sum with it is rounded to a whole number, which is in its low bits.
-    const ROUNDED: f32 = 12_582_912.0;
-    ((weight / scale).clamp(-127.0, 127.0) + ROUNDED).to_bits() as i8
+/// `weight / scale` rounded to the nearest integer, ties to even. The library's `round` would be a function call for each
+/// weight.
+fn quantize_int8(weight: f32, scale: f32) -> i8 {
+    /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits of the sum.
+    const ROUNDING: f32 = 12_582_912.0;
+    ((weight / scale).clamp(-127.0, 127.0) + ROUNDING).to_bits() as i8
 }

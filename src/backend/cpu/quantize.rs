@@ -1,134 +1,135 @@
-//! Rows of activations in the precision that GEMMs read: f32, bf16, or int8 with a range for each row.
+//! Rows of activations in the storage format that GEMMs read: f32, bf16, or int8 with quantization parameters per row.
 
 use std::ops::Range;
 
-use super::gemm::{ByteRange, Input};
-use super::packed::Format;
-use super::simd::{Isa, Op, load_partial, store_partial_bf16};
-use super::workspace::{Matrix, Shared};
+use super::gemm::{GemmInput, QuantParams};
+use super::packed::StorageFormat;
+use super::simd::{Isa, SimdOp, load_partial, store_partial_bf16};
+use super::workspace::{Matrix, SharedMatrix};
 
-/// Rows as a product of a lower precision reads them.
+/// Rows in the storage format of a bf16 or int8 GEMM.
 #[derive(Debug)]
-pub(super) enum Low {
+pub(super) enum QuantizedRows {
     Bf16(Matrix<u16>),
-    /// Bytes, and in the one row of the second what each row's stand for.
-    Int8(Matrix<u8>, Matrix<ByteRange>),
+    /// Bytes, and the quantization parameters of each row: `[1, rows]`.
+    Int8(Matrix<u8>, Matrix<QuantParams>),
 }
 
-/// [`Low`] while several threads write it; `Exact` where products read the f32 themselves.
+/// [`QuantizedRows`] while several threads write them. `Unused`: GEMMs read the f32 rows, so there is nothing to write.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum LowShared<'a> {
-    Exact,
-    Bf16(Shared<'a, u16>),
-    Int8(Shared<'a, u8>, Shared<'a, ByteRange>),
+pub(super) enum SharedQuantizedRows<'a> {
+    Unused,
+    Bf16(SharedMatrix<'a, u16>),
+    Int8(SharedMatrix<'a, u8>, SharedMatrix<'a, QuantParams>),
 }
 
-impl Low {
-    /// Memory for rows in `format`; none for f32.
-    pub(super) fn take(format: Format, rows: usize, columns: usize) -> Option<Self> {
+impl QuantizedRows {
+    /// Acquires rows in `format`; `None` for f32. Their contents are unspecified.
+    pub(super) fn acquire(format: StorageFormat, rows: usize, columns: usize) -> Option<Self> {
         match format {
-            Format::F32 => None,
-            Format::Bf16 => Some(Self::Bf16(take_bf16(rows, columns))),
-            Format::Int8 => Some(Self::Int8(Matrix::take(rows, columns), Matrix::take(1, rows))),
+            StorageFormat::F32 => None,
+            StorageFormat::Bf16 => Some(Self::Bf16(acquire_bf16(rows, columns))),
+            StorageFormat::Int8 => Some(Self::Int8(Matrix::acquire(rows, columns), Matrix::acquire(1, rows))),
         }
     }
 
-    pub(super) fn shared(&mut self) -> LowShared<'_> {
+    pub(super) fn shared(&mut self) -> SharedQuantizedRows<'_> {
         match self {
-            Self::Bf16(rows) => LowShared::Bf16(rows.shared()),
-            Self::Int8(rows, ranges) => LowShared::Int8(rows.shared(), ranges.shared()),
+            Self::Bf16(rows) => SharedQuantizedRows::Bf16(rows.shared()),
+            Self::Int8(rows, params) => SharedQuantizedRows::Int8(rows.shared(), params.shared()),
         }
     }
 
-    pub(super) fn input(&self) -> Input<'_> {
+    pub(super) fn gemm_input(&self) -> GemmInput<'_> {
         match self {
-            Self::Bf16(rows) => input(rows, &[]),
-            Self::Int8(rows, ranges) => input(rows, ranges.row(0)),
+            Self::Bf16(rows) => gemm_input(rows, &[]),
+            Self::Int8(rows, params) => gemm_input(rows, params.row(0)),
         }
     }
 
-    pub(super) fn gather(&self, rows: &[u32]) -> Self {
+    pub(super) fn gather_rows(&self, rows: &[u32]) -> Self {
         match self {
-            Self::Bf16(from) => Self::Bf16(gather(from, rows)),
-            Self::Int8(from, ranges) => {
-                let mut gathered = Matrix::take(1, rows.len());
+            Self::Bf16(from) => Self::Bf16(gather_rows(from, rows)),
+            Self::Int8(from, params) => {
+                let mut gathered = Matrix::acquire(1, rows.len());
                 for (to, &row) in gathered.row_mut(0).iter_mut().zip(rows) {
-                    *to = ranges.row(0)[row as usize];
+                    *to = params.row(0)[row as usize];
                 }
-                Self::Int8(gather(from, rows), gathered)
+                Self::Int8(gather_rows(from, rows), gathered)
             }
         }
     }
 }
 
-/// [`Low::shared`], or nothing to write.
-pub(super) fn shared(low: &mut Option<Low>) -> LowShared<'_> {
-    low.as_mut().map_or(LowShared::Exact, Low::shared)
+/// [`QuantizedRows::shared`], or [`SharedQuantizedRows::Unused`].
+pub(super) fn shared(quantized: &mut Option<QuantizedRows>) -> SharedQuantizedRows<'_> {
+    quantized.as_mut().map_or(SharedQuantizedRows::Unused, QuantizedRows::shared)
 }
 
-/// Rows of bf16. A last k-step that is half filled ends in a zero, since whatever number is there is multiplied (by zero).
-pub(super) fn take_bf16(rows: usize, columns: usize) -> Matrix<u16> {
-    let mut matrix = Matrix::take(rows, columns);
+/// Acquires rows of bf16. With an odd number of columns, the second half of the last k-group is set to zero: the weights are
+/// zero there, but zero times NaN is NaN.
+pub(super) fn acquire_bf16(rows: usize, columns: usize) -> Matrix<u16> {
+    let mut matrix = Matrix::acquire(rows, columns);
     if !columns.is_multiple_of(2) {
         let stride = matrix.stride();
         for row in 0..rows {
-            matrix.all_mut()[row * stride + columns] = 0;
+            matrix.as_mut_slice()[row * stride + columns] = 0;
         }
     }
     matrix
 }
 
-/// Rows as words of k-steps.
-pub(super) fn input<'a, T: bytemuck::Pod>(rows: &'a Matrix<T>, ranges: &'a [ByteRange]) -> Input<'a> {
-    Input {
-        words: bytemuck::cast_slice(rows.all()),
+/// Rows as k-groups: 32-bit words.
+pub(super) fn gemm_input<'a, T: bytemuck::Pod>(rows: &'a Matrix<T>, params: &'a [QuantParams]) -> GemmInput<'a> {
+    GemmInput {
+        words: bytemuck::cast_slice(rows.as_slice()),
         stride: rows.stride() * size_of::<T>() / 4,
         rows: rows.rows(),
-        ranges,
+        params,
     }
 }
 
 /// The given rows, in the given order.
-pub(super) fn gather<T: bytemuck::Pod>(from: &Matrix<T>, rows: &[u32]) -> Matrix<T> {
-    let mut to = Matrix::take(rows.len(), from.columns());
+pub(super) fn gather_rows<T: bytemuck::Pod>(from: &Matrix<T>, rows: &[u32]) -> Matrix<T> {
+    let mut to = Matrix::acquire(rows.len(), from.columns());
     let (stride, from_stride) = (to.stride(), from.stride());
     for (i, &row) in rows.iter().enumerate() {
-        // With the row's end, which holds a half k-step's zero.
-        to.all_mut()[i * stride..][..stride].copy_from_slice(&from.all()[row as usize * from_stride..][..stride]);
+        // The whole stride, with the zero that completes a row's last k-group.
+        to.as_mut_slice()[i * stride..][..stride]
+            .copy_from_slice(&from.as_slice()[row as usize * from_stride..][..stride]);
     }
     to
 }
 
-/// The lower form of rows.
-pub(super) struct Lower<'a> {
-    pub(super) from: LowerFrom<'a>,
+/// Converts rows to the GEMMs' storage format.
+pub(super) struct QuantizeRows<'a> {
+    pub(super) from: QuantizeSource<'a>,
     pub(super) columns: usize,
-    pub(super) low: LowShared<'a>,
-    /// No other thread touches these rows meanwhile.
+    pub(super) to: SharedQuantizedRows<'a>,
+    /// No other thread accesses these rows at the same time.
     pub(super) rows: Range<usize>,
 }
 
-/// Rows that are to be lowered.
 #[derive(Clone, Copy)]
-pub(super) enum LowerFrom<'a> {
+pub(super) enum QuantizeSource<'a> {
     F32(&'a Matrix<f32>),
     Bf16(&'a Matrix<u16>),
 }
 
-impl Op for Lower<'_> {
+impl SimdOp for QuantizeRows<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let c = self.columns;
-        let mut as_f32 = Matrix::<f32>::take(1, c);
+        let mut as_f32 = Matrix::<f32>::acquire(1, c);
         let as_f32 = as_f32.row_mut(0).as_mut_ptr();
         for row in self.rows {
-            // SAFETY: the rows have c columns; the low ones are this thread's; a row's stride holds whole vectors.
+            // SAFETY: the rows have c columns; the output rows are this thread's; a row's stride holds whole vectors.
             unsafe {
                 match self.from {
-                    LowerFrom::F32(from) => lower(isa, from.row(row).as_ptr(), c, self.low, row),
-                    LowerFrom::Bf16(from) => {
+                    QuantizeSource::F32(from) => quantize_row(isa, from.row(row).as_ptr(), c, self.to, row),
+                    QuantizeSource::Bf16(from) => {
                         let from = from.row(row);
                         for at in (0..c).step_by(I::LANES) {
                             if at + I::LANES <= c {
@@ -139,7 +140,7 @@ impl Op for Lower<'_> {
                                 }
                             }
                         }
-                        lower(isa, as_f32, c, self.low, row);
+                        quantize_row(isa, as_f32, c, self.to, row);
                     }
                 }
             }
@@ -147,36 +148,37 @@ impl Op for Lower<'_> {
     }
 }
 
-/// Rounds `x`, `[c]`, into row `row` of `low`.
+/// Rounds `x`, `[c]`, into row `row` of `to`. int8: `value = min + scale * byte`, from the row's own smallest to its largest
+/// value, so the bytes use the whole range 0 to 255.
 ///
 /// # Safety
-/// x has c values; the row is this thread's and has c columns.
+/// `x` has c values. The row is this thread's and has c columns.
 #[inline(always)]
-pub(super) unsafe fn lower<I: Isa>(isa: I, x: *const f32, c: usize, low: LowShared<'_>, row: usize) {
-    // SAFETY: the caller's promise; no access goes beyond c values.
+pub(super) unsafe fn quantize_row<I: Isa>(isa: I, x: *const f32, c: usize, to: SharedQuantizedRows<'_>, row: usize) {
+    // SAFETY: guaranteed by the caller; no access goes beyond c values.
     unsafe {
-        match low {
-            LowShared::Exact => {}
-            LowShared::Bf16(to) => {
+        match to {
+            SharedQuantizedRows::Unused => {}
+            SharedQuantizedRows::Bf16(to) => {
                 let to = to.row(row);
                 for at in (0..c).step_by(I::LANES) {
                     store_partial_bf16(isa, to.add(at), c - at, load_partial(isa, x.add(at), c - at, 0.0));
                 }
             }
-            LowShared::Int8(to, ranges) => {
-                let (mut least, mut most) = (isa.splat(f32::INFINITY), isa.splat(f32::NEG_INFINITY));
+            SharedQuantizedRows::Int8(to, params) => {
+                let (mut min, mut max) = (isa.splat(f32::INFINITY), isa.splat(f32::NEG_INFINITY));
                 for at in (0..c).step_by(I::LANES) {
-                    // Lanes beyond the row repeat its first value.
+                    // Lanes beyond the row repeat its first value, which changes neither minimum nor maximum.
                     let value = load_partial(isa, x.add(at), c - at, *x);
-                    (least, most) = (isa.min(least, value), isa.max(most, value));
+                    (min, max) = (isa.min(min, value), isa.max(max, value));
                 }
-                let (least, most) = (isa.min_of(least), isa.max_of(most));
-                let scale = ((most - least) / 255.0).max(f32::MIN_POSITIVE);
-                *ranges.row(0).add(row) = ByteRange { low: least, scale };
-                let (to, least, inverse) = (to.row(row), isa.splat(least), isa.splat(1.0 / scale));
+                let (min, max) = (isa.reduce_min(min), isa.reduce_max(max));
+                let scale = ((max - min) / 255.0).max(f32::MIN_POSITIVE);
+                *params.row(0).add(row) = QuantParams { min, scale };
+                let (to, min, inverse) = (to.row(row), isa.splat(min), isa.splat(1.0 / scale));
                 for at in (0..c).step_by(I::LANES) {
-                    let value = isa.mul(isa.sub(load_partial(isa, x.add(at), c - at, *x), least), inverse);
-                    // A byte matrix's rows are whole cache lines: a vector of bytes is always within one.
+                    let value = isa.mul(isa.sub(load_partial(isa, x.add(at), c - at, *x), min), inverse);
+                    // A row of bytes is padded to whole cache lines, so a whole vector of bytes always fits.
                     isa.store_u8(to.add(at), value);
                 }
             }

@@ -1,17 +1,16 @@
-//! Every operation on every instruction set that this machine has, at awkward sizes, against candle; and scores against
-//! themselves, whatever the batch, its order and the number of threads.
+//! Compares every operation, on every instruction set of this machine and at awkward sizes, with candle; and results on a
+//! single thread with results on all threads, bit for bit.
 
 use candle_core::{Device, Tensor};
 
 use super::activation;
-use super::simd::Accuracy;
-use super::simd::{Isa, Op};
+use super::simd::{Accuracy, Isa, SimdOp};
 use super::*;
 use crate::backend::candle::CandleBackend;
 use crate::batch::Pair;
 
-/// Runs `check` on every path here, in every precision. What does not run here is named.
-fn everywhere(test: &str, check: impl Fn(&CpuBackend, &Bound)) {
+/// Runs `check` on every path of this machine, in every precision. Paths that this machine lacks are reported.
+fn on_every_path(test: &str, check: impl Fn(&CpuBackend, &Tolerance)) {
     let paths = SimdPath::supported();
     let names: Vec<&str> = paths.iter().map(|path| path.name()).collect();
     eprintln!("{test}: on {}", names.join(", "));
@@ -26,25 +25,26 @@ fn everywhere(test: &str, check: impl Fn(&CpuBackend, &Bound)) {
     for path in paths {
         for dtype in [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8] {
             let backend = CpuBackend::on(path, dtype, Arc::clone(&pool));
-            check(&backend, &Bound { dtype, at: format!("{test}, {}, {dtype:?}", path.name()) });
+            check(&backend, &Tolerance { dtype, label: format!("{test}, {}, {dtype:?}", path.name()) });
         }
     }
 }
 
-/// How far a precision's results may be from f32's.
+/// How far results of a precision may be from those of f32.
 ///
-/// Operands are exact in bf16 here, so what remains of a product is the order of f32 summation (some 1e-7 of the sum of
-/// magnitudes) and the rounding of its result: 2^-9 of a bf16 value. int8 rounds each operand to within 1/254 of its row's
-/// range or 1/127 of its column's largest, errors that add up like a random walk.
-struct Bound {
+/// Operands here are exact in bf16. So a GEMM's error is that of the order of f32 summation (some 1e-7 of the sum of
+/// magnitudes) and of rounding its result, which is 2^-9 of the value in bf16. int8 rounds each operand to within 1/254 of its
+/// row's range or 1/127 of its column's largest magnitude; these errors add up like a random walk.
+struct Tolerance {
     dtype: CpuDtype,
-    at: String,
+    /// Test, path and precision, for messages.
+    label: String,
 }
 
-impl Bound {
-    /// `magnitude` is the size of the numbers that were added up to each result, `terms` how many there were.
+impl Tolerance {
+    /// Each result is a sum of `terms` numbers of size `magnitude`.
     fn check(&self, ours: &[f32], theirs: &[f32], magnitude: f32, terms: usize, what: &str) {
-        assert_eq!(ours.len(), theirs.len(), "{}: {what}", self.at);
+        assert_eq!(ours.len(), theirs.len(), "{}: {what}", self.label);
         let sum = magnitude * (terms as f32).sqrt();
         let (relative, absolute) = match self.dtype {
             CpuDtype::F32 => (1e-6, 2e-6 * sum),
@@ -52,13 +52,13 @@ impl Bound {
             CpuDtype::Int8 => (1.0 / 100.0, 0.025 * sum),
         };
         for (i, (our, their)) in ours.iter().zip(theirs).enumerate() {
-            let bound = relative * their.abs() + absolute;
-            assert!((our - their).abs() <= bound, "{}: {what}: value {i} is {our}, not {their}", self.at);
+            let tolerance = relative * their.abs() + absolute;
+            assert!((our - their).abs() <= tolerance, "{}: {what}: value {i} is {our}, not {their}", self.label);
         }
     }
 }
 
-/// Numbers between -1 and 1 that bf16 holds exactly.
+/// Random numbers between -1 and 1 that are exact in bf16.
 fn numbers(random: &mut fastrand::Rng, n: usize) -> Vec<f32> {
     (0..n).map(|_| half::bf16::from_f32(random.f32() * 2.0 - 1.0).to_f32()).collect()
 }
@@ -72,43 +72,45 @@ fn candle(rows: usize, data: &[f32]) -> Tensor {
 }
 
 impl CpuBackend {
-    /// Rows as a norm leaves them.
+    /// A buffer as `layer_norm` returns it: f32 and quantized.
     fn buffer(&self, rows: usize, data: &[f32]) -> Buffer {
         let columns = data.len() / rows;
-        let mut exact = Matrix::take(rows, columns);
-        (0..rows).for_each(|row| exact.row_mut(row).copy_from_slice(&data[row * columns..][..columns]));
-        let mut low = Low::take(self.format, rows, columns);
-        if let Some(low) = &mut low {
-            self.lower(&ExecContext { team: None }, LowerFrom::F32(&exact), columns, low, rows);
+        let mut f32_rows = Matrix::acquire(rows, columns);
+        (0..rows).for_each(|row| f32_rows.row_mut(row).copy_from_slice(&data[row * columns..][..columns]));
+        let mut quantized = QuantizedRows::acquire(self.format, rows, columns);
+        if let Some(quantized) = &mut quantized {
+            self.quantize(&ExecContext::single_thread(), QuantizeSource::F32(&f32_rows), columns, quantized, rows);
         }
-        Buffer { rows, exact: Some(exact), low }
+        Buffer { rows, f32_rows: Some(f32_rows), quantized }
     }
 
-    /// Queries, keys or values, as a product leaves them.
-    fn attended(&self, rows: usize, data: &[f32]) -> Buffer {
-        let buffer =
-            CpuBackend { format: if self.format == Format::F32 { Format::F32 } else { Format::Bf16 }, ..self.clone() }
-                .buffer(rows, data);
-        if self.format == Format::F32 { buffer } else { Buffer { exact: None, ..buffer } }
+    /// Queries, keys or values, as `apply` returns them: f32 or bf16.
+    fn attention_input(&self, rows: usize, data: &[f32]) -> Buffer {
+        let buffer = CpuBackend {
+            format: if self.format == StorageFormat::F32 { StorageFormat::F32 } else { StorageFormat::Bf16 },
+            ..self.clone()
+        }
+        .buffer(rows, data);
+        if self.format == StorageFormat::F32 { buffer } else { Buffer { f32_rows: None, ..buffer } }
     }
 
-    /// Both kinds of ctx: alone, and all threads in step.
+    /// Both kinds of execution context.
     fn contexts(&self) -> [ExecContext; 2] {
-        [ExecContext { team: None }, ExecContext { team: Some(Arc::clone(&self.pool)) }]
+        [ExecContext::single_thread(), ExecContext::all_threads(&self.pool)]
     }
 }
 
-/// What a buffer's lower form stands for.
+/// The values of a buffer's quantized rows if it has them, otherwise of its f32 rows.
 fn values(buffer: &Buffer) -> Vec<f32> {
-    match &buffer.low {
-        None => (0..buffer.rows).flat_map(|row| buffer.exact.as_ref().unwrap().row(row).to_vec()).collect(),
-        Some(Low::Bf16(rows)) => {
+    match &buffer.quantized {
+        None => (0..buffer.rows).flat_map(|row| buffer.f32_rows.as_ref().unwrap().row(row).to_vec()).collect(),
+        Some(QuantizedRows::Bf16(rows)) => {
             (0..buffer.rows).flat_map(|row| rows.row(row).iter().map(|&b| half::bf16::from_bits(b).to_f32())).collect()
         }
-        Some(Low::Int8(rows, ranges)) => (0..buffer.rows)
+        Some(QuantizedRows::Int8(rows, params)) => (0..buffer.rows)
             .flat_map(|row| {
-                let range = ranges.row(0)[row];
-                rows.row(row).iter().map(move |&byte| range.low + range.scale * f32::from(byte))
+                let params = params.row(0)[row];
+                rows.row(row).iter().map(move |&byte| params.min + params.scale * f32::from(byte))
             })
             .collect(),
     }
@@ -119,8 +121,8 @@ fn bits(values: &[f32]) -> Vec<u32> {
 }
 
 #[test]
-fn products_equal_their_definition() {
-    everywhere("products", |backend, bound| {
+fn gemms_match_the_reference() {
+    on_every_path("gemms", |backend, tolerance| {
         let mut random = fastrand::Rng::with_seed(7);
         let sizes = [
             (1, 1, 1),
@@ -131,7 +133,7 @@ fn products_equal_their_definition() {
             (13, 64, 65),
             (12, 65, 200),
             (31, 130, 33),
-            // Beyond a block of k-steps in f32, in bf16 and in int8; and beyond a block of rows.
+            // More than a block of k-groups in f32, in bf16 and in int8; and more than a block of rows.
             (7, 1030, 70),
             (3, 2100, 17),
             (2, 4100, 9),
@@ -162,7 +164,7 @@ fn products_equal_their_definition() {
                         _ => (Epilogue::Bias, Epilogue::Bias),
                     };
                     let weights = if kind.starts_with("head") { &exact } else { &ours };
-                    let [alone, team] = backend.contexts();
+                    let [single_thread, all_threads] = backend.contexts();
                     let result = |ctx| {
                         backend
                             .apply(
@@ -178,39 +180,39 @@ fn products_equal_their_definition() {
                             )
                             .unwrap()
                     };
-                    let result_alone = values(&result(&alone));
+                    let result_single = values(&result(&single_thread));
                     assert_eq!(
-                        bits(&result_alone),
-                        bits(&values(&result(&team))),
-                        "{}: {what}: alone and in step",
-                        bound.at
+                        bits(&result_single),
+                        bits(&values(&result(&all_threads))),
+                        "{}: {what}: one thread and all threads differ",
+                        tolerance.label
                     );
                     let expected = reference.apply(&(), &theirs, outputs.clone(), &x_theirs, theirs_epilogue).unwrap();
                     let expected = reference.download(&(), &expected).unwrap();
-                    let bound = if kind.starts_with("head") {
-                        &Bound { dtype: CpuDtype::F32, at: bound.at.clone() }
+                    let tolerance = if kind.starts_with("head") {
+                        &Tolerance { dtype: CpuDtype::F32, label: tolerance.label.clone() }
                     } else {
-                        bound
+                        tolerance
                     };
-                    bound.check(&result_alone, &expected, 1.0, k, &what);
+                    tolerance.check(&result_single, &expected, 1.0, k, &what);
                 }
             }
         }
     });
 }
 
-/// The form of GELU that is rounded to bf16 next against the exact one, which the products' test holds to candle.
+/// Compares the bf16 approximation of GELU with the f32 one, which `gemms_match_the_reference` compares with candle.
 #[test]
-fn the_shorter_gelu_is_as_near_as_it_says() {
+fn the_bf16_gelu_is_within_its_documented_error() {
     struct Both(f32);
-    impl Op for Both {
+    impl SimdOp for Both {
         type Output = [f32; 2];
         #[inline(always)]
         fn run<I: Isa>(self, isa: I) -> [f32; 2] {
             let of = |accuracy| {
-                // All lanes are alike.
+                // All lanes are equal.
                 let value = activation::activate(isa, Activation::Gelu, isa.splat(self.0), accuracy);
-                isa.max_of(value)
+                isa.reduce_max(value)
             };
             [of(Accuracy::F32), of(Accuracy::Bf16)]
         }
@@ -227,15 +229,15 @@ fn the_shorter_gelu_is_as_near_as_it_says() {
 }
 
 #[test]
-fn norms_equal_their_definition() {
-    everywhere("norms", |backend, bound| {
+fn layer_norms_match_the_definition() {
+    on_every_path("norms", |backend, tolerance| {
         let mut random = fastrand::Rng::with_seed(8);
         for (rows, c) in [(1, 1), (2, 7), (3, 8), (1, 15), (5, 16), (2, 17), (3, 63), (2, 65), (7, 312), (2, 1024)] {
-            // Rows far from zero: the variance is taken about the mean.
+            // Rows far from zero, where computing the variance from sums of squares would lose it.
             let x: Vec<f32> = numbers(&mut random, rows * c).iter().map(|v| v + 30.0).collect();
             let (weight, bias) = (numbers(&mut random, c), numbers(&mut random, c));
             let weights = || NormWeights { weight: tensor(&[c], &weight), bias: tensor(&[c], &bias), eps: 1e-5 };
-            // In f64, by the definition: candle takes the variance from sums of squares, which loses it here.
+            // The definition, in f64. candle computes the variance from sums of squares, which loses it here.
             let theirs: Vec<f32> = x
                 .chunks(c)
                 .flat_map(|row| {
@@ -252,19 +254,19 @@ fn norms_equal_their_definition() {
                 let ours =
                     backend.layer_norm(ctx, &backend.norm(weights()).unwrap(), backend.buffer(rows, &x)).unwrap();
                 let what = format!("{rows} x {c}");
-                // A number near 30 is known to within 2e-6, and so is the mean; what is left is divided by the deviation.
-                let exact = Bound { dtype: CpuDtype::F32, at: bound.at.clone() };
+                // A number near 30 has an error of 2e-6, and so has the mean. Their difference is divided by the deviation.
+                let exact = Tolerance { dtype: CpuDtype::F32, label: tolerance.label.clone() };
                 exact.check(&backend.download(ctx, &ours).unwrap(), &theirs, 10.0, 1, &what);
                 let exact = backend.download(ctx, &ours).unwrap();
-                bound.check(&values(&ours), &exact, 2.0, 1, &format!("{what}, lower form"));
+                tolerance.check(&values(&ours), &exact, 2.0, 1, &format!("{what}, quantized"));
             }
         }
     });
 }
 
 #[test]
-fn attention_equals_its_definition() {
-    everywhere("attention", |backend, bound| {
+fn attention_matches_the_reference() {
+    on_every_path("attention", |backend, tolerance| {
         let mut random = fastrand::Rng::with_seed(9);
         for (heads, d, lengths) in [
             (1, 1, &[1, 2, 3][..]),
@@ -281,40 +283,45 @@ fn attention_equals_its_definition() {
             let pairs: Vec<Pair> = lengths.iter().map(|&n| Pair::new(vec![0; n], vec![0; n])).collect();
             let batch = Batch::pack(&pairs);
             let t = batch.tokens();
-            // Large scores: the softmax must not overflow, and takes some keys almost alone.
+            // Large scores: the softmax must not overflow, and a few keys dominate it.
             let qkv: Vec<f32> = numbers(&mut random, t * 3 * c).iter().map(|v| v * 4.0).collect();
             let part = |from: usize, width: usize, rows: &[u32]| -> Vec<f32> {
                 rows.iter().flat_map(|&row| qkv[row as usize * 3 * c + from..][..width].to_vec()).collect()
             };
             let all: Vec<u32> = (0..t as u32).collect();
-            let (q, kv) = (part(0, c, &batch.gather_cls()), part(c, 2 * c, &all));
+            let (q, kv) = (part(0, c, &batch.cls_rows()), part(c, 2 * c, &all));
             let reference = CandleBackend::cpu(2).unwrap();
             let theirs = reference.attention(&(), shape, &candle(t, &qkv), &batch).unwrap();
             let theirs_first =
                 reference.cls_attention(&(), shape, &candle(batch.sequences(), &q), &candle(t, &kv), &batch).unwrap();
-            let [alone, team] = backend.contexts();
+            let [single_thread, all_threads] = backend.contexts();
             let what = format!("{heads} heads of {d}, {lengths:?}");
             let ours = |ctx| {
-                let all = backend.attention(ctx, shape, &backend.attended(t, &qkv), &batch).unwrap();
+                let all = backend.attention(ctx, shape, &backend.attention_input(t, &qkv), &batch).unwrap();
                 let first = backend
                     .cls_attention(
                         ctx,
                         shape,
-                        &backend.attended(batch.sequences(), &q),
-                        &backend.attended(t, &kv),
+                        &backend.attention_input(batch.sequences(), &q),
+                        &backend.attention_input(t, &kv),
                         &batch,
                     )
                     .unwrap();
                 (values(&all), values(&first))
             };
-            let (result, first) = ours(&alone);
-            let (result_team, first_team) = ours(&team);
-            assert_eq!((bits(&result), bits(&first)), (bits(&result_team), bits(&first_team)), "{}: {what}", bound.at);
-            // An average of values up to 4, with weights that bf16 rounds too. In f32 a score's own error, a sum of d terms up to
-            // 16, is a relative error of its weight.
-            let terms = if bound.dtype == CpuDtype::F32 { 16 * d } else { 1 };
-            bound.check(&result, &reference.download(&(), &theirs).unwrap(), 4.0, terms, &what);
-            bound.check(
+            let (result, first) = ours(&single_thread);
+            let (result_all, first_all) = ours(&all_threads);
+            assert_eq!(
+                (bits(&result), bits(&first)),
+                (bits(&result_all), bits(&first_all)),
+                "{}: {what}",
+                tolerance.label
+            );
+            // A weighted mean of values up to 4, with weights that bf16 rounds too. In f32, the absolute error of a score, a sum
+            // of d terms up to 16, is the relative error of its weight.
+            let terms = if tolerance.dtype == CpuDtype::F32 { 16 * d } else { 1 };
+            tolerance.check(&result, &reference.download(&(), &theirs).unwrap(), 4.0, terms, &what);
+            tolerance.check(
                 &first,
                 &reference.download(&(), &theirs_first).unwrap(),
                 4.0,
@@ -326,8 +333,8 @@ fn attention_equals_its_definition() {
 }
 
 #[test]
-fn embeddings_equal_their_definition() {
-    everywhere("embeddings", |backend, bound| {
+fn embeddings_match_the_reference() {
+    on_every_path("embeddings", |backend, tolerance| {
         let mut random = fastrand::Rng::with_seed(10);
         for c in [1, 8, 17, 312] {
             let (words, positions, types) =
@@ -345,32 +352,31 @@ fn embeddings_equal_their_definition() {
             let theirs = reference.download(&(), &theirs).unwrap();
             for ctx in &backend.contexts() {
                 let ours = backend.embed(ctx, &backend.embeddings(tables()).unwrap(), &batch).unwrap();
-                // Numbers exact in bf16 are exact in f16 as well, down to 2^-17.
-                let exact = Bound { dtype: CpuDtype::F32, at: bound.at.clone() };
+                // Numbers that are exact in bf16 are exact in f16 too, down to 2^-17.
+                let exact = Tolerance { dtype: CpuDtype::F32, label: tolerance.label.clone() };
                 exact.check(&backend.download(ctx, &ours).unwrap(), &theirs, 60.0, 1, &format!("{c}"));
             }
         }
     });
 }
 
-/// What is exact of an instruction set: dot products of bytes, the largest ones among them, and the two roundings.
 #[test]
-fn bytes_and_halves_are_exact() {
-    everywhere("bytes and halves", |backend, bound| backend.path.enter(BytesAndHalves { at: &bound.at }));
+fn int8_dot_products_and_roundings_are_exact() {
+    on_every_path("int8 and bf16", |backend, tolerance| backend.path.enter(ExactOps { label: &tolerance.label }));
 }
 
-struct BytesAndHalves<'a> {
-    at: &'a str,
+struct ExactOps<'a> {
+    label: &'a str,
 }
 
-impl Op for BytesAndHalves<'_> {
+impl SimdOp for ExactOps<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let mut random = fastrand::Rng::with_seed(11);
         for round in 0..2000 {
-            // Every other round, nothing but the ends of the ranges: what saturates, saturates here.
+            // In every other round, only the extreme values, which would saturate an intermediate sum.
             let ends = round % 2 == 0;
             let mut bytes = |low: i32, high: i32| -> Vec<i32> {
                 let byte = |_| if ends { [low, high][random.usize(..2)] } else { random.i32(low..=high) };
@@ -395,9 +401,9 @@ impl Op for BytesAndHalves<'_> {
                 let sums = isa.dot_int8(acc, isa.load_bits(a.as_ptr()), isa.load_bits(b.as_ptr()));
                 isa.store_bits(lanes.as_mut_ptr(), sums);
             }
-            assert_eq!(lanes, expected, "{}", self.at);
+            assert_eq!(lanes, expected, "{}", self.label);
 
-            // Quarters, so that a quarter of the bytes are ties; and bf16's ties, on both sides.
+            // Multiples of 1/4, so that a quarter of the bytes are ties; and ties of bf16, of both signs.
             let whole: Vec<f32> = (0..I::LANES).map(|_| random.u32(0..=4 * 255) as f32 / 4.0).collect();
             let float = |_| f32::from_bits(random.u32(1 << 23..0x7f00_0000) & !0x7fff | random.u32(0..2) << 31);
             let floats: Vec<f32> = (0..I::LANES).map(float).collect();
@@ -410,30 +416,34 @@ impl Op for BytesAndHalves<'_> {
                 isa.store(as_f32.as_mut_ptr(), isa.load_bf16(halves.as_ptr()));
             }
             let expected: Vec<half::bf16> = floats.iter().map(|&x| half::bf16::from_f32(x)).collect();
-            assert!(bytes.iter().zip(&whole).all(|(&byte, x)| f32::from(byte) == x.round_ties_even()), "{}", self.at);
-            assert!(halves.iter().zip(&expected).all(|(&bits, x)| bits == x.to_bits()), "{}", self.at);
-            assert!(as_f32.iter().zip(&expected).all(|(&x, half)| x == half.to_f32()), "{}", self.at);
+            assert!(
+                bytes.iter().zip(&whole).all(|(&byte, x)| f32::from(byte) == x.round_ties_even()),
+                "{}",
+                self.label
+            );
+            assert!(halves.iter().zip(&expected).all(|(&bits, x)| bits == x.to_bits()), "{}", self.label);
+            assert!(as_f32.iter().zip(&expected).all(|(&x, half)| x == half.to_f32()), "{}", self.label);
         }
     }
 }
 
-/// A number that is no number anywhere in a row reaches the result, in every precision: the server answers an error.
+/// In every precision, so that the server can answer an error.
 #[test]
-fn nan_is_not_lost() {
-    everywhere("NaN", |backend, bound| {
+fn a_nan_anywhere_in_a_row_reaches_the_result() {
+    on_every_path("NaN", |backend, tolerance| {
         let c = 70;
         let mut x = vec![1.0; 2 * c];
         x[67] = f32::NAN;
         let norm = backend
             .norm(NormWeights { weight: tensor(&[c], &vec![1.0; c]), bias: tensor(&[c], &vec![0.0; c]), eps: 1e-5 })
             .unwrap();
-        let ctx = ExecContext { team: None };
-        let normed = backend.layer_norm(&ctx, &norm, backend.buffer(2, &x)).unwrap();
+        let ctx = ExecContext::single_thread();
+        let normalized = backend.layer_norm(&ctx, &norm, backend.buffer(2, &x)).unwrap();
         let weights = backend
             .linear(tensor(&[c, c], &vec![0.1; c * c]), tensor(&[c], &vec![0.0; c]), LayerRole::Encoder)
             .unwrap();
-        let added = backend.apply(&ctx, &weights, 0..c, &normed, Epilogue::Residual(&normed)).unwrap();
+        let added = backend.apply(&ctx, &weights, 0..c, &normalized, Epilogue::Residual(&normalized)).unwrap();
         let values = backend.download(&ctx, &backend.layer_norm(&ctx, &norm, added).unwrap()).unwrap();
-        assert!(values[..c].iter().all(|value| value.is_nan()), "{}", bound.at);
+        assert!(values[..c].iter().all(|value| value.is_nan()), "{}", tolerance.label);
     });
 }

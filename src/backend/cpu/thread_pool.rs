@@ -1,7 +1,7 @@
-//! The threads that compute: the caller's and its helpers.
+//! The compute threads: the caller's thread and its helpers.
 //!
-//! Helpers spin for some microseconds after each task, since the next operation of a lone request follows at once, and sleep
-//! after that. A task is a function of a thread's number; nobody returns from [`ThreadPool::broadcast`] before all have.
+//! [`ThreadPool::broadcast`] runs a function of the thread's number on every thread and returns when all have finished. After
+//! a task, helpers spin for [`SPIN`], because the next operation of a small batch follows at once. Then they sleep.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -11,61 +11,62 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-/// How long a helper spins before it sleeps: longer than any step between two operations of a request.
+/// How long a helper spins before it sleeps: longer than the serial code between two operations.
 const SPIN: Duration = Duration::from_micros(50);
 
-/// Threads that run one task at a time, together.
+/// Threads that all run the same task, one task at a time.
 #[derive(Debug)]
 pub struct ThreadPool {
-    shared: Arc<State>,
+    shared: Arc<PoolState>,
     helpers: Vec<JoinHandle<()>>,
-    /// Who has the threads, and who is next.
-    turns: Turns,
-    /// The caller's processor, where threads are pinned.
-    own: Option<core_affinity::CoreId>,
+    /// Held by the caller that uses the threads.
+    ticket_lock: TicketLock,
+    /// The caller's core, if threads are pinned.
+    caller_core: Option<core_affinity::CoreId>,
 }
 
 thread_local! {
+    /// Whether this thread has been pinned, as a caller.
     static PINNED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// First come, first served: two models' workers take turns, where a plain lock might let one starve.
+/// A FIFO lock. With a plain mutex, one model's worker could starve another's.
 #[derive(Debug, Default)]
-struct Turns {
-    /// The next number to draw, and the one whose turn it is.
-    numbers: Mutex<(u64, u64)>,
-    moved: Condvar,
+struct TicketLock {
+    /// The next ticket to hand out, and the ticket that holds the lock.
+    tickets: Mutex<(u64, u64)>,
+    released: Condvar,
 }
 
-/// The threads are this holder's.
+/// Exclusive use of the threads; dropping it releases them.
 #[derive(Debug)]
-pub(super) struct Turn<'a>(&'a Turns);
+pub(super) struct ThreadsGuard<'a>(&'a TicketLock);
 
-impl Drop for Turn<'_> {
+impl Drop for ThreadsGuard<'_> {
     fn drop(&mut self) {
-        self.0.numbers.lock().unwrap_or_else(PoisonError::into_inner).1 += 1;
-        self.0.moved.notify_all();
+        self.0.tickets.lock().unwrap_or_else(PoisonError::into_inner).1 += 1;
+        self.0.released.notify_all();
     }
 }
 
 #[derive(Debug, Default)]
-struct State {
-    /// Counts tasks: a helper has work when it moves. Changed under `task`'s lock.
+struct PoolState {
+    /// The number of tasks so far. A change signals a new task. Changed while `task` is locked.
     epoch: AtomicUsize,
-    /// Helpers that have not finished the task.
+    /// Helpers that have not finished the current task.
     running: AtomicUsize,
-    task: Mutex<Slot>,
-    arrived: Condvar,
+    task: Mutex<TaskSlot>,
+    task_available: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct Slot {
+struct TaskSlot {
     task: Option<Task>,
     closed: bool,
     panic: Option<Box<dyn Any + Send>>,
 }
 
-/// A borrowed function, for as long as [`ThreadPool::broadcast`] waits for its helpers.
+/// A borrowed function. [`ThreadPool::broadcast`] keeps the borrow alive until all helpers have finished.
 #[derive(Clone, Copy)]
 struct Task(*const (dyn Fn(usize) + Sync));
 
@@ -78,58 +79,61 @@ impl std::fmt::Debug for Task {
     }
 }
 
-impl State {
-    fn lock(&self) -> MutexGuard<'_, Slot> {
+impl PoolState {
+    fn lock(&self) -> MutexGuard<'_, TaskSlot> {
         self.task.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl ThreadPool {
-    /// The caller's thread and `threads - 1` helpers, each on a processor of its own where they are `pinned`.
+    /// Starts `threads - 1` helpers beside the caller's thread. If `pinned`, each thread is pinned to a core of its own.
     ///
     /// # Errors
-    /// The operating system has no more threads.
+    /// The operating system cannot create the threads.
     pub fn new(threads: usize, pinned: bool) -> std::io::Result<Self> {
-        let shared = Arc::new(State::default());
-        let processors = if pinned { core_affinity::get_core_ids().unwrap_or_default() } else { Vec::new() };
+        let shared = Arc::new(PoolState::default());
+        let cores = if pinned { core_affinity::get_core_ids().unwrap_or_default() } else { Vec::new() };
         let helper = |number: usize| {
             let shared = Arc::clone(&shared);
-            let processor = (!processors.is_empty()).then(|| processors[number % processors.len()]);
+            let core = (!cores.is_empty()).then(|| cores[number % cores.len()]);
             std::thread::Builder::new().name(format!("compute-{number}")).spawn(move || {
-                processor.map(core_affinity::set_for_current);
-                help(&shared, number);
+                core.map(core_affinity::set_for_current);
+                helper_loop(&shared, number);
             })
         };
         let helpers = (1..threads.max(1)).map(helper).collect::<std::io::Result<_>>()?;
-        Ok(Self { shared, helpers, turns: Turns::default(), own: processors.first().copied() })
+        Ok(Self { shared, helpers, ticket_lock: TicketLock::default(), caller_core: cores.first().copied() })
     }
 
-    /// Threads, the caller's included.
+    /// The number of threads, the caller's included.
     pub fn threads(&self) -> usize {
         self.helpers.len() + 1
     }
 
-    /// Waits until nobody else uses the threads.
-    pub(super) fn turn(&self) -> Turn<'_> {
-        let mut numbers = self.turns.numbers.lock().unwrap_or_else(PoisonError::into_inner);
-        let mine = numbers.0;
-        numbers.0 += 1;
-        while numbers.1 != mine {
-            numbers = self.turns.moved.wait(numbers).unwrap_or_else(PoisonError::into_inner);
+    /// Waits until no other caller uses the threads. Callers are served in the order of their calls.
+    pub(super) fn lock_threads(&self) -> ThreadsGuard<'_> {
+        let mut tickets = self.ticket_lock.tickets.lock().unwrap_or_else(PoisonError::into_inner);
+        let mine = tickets.0;
+        tickets.0 += 1;
+        while tickets.1 != mine {
+            tickets = self.ticket_lock.released.wait(tickets).unwrap_or_else(PoisonError::into_inner);
         }
-        Turn(&self.turns)
+        ThreadsGuard(&self.ticket_lock)
     }
 
-    /// Runs `task(0)` here and `task(1)`, `task(2)` ... on the helpers, and returns when all have. A panic of any is passed on
-    /// to the caller. Tasks do not broadcast, and only the holder of the turn does.
+    /// Runs `task(0)` on this thread and `task(1)`, `task(2)` ... on the helpers, and returns when all have finished. The
+    /// caller holds [`Self::lock_threads`]. Tasks must not call `broadcast`.
+    ///
+    /// # Panics
+    /// If a task panicked, on any thread, its panic is resumed here.
     pub(super) fn broadcast(&self, task: &(dyn Fn(usize) + Sync)) {
-        if let Some(own) = self.own.filter(|_| !PINNED.replace(true)) {
-            core_affinity::set_for_current(own);
+        if let Some(core) = self.caller_core.filter(|_| !PINNED.replace(true)) {
+            core_affinity::set_for_current(core);
         }
         if self.helpers.is_empty() {
             return task(0);
         }
-        // SAFETY: only the lifetime is taken away; below, this function waits for every helper, whatever happens.
+        // SAFETY: only the lifetime is erased. This function waits for every helper below, also after a panic.
         let task_for_helpers = unsafe {
             Task(std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(
                 task,
@@ -141,22 +145,22 @@ impl ThreadPool {
             self.shared.running.store(self.helpers.len(), Ordering::Relaxed);
             self.shared.epoch.fetch_add(1, Ordering::Release);
         }
-        self.shared.arrived.notify_all();
-        let own = catch_unwind(AssertUnwindSafe(|| task(0)));
+        self.shared.task_available.notify_all();
+        let outcome = catch_unwind(AssertUnwindSafe(|| task(0)));
         let begun = Instant::now();
         while self.shared.running.load(Ordering::Acquire) > 0 {
-            // On a machine with fewer processors than threads, a helper may be waiting for this one's.
+            // With more threads than cores, a helper may need this thread's core to finish.
             if begun.elapsed() > SPIN { std::thread::yield_now() } else { std::hint::spin_loop() }
         }
-        let theirs = self.shared.lock().panic.take();
-        if let Some(panic) = own.err().or(theirs) {
+        let helper_panic = self.shared.lock().panic.take();
+        if let Some(panic) = outcome.err().or(helper_panic) {
             resume_unwind(panic);
         }
     }
 
-    /// Calls `f` with each item, on whichever thread is free. Takes the turn.
+    /// Calls `f` with each item, on the next free thread. Waits for the threads as [`Self::lock_threads`] does.
     pub(super) fn for_each<T: Send>(&self, items: Vec<T>, f: impl Fn(T) + Sync) {
-        let _turn = self.turn();
+        let _threads = self.lock_threads();
         let items = Mutex::new(items.into_iter());
         let next = || items.lock().unwrap_or_else(PoisonError::into_inner).next();
         self.broadcast(&|_| {
@@ -173,15 +177,15 @@ impl Drop for ThreadPool {
             self.shared.lock().closed = true;
             self.shared.epoch.fetch_add(1, Ordering::Release);
         }
-        self.shared.arrived.notify_all();
+        self.shared.task_available.notify_all();
         for helper in self.helpers.drain(..) {
             helper.join().ok();
         }
     }
 }
 
-/// A helper's life.
-fn help(shared: &State, number: usize) {
+/// Runs tasks until the pool is dropped.
+fn helper_loop(shared: &PoolState, number: usize) {
     let mut seen = 0;
     loop {
         let begun = Instant::now();
@@ -191,15 +195,15 @@ fn help(shared: &State, number: usize) {
         let task = {
             let mut slot = shared.lock();
             while shared.epoch.load(Ordering::Acquire) == seen {
-                slot = shared.arrived.wait(slot).unwrap_or_else(PoisonError::into_inner);
+                slot = shared.task_available.wait(slot).unwrap_or_else(PoisonError::into_inner);
             }
             if slot.closed {
                 return;
             }
             seen = shared.epoch.load(Ordering::Acquire);
-            slot.task.expect("a task comes with its epoch")
+            slot.task.expect("the epoch changes only with a new task")
         };
-        // SAFETY: `broadcast` waits until `running` is 0, and so keeps the function alive.
+        // SAFETY: `broadcast` keeps the function alive until `running` is 0.
         let outcome = catch_unwind(AssertUnwindSafe(|| unsafe { (*task.0)(number) }));
         if let Err(panic) = outcome {
             shared.lock().panic = Some(panic);
@@ -227,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn items_are_each_taken_once() {
+    fn for_each_passes_every_item_to_one_thread() {
         let pool = ThreadPool::new(3, false).unwrap();
         let sum = AtomicUsize::new(0);
         pool.for_each((0..1000).collect(), |item: usize| {
@@ -237,11 +241,11 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+    fn a_panic_reaches_the_caller_and_the_pool_stays_usable() {
         let pool = ThreadPool::new(2, false).unwrap();
         for bad in 0..2 {
             let outcome = catch_unwind(AssertUnwindSafe(|| {
-                pool.broadcast(&|thread| assert_ne!(thread, bad, "a planted failure"));
+                pool.broadcast(&|thread| assert_ne!(thread, bad, "injected failure"));
             }));
             assert!(outcome.is_err());
         }

@@ -1,33 +1,33 @@
-//! Rows of numbers in scratch memory that is taken and given back thousands of times a second and stays flat.
+//! Matrices in scratch memory, which is acquired and released thousands of times a second without growing.
 //!
-//! Each thread keeps its own free list. A block that is too small for what is asked is let go and a larger one made, so a
-//! thread's blocks settle at the largest sizes that its work has needed, and as many as it has needed at once.
+//! Each thread has its own free list of blocks. If no free block is large enough, the largest one is replaced by a new one.
+//! So the blocks of a thread converge to the number and the sizes that its work needs at the same time.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
 use bytemuck::{Pod, Zeroable};
 
-/// A cache line, so that every row begins on one.
+/// 64 bytes, aligned. Every row of a matrix begins on a cache line.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
-pub(super) struct Line([u8; 64]);
+pub(super) struct CacheLine([u8; 64]);
 
-impl Line {
-    /// Zeros for `bytes` bytes.
+impl CacheLine {
+    /// Zeroed cache lines for at least `bytes` bytes.
     pub(super) fn zeros(bytes: usize) -> Vec<Self> {
         vec![Self::zeroed(); bytes.div_ceil(64)]
     }
 }
 
 thread_local! {
-    static FREE: RefCell<Vec<Vec<Line>>> = const { RefCell::new(Vec::new()) };
+    static FREE: RefCell<Vec<Vec<CacheLine>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// `[rows, columns]`, row-major, each row on a cache line of its own.
+/// `[rows, columns]`, row-major. Each row begins on a cache line of its own.
 #[derive(Debug)]
 pub(super) struct Matrix<T> {
-    lines: Vec<Line>,
+    lines: Vec<CacheLine>,
     rows: usize,
     columns: usize,
     stride: usize,
@@ -35,10 +35,10 @@ pub(super) struct Matrix<T> {
 }
 
 impl<T: Pod> Matrix<T> {
-    /// Takes memory for a matrix from this thread's free list. What is in it is unspecified, and never uninitialised.
-    pub(super) fn take(rows: usize, columns: usize) -> Self {
+    /// Acquires memory for a matrix from this thread's free list. The contents are unspecified, but initialized.
+    pub(super) fn acquire(rows: usize, columns: usize) -> Self {
         let stride = (columns * size_of::<T>()).next_multiple_of(64) / size_of::<T>();
-        let lines = take_lines((rows * stride * size_of::<T>()) / 64);
+        let lines = acquire_lines((rows * stride * size_of::<T>()) / 64);
         Self { lines, rows, columns, stride, element: PhantomData }
     }
 
@@ -50,46 +50,46 @@ impl<T: Pod> Matrix<T> {
         self.columns
     }
 
-    /// Elements from one row's begin to the next one's.
+    /// Elements from the start of a row to the start of the next.
     pub(super) fn stride(&self) -> usize {
         self.stride
     }
 
     pub(super) fn row(&self, row: usize) -> &[T] {
-        &self.all()[row * self.stride..][..self.columns]
+        &self.as_slice()[row * self.stride..][..self.columns]
     }
 
     pub(super) fn row_mut(&mut self, row: usize) -> &mut [T] {
         let (start, columns) = (row * self.stride, self.columns);
-        &mut self.all_mut()[start..][..columns]
+        &mut self.as_mut_slice()[start..][..columns]
     }
 
-    /// Every element, the rows' ends that nobody reads included.
-    pub(super) fn all(&self) -> &[T] {
+    /// Every element, padding at the ends of rows included.
+    pub(super) fn as_slice(&self) -> &[T] {
         bytemuck::cast_slice(&self.lines)
     }
 
-    pub(super) fn all_mut(&mut self) -> &mut [T] {
+    pub(super) fn as_mut_slice(&mut self) -> &mut [T] {
         bytemuck::cast_slice_mut(&mut self.lines)
     }
 
-    /// For threads that write different parts of it.
-    pub(super) fn shared(&mut self) -> Shared<'_, T> {
+    /// A handle for threads that write disjoint parts of the matrix.
+    pub(super) fn shared(&mut self) -> SharedMatrix<'_, T> {
         let (rows, stride) = (self.rows, self.stride);
-        Shared { data: self.all_mut().as_mut_ptr(), rows, stride, matrix: PhantomData }
+        SharedMatrix { data: self.as_mut_slice().as_mut_ptr(), rows, stride, matrix: PhantomData }
     }
 }
 
 impl<T> Drop for Matrix<T> {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
-        // A thread that is ending has no list any more; its blocks go back to the allocator.
+        // While a thread exits, its list is gone; the block is then freed.
         let _ = FREE.try_with(|free| free.borrow_mut().push(lines));
     }
 }
 
-/// The smallest free block that is large enough, or a new one in place of the largest that is not.
-fn take_lines(lines: usize) -> Vec<Line> {
+/// The smallest free block that is large enough. If there is none, a new block, and the largest free block is freed.
+fn acquire_lines(lines: usize) -> Vec<CacheLine> {
     let reused = FREE.with(|free| {
         let mut free = free.borrow_mut();
         let fitting = (0..free.len()).filter(|&i| free[i].len() >= lines).min_by_key(|&i| free[i].len());
@@ -98,41 +98,41 @@ fn take_lines(lines: usize) -> Vec<Line> {
     });
     match reused {
         Some(block) if block.len() >= lines => block,
-        _ => vec![Line::zeroed(); lines],
+        _ => vec![CacheLine::zeroed(); lines],
     }
 }
 
-/// A matrix while several threads write it, each its own part.
+/// A matrix while several threads write it, each a part of its own.
 #[derive(Debug)]
-pub(super) struct Shared<'a, T> {
+pub(super) struct SharedMatrix<'a, T> {
     data: *mut T,
     rows: usize,
     stride: usize,
     matrix: PhantomData<&'a mut [T]>,
 }
 
-impl<T> Clone for Shared<'_, T> {
+impl<T> Clone for SharedMatrix<'_, T> {
     fn clone(&self) -> Self {
         *self
     }
 }
-impl<T> Copy for Shared<'_, T> {}
+impl<T> Copy for SharedMatrix<'_, T> {}
 
-// SAFETY: it is a pointer into a matrix that outlives it and that nobody else touches meanwhile; what threads do with it is
-// promised where they call `row`.
-unsafe impl<T: Send> Send for Shared<'_, T> {}
+// SAFETY: a pointer into a matrix that outlives it and that is mutably borrowed meanwhile. Callers of `row` guarantee that
+// threads do not write the same elements.
+unsafe impl<T: Send> Send for SharedMatrix<'_, T> {}
 // SAFETY: as above.
-unsafe impl<T: Send> Sync for Shared<'_, T> {}
+unsafe impl<T: Send> Sync for SharedMatrix<'_, T> {}
 
-impl<T> Shared<'_, T> {
-    /// The beginning of a row.
+impl<T> SharedMatrix<'_, T> {
+    /// The start of a row.
     ///
     /// # Safety
-    /// What is read or written through it is within the row, and no other thread writes the same elements meanwhile.
+    /// Accesses through the pointer stay within the row, and no other thread writes the same elements at the same time.
     #[inline(always)]
     pub(super) unsafe fn row(&self, row: usize) -> *mut T {
         debug_assert!(row < self.rows);
-        // SAFETY: `row` is one of the matrix, so this is within its memory.
+        // SAFETY: the caller passes a row of the matrix, so this is within its memory.
         unsafe { self.data.add(row * self.stride) }
     }
 }
@@ -142,11 +142,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn memory_is_reused_and_settles() {
+    fn released_memory_is_reused() {
         std::thread::spawn(|| {
             for round in 1..=20 {
-                let a = Matrix::<f32>::take(round, 100);
-                let b = Matrix::<u16>::take(10, 33);
+                let a = Matrix::<f32>::acquire(round, 100);
+                let b = Matrix::<u16>::acquire(10, 33);
                 assert_eq!((a.rows(), a.row(round - 1).len(), b.row(9).len()), (round, 100, 33));
                 assert_eq!(b.row(9).as_ptr().align_offset(64), 0);
             }

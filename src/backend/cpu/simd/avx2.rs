@@ -1,8 +1,8 @@
-//! AVX2 and FMA, with AVX-VNNI's dot product where the flag says so: 16 registers of 8 lanes.
+//! AVX2 and FMA, with AVX-VNNI's dot product if the const parameter says so: 16 registers of 8 lanes.
 
 use std::arch::x86_64::*;
 
-use super::isa::{Isa, Op};
+use super::isa::{Isa, SimdOp};
 
 /// AVX2 and FMA, with `vpdpbusd` if `VNNI`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,26 +17,26 @@ impl<const VNNI: bool> Avx2<VNNI> {
 }
 
 #[target_feature(enable = "avx2,fma,avxvnni")]
-fn enter_vnni<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+fn enter_vnni<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
 #[target_feature(enable = "avx2,fma")]
-fn enter_base<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+fn enter_base<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
-// SAFETY, for every block below: `detect` is the only maker of a value and has seen the instructions that it uses; the
-// pointer methods pass their caller's promise on. All loads and stores are of the unaligned kind.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument, above, for a table of one-liners")]
+// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers of the
+// pointer methods guarantee valid pointers. All loads and stores are unaligned.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every one-line method")]
 unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
-    type F = __m256;
-    type I = __m256i;
+    type Floats = __m256;
+    type Bits = __m256i;
     const LANES: usize = 8;
     const PANEL_VECTORS: usize = 2;
 
     #[inline(always)]
-    fn enter<O: Op>(self, op: O) -> O::Output {
+    fn enter<O: SimdOp>(self, op: O) -> O::Output {
         unsafe { if VNNI { enter_vnni(op, self) } else { enter_base(op, self) } }
     }
 
@@ -93,7 +93,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
 
     #[inline(always)]
-    fn floats(self, x: __m256i) -> __m256 {
+    fn bits_to_f32(self, x: __m256i) -> __m256 {
         unsafe { _mm256_castsi256_ps(x) }
     }
     #[inline(always)]
@@ -141,7 +141,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn sum(self, x: __m256) -> f32 {
+    fn reduce_sum(self, x: __m256) -> f32 {
         unsafe {
             let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
             let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -149,7 +149,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn max_of(self, x: __m256) -> f32 {
+    fn reduce_max(self, x: __m256) -> f32 {
         unsafe {
             let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
             let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
@@ -157,7 +157,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
         }
     }
     #[inline(always)]
-    fn min_of(self, x: __m256) -> f32 {
+    fn reduce_min(self, x: __m256) -> f32 {
         unsafe {
             let x = _mm_min_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
             let x = _mm_min_ps(x, _mm_movehl_ps(x, x));
@@ -186,7 +186,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
             if VNNI {
                 return _mm256_dpbusd_avx_epi32(acc, a, b);
             }
-            // In 16-bit halves: a product of bytes in pairs, `vpmaddubsw`, saturates.
+            // Multiplied as 16-bit values: `vpmaddubsw`, which multiplies bytes, saturates.
             let even = _mm256_madd_epi16(
                 _mm256_and_si256(a, _mm256_set1_epi16(0xff)),
                 _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8),
@@ -197,7 +197,7 @@ unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
     }
 }
 
-/// The low 16 bits of each ctx, of lanes below 65,536.
+/// The low 16 bits of each lane. Lanes are below 65,536.
 #[inline(always)]
 unsafe fn narrow(x: __m256i) -> __m128i {
     // SAFETY: the caller has AVX2.

@@ -1,9 +1,9 @@
-//! AVX-512 F, BW, DQ and VL, with BF16 and VNNI dot products where the flags say so: 32 registers of 16 lanes.
+//! AVX-512 F, BW, DQ and VL, with BF16 and VNNI dot products as the const parameters say: 32 registers of 16 lanes.
 
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use super::isa::{Isa, Op};
+use super::isa::{Isa, SimdOp};
 
 /// AVX-512, with `vdpbf16ps` if `BF16` and `vpdpbusd` if `VNNI`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -24,31 +24,31 @@ impl<const BF16: bool, const VNNI: bool> Avx512<BF16, VNNI> {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512bf16,avx512vnni")]
-fn enter_bf16<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+fn enter_bf16<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,avx512vnni")]
-fn enter_vnni<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+fn enter_vnni<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-fn enter_base<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+fn enter_base<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
-// SAFETY, for every block below: `detect` is the only maker of a value and has seen the instructions that it uses; the
-// pointer methods pass their caller's promise on. All loads and stores are of the unaligned kind.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument, above, for a table of one-liners")]
+// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers of the
+// pointer methods guarantee valid pointers. All loads and stores are unaligned.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every one-line method")]
 unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
-    type F = __m512;
-    type I = __m512i;
+    type Floats = __m512;
+    type Bits = __m512i;
     const LANES: usize = 16;
     const PANEL_VECTORS: usize = 4;
 
     #[inline(always)]
-    fn enter<O: Op>(self, op: O) -> O::Output {
+    fn enter<O: SimdOp>(self, op: O) -> O::Output {
         unsafe {
             match (BF16, VNNI) {
                 (true, _) => enter_bf16(op, self),
@@ -113,7 +113,7 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
     }
 
     #[inline(always)]
-    fn floats(self, x: __m512i) -> __m512 {
+    fn bits_to_f32(self, x: __m512i) -> __m512 {
         unsafe { _mm512_castsi512_ps(x) }
     }
     #[inline(always)]
@@ -153,19 +153,20 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
     fn round(self, x: __m512) -> __m512 {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
     }
-    /// `vreduceps` leaves x - floor(x), and `vscalefps` multiplies by 2^floor(x), down to zero: no clamp, no rounding.
+    /// `vreduceps` computes x - floor(x), and `vscalefps` multiplies by 2^floor(x), down to zero. No clamping or rounding is
+    /// needed.
     #[inline(always)]
     fn exp2_for_bf16(self, x: __m512) -> __m512 {
         unsafe {
             let f = _mm512_reduce_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(x);
-            // The polynomial of `math::exp2`, moved to [0, 1).
+            // The bf16 polynomial of `exp2`, refitted to [0, 1).
             let p = _mm512_fmadd_ps(f, _mm512_set1_ps(0.078_024_52), _mm512_set1_ps(0.226_067_15));
             let p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(0.695_833_54));
             let p = _mm512_fmadd_ps(f, p, _mm512_set1_ps(0.999_925_2));
             _mm512_scalef_ps(p, x)
         }
     }
-    /// `vrcp14ps` is within 2^-14.
+    /// The relative error of `vrcp14ps` is at most 2^-14.
     #[inline(always)]
     fn div_for_bf16(self, a: __m512, b: __m512) -> __m512 {
         unsafe { _mm512_mul_ps(a, _mm512_rcp14_ps(b)) }
@@ -179,15 +180,15 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
         unsafe { _mm512_mask_mov_ps(_mm512_set1_ps(fill), ((1u32 << n) - 1) as __mmask16, x) }
     }
     #[inline(always)]
-    fn sum(self, x: __m512) -> f32 {
+    fn reduce_sum(self, x: __m512) -> f32 {
         unsafe { _mm512_reduce_add_ps(x) }
     }
     #[inline(always)]
-    fn max_of(self, x: __m512) -> f32 {
+    fn reduce_max(self, x: __m512) -> f32 {
         unsafe { _mm512_reduce_max_ps(x) }
     }
     #[inline(always)]
-    fn min_of(self, x: __m512) -> f32 {
+    fn reduce_min(self, x: __m512) -> f32 {
         unsafe { _mm512_reduce_min_ps(x) }
     }
 
@@ -216,7 +217,7 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
             if VNNI {
                 return _mm512_dpbusd_epi32(acc, a, b);
             }
-            // In 16-bit halves: a product of bytes in pairs, `vpmaddubsw`, saturates.
+            // Multiplied as 16-bit values: `vpmaddubsw`, which multiplies bytes, saturates.
             let even = _mm512_madd_epi16(
                 _mm512_and_si512(a, _mm512_set1_epi16(0xff)),
                 _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8),
@@ -226,7 +227,7 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
         }
     }
 
-    /// Sixteen words of sixteen rows at a time, by halves: pairs, fours, then quarters of registers.
+    /// Transposes blocks of 16 x 16 words: interleaves pairs of rows, then groups of four, then 128-bit quarters.
     #[inline(always)]
     unsafe fn transpose(self, from: *const u32, from_stride: usize, words: usize, to: *mut u32, to_stride: usize) {
         unsafe {
@@ -241,7 +242,7 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
                     pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
                     pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
                 }
-                // fours[4 i + j]: in each quarter q, word 4 q + j of rows 4 i to 4 i + 3.
+                // fours[4 i + j] holds, in each quarter q, word 4 q + j of rows 4 i to 4 i + 3.
                 let mut fours = pairs;
                 for i in (0..16).step_by(4) {
                     fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);

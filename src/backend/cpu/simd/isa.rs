@@ -1,84 +1,84 @@
-//! The trait [`Isa`] that every instruction set implements, and the operations built from it.
+//! The trait [`Isa`] that every instruction set implements, and `exp2`, which is built from it.
 
 /// Lanes of the widest vector.
 pub(in crate::backend::cpu) const MAX_LANES: usize = 16;
 
 /// A computation that is written once for all instruction sets.
-pub(in crate::backend::cpu) trait Op {
-    /// What it returns.
+pub(in crate::backend::cpu) trait SimdOp {
     type Output;
-    /// Does it. Implementations are `#[inline(always)]`, and keep vectors out of closures, which are not.
+    /// Computes it. Implementations are `#[inline(always)]` and do not use vectors in closures, which are not inlined always.
     fn run<I: Isa>(self, isa: I) -> Self::Output;
 }
 
 /// The vector operations that the kernels use.
 ///
 /// # Safety
-/// An implementation's values exist only where the machine has its instructions. The pointer methods' contracts are each
-/// that of the slice of the given number of elements.
+/// A value of an implementing type exists only on a machine that has its instructions. The pointer methods access as many
+/// elements as they say; the caller guarantees that these are valid.
 pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
-    /// `LANES` f32.
-    type F: Copy;
-    /// `LANES` times four bytes.
-    type I: Copy;
-    /// Lanes of a vector.
+    /// A vector of `LANES` f32.
+    type Floats: Copy;
+    /// A vector of `LANES` 32-bit words: f32, pairs of bf16, four int8 each, or i32.
+    type Bits: Copy;
+    /// 32-bit lanes of a vector.
     const LANES: usize;
-    /// Vectors across a panel of packed weights: with six rows, as many accumulators as registers allow.
+    /// Vectors across a panel of packed weights. Six rows of them are as many accumulators as the registers hold.
     const PANEL_VECTORS: usize;
     /// Columns of a panel.
-    const PANEL: usize = Self::LANES * Self::PANEL_VECTORS;
-    /// Whether `dot_int8` takes 128 from each byte of a, for instructions that multiply signed bytes alone.
+    const PANEL_COLUMNS: usize = Self::LANES * Self::PANEL_VECTORS;
+    /// Whether `dot_int8` subtracts 128 from each byte of a, because the instruction multiplies only signed bytes.
     const SIGNED_BYTES: bool = false;
 
     /// Runs `op` compiled for this instruction set.
-    fn enter<O: Op>(self, op: O) -> O::Output;
+    fn enter<O: SimdOp>(self, op: O) -> O::Output;
 
-    fn splat(self, x: f32) -> Self::F;
-    fn splat_bits(self, x: u32) -> Self::I;
+    fn splat(self, x: f32) -> Self::Floats;
+    fn splat_bits(self, x: u32) -> Self::Bits;
     /// Reads `LANES` values, at any alignment.
-    unsafe fn load(self, from: *const f32) -> Self::F;
-    unsafe fn load_bits(self, from: *const u32) -> Self::I;
-    unsafe fn store(self, to: *mut f32, x: Self::F);
-    unsafe fn store_bits(self, to: *mut u32, x: Self::I);
+    unsafe fn load(self, from: *const f32) -> Self::Floats;
+    unsafe fn load_bits(self, from: *const u32) -> Self::Bits;
+    unsafe fn store(self, to: *mut f32, x: Self::Floats);
+    unsafe fn store_bits(self, to: *mut u32, x: Self::Bits);
     /// Writes `LANES` values rounded to bf16, ties to even.
-    unsafe fn store_bf16(self, to: *mut u16, x: Self::F);
+    unsafe fn store_bf16(self, to: *mut u16, x: Self::Floats);
     /// Reads `LANES` bf16 values.
-    unsafe fn load_bf16(self, from: *const u16) -> Self::F;
-    /// Writes the low byte of each ctx, of whole numbers from 0 to 255 in x.
-    unsafe fn store_u8(self, to: *mut u8, x: Self::F);
-    /// Fetches the line into the second-level cache, where there is an instruction for it. Any address will do.
+    unsafe fn load_bf16(self, from: *const u16) -> Self::Floats;
+    /// Rounds to integers, ties to even, and writes them as bytes. Values are from 0 to 255.
+    unsafe fn store_u8(self, to: *mut u8, x: Self::Floats);
+    /// Prefetches a cache line into L2, if there is an instruction for it. Any address is allowed.
     #[inline(always)]
     fn prefetch(self, _line: *const u32) {}
 
-    fn floats(self, x: Self::I) -> Self::F;
+    /// Reinterprets the bits as f32.
+    fn bits_to_f32(self, x: Self::Bits) -> Self::Floats;
     /// i32 lanes as f32.
-    fn i32_to_f32(self, x: Self::I) -> Self::F;
+    fn i32_to_f32(self, x: Self::Bits) -> Self::Floats;
 
-    fn add(self, a: Self::F, b: Self::F) -> Self::F;
-    fn sub(self, a: Self::F, b: Self::F) -> Self::F;
-    fn mul(self, a: Self::F, b: Self::F) -> Self::F;
-    fn div(self, a: Self::F, b: Self::F) -> Self::F;
-    fn max(self, a: Self::F, b: Self::F) -> Self::F;
-    fn min(self, a: Self::F, b: Self::F) -> Self::F;
+    fn add(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    fn sub(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    fn mul(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    fn div(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    fn max(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
+    fn min(self, a: Self::Floats, b: Self::Floats) -> Self::Floats;
     /// `a * b + c`, rounded once.
-    fn fma(self, a: Self::F, b: Self::F, c: Self::F) -> Self::F;
-    /// To the nearest whole number.
-    fn round(self, x: Self::F) -> Self::F;
-    /// 2^x within 1e-4 of itself, for what is rounded to bf16 next: the general form, or the instruction set's own.
+    fn fma(self, a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+    /// Rounds to the nearest integer, ties to even.
+    fn round(self, x: Self::Floats) -> Self::Floats;
+    /// 2^x with a relative error of at most 1e-4, for results that are rounded to bf16.
     #[inline(always)]
-    fn exp2_for_bf16(self, x: Self::F) -> Self::F {
+    fn exp2_for_bf16(self, x: Self::Floats) -> Self::Floats {
         exp2(self, x, Accuracy::Bf16)
     }
-    /// `a / b` within 1e-3 of itself or better, for what is rounded to bf16 next.
+    /// `a / b` with a relative error of at most 1e-3, for results that are rounded to bf16.
     #[inline(always)]
-    fn div_for_bf16(self, a: Self::F, b: Self::F) -> Self::F {
+    fn div_for_bf16(self, a: Self::Floats, b: Self::Floats) -> Self::Floats {
         self.div(a, b)
     }
-    /// `x * 2^n` for whole n from -126 to 127.
-    fn scale_by_power(self, x: Self::F, n: Self::F) -> Self::F;
-    /// The first n lanes of x, and `fill` in the others.
+    /// `x * 2^n` for integers n from -126 to 127.
+    fn scale_by_power(self, x: Self::Floats, n: Self::Floats) -> Self::Floats;
+    /// The first n lanes of x; the others hold `fill`.
     #[inline(always)]
-    fn first_lanes(self, x: Self::F, n: usize, fill: f32) -> Self::F {
+    fn first_lanes(self, x: Self::Floats, n: usize, fill: f32) -> Self::Floats {
         let mut lanes = [0f32; MAX_LANES];
         // SAFETY: the array has room for the widest vector.
         unsafe {
@@ -87,30 +87,31 @@ pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
             self.load(lanes.as_ptr())
         }
     }
-    fn sum(self, x: Self::F) -> f32;
-    fn max_of(self, x: Self::F) -> f32;
-    fn min_of(self, x: Self::F) -> f32;
+    fn reduce_sum(self, x: Self::Floats) -> f32;
+    fn reduce_max(self, x: Self::Floats) -> f32;
+    fn reduce_min(self, x: Self::Floats) -> f32;
 
     /// `acc + a * b` in f32 lanes.
-    fn dot_f32(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    fn dot_f32(self, acc: Self::Bits, a: Self::Bits, b: Self::Bits) -> Self::Bits;
     /// `acc + a0 * b0 + a1 * b1` in f32 lanes of two bf16 each.
-    fn dot_bf16(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
-    /// `acc + sum of a_i * b_i` in i32 lanes of four bytes each, a unsigned ([`Self::SIGNED_BYTES`]), b from -127 to 127.
-    fn dot_int8(self, acc: Self::I, a: Self::I, b: Self::I) -> Self::I;
+    fn dot_bf16(self, acc: Self::Bits, a: Self::Bits, b: Self::Bits) -> Self::Bits;
+    /// `acc + sum of a_i * b_i` in i32 lanes of four bytes each. a is unsigned (but see [`Self::SIGNED_BYTES`]), b is from -127 to
+    /// 127.
+    fn dot_int8(self, acc: Self::Bits, a: Self::Bits, b: Self::Bits) -> Self::Bits;
 
-    /// The 16 x 16 transposition of words, or its plain form: `to[w * to_stride + i] = from[i * from_stride + w]`
-    /// for i below `LANES` and w below `words`.
+    /// Transposes `[LANES, words]` to `[words, LANES]`: `to[w * to_stride + i] = from[i * from_stride + w]` for i below `LANES`
+    /// and w below `words`.
     unsafe fn transpose(self, from: *const u32, from_stride: usize, words: usize, to: *mut u32, to_stride: usize) {
         for w in 0..words {
             for i in 0..Self::LANES {
-                // SAFETY: the caller's: both indices are within what it owns.
+                // SAFETY: the caller guarantees that both indices are valid.
                 unsafe { *to.add(w * to_stride + i) = *from.add(i * from_stride + w) };
             }
         }
     }
 }
 
-/// How exactly a power is computed: as f32 can, or as bf16 can tell.
+/// The accuracy of a computation: that of f32, or enough for a result that is rounded to bf16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::backend::cpu) enum Accuracy {
     F32,
@@ -119,9 +120,9 @@ pub(in crate::backend::cpu) enum Accuracy {
 
 /// `2^x` for x up to 127; below -126 it is `2^-126`.
 ///
-/// x = n + f with f in [-1/2, 1/2]; 2^f by a minimax polynomial (Remez, relative error 2e-9 and 7.5e-5).
+/// x = n + f with f in [-1/2, 1/2]. 2^f is a minimax polynomial (Remez) with a relative error of 2e-9 (f32) or 7.5e-5 (bf16).
 #[inline(always)]
-pub(in crate::backend::cpu) fn exp2<I: Isa>(isa: I, x: I::F, accuracy: Accuracy) -> I::F {
+pub(in crate::backend::cpu) fn exp2<I: Isa>(isa: I, x: I::Floats, accuracy: Accuracy) -> I::Floats {
     let x = isa.max(x, isa.splat(-126.0));
     let n = isa.round(x);
     let f = isa.sub(x, n);

@@ -1,11 +1,12 @@
-//! Instruction sets, detected at run time, behind one small trait: every kernel is written once over [`Isa`], and an
-//! instruction set is a short file of one-liners.
+//! Instruction sets, detected at run time, behind one small trait. Every kernel is written once over [`Isa`]; an instruction
+//! set is a short file of one-line methods.
 //!
-//! A kernel is an [`Op`] whose `run` is `inline(always)` and is entered through [`Isa::enter`], a function that carries the
-//! `target_feature`s; what is inlined there compiles to those instructions (the design of memchr's `Vector` and of the
-//! crate pulp). A value of an instruction set's type is the proof that this machine has it: only `detect` makes one.
+//! A kernel is an [`SimdOp`] whose `run` is `inline(always)` and is entered through [`Isa::enter`], a function that carries the
+//! `target_feature`s; code inlined into it compiles to those instructions (the design of memchr's `Vector` and of the crate
+//! pulp). A value of an instruction set's type proves that this machine has it: only `detect` creates one.
 //!
-//! Vectors are of 32-bit lanes: [`Isa::F`] holds f32, [`Isa::I`] any four bytes: an f32, two bf16, four int8, or an i32 sum.
+//! Vectors have 32-bit lanes. A lane of [`Isa::Floats`] is an f32; a lane of [`Isa::Bits`] is an f32, two bf16, four int8, or an
+//! i32 sum.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -17,11 +18,11 @@ mod neon;
 mod partial;
 mod portable;
 
-pub(super) use isa::{Accuracy, Isa, MAX_LANES, Op, exp2};
+pub(super) use isa::{Accuracy, Isa, MAX_LANES, SimdOp, exp2};
 pub(super) use partial::{load_partial, store_partial, store_partial_bf16};
 pub(super) use portable::Portable;
 
-/// Which instruction sets a machine may have. The best is chosen at start and named in the log.
+/// The supported instruction sets. The best one is chosen at start and named in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SimdPath {
     /// AVX-512 with dot products of bf16 and int8 (Zen 4 and later, Sapphire Rapids and later).
@@ -48,7 +49,7 @@ pub(super) enum SimdPath {
     /// NEON (every AArch64).
     #[cfg(target_arch = "aarch64")]
     Neon(neon::Neon<false, false>),
-    /// Plain Rust, which the compiler vectorises for the target's baseline: SSE2 on x86-64.
+    /// Plain Rust, which the compiler vectorizes for the target's baseline: SSE2 on x86-64.
     Portable(Portable),
 }
 
@@ -74,12 +75,12 @@ impl SimdPath {
         paths
     }
 
-    /// The best that this machine can run.
+    /// The best path that this machine can run.
     pub(super) fn best() -> Self {
         Self::supported()[0]
     }
 
-    /// As logs name it.
+    /// The name in logs.
     pub(super) fn name(self) -> &'static str {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -102,7 +103,7 @@ impl SimdPath {
         }
     }
 
-    /// Whether products of bf16 are an instruction here, and not made of f32 ones.
+    /// Whether the path has an instruction for bf16 dot products. Otherwise they are computed with f32 instructions.
     pub(super) fn has_bf16(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
@@ -114,19 +115,19 @@ impl SimdPath {
     }
 
     /// Columns of a panel of packed weights.
-    pub(super) fn panel(self) -> usize {
+    pub(super) fn panel_columns(self) -> usize {
         struct Panel;
-        impl Op for Panel {
+        impl SimdOp for Panel {
             type Output = usize;
             fn run<I: Isa>(self, _: I) -> usize {
-                I::PANEL
+                I::PANEL_COLUMNS
             }
         }
         self.enter(Panel)
     }
 
     /// Runs `op` compiled for this path.
-    pub(super) fn enter<O: Op>(self, op: O) -> O::Output {
+    pub(super) fn enter<O: SimdOp>(self, op: O) -> O::Output {
         match self {
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(isa) => isa.enter(op),

@@ -1,11 +1,11 @@
-//! NEON, with dot products where the flags say so: 32 registers of 4 lanes.
+//! NEON, with dot products as the const parameters say: 32 registers of 4 lanes.
 //!
-//! The dot products are one line of assembly each: std's functions for them are not stable yet.
+//! The dot products are inline assembly: the intrinsics of the standard library are not stable yet.
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
-use super::isa::{Isa, Op};
+use super::isa::{Isa, SimdOp};
 
 /// NEON, with `sdot` if `DOT`, and with `bfdot` and `usdot` if `BF16_I8MM`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,17 +21,17 @@ impl<const BF16_I8MM: bool, const DOT: bool> Neon<BF16_I8MM, DOT> {
 }
 
 #[target_feature(enable = "neon,dotprod,bf16,i8mm")]
-fn enter_bf16_i8mm<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+fn enter_bf16_i8mm<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
 #[target_feature(enable = "neon,dotprod")]
-fn enter_dot<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+fn enter_dot<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
 #[target_feature(enable = "neon")]
-fn enter_base<O: Op, I: Isa>(op: O, isa: I) -> O::Output {
+fn enter_base<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
@@ -44,19 +44,19 @@ macro_rules! accumulate {
     }};
 }
 
-// SAFETY, for every block below: `detect` is the only maker of a value and has seen the instructions that it uses; the
-// pointer methods pass their caller's promise on. All loads and stores are of the unaligned kind. The assembly reads and
-// writes the registers that it names and nothing else.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "one argument, above, for a table of one-liners")]
+// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers of the
+// pointer methods guarantee valid pointers. All loads and stores are unaligned. The assembly accesses
+// only the registers that it names.
+#[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every one-line method")]
 unsafe impl<const BF16_I8MM: bool, const DOT: bool> Isa for Neon<BF16_I8MM, DOT> {
-    type F = float32x4_t;
-    type I = uint32x4_t;
+    type Floats = float32x4_t;
+    type Bits = uint32x4_t;
     const LANES: usize = 4;
     const PANEL_VECTORS: usize = 4;
     const SIGNED_BYTES: bool = !BF16_I8MM;
 
     #[inline(always)]
-    fn enter<O: Op>(self, op: O) -> O::Output {
+    fn enter<O: SimdOp>(self, op: O) -> O::Output {
         unsafe {
             match (BF16_I8MM, DOT) {
                 (true, _) => enter_bf16_i8mm(op, self),
@@ -121,7 +121,7 @@ unsafe impl<const BF16_I8MM: bool, const DOT: bool> Isa for Neon<BF16_I8MM, DOT>
     }
 
     #[inline(always)]
-    fn floats(self, x: uint32x4_t) -> float32x4_t {
+    fn bits_to_f32(self, x: uint32x4_t) -> float32x4_t {
         unsafe { vreinterpretq_f32_u32(x) }
     }
     #[inline(always)]
@@ -169,15 +169,15 @@ unsafe impl<const BF16_I8MM: bool, const DOT: bool> Isa for Neon<BF16_I8MM, DOT>
         }
     }
     #[inline(always)]
-    fn sum(self, x: float32x4_t) -> f32 {
+    fn reduce_sum(self, x: float32x4_t) -> f32 {
         unsafe { vaddvq_f32(x) }
     }
     #[inline(always)]
-    fn max_of(self, x: float32x4_t) -> f32 {
+    fn reduce_max(self, x: float32x4_t) -> f32 {
         unsafe { vmaxvq_f32(x) }
     }
     #[inline(always)]
-    fn min_of(self, x: float32x4_t) -> f32 {
+    fn reduce_min(self, x: float32x4_t) -> f32 {
         unsafe { vminvq_f32(x) }
     }
 
@@ -205,13 +205,13 @@ unsafe impl<const BF16_I8MM: bool, const DOT: bool> Isa for Neon<BF16_I8MM, DOT>
             if BF16_I8MM {
                 return accumulate!("usdot {:v}.4s, {:v}.16b, {:v}.16b", acc, a, b);
             }
-            // An unsigned byte with its first bit turned over is, read as signed, 128 less.
+            // Flipping the high bit of an unsigned byte and reading it as signed subtracts 128.
             let a = veorq_u32(a, vdupq_n_u32(0x8080_8080));
             if DOT {
                 return accumulate!("sdot {:v}.4s, {:v}.16b, {:v}.16b", acc, a, b);
             }
             let (a, b) = (vreinterpretq_s8_u32(a), vreinterpretq_s8_u32(b));
-            // Two products are at most 2 * 128 * 127: 16 bits hold them.
+            // A sum of two products is at most 2 * 128 * 127, which fits into 16 bits.
             let pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
             vreinterpretq_u32_s32(vpadalq_s16(vreinterpretq_s32_u32(acc), pairs))
         }

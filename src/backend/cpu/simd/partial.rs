@@ -1,14 +1,14 @@
-//! Loads and stores of fewer values than a vector holds.
+//! Loads and stores of fewer values than a vector has lanes.
 
 use super::isa::{Isa, MAX_LANES};
 
-/// The first `n` values, or a whole vector where n is more; the other lanes hold `fill`.
+/// Loads `min(n, LANES)` values; the other lanes hold `fill`.
 ///
 /// # Safety
-/// `from` may be read for that many values.
+/// `from` is valid for reads of that many values.
 #[inline(always)]
-pub(in crate::backend::cpu) unsafe fn load_partial<I: Isa>(isa: I, from: *const f32, n: usize, fill: f32) -> I::F {
-    // SAFETY: a whole vector only where the caller has one; otherwise n values, and the vector comes from `values`.
+pub(in crate::backend::cpu) unsafe fn load_partial<I: Isa>(isa: I, from: *const f32, n: usize, fill: f32) -> I::Floats {
+    // SAFETY: reads a whole vector only if n is at least that; otherwise n values, and the vector is loaded from `values`.
     unsafe {
         if n >= I::LANES {
             return isa.load(from);
@@ -21,12 +21,12 @@ pub(in crate::backend::cpu) unsafe fn load_partial<I: Isa>(isa: I, from: *const 
     }
 }
 
-/// Writes the first `n` lanes of x, or all where n is more.
+/// Stores the first `min(n, LANES)` lanes of x.
 ///
 /// # Safety
-/// `to` may be written for that many values.
+/// `to` is valid for writes of that many values.
 #[inline(always)]
-pub(in crate::backend::cpu) unsafe fn store_partial<I: Isa>(isa: I, to: *mut f32, n: usize, x: I::F) {
+pub(in crate::backend::cpu) unsafe fn store_partial<I: Isa>(isa: I, to: *mut f32, n: usize, x: I::Floats) {
     // SAFETY: as in `load_partial`.
     unsafe {
         if n >= I::LANES {
@@ -43,9 +43,9 @@ pub(in crate::backend::cpu) unsafe fn store_partial<I: Isa>(isa: I, to: *mut f32
 /// [`store_partial`] rounded to bf16.
 ///
 /// # Safety
-/// `to` may be written for that many values.
+/// `to` is valid for writes of that many values.
 #[inline(always)]
-pub(in crate::backend::cpu) unsafe fn store_partial_bf16<I: Isa>(isa: I, to: *mut u16, n: usize, x: I::F) {
+pub(in crate::backend::cpu) unsafe fn store_partial_bf16<I: Isa>(isa: I, to: *mut u16, n: usize, x: I::Floats) {
     // SAFETY: as in `load_partial`.
     unsafe {
         if n >= I::LANES {
