@@ -1,4 +1,4 @@
-//! `rerankd serve`: load, listen, drain.
+//! `rerankd serve`: loads the models, listens, and drains when a signal stops the server.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -9,26 +9,21 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::Failure;
+use super::failure::Failure;
+use super::start::start_models;
 use crate::api::{self, App, Server};
 use crate::config::args::ServeArgs;
 use crate::config::machine::Machine;
 use crate::config::resolve::ServeSettings;
 use crate::telemetry;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(flatten)]
-    pub(super) serve: ServeArgs,
-}
-
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let settings = args.serve.resolve(&Machine::detect()).map_err(Failure::Config)?;
+pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
+    let settings = args.resolve(&Machine::detect()).map_err(Failure::Config)?;
     telemetry::prometheus();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .context("cannot start the runtime")
+        .context("cannot start the async runtime")
         .map_err(Failure::Other)?;
     let outcome = runtime.block_on(serve(&settings));
     runtime.shutdown_background();
@@ -36,26 +31,26 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
 }
 
 async fn serve(settings: &ServeSettings) -> Result<(), Failure> {
-    // The signals are ours from here on: one that comes while a model loads ends the process at once.
+    // Handlers are installed first, so that a signal while a model loads ends the process at once.
     let listening = Arc::new(AtomicBool::new(false));
     let stop = stop_signal(Arc::clone(&listening)).map_err(Failure::Other)?;
-    tokio::spawn(keep_metrics_small());
+    tokio::spawn(run_metrics_upkeep());
     let server = Server::bind(settings.address).map_err(Failure::Config)?;
     let address = server.address();
-    let load = || super::start(&settings.models, |name, about| tracing::info!(model = name, "{about}"));
+    let load = || start_models(&settings.models, |name, about| tracing::info!(model = name, "{about}"));
     let models = tokio::task::block_in_place(load).map_err(Failure::Config)?;
     let listener = server.listen().map_err(Failure::Config)?;
-    announce(settings, address, &models.iter().next().map(|model| model.name.clone()).unwrap_or_default());
+    log_startup(settings, address, &models.iter().next().map(|model| model.name.clone()).unwrap_or_default());
     let app = App::new(models, settings.keys.clone(), settings.limits);
-    // A batch that outlives the drain ends with the process: nobody joins its worker.
+    // Leaked, so that the exit does not wait for a worker whose batch outlasts the drain.
     std::mem::forget(Arc::clone(&app));
     listening.store(true, Ordering::Release);
     api::serve(listener, app, settings.max_connections, settings.timeouts, stop).await;
     Ok(())
 }
 
-/// What an operator wants to see once, and what a newcomer wants to try.
-fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
+/// Logs the limits, the address and an example request for `model`.
+fn log_startup(settings: &ServeSettings, address: SocketAddr, model: &str) {
     let (limits, models) = (&settings.limits, &settings.models);
     tracing::info!(
         threads = models.load.limits.threads,
@@ -67,7 +62,9 @@ fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
         "limits"
     );
     if settings.keys.is_open() && !address.ip().is_loopback() {
-        tracing::warn!("no --api-key is set and {address} is not loopback: everyone who reaches this port may use it");
+        tracing::warn!(
+            "no --api-key is set and {address} is not a loopback address: anyone who can reach this port can use the server; set --api-key or --api-key-file"
+        );
     }
     let key = if settings.keys.is_open() { "" } else { " -H 'Authorization: Bearer YOUR_KEY'" };
     let shown =
@@ -79,8 +76,9 @@ fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
     tracing::info!("try it: curl http://{shown}/v1/rerank{key} -d '{body}'");
 }
 
-/// Folds recorded values into their buckets, which otherwise happens only when somebody reads /metrics.
-async fn keep_metrics_small() {
+/// Moves recorded values into the histogram buckets every 5 s. Otherwise that happens only when /metrics is read, and until then
+/// the values accumulate in memory.
+async fn run_metrics_upkeep() {
     let mut interval = tokio::time::interval(Duration::from_secs(5));
     loop {
         interval.tick().await;
@@ -88,7 +86,11 @@ async fn keep_metrics_small() {
     }
 }
 
-/// Resolves at the first SIGTERM or SIGINT once the server is `listening`; before that, and at the second, the process ends.
+/// Returns a future that resolves at the first SIGTERM or SIGINT after `listening` is set. A signal before that, and a second
+/// signal, end the process with exit code 130.
+///
+/// # Errors
+/// A signal handler cannot be installed.
 fn stop_signal(listening: Arc<AtomicBool>) -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
