@@ -104,7 +104,7 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         (&["serve", "--prot", "1"][..], 2, "--prot"),
         (&["serve", "--port", "x"], 2, "--port"),
         (&["serve", "--model", "nothing"], 78, "BAAI/bge-reranker-v2-m3"),
-        (&["serve", "--model", "."], 78, "no checkpoint here"),
+        (&["serve", "--model", "."], 78, "no checkpoint in this folder"),
         (&["serve", "--model", &model, "--window", "9999"], 78, "window"),
         (&["serve", "--model", &model, "--window", "3"], 78, "window"),
         (&["serve", "--model", &model, "--device", "abacus"], 78, "abacus"),
