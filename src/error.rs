@@ -1,6 +1,6 @@
-//! What can go wrong with one request. Each carries the facts its message needs; `api/error.rs` alone knows HTTP.
+//! The errors of one request. A message is meant for the client; `api/error.rs` maps errors to HTTP statuses.
 
-/// Why a request has no ranking.
+/// Why a request could not be answered with a ranking.
 #[derive(Debug, thiserror::Error)]
 pub enum RerankError {
     /// No served model has this name or alias.
@@ -13,29 +13,29 @@ pub enum RerankError {
         /// Names of the served models.
         served: String,
     },
-    /// A field has a value that cannot be used.
+    /// A field of the request is not valid.
     #[error("{field}: {problem}")]
     Invalid {
-        /// The field, with its index where it has one: `documents[7]`.
+        /// The field's name, with an index in a list: `documents[7]`.
         field: String,
-        /// What is wrong with it, and what would be right.
+        /// What is wrong with the value, and what is expected.
         problem: String,
     },
-    /// The request asks for more tokens than one request may.
+    /// The request exceeds the token limit of one request (`--max-request-tokens`).
     #[error(
         "the request asks for {tokens} tokens of work over all its chunks, the limit is {limit}; \
          send fewer or shorter documents, or lower max_chunks_per_doc"
     )]
     TooMuchWork {
-        /// Tokens of all its pairs, or of those counted when the limit was passed.
+        /// Tokens of the request's pairs. Counting stops soon after the limit.
         tokens: usize,
-        /// The limit of one request.
+        /// The limit, in tokens.
         limit: usize,
     },
-    /// More work is waiting than may wait.
+    /// The queue is full.
     #[error("Model service overloaded. Please try again later.")]
     Overloaded {
-        /// When the queue is expected to have room.
+        /// Seconds until the queue is expected to have room.
         retry_after_s: u64,
     },
     /// The work alone takes longer than the deadline allows.
@@ -54,10 +54,10 @@ pub enum RerankError {
         "the deadline of {seconds} s passed before the request was computed; send fewer documents or try again when the server is less busy"
     )]
     Deadline {
-        /// The deadline, counted from the request's arrival.
+        /// Seconds from the request's arrival to the deadline.
         seconds: u64,
     },
-    /// The device has no memory for one of the request's pairs alone.
+    /// The device's memory does not suffice for one of the request's pairs, even in a batch alone.
     #[error("the device's memory is exhausted; send shorter documents, or try again later")]
     OutOfMemory,
     /// Models are being loaded.
@@ -66,16 +66,16 @@ pub enum RerankError {
     /// The server is on its way down.
     #[error("the server is shutting down")]
     ShuttingDown,
-    /// The model gave a NaN or an infinity: wrong weights, or a number format that overflows.
+    /// The model returned NaN or infinity: the weights are damaged, or the precision (`--dtype`) overflows.
     #[error("the model's score is not a finite number (non_finite_score)")]
     NonFiniteScore,
-    /// A fault of ours. The cause goes to the log, with the request's id.
+    /// An internal error. The cause is logged with the request id and not sent to the client.
     #[error("internal error")]
     Internal(#[source] anyhow::Error),
 }
 
 impl RerankError {
-    /// A field has a value that cannot be used.
+    /// Creates [`RerankError::Invalid`].
     pub fn invalid(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Invalid { field: field.into(), problem: problem.into() }
     }

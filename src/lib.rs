@@ -1,19 +1,28 @@
-//! `rerankd`: a reranking server. One binary that answers `POST /v1/rerank` with the scores of a cross-encoder.
+//! `rerankd`, a self-hosted reranking server: one binary that answers `POST /v1/rerank` with the scores of a cross-encoder.
 //!
-//! Modules in reading order, top floor first:
-//! - [`cli`]: one file per command; [`settings`]: flags, environment and config file, checked once.
-//! - [`api`]: HTTP and nothing else: dialects, keys, limits, errors, operations.
-//! - [`rerank`]: the story of a request in one short function; [`models`]: the served models by name.
-//! - [`text`]: text to pairs of token ids, long documents cut into overlapping chunks.
-//! - [`scheduler`]: who runs what, when.
-//! - [`encoder`]: the graphs, generic over [`backend`]: the only place that computes.
-//! - [`loading`]: names to files to checked weights, once, at start.
-//! - [`eval`]: how good a ranking is: topics, measures, BM25.
-//! - [`batch`], [`error`], [`telemetry`]: words that anyone uses and that use no one.
+//! Modules in reading order, from the command line down to the kernels:
+//! - [`cli`]: one file per command; the exit codes.
+//! - [`config`]: flags, environment variables and the config file, resolved to settings.
+//! - [`api`]: HTTP: request formats, API keys, limits, the error table, health and metrics.
+//! - [`rerank`]: a request from text to ranking, in one short function.
+//! - [`served`]: the served models by name.
+//! - [`text`]: from text to pairs of token ids; long documents are split into overlapping chunks.
+//! - [`scheduler`]: admission, the queue, batch composition, and the workers that run batches.
+//! - [`encoder`]: the graph of each model architecture, generic over [`backend::Backend`].
+//! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
+//! - [`checkpoint`]: a model's configuration and weights, checked against each other.
+//! - [`loading`]: from a model's name to a model that scores: catalogue, downloads, start-up checks. Called once, at start.
+//! - [`eval`]: ranking quality: data sets, measures, BM25.
+//! - [`batch`], [`error`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
 //!
-//! Absent on purpose: padding, anywhere; timers in the scheduler; I/O below `loading`; a clock in `scheduler/plan.rs`;
-//! `cfg(feature)` outside `backend` and the choice of device; `unsafe` outside `backend/cpu` and
-//! `backend/cuda`.
+//! What the crate does without:
+//! - padding: a batch is packed tokens and offsets, on every backend;
+//! - timers in the batcher: a worker that is idle takes the pairs that are waiting;
+//! - a clock in `scheduler/plan.rs`: batch composition is a pure function;
+//! - `unsafe` outside `backend/cpu` and `backend/cuda`;
+//! - environment variables outside `config`;
+//! - files in `api`, `rerank`, `served`, `text`, `scheduler` and `encoder`;
+//! - `cfg(feature)` outside `backend`, and the choice of a device in `config` and `loading`.
 
 #![deny(unsafe_code)]
 

@@ -1,13 +1,9 @@
-//! A table of contents: parse, run, exit code.
+//! The binary `rerankd`: parses the command line, runs the command, returns the exit code.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let cli = match rerankd::cli::parse() {
-        Ok(cli) => cli,
-        Err(failure) => return failure.report(),
-    };
-    match rerankd::cli::run(cli) {
+    match rerankd::cli::parse().and_then(rerankd::cli::run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(),
     }

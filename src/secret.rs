@@ -1,9 +1,9 @@
-//! Strings that must not reach logs.
+//! Strings that must not appear in logs.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// An API key or access token. `Debug` prints a placeholder; [`Secret::reveal`] gives the text.
+/// An API key or an access token. `Debug` prints a placeholder instead of the text.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
@@ -12,7 +12,7 @@ impl Secret {
         Self(text.into())
     }
 
-    /// The text itself, for comparing or sending.
+    /// The text, to compare it or to send it.
     pub fn reveal(&self) -> &str {
         &self.0
     }

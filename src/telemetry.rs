@@ -1,39 +1,42 @@
-//! Logs, metrics and progress: shared words that anyone may use.
+//! Log, metrics and progress bars. A leaf module: it depends on nothing else in the crate.
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+use tracing::level_filters::LevelFilter;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
-/// How log lines look.
+/// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum LogFormat {
-    /// For people.
+    /// Plain lines, colored on a terminal
     #[default]
     Text,
-    /// One JSON object a line.
+    /// One JSON object per line
     Json,
 }
 
 static PROMETHEUS: OnceLock<PrometheusHandle> = OnceLock::new();
 
+/// Upper bounds of the buckets of histograms in seconds.
 const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+/// Upper bounds of the buckets of histograms in tokens.
 const TOKENS: [f64; 10] = [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 
-/// Checks a log filter: a level, or directives as in `rerankd=debug,hyper=info`.
+/// Checks a log filter: a level, or directives such as `rerankd=debug,hyper=info`.
 ///
 /// # Errors
-/// What `tracing_subscriber` says about it.
+/// The filter is empty, a word in it is neither a level nor a directive, or `tracing_subscriber` rejects a directive.
 pub fn parse_log_filter(text: &str) -> Result<String, String> {
     EnvFilter::try_new(text).map_err(|error| error.to_string())?;
-    // A bare word that is no level would be read as the name of a module, and nothing would be logged.
-    let is_level = |word: &str| word.parse::<tracing::level_filters::LevelFilter>().is_ok();
+    // EnvFilter takes a word that is not a level for a module's name, and would log nothing.
+    let is_level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
     match text.split(',').find(|part| !part.contains(['=', '[', ':']) && !is_level(part.trim())) {
         Some(part) => {
-            Err(format!("{part:?} is no level; expected error, warn, info, debug, trace or off, or module=level"))
+            Err(format!("{part:?} is not a level; expected off, error, warn, info, debug or trace, or module=level"))
         }
         None => Ok(text.to_owned()),
     }
@@ -84,7 +87,7 @@ pub fn upkeep() {
     prometheus().run_upkeep();
 }
 
-/// The process's metrics, collected from the first call on.
+/// The process's metrics. Recording starts with the first call.
 pub fn prometheus() -> &'static PrometheusHandle {
     PROMETHEUS.get_or_init(|| {
         let builder = PrometheusBuilder::new()
@@ -94,22 +97,26 @@ pub fn prometheus() -> &'static PrometheusHandle {
         let recorder = builder.build_recorder();
         let handle = recorder.handle();
         if metrics::set_global_recorder(recorder).is_err() {
-            tracing::warn!("another metrics recorder is installed; /metrics stays empty");
+            tracing::warn!("another metrics recorder is already installed: /metrics stays empty");
         }
-        describe();
+        describe_metrics();
         handle
     })
 }
 
-fn describe() {
+fn describe_metrics() {
     use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
     describe_counter!("rerankd_requests_total", "HTTP requests by route and status");
-    describe_histogram!("rerankd_request_seconds", Unit::Seconds, "From a request's header to its answer, by route");
+    describe_histogram!(
+        "rerankd_request_seconds",
+        Unit::Seconds,
+        "Time from a request's headers to its response, by route"
+    );
     describe_counter!("rerankd_tokens_total", Unit::Count, "Tokens computed, by model");
-    describe_histogram!("rerankd_batch_tokens", Unit::Count, "Tokens of a batch, by model");
-    describe_histogram!("rerankd_batch_seconds", Unit::Seconds, "Computing time of a batch, by model");
-    describe_gauge!("rerankd_queue_tokens", Unit::Count, "Tokens admitted and not yet computed, by model");
-    describe_counter!("rerankd_batches_failed_total", "Batches that the backend could not compute, by model");
+    describe_histogram!("rerankd_batch_tokens", Unit::Count, "Tokens per batch, by model");
+    describe_histogram!("rerankd_batch_seconds", Unit::Seconds, "Compute time per batch, by model");
+    describe_gauge!("rerankd_queue_tokens", Unit::Count, "Tokens admitted but not yet computed, by model");
+    describe_counter!("rerankd_batches_failed_total", "Batches that failed in the backend, by model");
     describe_counter!(
         "rerankd_requests_cancelled_total",
         "Requests removed from the queue: client gone or deadline passed"
@@ -133,24 +140,39 @@ fn describe() {
     describe_counter!("rerankd_chunks_dropped_total", "Chunks beyond max_chunks_per_doc");
 }
 
-/// A bar over bytes on standard error; silent where that is not a terminal.
-pub fn progress_bytes(total: u64, what: &str) -> ProgressBar {
-    progress(total, what, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+/// A progress bar that counts bytes, on standard error. It is hidden when standard error is not a terminal.
+pub fn progress_bytes(total: u64, label: &str) -> ProgressBar {
+    progress(total, label, "{msg} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
 }
 
-/// A bar over things that are counted; silent where standard error is not a terminal.
-pub fn progress_count(total: u64, what: &str) -> ProgressBar {
-    progress(total, what, "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}")
+/// A progress bar that counts items, on standard error. It is hidden when standard error is not a terminal.
+pub fn progress_count(total: u64, label: &str) -> ProgressBar {
+    progress(total, label, "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}")
 }
 
-fn progress(total: u64, what: &str, template: &str) -> ProgressBar {
-    let style = ProgressStyle::with_template(template).expect("a template of ours");
-    let bar = ProgressBar::new(total).with_style(style).with_message(what.to_owned());
+fn progress(total: u64, label: &str, template: &str) -> ProgressBar {
+    let style = ProgressStyle::with_template(template).expect("the template is valid");
+    let bar = ProgressBar::new(total).with_style(style).with_message(label.to_owned());
     bar.enable_steady_tick(Duration::from_millis(200));
     bar
 }
 
-/// A sign of life for work whose length is not known; silent where standard error is not a terminal.
-pub fn progress_spinner(what: &str) -> ProgressBar {
-    progress(0, what, "{spinner} {msg} {elapsed}")
+/// A spinner for work of unknown length, on standard error. It is hidden when standard error is not a terminal.
+pub fn progress_spinner(label: &str) -> ProgressBar {
+    progress(0, label, "{spinner} {msg} {elapsed}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn log_filters_are_levels_or_directives() {
+        for filter in ["info", "OFF", "rerankd=debug,hyper=info", "warn,rerankd::api=trace", "[request]=debug"] {
+            assert_eq!(parse_log_filter(filter).as_deref(), Ok(filter));
+        }
+        for filter in ["nonsense", "", "info,", "rerankd=loud", "rerankd"] {
+            assert!(parse_log_filter(filter).is_err(), "{filter:?}");
+        }
+    }
 }

@@ -104,7 +104,7 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         (&["serve", "--prot", "1"][..], 2, "--prot"),
         (&["serve", "--port", "x"], 2, "--port"),
         (&["serve", "--model", "nothing"], 78, "BAAI/bge-reranker-v2-m3"),
-        (&["serve", "--model", "."], 78, "no checkpoint here"),
+        (&["serve", "--model", "."], 78, "no checkpoint in this folder"),
         (&["serve", "--model", &model, "--window", "9999"], 78, "window"),
         (&["serve", "--model", &model, "--window", "3"], 78, "window"),
         (&["serve", "--model", &model, "--device", "abacus"], 78, "abacus"),
@@ -116,7 +116,7 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         #[cfg(feature = "cuda")]
         (&["serve", "--model", &model, "--device", "cuda", "--dtype", "int8"], 78, "f16"),
         #[cfg(not(feature = "cuda"))]
-        (&["serve", "--model", &model, "--device", "cuda"], 78, "not known to this build"),
+        (&["serve", "--model", &model, "--device", "cuda"], 78, "not supported by this build"),
         (&["serve", "--model", &model, "--dtype", "f16"], 78, "bf16"),
         (&["serve", "--model", &model, "--dtype", "f8"], 2, "--dtype"),
         (&["bench", "--model", &model, "--workloads", "/nowhere.json"], 78, "/nowhere.json"),
@@ -136,6 +136,29 @@ fn mistakes_end_before_the_port_opens_with_their_own_codes() {
         let message = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {message}");
         assert!(message.contains(named), "{arguments:?}: {message}");
+    }
+}
+
+#[test]
+fn unknown_values_are_refused_from_the_flag_the_environment_and_the_config_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("rerankd.toml");
+    let refused = |command: &mut std::process::Command, code: i32, named: &str| {
+        let output = command.stdin(Stdio::null()).output().unwrap();
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(code), "{command:?}: {message}");
+        assert!(message.contains(named), "{command:?}: {message}");
+    };
+    for (flag, value) in [("--log", "nonsense"), ("--log", "rerankd=loud"), ("--log", ""), ("--dtype", "f64")] {
+        refused(rerankd().args(["serve", flag, value]), 2, flag);
+        let variable = format!("RERANKD_{}", flag.trim_start_matches('-').to_uppercase());
+        refused(rerankd().arg("serve").env(variable, value), 2, flag);
+        std::fs::write(&config, format!("{} = {value:?}\n", flag.trim_start_matches('-'))).unwrap();
+        refused(rerankd().arg("serve").arg("--config").arg(&config), 2, flag);
+    }
+    refused(rerankd().arg("serve").env("RERANKD_PIN_THREADS", "maybe"), 2, "--pin-threads");
+    for command in [&["models"][..], &["download", "rerankd-mini"], &["rank", "-q", "a", "/dev/null"]] {
+        refused(rerankd().args(command).env("HF_HUB_OFFLINE", "maybe"), 78, "HF_HUB_OFFLINE");
     }
 }
 
@@ -182,7 +205,8 @@ fn a_running_request_is_answered_in_the_drain() {
     let texts = vec![format!("\"{}\"", "word ".repeat(2000)); 20].join(",");
     let body = format!(r#"{{"model":"tiny","query":"a","documents":[{texts}]}}"#);
     let mut stream = server.connect();
-    write!(stream, "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    write!(stream, "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+        .unwrap();
     std::thread::sleep(Duration::from_millis(50)); // so that the request is in, finished or not
     server.signal("-TERM");
     let mut answer = String::new();

@@ -1,21 +1,24 @@
-//! `rerankd download`: fill the cache now, serve offline later.
+//! `rerankd download`: fills the cache, so that `serve` can start without a network.
 
 use anyhow::Context;
 
-use super::{Failure, print};
+use super::failure::Failure;
+use super::output::print;
 use crate::config::hub::hub_options_from_env;
 use crate::loading::download::Hub;
 use crate::loading::source::{ModelSource, WeightsFile};
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    /// Models to download: names from `rerankd models`, or organisation/name[@revision] on the hub
+pub(super) struct DownloadArgs {
+    /// Models to download: names from `rerankd models`, or organization/name[@revision] on the Hugging Face hub
+    ///
+    /// Prints the path of each model's weights. Set HF_HUB_OFFLINE=1 afterwards to load from the cache only.
     #[arg(required = true, value_name = "MODEL")]
     models: Vec<String>,
 }
 
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let hub = Hub::new(hub_options_from_env());
+pub(super) fn run(args: &DownloadArgs) -> Result<(), Failure> {
+    let hub = Hub::new(hub_options_from_env().map_err(Failure::Config)?);
     for model in &args.models {
         let source = ModelSource::parse(model).map_err(Failure::Config)?;
         let files =

@@ -1,4 +1,4 @@
-//! `rerankd eval`: how well a model ranks topics with known relevant documents, beside BM25.
+//! `rerankd eval`: measures how well models rank topics with relevance judgments, compared with BM25.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -8,7 +8,9 @@ use anyhow::{Context, Result};
 use futures_util::{StreamExt, stream};
 use serde_json::json;
 
-use super::{Failure, print, start, table};
+use super::failure::Failure;
+use super::output::{print, table};
+use super::start::start_models;
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
 use crate::config::resolve::QueueSettings;
@@ -19,51 +21,52 @@ use crate::served::Models;
 use crate::telemetry;
 use crate::text::DocumentOptions;
 
-/// Topics under way at a time: one is tokenised while another computes.
-const AHEAD: usize = 4;
+/// Topics in flight: one is tokenized while another is computed.
+const CONCURRENT_TOPICS: usize = 4;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    /// Topics: a .jsonl file, a folder in BEIR's form, or a .json file in SQuAD's form
+pub(super) struct EvalArgs {
+    /// Data set: a .jsonl file, a folder in BEIR format, or a .json file in SQuAD format
     ///
-    /// A line of JSONL is {"query", "documents", "relevance"} or {"query", "positive", "negative"}. A BEIR folder has
-    /// corpus.jsonl, queries.jsonl and qrels/test.tsv. In SQuAD's form each question's own paragraph is relevant.
+    /// A topic is a query with candidate documents and their relevance. A line of a .jsonl file is one topic: {"query",
+    /// "documents", "relevance"} or {"query", "positive", "negative"}. A BEIR folder has corpus.jsonl, queries.jsonl and
+    /// qrels/test.tsv. In SQuAD format the paragraph that contains the answer is relevant.
     topics: PathBuf,
-    /// TREC run file whose documents are reranked, for a BEIR folder [default: BM25's best]
+    /// BEIR: TREC run file with the candidates of each query [default: the top documents by BM25]
     #[arg(long, value_name = "FILE")]
     run: Option<PathBuf>,
-    /// Candidates of a topic, for a BEIR folder
+    /// BEIR: maximum candidates per query
     #[arg(long, value_name = "N", default_value_t = 100)]
     candidates: usize,
-    /// Other paragraphs beside a question's own, for SQuAD's form
+    /// SQuAD: number of other paragraphs among the candidates of each question
     #[arg(long, value_name = "N", default_value_t = 9)]
     negatives: usize,
-    /// Take the paragraphs that BM25 likes best, not random ones
+    /// SQuAD: choose the other paragraphs by BM25 score instead of at random [default: false]
     #[arg(long)]
     hard: bool,
-    /// Seed of the random choices
-    #[arg(long, default_value_t = 1)]
+    /// SQuAD: seed of the random choices
+    #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// Topics at most, spread evenly
+    /// Maximum topics, taken at equal distances from the data set [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Ranks at which recall is measured
+    /// Ranks k at which recall@k is measured, separated by commas
     #[arg(long, value_name = "K", value_delimiter = ',', default_values_t = [1, 5, 10])]
     recall_at: Vec<usize>,
-    /// Write one JSON object a topic and ranker to this file
+    /// File for the results of each topic, one JSON object per topic and ranker [default: none]
     #[arg(long, value_name = "FILE")]
     per_query: Option<PathBuf>,
     #[command(flatten)]
     pub(super) models: ModelArgs,
 }
 
-/// One ranker's order of one topic's documents, best first, and its measures.
-struct Outcome {
+/// One ranker's result for one topic: indices of the documents, best first, and the measures of that order.
+struct TopicResult {
     order: Vec<usize>,
     measures: Measures,
 }
 
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
+pub(super) fn run(args: &EvalArgs) -> Result<(), Failure> {
     let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     let options = TopicOptions {
         run: args.run.clone(),
@@ -74,7 +77,8 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
         limit: args.limit,
     };
     let topics = topics::read(&args.topics, &options).map_err(Failure::Other)?;
-    let models = start(&settings, |name, about| tracing::info!(model = name, "{about}")).map_err(Failure::Config)?;
+    let models =
+        start_models(&settings, |name, about| tracing::info!(model = name, "{about}")).map_err(Failure::Config)?;
     let mut rankers = vec![("BM25".to_owned(), bm25(&topics, &args.recall_at))];
     for model in models.iter() {
         rankers.push((model.name.clone(), evaluate(&models, &model.name, &topics, args).map_err(Failure::Other)?));
@@ -85,28 +89,32 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     print(&summary(&rankers, &args.recall_at, topics.len()))
 }
 
-/// BM25 over the documents of all topics, ranking each topic's own.
-fn bm25(topics: &[Topic], recall_at: &[usize]) -> Vec<Outcome> {
+/// Ranks each topic's documents by BM25, with the word statistics of all topics' documents.
+fn bm25(topics: &[Topic], recall_at: &[usize]) -> Vec<TopicResult> {
     let mut texts: Vec<&str> = topics.iter().flat_map(|topic| topic.documents.iter().map(String::as_str)).collect();
     texts.sort_unstable();
     texts.dedup();
     let index = Bm25::new(&texts);
-    let outcome = |topic: &Topic| {
-        let places: Vec<usize> =
-            topic.documents.iter().map(|text| texts.binary_search(&text.as_str()).expect("indexed above")).collect();
-        let scores = index.scores(&topic.query, &places);
+    let rank = |topic: &Topic| {
+        let indices: Vec<usize> = topic
+            .documents
+            .iter()
+            .map(|text| texts.binary_search(&text.as_str()).expect("every document is in the index"))
+            .collect();
+        let scores = index.scores(&topic.query, &indices);
         let mut order: Vec<usize> = (0..scores.len()).collect();
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]).then(a.cmp(&b)));
-        measured(topic, order, recall_at)
+        measure(topic, order, recall_at)
     };
-    topics.iter().map(outcome).collect()
+    topics.iter().map(rank).collect()
 }
 
-fn evaluate(models: &Models, name: &str, topics: &[Topic], args: &Args) -> Result<Vec<Outcome>> {
+/// Ranks each topic's documents with the served model `name`.
+fn evaluate(models: &Models, name: &str, topics: &[Topic], args: &EvalArgs) -> Result<Vec<TopicResult>> {
     let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the runtime")?;
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the async runtime")?;
     let bar = telemetry::progress_count(topics.len() as u64, name);
-    let rank = async |topic: &Topic| -> Result<Outcome> {
+    let rank = async |topic: &Topic| -> Result<TopicResult> {
         let request = RerankRequest {
             model: Some(name.to_owned()),
             query: topic.query.clone(),
@@ -117,24 +125,25 @@ fn evaluate(models: &Models, name: &str, topics: &[Topic], args: &Args) -> Resul
         };
         let ranking = rerank(models, request).await.with_context(|| format!("topic {}", topic.id))?;
         bar.inc(1);
-        Ok(measured(topic, ranking.results.iter().map(|ranked| ranked.index).collect(), &args.recall_at))
+        Ok(measure(topic, ranking.results.iter().map(|ranked| ranked.index).collect(), &args.recall_at))
     };
-    let outcomes: Vec<Result<Outcome>> = runtime.block_on(stream::iter(topics).map(rank).buffered(AHEAD).collect());
+    let results: Vec<Result<TopicResult>> =
+        runtime.block_on(stream::iter(topics).map(rank).buffered(CONCURRENT_TOPICS).collect());
     bar.finish_and_clear();
-    outcomes.into_iter().collect()
+    results.into_iter().collect()
 }
 
-fn measured(topic: &Topic, order: Vec<usize>, recall_at: &[usize]) -> Outcome {
+fn measure(topic: &Topic, order: Vec<usize>, recall_at: &[usize]) -> TopicResult {
     let ranked: Vec<u32> = order.iter().map(|&i| topic.relevance[i]).collect();
-    Outcome { measures: Measures::of(&ranked, &topic.relevant, recall_at), order }
+    TopicResult { measures: Measures::of(&ranked, &topic.relevant, recall_at), order }
 }
 
-fn summary(rankers: &[(String, Vec<Outcome>)], recall_at: &[usize], topics: usize) -> String {
+fn summary(rankers: &[(String, Vec<TopicResult>)], recall_at: &[usize], topics: usize) -> String {
     let mut head = vec![format!("{topics} topics"), "nDCG@10".to_owned(), "MRR@10".to_owned()];
     head.extend(recall_at.iter().map(|k| format!("recall@{k}")));
     let mut rows = vec![head];
-    for (name, outcomes) in rankers {
-        let all: Vec<Measures> = outcomes.iter().map(|outcome| outcome.measures.clone()).collect();
+    for (name, results) in rankers {
+        let all: Vec<Measures> = results.iter().map(|result| result.measures.clone()).collect();
         let Some(mean) = Measures::mean(&all) else { continue };
         let values = [mean.ndcg_10, mean.mrr_10].into_iter().chain(mean.recall);
         rows.push(std::iter::once(name.clone()).chain(values.map(|value| format!("{value:.4}"))).collect());
@@ -142,16 +151,16 @@ fn summary(rankers: &[(String, Vec<Outcome>)], recall_at: &[usize], topics: usiz
     table(&rows)
 }
 
-fn write_per_query(path: &PathBuf, topics: &[Topic], rankers: &[(String, Vec<Outcome>)]) -> Result<()> {
+fn write_per_query(path: &PathBuf, topics: &[Topic], rankers: &[(String, Vec<TopicResult>)]) -> Result<()> {
     let mut file = BufWriter::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?);
     for (i, topic) in topics.iter().enumerate() {
-        for (ranker, outcomes) in rankers {
-            let Outcome { order, measures } = &outcomes[i];
+        for (ranker, results) in rankers {
+            let TopicResult { order, measures } = &results[i];
             let line = json!({
                 "topic": topic.id, "ranker": ranker, "query": topic.query, "order": order,
                 "ndcg@10": measures.ndcg_10, "mrr@10": measures.mrr_10, "recall": measures.recall,
             });
-            writeln!(file, "{line}")?;
+            writeln!(file, "{line}").with_context(|| format!("cannot write {}", path.display()))?;
         }
     }
     file.flush().with_context(|| format!("cannot write {}", path.display()))

@@ -1,22 +1,23 @@
-//! `rerankd models`: what is known by name, and what of it is on this machine.
+//! `rerankd models`: lists the catalogue, and which of its models are on this machine.
 
 use serde_json::json;
 
-use super::{Failure, print, table};
+use super::failure::Failure;
+use super::output::{print, table};
 use crate::config::hub::hub_options_from_env;
 use crate::loading::catalogue;
 use crate::loading::download::Hub;
 use crate::loading::source::ModelSource;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    /// Print JSON
+pub(super) struct ListModelsArgs {
+    /// Print a JSON array instead of a table [default: false]
     #[arg(long)]
     json: bool,
 }
 
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let hub = Hub::new(hub_options_from_env());
+pub(super) fn run(args: &ListModelsArgs) -> Result<(), Failure> {
+    let hub = Hub::new(hub_options_from_env().map_err(Failure::Config)?);
     let mut rows =
         vec![["NAME", "WINDOW", "DOWNLOAD", "CACHED", "LICENCE", "CHOOSE IT WHEN"].map(str::to_owned).to_vec()];
     let mut objects = Vec::new();
@@ -47,10 +48,12 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     if args.json {
         return print(&format!("{:#}\n", json!(objects)));
     }
-    let more = format!(
-        "\nAny folder or hub repository with config.json, tokenizer.json and weights of a BERT, RoBERTa or XLM-RoBERTa cross-encoder\n\
-         loads too: --model ./folder, --model organisation/name. Cache: {}\n",
+    let notes = format!(
+        "\nWINDOW is the maximum of tokens of a query and a chunk together; \"1024 of 8192\" can be raised to 8192 by --window.\n\
+         Other BERT, RoBERTa and XLM-RoBERTa cross-encoders load from a folder or the Hugging Face hub: --model ./folder,\n\
+         --model organization/name. They need config.json, tokenizer.json and the weights.\n\
+         Cache folder: {}\n",
         hub.cache_folder().display()
     );
-    print(&(table(&rows) + &more))
+    print(&(table(&rows) + &notes))
 }

@@ -1,4 +1,4 @@
-//! `rerankd rank`: one query against files, or lines of standard input, without a server.
+//! `rerankd rank`: ranks files, or the lines of standard input, against one query, without a server.
 
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::json;
 
-use super::{Failure, print, start, table};
+use super::failure::Failure;
+use super::output::{print, table};
+use super::start::start_models;
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
 use crate::config::resolve::QueueSettings;
@@ -14,41 +16,45 @@ use crate::rerank::{Ranking, RerankRequest, rerank};
 use crate::telemetry;
 use crate::text::DocumentOptions;
 
-/// Characters of a document that the table shows.
-const SHOWN_CHARS: usize = 72;
+/// Maximum characters of a document in the table.
+const EXCERPT_CHARS: usize = 72;
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    /// What to rank for
+pub(super) struct RankArgs {
+    /// Text that the documents are ranked against
     #[arg(short, long)]
     query: String,
-    /// Files, each one document [default: each line of standard input is one]
+    /// Files to rank, one document each [default: each line of standard input is a document]
     files: Vec<PathBuf>,
-    /// Results to print
+    /// Number of results to print, best first [default: all]
     #[arg(short = 'n', long, value_name = "N")]
     top_n: Option<usize>,
-    /// Tokens that neighbouring chunks of a long document share
+    /// Tokens that adjacent chunks of a long document have in common; at most 80
     #[arg(long, value_name = "TOKENS", default_value_t = 80, value_parser = clap::value_parser!(u8).range(..=80))]
     overlap_tokens: u8,
-    /// Print JSON, one object a result
+    /// Print one JSON object per result instead of a table [default: false]
     #[arg(long)]
     json: bool,
     #[command(flatten)]
     pub(super) models: ModelArgs,
 }
 
-struct Documents {
+/// Documents and their names: file names or line numbers.
+struct NamedDocuments {
     names: Vec<String>,
     texts: Vec<String>,
 }
 
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
+pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
     let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     if settings.sources.len() > 1 {
-        return Err(Failure::Config(anyhow!("rank takes one --model; `rerankd eval` compares several")));
+        return Err(Failure::Config(anyhow!(
+            "`rerankd rank` takes one --model; `rerankd eval` compares several models"
+        )));
     }
-    let documents = documents(args).map_err(Failure::Other)?;
-    let models = start(&settings, |name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::Config)?;
+    let documents = read_documents(args).map_err(Failure::Other)?;
+    let models =
+        start_models(&settings, |name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::Config)?;
     let request = RerankRequest {
         model: None,
         query: args.query.clone(),
@@ -64,7 +70,7 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .context("cannot start the runtime")
+        .context("cannot start the async runtime")
         .map_err(Failure::Other)?;
     let bar = telemetry::progress_spinner(&format!("ranking {} documents", documents.texts.len()));
     let ranking = runtime.block_on(rerank(&models, request));
@@ -73,34 +79,36 @@ pub(super) fn run(args: &Args) -> Result<(), Failure> {
     print(&if args.json { json_lines(&ranking, &documents) } else { ranked_table(&ranking, &documents) })
 }
 
-fn documents(args: &Args) -> Result<Documents> {
-    ensure!(!args.query.trim().is_empty(), "--query is empty; give the text to rank for");
+fn read_documents(args: &RankArgs) -> Result<NamedDocuments> {
+    ensure!(!args.query.trim().is_empty(), "--query is empty; give the text that the documents are ranked against");
     let (names, texts) = if args.files.is_empty() {
         if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
-            writeln!(std::io::stderr(), "one document a line, end with Ctrl-D").ok();
+            writeln!(std::io::stderr(), "reading documents from the terminal, one per line; end with Ctrl-D").ok();
         }
         let lines = std::io::stdin()
             .lock()
             .lines()
             .collect::<std::io::Result<Vec<_>>>()
-            .context("standard input is not text in UTF-8")?;
+            .context("standard input cannot be read as UTF-8 text")?;
         ((1..=lines.len()).map(|line| format!("line {line}")).collect(), lines)
     } else {
         let read = |path: &PathBuf| {
-            std::fs::read_to_string(path)
-                .with_context(|| format!("{}: cannot be read as text in UTF-8", path.display()))
+            std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))
         };
         (
             args.files.iter().map(|path| path.display().to_string()).collect(),
             args.files.iter().map(read).collect::<Result<_>>()?,
         )
     };
-    let documents = Documents { names, texts };
-    ensure!(!documents.texts.is_empty(), "there is nothing to rank; give files, or lines on standard input");
+    let documents = NamedDocuments { names, texts };
+    ensure!(
+        !documents.texts.is_empty(),
+        "there is nothing to rank: name files, or write one document per line to standard input"
+    );
     Ok(documents)
 }
 
-fn json_lines(ranking: &Ranking, documents: &Documents) -> String {
+fn json_lines(ranking: &Ranking, documents: &NamedDocuments) -> String {
     let line = |ranked: &crate::rerank::Ranked| {
         let object = json!({
             "index": ranked.index, "relevance_score": ranked.score, "logit": ranked.logit,
@@ -111,11 +119,11 @@ fn json_lines(ranking: &Ranking, documents: &Documents) -> String {
     ranking.results.iter().map(line).collect()
 }
 
-fn ranked_table(ranking: &Ranking, documents: &Documents) -> String {
+fn ranked_table(ranking: &Ranking, documents: &NamedDocuments) -> String {
     let head = ["rank", "score", "document", ""].map(str::to_owned).to_vec();
     let row = |(rank, ranked): (usize, &crate::rerank::Ranked)| {
         let words: Vec<&str> = documents.texts[ranked.index].split_whitespace().collect();
-        let text: String = words.join(" ").chars().take(SHOWN_CHARS).collect();
+        let text: String = words.join(" ").chars().take(EXCERPT_CHARS).collect();
         vec![(rank + 1).to_string(), format!("{:.6}", ranked.score), documents.names[ranked.index].clone(), text]
     };
     let rows: Vec<Vec<String>> = std::iter::once(head).chain(ranking.results.iter().enumerate().map(row)).collect();

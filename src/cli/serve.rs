@@ -8,26 +8,21 @@ use std::time::Duration;
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::Failure;
+use super::failure::Failure;
+use super::start::start_models;
 use crate::api::{self, App, Server};
 use crate::config::args::ServeArgs;
 use crate::config::machine::Machine;
 use crate::config::resolve::ServeSettings;
 use crate::telemetry;
 
-#[derive(Debug, clap::Args)]
-pub(super) struct Args {
-    #[command(flatten)]
-    pub(super) serve: ServeArgs,
-}
-
-pub(super) fn run(args: &Args) -> Result<(), Failure> {
-    let settings = args.serve.resolve(&Machine::detect()).map_err(Failure::Config)?;
+pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
+    let settings = args.resolve(&Machine::detect()).map_err(Failure::Config)?;
     telemetry::prometheus();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
-        .context("cannot start the runtime")
+        .context("cannot start the async runtime")
         .map_err(Failure::Other)?;
     let outcome = runtime.block_on(serve(Arc::new(settings)));
     runtime.shutdown_background();
@@ -47,7 +42,7 @@ async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
     let mut serving = std::pin::pin!(api::serve(listener, Arc::clone(&app), settings.timeouts, stop));
     let loading = tokio::task::spawn_blocking({
         let settings = Arc::clone(&settings);
-        move || super::start(&settings.models, |name, about| tracing::info!(model = name, "{about}"))
+        move || start_models(&settings.models, |name, about| tracing::info!(model = name, "{about}"))
     });
     tokio::select! {
         () = &mut serving => return Ok(()), // stopped while loading
@@ -55,7 +50,7 @@ async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
             let models = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::Config)?;
             let first = models.iter().next().map(|model| model.name.clone()).unwrap_or_default();
             app.set_models(models);
-            announce(&settings, address, &first);
+            log_startup(&settings, address, &first);
         }
     }
     serving.await;
@@ -63,7 +58,7 @@ async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
 }
 
 /// Logs the limits, the address and a command to try.
-fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
+fn log_startup(settings: &ServeSettings, address: SocketAddr, model: &str) {
     let (limits, models) = (&settings.limits, &settings.models);
     tracing::info!(
         threads = models.load.limits.threads,
@@ -75,7 +70,9 @@ fn announce(settings: &ServeSettings, address: SocketAddr, model: &str) {
         "limits"
     );
     if settings.keys.is_open() && !address.ip().is_loopback() {
-        tracing::warn!("no --api-key is set and {address} is not loopback: everyone who reaches this port may use it");
+        tracing::warn!(
+            "no --api-key is set and {address} is not a loopback address: anyone who can reach this port can use the server; set --api-key or --api-key-file"
+        );
     }
     let key = if settings.keys.is_open() { "" } else { " -H 'Authorization: Bearer YOUR_KEY'" };
     let shown =

@@ -1,4 +1,6 @@
-//! The flags, as typed. Every flag is also an environment variable (`RERANKD_` and its name) and a line of the config file.
+//! The flags, as typed.
+//!
+//! Every flag of `serve` is also an environment variable (`RERANKD_` and the flag's name) and a key of the config file.
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
@@ -8,76 +10,82 @@ use clap::{Args, ValueEnum};
 use crate::secret::Secret;
 use crate::telemetry::{self, LogFormat};
 
-/// Which models to load, the device, and the limits on text. Shared by every command that scores.
+/// The models to load, the device, and the limits on text. Shared by every command that computes scores.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Models")]
 pub struct ModelArgs {
-    /// Model to load; repeat for several [default: the built-in one]
+    /// Model to load; repeat for several [default: rerankd-mini, which is built in]
     ///
-    /// A name from `rerankd models`, organisation/name on the hub (optionally @revision), or a folder with config.json,
-    /// tokenizer.json and the weights. NAME=MODEL serves it under the name NAME.
+    /// A name from `rerankd models`, organization/name on the Hugging Face hub (optionally @revision), or a folder with
+    /// config.json, tokenizer.json and the weights. NAME=MODEL serves the model under the name NAME.
     #[arg(long = "model", id = "model", value_name = "[NAME=]MODEL", env = "RERANKD_MODEL", value_delimiter = ',')]
     pub models: Vec<String>,
 
-    /// Maximum tokens of a query and a chunk together [default: the model's own]
+    /// Maximum tokens of one query and one chunk together [default: listed by `rerankd models`]
     ///
-    /// Longer documents are split into overlapping chunks of this size, and the best chunk gives the score. A larger window
-    /// gives the model more context per chunk, and costs more than proportionally.
+    /// Longer documents are split into overlapping chunks, and the best chunk gives the document's score. A larger window gives
+    /// the model more context per chunk; the cost of attention grows with the square of the window. Special tokens count.
     #[arg(long, value_name = "TOKENS", env = "RERANKD_WINDOW")]
     pub window: Option<usize>,
 
-    /// Maximum tokens of a query; the rest is truncated [default: half the window]
+    /// Maximum tokens of a query; longer queries are truncated [default: half the window]
     #[arg(long, value_name = "TOKENS", env = "RERANKD_MAX_QUERY_TOKENS")]
     pub max_query_tokens: Option<usize>,
 
     /// Position of a long document's last chunk
     ///
-    /// `aligned`: it ends with the document and is as long as the others. `short`: it starts one stride after the previous
-    /// chunk and may be shorter.
+    /// `aligned`: the last chunk ends where the document ends and is as long as the others. `short`: the last chunk starts one
+    /// stride after the previous one and may be shorter.
     #[arg(long, value_enum, default_value = "aligned", env = "RERANKD_TAIL")]
     pub tail: TailArg,
 
     /// Device to compute on: cpu, cuda, cuda:N, auto or candle
     ///
-    /// `cpu`: the fastest kernels for this processor. `cuda`: an NVIDIA GPU; `cuda:1` selects one; `cuda:0,cuda:1` uses both,
-    /// each with a copy of the model. `auto`: a GPU if there is one, else the CPU. `candle`: the reference implementation on the
-    /// CPU, f32 only, slow.
+    /// `cpu`: the fastest kernels for this processor. `cuda`: the first NVIDIA GPU; `cuda:1` selects the second;
+    /// `cuda:0,cuda:1` uses both, each with a copy of the model. `auto`: the first GPU if there is one, else the CPU. `candle`:
+    /// the reference implementation on the CPU, f32 only, slow.
     #[arg(long, default_value = "cpu", env = "RERANKD_DEVICE")]
     pub device: String,
 
     /// Precision of the encoder's matrix multiplications
     ///
-    /// CPU: `f32`, `bf16` (half the memory; about twice as fast where the CPU has bf16 instructions) and `int8` (a quarter of the
-    /// memory, lower fidelity). CUDA: `f16`, `bf16`, `f32` and `fp8` (E4M3, needs compute capability 8.9; lower fidelity than
-    /// int8). `auto` is f16 on a GPU, bf16 on CPUs with AVX-512 BF16 or NEON BF16, and f32 on other CPUs.
+    /// On a CPU: `f32`; `bf16` (half the memory, about twice as fast where the CPU has bf16 instructions); `int8` (a quarter of
+    /// the memory, less accurate scores). On a GPU: `f16`, `bf16`, `f32`; `fp8` (E4M3, needs compute capability 8.9 or higher,
+    /// less accurate than int8). `auto` is f16 on a GPU, bf16 on a CPU with AVX-512 BF16 or NEON BF16, and f32 on other CPUs.
     #[arg(long, value_enum, default_value = "auto", env = "RERANKD_DTYPE")]
     pub dtype: DtypeArg,
 
-    /// Compute threads, and as many tokenizer threads [default: the processors this process may use]
+    /// Number of compute threads, and of tokenizer threads [default: the processors this process may use]
+    ///
+    /// The default respects the CPU affinity mask and the cgroup quota. On a GPU only the tokenizer threads are used.
     #[arg(long, value_name = "N", env = "RERANKD_THREADS")]
     pub threads: Option<usize>,
 
-    /// Pin each compute thread to one processor
+    /// Pin each compute thread to one processor (CPU only) [default: false]
     ///
-    /// Gives steadier latency where the server has the machine to itself; harmful where processors are shared.
+    /// Latency varies less when the server has the machine to itself. Do not pin threads when other programs share the
+    /// processors.
     #[arg(long, env = "RERANKD_PIN_THREADS")]
     pub pin_threads: bool,
 
     /// Token budget of one batch [default: 2048 on a CPU, 16896 on a GPU]
     ///
-    /// Larger batches use the device slightly better, and make small requests wait longer for the batch before theirs.
+    /// Larger batches use the device slightly better; small requests then wait longer for the batch that runs before theirs.
     #[arg(long, value_name = "TOKENS", env = "RERANKD_MAX_BATCH_TOKENS")]
     pub max_batch_tokens: Option<usize>,
 
-    /// Bitwise the same score in any batch, on a GPU too (slower there; the CPU always is)
+    /// Make scores on a GPU bitwise independent of the batch [default: false]
+    ///
+    /// Without it, scores on a GPU vary slightly with the composition of the batch; with it, the GPU is slower. Scores on the CPU
+    /// are always bitwise independent of the batch.
     #[arg(long, env = "RERANKD_BATCH_INVARIANT")]
     pub batch_invariant: bool,
 
-    /// Maximum characters of one document; the rest is truncated before tokenization
+    /// Maximum characters of one document; longer documents are truncated before tokenization
     #[arg(long, value_name = "CHARS", default_value_t = 262_144, env = "RERANKD_MAX_DOCUMENT_CHARS")]
     pub max_document_chars: usize,
 
-    /// Maximum tokens of one request over all its chunks; above it the answer is 413
+    /// Maximum tokens of one request over all its chunks; larger requests are answered with 413
     #[arg(long, value_name = "TOKENS", default_value_t = 1_048_576, env = "RERANKD_MAX_REQUEST_TOKENS")]
     pub max_request_tokens: usize,
 
@@ -86,25 +94,32 @@ pub struct ModelArgs {
     pub cuda: CudaArgs,
 }
 
-/// CUDA settings that few people need.
+/// CUDA settings, for troubleshooting and measurements.
 #[cfg(feature = "cuda")]
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "CUDA")]
 pub struct CudaArgs {
-    /// Folder for compiled kernels and tuning results [default: rerankd in the user's cache folder]
+    /// Folder for compiled kernels and autotuning results [default: rerankd in the user's cache folder]
+    ///
+    /// The user's cache folder is XDG_CACHE_HOME, or ~/.cache without it.
     #[arg(long, value_name = "FOLDER", env = "RERANKD_CUDA_CACHE")]
     pub cuda_cache: Option<PathBuf>,
 
-    /// GEMM kernels: the faster for each shape, cuBLASLt only, or the custom kernel wherever it applies
+    /// Matrix multiplication kernels
+    ///
+    /// `auto`: the faster kernel for each shape, measured at start. `cublaslt`: cuBLASLt only. `custom`: the custom kernel for
+    /// every shape that it supports.
     #[arg(long, value_enum, default_value = "auto", env = "RERANKD_CUDA_GEMM")]
     pub cuda_gemm: CudaGemmArg,
 
-    /// Attention kernel: the faster, or always the one on mma.sync
+    /// Attention kernel
+    ///
+    /// `auto`: the faster kernel, measured at start. `mma`: always the kernel that uses mma.sync instructions.
     #[arg(long, value_enum, default_value = "auto", env = "RERANKD_CUDA_ATTENTION")]
     pub cuda_attention: CudaAttentionArg,
 }
 
-/// What `serve` adds: the address, keys, and the limits on clients.
+/// Flags of `serve`: the models, the address, the API keys, and the limits on clients.
 #[derive(Debug, Clone, Args)]
 pub struct ServeArgs {
     #[command(flatten)]
@@ -114,11 +129,14 @@ pub struct ServeArgs {
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), env = "RERANKD_HOST", help_heading = "Server")]
     pub host: IpAddr,
 
-    /// TCP port to listen on; 0 takes a free one
+    /// TCP port to listen on; 0 selects a free port
     #[arg(long, default_value_t = 8080, env = "RERANKD_PORT", help_heading = "Server")]
     pub port: u16,
 
-    /// API key that requests must carry; repeat, or separate by commas, for several [default: none, open to everyone]
+    /// API key that requests must carry; repeat it for several keys [default: none, open to everyone]
+    ///
+    /// Keys may also be separated by commas. Clients send a key in the header `Authorization: Bearer KEY` or `x-api-key: KEY`. Other users of the machine
+    /// can read a command line: prefer --api-key-file or the environment variable.
     #[arg(
         long = "api-key",
         id = "api-key",
@@ -131,7 +149,7 @@ pub struct ServeArgs {
     )]
     pub api_keys: Vec<Secret>,
 
-    /// File with one API key per line; lines that start with # are comments
+    /// File with one API key per line; lines that start with # are comments [default: none]
     #[arg(long, value_name = "FILE", env = "RERANKD_API_KEY_FILE", help_heading = "Server")]
     pub api_key_file: Option<PathBuf>,
 
@@ -152,7 +170,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000), env = "RERANKD_MAX_DOCUMENTS", help_heading = "Limits")]
     pub max_documents: u32,
 
-    /// Maximum bytes of one request body; above it the answer is 413
+    /// Maximum bytes of one request body; larger bodies are answered with 413
     #[arg(
         long,
         value_name = "BYTES",
@@ -162,7 +180,9 @@ pub struct ServeArgs {
     )]
     pub max_body_bytes: usize,
 
-    /// Maximum bytes of all request bodies in memory; above it the answer is 503
+    /// Maximum bytes of all request bodies in memory; above the limit, requests are answered with 503
+    ///
+    /// A limit below --max-body-bytes is raised to it.
     #[arg(
         long,
         value_name = "BYTES",
@@ -172,7 +192,7 @@ pub struct ServeArgs {
     )]
     pub max_inflight_bytes: usize,
 
-    /// Maximum tokens waiting in each model's queue; above it the answer is 503 with Retry-After
+    /// Maximum tokens waiting in each model's queue; above the limit, requests are answered with 503 and Retry-After
     #[arg(
         long,
         value_name = "TOKENS",
@@ -197,7 +217,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000), env = "RERANKD_MAX_CONNECTIONS", help_heading = "Limits")]
     pub max_connections: u32,
 
-    /// Time from a request's complete body to its answer; after it the answer is 504
+    /// Time limit from a request's complete body to its response; afterwards it is answered with 504
     #[arg(
         long,
         value_name = "SECONDS",
@@ -247,11 +267,13 @@ fn parse_seconds(text: &str) -> Result<f64, String> {
 /// Settings of every command.
 #[derive(Debug, Clone, Args)]
 pub struct CommonArgs {
-    /// TOML file with a line for any flag: `port = 8080`, `model = ["a", "b"]`
+    /// TOML file that sets flags: `port = 8080`, `model = ["a", "b"]` [default: none]
+    ///
+    /// A flag on the command line takes precedence over its environment variable, and the variable over the file.
     #[arg(long, value_name = "FILE", env = "RERANKD_CONFIG", global = true, help_heading = "General")]
     pub config: Option<PathBuf>,
 
-    /// Log format: text for people, json for log collectors
+    /// Format of the log on standard error
     #[arg(
         long,
         value_enum,
@@ -262,7 +284,7 @@ pub struct CommonArgs {
     )]
     pub log_format: LogFormat,
 
-    /// Log level or filter: error, warn, info, debug, or per module as in `rerankd=debug,hyper=info`
+    /// Log level (off, error, warn, info, debug, trace) or a filter per module: `rerankd=debug,hyper=info`
     #[arg(
         long,
         value_name = "FILTER",

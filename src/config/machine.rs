@@ -1,9 +1,11 @@
-//! What this machine offers, as far as settings depend on it.
+//! What settings depend on: the processors, the GPU and the user's cache folder.
+
+use std::path::PathBuf;
 
 use crate::backend::cpu::CpuBackend;
 
-/// RequestStats about the machine. Tests make their own.
-#[derive(Debug, Clone, Copy)]
+/// The machine and the user that this process runs as. Tests construct their own.
+#[derive(Debug, Clone)]
 pub struct Machine {
     /// Processors that this process may use: affinity masks and cgroup quotas count.
     pub processors: usize,
@@ -11,6 +13,8 @@ pub struct Machine {
     pub has_bf16: bool,
     /// Looks for a CUDA device. Called for `--device auto` only, because it opens the driver library.
     pub find_cuda: fn() -> CudaAvailability,
+    /// The user's cache folder (XDG Base Directory Specification), if the environment names one.
+    pub user_cache: Option<PathBuf>,
 }
 
 /// Whether `--device auto` can use CUDA.
@@ -25,12 +29,14 @@ pub enum CudaAvailability {
 }
 
 impl Machine {
-    /// The machine that this process runs on.
+    /// Describes the machine that this process runs on.
     pub fn detect() -> Self {
+        let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         Self {
             processors: std::thread::available_parallelism().map_or(1, Into::into),
             has_bf16: CpuBackend::has_bf16(),
             find_cuda,
+            user_cache: folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache"))),
         }
     }
 }

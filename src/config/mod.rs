@@ -1,7 +1,8 @@
 //! Configuration in two stages: what was typed ([`args`], [`file`]), then what it means on this machine ([`resolve`]).
 //!
-//! Precedence: flag, then environment variable, then config file, then default. Resolving is pure: it starts no thread, writes
-//! no log and loads no model. No module below this one reads an environment variable.
+//! Precedence: flag, then environment variable, then config file, then default. Resolving starts no thread, writes no log and
+//! loads no model. It reads the API key file, and looks which model arguments are folders. The environment is read here only:
+//! [`hub`] and [`machine`] read the variables that are not flags.
 
 pub mod args;
 pub mod file;

@@ -1,7 +1,6 @@
-//! Flags to settings: what was typed, checked, and what it means on this machine.
+//! From flags to settings: checks what was typed, and decides what it means on this machine.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,15 +20,15 @@ use crate::text::{Tail, TextLimits};
 
 /// Default token budget of one batch on a CPU.
 pub const CPU_BATCH_TOKENS: usize = 2048;
-/// The same on a GPU: a whole number of waves of 128 x 256 tiles on the 132 multiprocessors of an H100 or H200, for every GEMM of
-/// both large models.
+/// Default token budget of one batch on a GPU. With this budget every GEMM of both large models is a whole number of waves of
+/// 128 x 256 tiles on the 132 multiprocessors of an H100 or H200.
 #[cfg(feature = "cuda")]
 pub const CUDA_BATCH_TOKENS: usize = 16_896;
 
 /// Values of `--device` in this build.
 const DEVICES: &str = if cfg!(feature = "cuda") { "cpu, cuda, cuda:N, auto or candle" } else { "cpu or candle" };
 
-/// Models to load, and how.
+/// The models to load, and how to load and run them.
 #[derive(Debug)]
 pub struct ModelSettings {
     /// In the order of the command line.
@@ -37,7 +36,7 @@ pub struct ModelSettings {
     pub load: LoadOptions,
     /// Limits of each model's queue.
     pub scheduler: SchedulerLimits,
-    /// What the operator should know before loading starts.
+    /// Messages for the log, to be written before loading starts.
     pub notices: Vec<Notice>,
 }
 
@@ -48,7 +47,7 @@ pub enum Notice {
     Warning(String),
 }
 
-/// Everything that `serve` needs.
+/// The settings of `serve`.
 #[derive(Debug)]
 pub struct ServeSettings {
     pub models: ModelSettings,
@@ -88,22 +87,22 @@ impl ModelArgs {
     /// Checks the flags and resolves them for `machine`.
     ///
     /// # Errors
-    /// A model that is neither a folder nor a known name, a device or dtype that this build does not have, a limit of 0.
+    /// A model that is neither a folder nor a known name, a device or precision that this build or device does not have, or a
+    /// limit of 0. The message names the flag.
     pub fn resolve(&self, machine: &Machine, queue: QueueSettings) -> Result<ModelSettings> {
-        for (flag, value) in [
+        refuse_zero(&[
+            ("--window", self.window),
             ("--threads", self.threads),
             ("--max-batch-tokens", self.max_batch_tokens),
             ("--max-document-chars", Some(self.max_document_chars)),
             ("--max-request-tokens", Some(self.max_request_tokens)),
             ("--max-query-tokens", self.max_query_tokens),
-        ] {
-            ensure!(value != Some(0), "{flag} is 0; expected at least 1");
-        }
+        ])?;
         let mut notices = Vec::new();
         let mut names: Vec<&str> = self.models.iter().map(String::as_str).filter(|model| !model.is_empty()).collect();
         if names.is_empty() {
             notices.push(Notice::Info(format!(
-                "no --model given: loading {BUILTIN}, the built-in demonstration model; `rerankd models` lists better ones"
+                "no --model given: loading {BUILTIN}, the built-in demonstration model; `rerankd models` lists more accurate models"
             )));
             names.push(BUILTIN);
         }
@@ -144,25 +143,26 @@ impl ModelArgs {
         match name {
             "auto" => match (machine.find_cuda)() {
                 #[cfg(feature = "cuda")]
-                CudaAvailability::Usable => self.cuda("cuda"),
+                CudaAvailability::Usable => self.cuda(machine, "cuda"),
                 CudaAvailability::Unusable(reason) => {
-                    notices.push(Notice::Warning(format!("using the CPU: there is a GPU, but {reason}")));
+                    notices
+                        .push(Notice::Warning(format!("using the CPU: a GPU was found but cannot be used: {reason}")));
                     self.cpu(machine, threads)
                 }
                 _ => self.cpu(machine, threads),
             },
             "cpu" => self.cpu(machine, threads),
             #[cfg(feature = "cuda")]
-            _ if name.starts_with("cuda") => self.cuda(name),
+            _ if name.starts_with("cuda") => self.cuda(machine, name),
             "candle" => self.require_f32().map(|()| DeviceChoice::Candle { threads }),
             #[cfg(feature = "candle-cuda")]
             _ if name == "candle-cuda" || name.starts_with("candle-cuda:") => {
                 self.require_f32()?;
                 let ordinal = name.split_once(':').map_or("0", |(_, ordinal)| ordinal);
-                let ordinal = ordinal.parse().with_context(|| format!("--device {name:?}: not a device number"))?;
+                let ordinal = ordinal.parse().with_context(|| format!("--device {name:?}: expected candle-cuda:N"))?;
                 Ok(DeviceChoice::CandleCuda { ordinal, threads })
             }
-            _ => bail!("--device {name:?} is not known to this build; expected {DEVICES}"),
+            _ => bail!("--device {name:?} is not supported by this build; expected {DEVICES}"),
         }
     }
 
@@ -180,13 +180,13 @@ impl ModelArgs {
     }
 
     #[cfg(feature = "cuda")]
-    fn cuda(&self, names: &str) -> Result<DeviceChoice> {
+    fn cuda(&self, machine: &Machine, names: &str) -> Result<DeviceChoice> {
         let ordinal = |name: &str| match name {
             "cuda" => Ok(0),
             _ => name
                 .strip_prefix("cuda:")
                 .and_then(|number| number.parse().ok())
-                .with_context(|| format!("--device {name:?}: expected cuda, cuda:1, or a list as cuda:0,cuda:1")),
+                .with_context(|| format!("--device {name:?}: expected cuda, cuda:N, or a list such as cuda:0,cuda:1")),
         };
         let ordinals: Vec<usize> = names.split(',').map(|name| ordinal(name.trim())).collect::<Result<_>>()?;
         for (i, ordinal) in ordinals.iter().enumerate() {
@@ -210,7 +210,10 @@ impl ModelArgs {
                 CudaGemmArg::Custom => GemmChoice::Custom,
             },
             mma_attention_only: *cuda_attention == CudaAttentionArg::Mma,
-            cache: cuda_cache.clone().filter(|folder| !folder.as_os_str().is_empty()).or_else(default_cuda_cache),
+            cache: cuda_cache
+                .clone()
+                .filter(|folder| !folder.as_os_str().is_empty())
+                .or_else(|| machine.user_cache.as_ref().map(|folder| folder.join("rerankd"))),
         };
         Ok(DeviceChoice::Cuda(ordinals, options))
     }
@@ -225,20 +228,25 @@ impl ModelArgs {
     }
 }
 
-/// `rerankd` in the user's cache folder (XDG Base Directory Specification), if the environment names one.
-#[cfg(feature = "cuda")]
-fn default_cuda_cache() -> Option<PathBuf> {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    let cache = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
-    cache.map(|folder| folder.join("rerankd"))
+/// Refuses limits of 0.
+fn refuse_zero(limits: &[(&str, Option<usize>)]) -> Result<()> {
+    match limits.iter().find(|(_, value)| *value == Some(0)) {
+        Some((flag, _)) => bail!("{flag} is 0; expected at least 1"),
+        None => Ok(()),
+    }
 }
 
 impl ServeArgs {
     /// Checks the flags and resolves them for `machine`.
     ///
     /// # Errors
-    /// As [`ModelArgs::resolve`]; a key file that cannot be read or holds no key.
+    /// As [`ModelArgs::resolve`]; a key file that cannot be read or contains no key; an empty key.
     pub fn resolve(&self, machine: &Machine) -> Result<ServeSettings> {
+        refuse_zero(&[
+            ("--max-body-bytes", Some(self.max_body_bytes)),
+            ("--max-inflight-bytes", Some(self.max_inflight_bytes)),
+            ("--max-queue-tokens", Some(self.max_queue_tokens)),
+        ])?;
         let file = match &self.api_key_file {
             Some(path) => std::fs::read_to_string(path)
                 .with_context(|| format!("--api-key-file {}: cannot be read", path.display()))?,
@@ -246,9 +254,12 @@ impl ServeArgs {
         };
         let from_file = file.lines().map(str::trim).filter(|line| !line.starts_with('#'));
         let keys = Keys::new(self.api_keys.iter().map(|key| key.reveal()).chain(from_file));
-        ensure!(self.api_keys.is_empty() || !keys.is_open(), "--api-key is empty; leave it out to serve everyone");
+        ensure!(self.api_keys.is_empty() || !keys.is_open(), "--api-key is empty; leave it out to serve without keys");
         // A file without a key would silently open the server to everyone.
-        ensure!(self.api_key_file.is_none() || !keys.is_open(), "--api-key-file: the file contains no key");
+        ensure!(
+            self.api_key_file.is_none() || !keys.is_open(),
+            "--api-key-file contains no key; add one per line, or leave the flag out"
+        );
         let is_private = keys.is_open() && self.host.is_loopback();
         let hosts = is_private.then(|| HostList::new(self.allowed_hosts.iter().cloned()));
         let queue = QueueSettings {
@@ -286,7 +297,9 @@ mod tests {
 
     use super::*;
 
-    const PLAIN: Machine = Machine { processors: 8, has_bf16: false, find_cuda: || CudaAvailability::Absent };
+    /// Without bf16 instructions and without a GPU.
+    const PLAIN: Machine =
+        Machine { processors: 8, has_bf16: false, find_cuda: || CudaAvailability::Absent, user_cache: None };
 
     fn resolve(machine: Machine, flags: &[&str]) -> Result<ServeSettings> {
         let command = ServeArgs::augment_args(Command::new("serve"));
@@ -294,6 +307,7 @@ mod tests {
         ServeArgs::from_arg_matches(&matches)?.resolve(&machine)
     }
 
+    /// The resolved device, or the error.
     fn device(machine: Machine, flags: &[&str]) -> String {
         match resolve(machine, flags) {
             Ok(settings) => format!("{:?}", settings.models.load.device),
@@ -302,25 +316,25 @@ mod tests {
     }
 
     #[test]
-    fn auto_takes_bf16_only_where_the_cpu_has_it() {
+    fn auto_dtype_is_bf16_only_on_cpus_that_have_it() {
         assert!(device(PLAIN, &[]).contains("F32, threads: 8"));
         assert!(device(Machine { has_bf16: true, ..PLAIN }, &["--threads", "3"]).contains("Bf16, threads: 3"));
     }
 
     #[test]
-    fn auto_device_falls_back_to_the_cpu_and_says_why() {
+    fn auto_device_falls_back_to_the_cpu_with_a_warning() {
         let broken = Machine { find_cuda: || CudaAvailability::Unusable("the driver is too old".to_owned()), ..PLAIN };
         let settings = resolve(broken, &["--device", "auto", "--model", "rerankd-mini"]).unwrap();
         assert!(matches!(settings.models.load.device, DeviceChoice::Cpu { .. }));
         assert_eq!(
             settings.models.notices,
-            [Notice::Warning("using the CPU: there is a GPU, but the driver is too old".to_owned())]
+            [Notice::Warning("using the CPU: a GPU was found but cannot be used: the driver is too old".to_owned())]
         );
     }
 
     #[cfg(feature = "cuda")]
     #[test]
-    fn auto_device_takes_a_usable_gpu() {
+    fn auto_device_is_a_usable_gpu() {
         let gpu = Machine { find_cuda: || CudaAvailability::Usable, ..PLAIN };
         let settings = resolve(gpu, &["--device", "auto"]).unwrap();
         assert!(matches!(settings.models.load.device, DeviceChoice::Cuda(ref ordinals, _) if *ordinals == [0]));
@@ -328,7 +342,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_values_name_the_flag() {
+    fn unknown_values_are_refused_with_the_flag() {
         for (flags, named) in [
             (&["--dtype", "f64"][..], "--dtype"),
             (&["--tail", "long"], "--tail"),
@@ -336,6 +350,10 @@ mod tests {
             (&["--dtype", "f16"], "--dtype f16"),
             (&["--device", "candle", "--dtype", "bf16"], "--dtype"),
             (&["--threads", "0"], "--threads"),
+            (&["--window", "0"], "--window"),
+            (&["--max-queue-tokens", "0"], "--max-queue-tokens"),
+            (&["--max-body-bytes", "0"], "--max-body-bytes"),
+            (&["--max-inflight-bytes", "0"], "--max-inflight-bytes"),
             (&["--max-documents", "0"], "--max-documents"),
             (&["--api-key", ""], "--api-key"),
             (&["--api-key-file", "/nonexistent"], "--api-key-file"),
@@ -345,13 +363,24 @@ mod tests {
         }
         #[cfg(feature = "cuda")]
         for (flags, named) in [
-            (&["--cuda-gemm", "ours"][..], "--cuda-gemm"),
+            (&["--cuda-gemm", "other"][..], "--cuda-gemm"),
             (&["--cuda-attention", "wgmma"], "--cuda-attention"),
             (&["--device", "cuda:x"], "cuda:x"),
             (&["--device", "cuda:0,cuda:0"], "twice"),
             (&["--device", "cuda", "--dtype", "int8"], "--dtype int8"),
         ] {
             assert!(device(PLAIN, flags).contains(named), "{flags:?}: {}", device(PLAIN, flags));
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn the_kernel_cache_is_in_the_users_cache_folder_unless_a_flag_names_another() {
+        let machine = Machine { user_cache: Some("/home/a/.cache".into()), ..PLAIN };
+        for (flags, folder) in [(&[][..], "/home/a/.cache/rerankd"), (&["--cuda-cache", "/kernels"], "/kernels")] {
+            let settings = resolve(machine.clone(), &[&["--device", "cuda"], flags].concat()).unwrap();
+            let DeviceChoice::Cuda(_, options) = settings.models.load.device else { panic!("--device cuda") };
+            assert_eq!(options.cache.as_deref(), Some(std::path::Path::new(folder)));
         }
     }
 

@@ -1,13 +1,14 @@
-//! BM25 (Robertson et al. 1994) by the crate of that name, with a tokenizer for text with and without spaces.
+//! BM25 (Robertson et al., Okapi at TREC-3, 1994): the scoring of the crate `bm25`, with a tokenizer for languages with and
+//! without spaces between words.
 
 use ::bm25::{Embedder, EmbedderBuilder, Scorer, Tokenizer};
 
-/// Lower-cased words of letters and digits; runs of Chinese, Japanese and Korean characters as overlapping pairs, as Lucene's
-/// CJK analyser has them.
+/// Splits text into lower-case words of letters and digits. Runs of Chinese, Japanese and Korean characters become overlapping
+/// bigrams, as in Lucene's `CJKAnalyzer`.
 #[derive(Debug, Default, Clone, Copy)]
-struct Words;
+struct WordTokenizer;
 
-impl Tokenizer for Words {
+impl Tokenizer for WordTokenizer {
     fn tokenize(&self, text: &str) -> Vec<String> {
         let mut tokens = Vec::new();
         for word in text.to_lowercase().split(|c: char| !c.is_alphanumeric()) {
@@ -28,16 +29,17 @@ fn is_cjk(c: char) -> bool {
     matches!(c, '\u{3040}'..='\u{30ff}' | '\u{3400}'..='\u{4dbf}' | '\u{4e00}'..='\u{9fff}' | '\u{ac00}'..='\u{d7af}' | '\u{20000}'..='\u{2ffff}')
 }
 
-/// An index over a collection of texts.
+/// A BM25 index over a collection of texts.
 pub struct Bm25 {
-    embedder: Embedder<u32, Words>,
+    embedder: Embedder<u32, WordTokenizer>,
     scorer: Scorer<usize, u32>,
 }
 
 impl Bm25 {
-    /// Indexes `texts`; a text is known by its place.
+    /// Indexes `texts`. The other methods refer to a text by its index in `texts`.
     pub fn new(texts: &[&str]) -> Self {
-        let embedder: Embedder<u32, Words> = EmbedderBuilder::with_tokenizer_and_fit_to_corpus(Words, texts).build();
+        let embedder: Embedder<u32, WordTokenizer> =
+            EmbedderBuilder::with_tokenizer_and_fit_to_corpus(WordTokenizer, texts).build();
         let mut scorer = Scorer::new();
         for (i, text) in texts.iter().enumerate() {
             scorer.upsert(&i, embedder.embed(text));
@@ -45,13 +47,14 @@ impl Bm25 {
         Self { embedder, scorer }
     }
 
-    /// The score of each of `texts` for the query, in their order; 0 where they share no word.
+    /// The BM25 scores of `texts` for the query, in the order of `texts`. A text without a word of the query scores 0.
     pub fn scores(&self, query: &str, texts: &[usize]) -> Vec<f32> {
         let query = self.embedder.embed(query);
         texts.iter().map(|text| self.scorer.score(text, &query).unwrap_or(0.0)).collect()
     }
 
-    /// The best `n` texts for the query, best first, ties in the collection's order.
+    /// The `n` texts with the highest scores, best first; equal scores in the collection's order. Texts without a word of the
+    /// query are left out.
     pub fn best(&self, query: &str, n: usize) -> Vec<usize> {
         let mut matches = self.scorer.matches(&self.embedder.embed(query));
         matches.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.id.cmp(&b.id)));
@@ -64,15 +67,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_with_and_without_spaces() {
+    fn text_is_split_into_words_and_cjk_bigrams() {
         assert_eq!(
-            Words.tokenize("The 2nd Apple-tree, 苹果树 A型"),
+            WordTokenizer.tokenize("The 2nd Apple-tree, 苹果树 A型"),
             ["the", "2nd", "apple", "tree", "苹果", "果树", "a", "型"].map(String::from)
         );
     }
 
     #[test]
-    fn the_text_with_the_rare_word_wins() {
+    fn a_text_with_the_rare_word_ranks_first() {
         let index = Bm25::new(&["the cat sat", "the dog sat on the mat", "the cat and the dog"]);
         assert_eq!(index.best("where is the mat", 2)[0], 1);
         let scores = index.scores("cat", &[0, 1, 2]);

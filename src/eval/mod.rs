@@ -1,4 +1,4 @@
-//! How good is a ranking? Topics with known relevant documents, the field's measures, and BM25 to compare with.
+//! Ranking quality: data sets with relevance judgments, measures (nDCG, MRR, recall), and BM25 as the baseline.
 
 pub mod bm25;
 pub mod measures;

@@ -1,8 +1,11 @@
-//! Topics: a query, its candidate documents and what is known of their relevance, in the forms that the field publishes.
+//! Reads topics: queries with candidate documents and relevance judgments. Three formats are known:
 //!
-//! - `.jsonl`, one topic a line: `{"query", "documents": [...], "relevance": [...]}`, or `{"query", "positive": [...], "negative": [...]}`.
-//! - a folder in BEIR's form: `corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`; candidates from a TREC run file, or BM25's best.
-//! - `.json` in SQuAD's form: each question's own paragraph is relevant, against others of the file.
+//! - `.jsonl`, one topic per line: `{"query", "documents": [...], "relevance": [...]}`, or `{"query", "positive": [...],
+//!   "negative": [...]}`.
+//! - A folder in BEIR format (Thakur et al. 2021): `corpus.jsonl`, `queries.jsonl`, `qrels/test.tsv`. The candidates are the top
+//!   documents by BM25, or come from a TREC run file.
+//! - `.json` in SQuAD format (Rajpurkar et al. 2016): the relevant document of a question is its paragraph; the other candidates
+//!   are other paragraphs of the file.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
@@ -15,42 +18,42 @@ use serde::de::DeserializeOwned;
 
 use super::bm25::Bm25;
 
-/// A query and its candidates.
+/// A query, its candidate documents and their relevance.
 #[derive(Debug, Clone)]
 pub struct Topic {
-    /// The query's name.
+    /// The query's id in the file, or its line number.
     pub id: String,
-    /// Its text.
+    /// The query's text.
     pub query: String,
-    /// The candidates' texts, in the order that BM25 or the run file gave them, or shuffled.
+    /// The candidates' texts: in the order of the file, of BM25 or of the run file; shuffled for SQuAD.
     pub documents: Vec<String>,
     /// Relevance of each candidate; 0 is not relevant.
     pub relevance: Vec<u32>,
-    /// Relevances of all documents that are known to be relevant, candidates or not.
+    /// Relevance of each document that is judged relevant, whether a candidate or not.
     pub relevant: Vec<u32>,
 }
 
-/// How candidates are found where the file does not name them.
+/// How to choose topics, and candidates where the file does not list them.
 #[derive(Debug, Clone, Default)]
 pub struct TopicOptions {
-    /// BEIR: a TREC run file (`topic Q0 document rank score tag`) instead of BM25's best.
+    /// BEIR: a TREC run file (`topic Q0 document rank score tag`) to take the candidates from, instead of BM25.
     pub run: Option<PathBuf>,
-    /// BEIR: candidates of a topic.
+    /// BEIR: maximum candidates per topic.
     pub candidates: usize,
-    /// SQuAD: other paragraphs beside a question's own.
+    /// SQuAD: other paragraphs among a question's candidates.
     pub negatives: usize,
-    /// SQuAD: the paragraphs that BM25 likes best, not random ones.
+    /// SQuAD: choose the other paragraphs by BM25 score (hard negatives) instead of at random.
     pub hard: bool,
-    /// Of the random choices.
+    /// SQuAD: seed of the random choices.
     pub seed: u64,
-    /// Topics at most, spread evenly over the file.
+    /// Maximum topics, taken at equal distances from the file; all without it.
     pub limit: Option<usize>,
 }
 
 /// Reads the topics of a file or folder.
 ///
 /// # Errors
-/// A file that is missing or not in its form, by name and line; no topic in it.
+/// A file is missing or does not have the expected format, or there are no topics. The message names the file and the line.
 pub fn read(path: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
     let mut topics = if path.is_dir() {
         beir(path, options)
@@ -59,18 +62,19 @@ pub fn read(path: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
     } else {
         jsonl(path)
     }?;
-    ensure!(!topics.is_empty(), "{}: there is no topic in it", path.display());
+    ensure!(!topics.is_empty(), "{}: no topics found", path.display());
     if let Some(limit) = options.limit.filter(|&limit| limit < topics.len()) {
         let all = topics.len();
         let kept: HashSet<usize> = (0..limit).map(|i| i * all / limit).collect();
-        let mut place = 0..all;
-        topics.retain(|_| place.next().is_some_and(|i| kept.contains(&i)));
+        let mut indices = 0..all;
+        topics.retain(|_| indices.next().is_some_and(|i| kept.contains(&i)));
     }
     Ok(topics)
 }
 
+/// One line of a `.jsonl` file.
 #[derive(Deserialize)]
-struct Line {
+struct JsonlTopic {
     #[serde(default, alias = "_id")]
     id: Option<String>,
     query: String,
@@ -85,12 +89,12 @@ struct Line {
 }
 
 fn jsonl(path: &Path) -> Result<Vec<Topic>> {
-    let lines: Vec<Line> = json_lines(path)?;
-    let topic = |(number, line): (usize, Line)| {
-        let Line { id, query, mut documents, mut relevance, positive, negative } = line;
+    let lines: Vec<JsonlTopic> = json_lines(path)?;
+    let topic = |(number, line): (usize, JsonlTopic)| {
+        let JsonlTopic { id, query, mut documents, mut relevance, positive, negative } = line;
         ensure!(
             documents.len() == relevance.len(),
-            "{}: line {}: {} documents and {} relevances",
+            "{}: line {}: {} documents but {} relevance values",
             path.display(),
             number + 1,
             documents.len(),
@@ -98,7 +102,7 @@ fn jsonl(path: &Path) -> Result<Vec<Topic>> {
         );
         relevance.extend(positive.iter().map(|_| 1).chain(negative.iter().map(|_| 0)));
         documents.extend(positive.into_iter().chain(negative));
-        ensure!(!documents.is_empty(), "{}: line {}: no documents", path.display(), number + 1);
+        ensure!(!documents.is_empty(), "{}: line {}: the topic has no documents", path.display(), number + 1);
         let relevant = relevance.iter().copied().filter(|&relevance| relevance > 0).collect();
         Ok(Topic { id: id.unwrap_or_else(|| (number + 1).to_string()), query, documents, relevance, relevant })
     };
@@ -120,7 +124,7 @@ fn beir(folder: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
     let qrels = qrels(&folder.join("qrels/test.tsv"))?;
     let texts: Vec<String> =
         corpus.iter().map(|text| format!("{} {}", text.title, text.text).trim().to_owned()).collect();
-    let places: HashMap<&str, usize> = corpus.iter().enumerate().map(|(i, text)| (text.id.as_str(), i)).collect();
+    let index_of: HashMap<&str, usize> = corpus.iter().enumerate().map(|(i, text)| (text.id.as_str(), i)).collect();
     let run = options.run.as_deref().map(read_run).transpose()?;
     let index = run.is_none().then(|| Bm25::new(&texts.iter().map(String::as_str).collect::<Vec<_>>()));
     let mut topics = Vec::new();
@@ -128,7 +132,7 @@ fn beir(folder: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
         let Some(judged) = qrels.get(&query.id) else { continue };
         let candidates: Vec<usize> = match (&run, &index) {
             (Some(run), _) => {
-                run.get(&query.id).into_iter().flatten().filter_map(|id| places.get(id.as_str()).copied()).collect()
+                run.get(&query.id).into_iter().flatten().filter_map(|id| index_of.get(id.as_str()).copied()).collect()
             }
             (None, Some(index)) => index.best(&query.text, options.candidates),
             (None, None) => Vec::new(),
@@ -149,7 +153,8 @@ fn beir(folder: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
     Ok(topics)
 }
 
-/// `query-id corpus-id score`, with tabs and a header line, or TREC's four columns.
+/// Reads relevance judgments by query and document: `query-id corpus-id score` with a header line (BEIR), or `query-id iteration
+/// document-id relevance` (TREC). Negative relevance counts as 0.
 fn qrels(path: &Path) -> Result<HashMap<String, BTreeMap<String, u32>>> {
     let mut all: HashMap<String, BTreeMap<String, u32>> = HashMap::new();
     for (number, line) in lines(path)?.into_iter().enumerate() {
@@ -166,13 +171,13 @@ fn qrels(path: &Path) -> Result<HashMap<String, BTreeMap<String, u32>>> {
                     .insert(document.to_owned(), u32::try_from(relevance).unwrap_or(0));
             }
             Err(_) if number == 0 => {} // the header
-            Err(_) => bail!("{}: line {}: {relevance:?} is not a relevance", path.display(), number + 1),
+            Err(_) => bail!("{}: line {}: {relevance:?} is not an integer relevance", path.display(), number + 1),
         }
     }
     Ok(all)
 }
 
-/// Documents of each topic, best first.
+/// Reads a TREC run file: the documents of each topic, highest score first.
 fn read_run(path: &Path) -> Result<HashMap<String, Vec<String>>> {
     let mut all: HashMap<String, Vec<(f64, String)>> = HashMap::new();
     for (number, line) in lines(path)?.into_iter().enumerate() {
@@ -182,7 +187,7 @@ fn read_run(path: &Path) -> Result<HashMap<String, Vec<String>>> {
         };
         let score = score
             .parse()
-            .with_context(|| format!("{}: line {}: {score:?} is not a score", path.display(), number + 1))?;
+            .with_context(|| format!("{}: line {}: {score:?} is not a number", path.display(), number + 1))?;
         all.entry(topic.to_owned()).or_default().push((score, document.to_owned()));
     }
     let sorted = |mut found: Vec<(f64, String)>| {
@@ -217,12 +222,12 @@ struct SquadQuestion {
 fn squad(path: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let file: Squad =
-        serde_json::from_str(&text).with_context(|| format!("{}: not in SQuAD's form", path.display()))?;
+        serde_json::from_str(&text).with_context(|| format!("{}: not in SQuAD format", path.display()))?;
     let paragraphs: Vec<SquadParagraph> = file.data.into_iter().flat_map(|article| article.paragraphs).collect();
     let texts: Vec<&str> = paragraphs.iter().map(|paragraph| paragraph.context.as_str()).collect();
     ensure!(
         texts.len() > options.negatives,
-        "{}: {} paragraphs, and {} negatives asked for",
+        "{}: {} paragraphs are too few for --negatives {}",
         path.display(),
         texts.len(),
         options.negatives
@@ -230,28 +235,28 @@ fn squad(path: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
     let index = options.hard.then(|| Bm25::new(&texts));
     let mut random = fastrand::Rng::with_seed(options.seed);
     let mut topics = Vec::new();
-    for (own, paragraph) in paragraphs.iter().enumerate() {
+    for (gold, paragraph) in paragraphs.iter().enumerate() {
         for question in &paragraph.qas {
             let mut others: Vec<usize> = match &index {
                 Some(index) => index.best(&question.question, options.negatives + 1),
                 None => Vec::new(),
             };
-            others.retain(|&other| other != own);
+            others.retain(|&other| other != gold);
             while others.len() < options.negatives {
                 let other = random.usize(..texts.len());
-                if other != own && !others.contains(&other) {
+                if other != gold && !others.contains(&other) {
                     others.push(other);
                 }
             }
             let mut candidates = others;
             candidates.truncate(options.negatives);
-            candidates.push(own);
+            candidates.push(gold);
             random.shuffle(&mut candidates);
             topics.push(Topic {
                 id: question.id.clone(),
                 query: question.question.clone(),
                 documents: candidates.iter().map(|&i| texts[i].to_owned()).collect(),
-                relevance: candidates.iter().map(|&i| u32::from(i == own)).collect(),
+                relevance: candidates.iter().map(|&i| u32::from(i == gold)).collect(),
                 relevant: vec![1],
             });
         }
@@ -264,7 +269,7 @@ fn lines(path: &Path) -> Result<Vec<String>> {
     BufReader::new(file)
         .lines()
         .collect::<std::io::Result<_>>()
-        .with_context(|| format!("{}: not text in UTF-8", path.display()))
+        .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))
 }
 
 fn json_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
@@ -293,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_of_json_in_both_forms() {
+    fn jsonl_topics_in_both_forms() {
         let text = "{\"query\":\"q\",\"documents\":[\"a\",\"b\"],\"relevance\":[0,2]}\n\n{\"id\":\"x\",\"query\":\"r\",\"positive\":[\"c\"],\"negative\":[\"d\",\"e\"]}\n";
         let folder = written(&[("t.jsonl", text), ("bad.jsonl", "{\"query\":\"q\",\"documents\":[\"a\"]}\n")]);
         let topics = read(&folder.path().join("t.jsonl"), &options()).unwrap();
@@ -303,11 +308,11 @@ mod tests {
             ("x", 3, vec![1, 0, 0])
         );
         let error = read(&folder.path().join("bad.jsonl"), &options()).unwrap_err().to_string();
-        assert!(error.contains("line 1: 1 documents and 0 relevances"), "{error}");
+        assert!(error.contains("line 1: 1 documents but 0 relevance values"), "{error}");
     }
 
     #[test]
-    fn beir_folders_with_bm25_or_a_run() {
+    fn beir_candidates_come_from_bm25_or_a_run_file() {
         let corpus = "{\"_id\":\"d1\",\"title\":\"Apples\",\"text\":\"red fruit\"}\n{\"_id\":\"d2\",\"title\":\"\",\"text\":\"a green pear\"}\n{\"_id\":\"d3\",\"text\":\"stone\"}\n";
         let queries = "{\"_id\":\"q1\",\"text\":\"green apples\"}\n{\"_id\":\"q2\",\"text\":\"unjudged\"}\n";
         let qrels = "query-id\tcorpus-id\tscore\nq1\td2\t1\nq1\td3\t2\n";
@@ -329,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn squad_questions_against_other_paragraphs() {
+    fn squad_candidates_are_the_paragraph_and_others() {
         let paragraph = |i: usize| {
             format!(
                 "{{\"context\":\"word{i} text\",\"qas\":[{{\"id\":\"{i}\",\"question\":\"what is word{i} text\"}}]}}"
@@ -347,7 +352,7 @@ mod tests {
                 let gold = topic.relevance.iter().position(|&r| r == 1).unwrap();
                 assert_eq!(topic.documents[gold], format!("word{i} text"));
             }
-            assert!(topics.iter().any(|topic| topic.relevance[0] == 0), "the gold paragraph has no place of its own");
+            assert!(topics.iter().any(|topic| topic.relevance[0] == 0), "the gold paragraph is not always first");
         }
         let few = TopicOptions { limit: Some(5), negatives: 9, ..options() };
         let ids: Vec<String> = read(&folder.path().join("s.json"), &few).unwrap().into_iter().map(|t| t.id).collect();

@@ -1,4 +1,4 @@
-//! The catalogue: `models/*.toml`, embedded in the binary. Adding a model is adding a file.
+//! The catalogue of models known by name: the files `models/*.toml`, embedded in the binary by `build.rs`.
 
 use std::sync::LazyLock;
 
@@ -11,81 +11,81 @@ static CATALOGUE: LazyLock<Vec<Entry>> = LazyLock::new(|| {
     FILES
         .iter()
         .map(|(file, text)| {
-            toml::from_str(text).unwrap_or_else(|e| panic!("models/{file} is part of the binary and tested: {e}"))
+            toml::from_str(text).unwrap_or_else(|e| panic!("models/{file} is not a valid catalogue entry: {e}"))
         })
         .collect()
 });
 
-/// A model that we know by name.
+/// A model in the catalogue.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Entry {
-    /// The name that requests use.
+    /// The name in requests and responses.
     pub name: String,
-    /// Other names that requests use.
+    /// Other names that requests may use.
     #[serde(default)]
     pub aliases: Vec<String>,
-    /// One line: when to choose it.
+    /// When to choose the model, in one line.
     pub choose_when: String,
-    /// `model_type` of its config.json.
+    /// `model_type` in the model's config.json.
     pub architecture: String,
-    /// For people.
+    /// Number of parameters, for display: `568M`.
     pub parameters: String,
-    /// Size of the download, for people.
+    /// Size of the download, for display: `2.3 GB`.
     pub download: String,
     /// Licence of the weights.
     pub licence: String,
-    /// Where its files are; without it they are part of the binary.
-    pub hub: Option<Hub>,
-    /// Tokens of a pair.
+    /// Where the files are; `None` when they are embedded in the binary.
+    pub hub: Option<HubFiles>,
+    /// Limits of a pair's length.
     pub window: Window,
-    /// How a pair is laid out.
+    /// How the query and the document are joined.
     pub pair: PairFormat,
 }
 
 /// A model's files on the hub.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Hub {
-    /// `organisation/name`
+pub struct HubFiles {
+    /// `organization/name`
     pub repository: String,
-    /// The commit that we know.
+    /// The commit that was tested, 40 hexadecimal digits.
     pub revision: String,
-    /// The checkpoint to take of those that the repository holds.
+    /// File name of the checkpoint; a repository may have several.
     pub weights: String,
 }
 
-/// Tokens of the longest pair, special tokens included.
+/// The maximum length of a pair in tokens, including special tokens.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Window {
-    /// Unless a setting says otherwise.
+    /// Used without `--window`.
     pub default: usize,
-    /// What the positions allow.
+    /// The limit of the model's position embeddings.
     pub max: usize,
 }
 
-/// The tokenizer's pair template, held against the one that is loaded.
+/// The pair template that the model was trained with. The loaded tokenizer must have the same.
 #[derive(Debug, Clone, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PairFormat {
-    /// Special tokens around the words `query` and `document`, separated by spaces.
+    /// The special tokens and the words `query` and `document`, separated by spaces.
     pub format: String,
 }
 
-/// Every entry, in the order of their file names.
+/// All entries, in the order of their file names.
 pub fn entries() -> &'static [Entry] {
     &CATALOGUE
 }
 
-/// The entry with this name, alias, or last part of a name (`bge-reranker-v2-m3`).
+/// The entry with this name, alias or short name (`bge-reranker-v2-m3`), in upper or lower case.
 pub fn find(name: &str) -> Option<&'static Entry> {
     entries().iter().find(|entry| {
         entry.names().any(|own| own.eq_ignore_ascii_case(name)) || short_name(&entry.name).eq_ignore_ascii_case(name)
     })
 }
 
-/// The part of a model's name after the organisation.
+/// A model's name without the organization: `bge-reranker-v2-m3` for `BAAI/bge-reranker-v2-m3`.
 pub fn short_name(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
 }
@@ -104,7 +104,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_entry_parses_and_is_coherent() {
+    fn every_entry_is_valid_and_names_are_unique() {
         let mut names = HashSet::new();
         for entry in entries() {
             assert!(entry.window.default <= entry.window.max, "{}", entry.name);
@@ -121,7 +121,7 @@ mod tests {
                 entry.name
             );
             for name in entry.names() {
-                assert!(names.insert(name.to_lowercase()), "{name} is there twice");
+                assert!(names.insert(name.to_lowercase()), "{name} is used twice");
             }
         }
         for expected in ["BAAI/bge-reranker-v2-m3", "netease-youdao/bce-reranker-base_v1"] {
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn found_by_name_alias_and_short_name() {
+    fn an_entry_is_found_by_name_alias_and_short_name() {
         for name in
             ["BAAI/bge-reranker-v2-m3", "Pro/BAAI/bge-reranker-v2-m3", "bge-reranker-v2-m3", "baai/BGE-reranker-v2-M3"]
         {

@@ -1,4 +1,5 @@
-//! From a model's name to a model that scores. Called once, at start; no I/O of the program is below it.
+//! From a model's name to a model that scores: finds the files, checks them, loads the weights onto the device, and scores one
+//! pair. Called once, at start.
 
 pub mod catalogue;
 pub mod download;
@@ -30,7 +31,7 @@ use crate::text::{EmbeddingRows, TextEncoder, TextLimits};
 use download::Hub;
 use source::{ModelSource, WeightsFile};
 
-/// The window of a model that the catalogue does not know, where its positions allow more.
+/// Default window in tokens of a model that is not in the catalogue, if its position embeddings allow as much.
 const DEFAULT_WINDOW: usize = 1024;
 
 /// The device that a model computes on, and its precision.
@@ -49,7 +50,7 @@ pub enum DeviceChoice {
 }
 
 impl DeviceChoice {
-    /// The precision, or the implementation where it has only one: for tables.
+    /// The precision; for candle, which has only one, the name of the implementation. For tables and metrics.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Cpu { dtype, .. } => dtype.name(),
@@ -66,14 +67,14 @@ impl DeviceChoice {
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
     pub device: DeviceChoice,
-    /// Overrides each model's default window, in tokens.
+    /// Window of every model, in tokens; `None` is each model's default.
     pub window: Option<usize>,
     pub limits: TextLimits,
-    /// Times every operation and adds the times here. It slows the model down; for benches.
+    /// Where to add the time of every operation, for benchmarks. Timing slows the model down.
     pub profile: Option<Arc<Profile>>,
 }
 
-/// Loads models onto one device. Models that are loaded by the same loader share its compute threads.
+/// Loads models onto one device. Models from the same loader share its compute threads.
 #[derive(Debug)]
 pub struct Loader<'a> {
     hub: &'a Hub,
@@ -83,19 +84,19 @@ pub struct Loader<'a> {
 
 /// A model that is ready to score.
 pub struct LoadedModel {
-    /// The name that requests use.
+    /// The name in requests and responses.
     pub name: String,
-    /// Other names.
+    /// Other names that requests may use.
     pub aliases: Vec<String>,
-    /// Text to pairs.
+    /// From text to pairs of token ids.
     pub text: TextEncoder,
-    /// Pairs to logits.
+    /// From batches of pairs to logits.
     pub encoder: Arc<dyn CrossEncoder>,
     /// Precision of the GEMMs, or the implementation's name.
     pub dtype: &'static str,
-    /// Rows of the word embedding: every token id is below it.
+    /// Rows of the word embedding; token ids are smaller.
     pub vocabulary: usize,
-    /// Implementation, precision and device; dimensions; seconds to load.
+    /// Implementation, precision and device, dimensions, and seconds to load, for the log.
     pub description: String,
 }
 
@@ -112,7 +113,7 @@ impl<'a> Loader<'a> {
     /// Starts the compute threads that the device needs.
     ///
     /// # Errors
-    /// The operating system refuses the threads.
+    /// The operating system cannot start the threads.
     pub fn new(hub: &'a Hub, options: &'a LoadOptions) -> Result<Self> {
         let pool = match options.device {
             DeviceChoice::Cpu { threads, pin_threads, .. } => {
@@ -124,10 +125,11 @@ impl<'a> Loader<'a> {
         Ok(Self { hub, options, pool })
     }
 
-    /// Loads a model and scores one pair with it.
+    /// Loads a model, and scores one pair to check it.
     ///
     /// # Errors
-    /// Files that are missing, damaged or do not belong together; the message names the file, the tensor and what was expected.
+    /// Files are missing or damaged, do not belong together, or do not fit the device. The message names the file, the tensor and
+    /// what was expected.
     pub fn load(&self, source: &ModelSource) -> Result<LoadedModel> {
         self.load_files(source).with_context(|| format!("cannot load {}", source.name))
     }
@@ -146,13 +148,13 @@ impl<'a> Loader<'a> {
         let encoder = self.encoder(&config, &files.weights, &source.name)?;
         check_score(encoder.as_ref(), &text)?;
         let description = format!(
-            "{}; {} layers x {}; window {window}; loaded in {:.1} s",
+            "{}; {} layers of hidden size {}; window {window} tokens; loaded in {:.1} s",
             encoder.describe(),
             config.layers,
             config.hidden_size,
             start.elapsed().as_secs_f64()
         );
-        // A name given by the operator gets no aliases from the catalogue: the same model may be served twice, at two revisions.
+        // With NAME=MODEL the catalogue's aliases do not apply, so that two revisions of one model can be served side by side.
         let entry = source.entry.filter(|entry| entry.name == source.name);
         let mut aliases: Vec<String> = entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
         aliases.push(catalogue::short_name(&source.name).to_owned());
@@ -215,33 +217,36 @@ impl<'a> Loader<'a> {
     }
 }
 
-/// The window that was asked for, or the model's default, never beyond its positions.
-fn window(source: &ModelSource, config: &ModelConfig, asked: Option<usize>) -> Result<usize> {
+/// The window in tokens: `requested`, or else the model's default as far as its position embeddings reach.
+///
+/// # Errors
+/// `requested` is larger than the model's maximum.
+fn window(source: &ModelSource, config: &ModelConfig, requested: Option<usize>) -> Result<usize> {
     let positions = config.max_window();
     let max = source.entry.map_or(positions, |entry| entry.window.max.min(positions));
     let default = source.entry.map_or(DEFAULT_WINDOW, |entry| entry.window.default);
-    if let Some(window) = asked {
-        ensure!(window <= max, "a window of {window} tokens was asked for; {} reads at most {max}", source.name);
+    if let Some(window) = requested {
+        ensure!(window <= max, "--window {window} is too large; the maximum of {} is {max} tokens", source.name);
     }
-    Ok(asked.unwrap_or(default.min(max)))
+    Ok(requested.unwrap_or(default.min(max)))
 }
 
-/// A tokenizer that lays pairs out otherwise than the model was trained on gives plausible, wrong scores.
+/// Checks the tokenizer's pair template against the catalogue. With another template the scores are plausible but wrong.
 fn check_pair_format(source: &ModelSource, text: &TextEncoder) -> Result<()> {
     let Some(entry) = source.entry else { return Ok(()) };
     let found = text.pair_format();
     if found != entry.pair.format {
-        bail!("pairs come out as {found:?}; {} was trained on {:?}", source.name, entry.pair.format);
+        bail!("the tokenizer's pair template is {found:?}; {} was trained with {:?}", source.name, entry.pair.format);
     }
     Ok(())
 }
 
-/// One real inference before the port opens.
+/// Scores one pair, to find damaged weights and device failures at start.
 fn check_score(encoder: &dyn CrossEncoder, text: &TextEncoder) -> Result<()> {
     let logits = encoder.score(&Batch::pack([&text.pair("Apple", "apple")?]))?;
     ensure!(
         logits.len() == 1 && logits[0].is_finite(),
-        "the model's first score is {logits:?}; its weights cannot be right"
+        "a test pair scores {logits:?} instead of one finite number; the weights are damaged or do not belong to this config.json"
     );
     Ok(())
 }

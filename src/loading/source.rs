@@ -1,4 +1,4 @@
-//! What `--model` names -> the files to load: the built-in model, a folder, or a repository on the hub.
+//! From the argument of `--model` to the files to load: the built-in model, a folder, or a repository on the hub.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -9,59 +9,59 @@ use super::catalogue::{self, Entry};
 use super::download::{Hub, Revision};
 use crate::checkpoint::weights::shard_names;
 
-/// Checkpoints that we read, best first.
+/// File names of checkpoints, in order of preference.
 const WEIGHT_FILES: [&str; 3] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
 
-/// A model that was asked for, and where its files are.
+/// A model to load: its name, and where its files are.
 #[derive(Debug, Clone)]
 pub struct ModelSource {
-    /// The name that requests use, and that answers carry.
+    /// The name in requests and responses.
     pub name: String,
-    /// The catalogue's entry, where there is one.
+    /// The model's catalogue entry, if it has one.
     pub entry: Option<&'static Entry>,
     /// Where the files are.
     pub location: ModelLocation,
 }
 
-/// The model that is part of the binary, served when no other is asked for.
+/// The model that is embedded in the binary. It is served without `--model`.
 pub const BUILTIN: &str = "rerankd-mini";
 
 /// Where a model's files are.
 #[derive(Debug, Clone)]
 pub enum ModelLocation {
-    /// The binary itself.
+    /// Embedded in the binary.
     Builtin,
     /// A folder with config.json, tokenizer.json and a checkpoint.
     Folder(PathBuf),
-    /// A repository on the hub, and the checkpoint to take if that is known.
+    /// A repository on the hub, and the checkpoint's file name if the catalogue has it.
     Hub(Revision, Option<&'static str>),
 }
 
-/// A model's files, at hand.
+/// A model's files on this machine.
 #[derive(Debug)]
 pub struct ModelFiles {
-    /// Text of config.json, and where it was.
+    /// Content of config.json, and its path for messages.
     pub config: (String, String),
-    /// Content of tokenizer.json, and where it was.
+    /// Content of tokenizer.json, and its path for messages.
     pub tokenizer: (Cow<'static, [u8]>, String),
-    /// The checkpoint.
     pub weights: WeightsFile,
 }
 
-/// A checkpoint: on disk, or part of the binary.
+/// A checkpoint.
 #[derive(Debug)]
 pub enum WeightsFile {
-    /// A file; its name tells the format.
+    /// A file on disk. The file name tells the format.
     Path(PathBuf),
-    /// A safetensors file in the binary.
+    /// A safetensors file embedded in the binary: its name for messages, and its content.
     Bytes(&'static str, &'static [u8]),
 }
 
 impl ModelSource {
-    /// Reads `[NAME=]MODEL[@REVISION]`, where MODEL is a folder, a name of the catalogue, or `organisation/name` on the hub.
+    /// Parses `[NAME=]MODEL[@REVISION]`, where MODEL is a folder, a name in the catalogue, or `organization/name` on the hub. A
+    /// folder takes precedence. Without a revision it is the catalogue's commit, or the branch `main`.
     ///
     /// # Errors
-    /// Neither; the message lists the catalogue.
+    /// MODEL is none of these, or a part is empty. The message lists the catalogue.
     pub fn parse(argument: &str) -> Result<Self> {
         let (given_name, model) = match argument.split_once('=').filter(|_| !Path::new(argument).is_dir()) {
             Some((name, model)) => (Some(name), model),
@@ -102,12 +102,12 @@ impl ModelSource {
         }
         let known: Vec<&str> = catalogue::entries().iter().map(|entry| entry.name.as_str()).collect();
         bail!(
-            "{model:?} is no folder here, no organisation/name on the hub, and none of the known models: {}",
+            "--model {model:?} is not a folder, not organization/name on the hub, and not one of the known models: {}",
             known.join(", ")
         )
     }
 
-    /// Whether everything that loading needs is on this machine already.
+    /// Whether all files are on this machine, so that loading downloads nothing.
     pub fn is_cached(&self, hub: &Hub) -> bool {
         match &self.location {
             ModelLocation::Builtin | ModelLocation::Folder(_) => true,
@@ -119,10 +119,10 @@ impl ModelSource {
         }
     }
 
-    /// The files, downloaded first where they must be.
+    /// Finds the files; those that are not in the cache are downloaded.
     ///
     /// # Errors
-    /// A file that is missing or cannot be had, by name.
+    /// A file is missing or cannot be downloaded. The message names the file.
     pub fn files(&self, hub: &Hub) -> Result<ModelFiles> {
         match &self.location {
             ModelLocation::Builtin => Ok(builtin_files()),
@@ -133,12 +133,12 @@ impl ModelSource {
 }
 
 fn builtin_files() -> ModelFiles {
-    let inside = |file: &str| format!("models/mini/{file} in the binary");
+    let embedded = |file: &str| format!("models/mini/{file} (embedded in the binary)");
     ModelFiles {
-        config: (include_str!("../../models/mini/config.json").to_owned(), inside("config.json")),
-        tokenizer: (include_bytes!("../../models/mini/tokenizer.json").as_slice().into(), inside("tokenizer.json")),
+        config: (include_str!("../../models/mini/config.json").to_owned(), embedded("config.json")),
+        tokenizer: (include_bytes!("../../models/mini/tokenizer.json").as_slice().into(), embedded("tokenizer.json")),
         weights: WeightsFile::Bytes(
-            "models/mini/model.safetensors in the binary",
+            "models/mini/model.safetensors (embedded in the binary)",
             include_bytes!("../../models/mini/model.safetensors"),
         ),
     }
@@ -147,7 +147,7 @@ fn builtin_files() -> ModelFiles {
 fn folder_files(folder: &Path) -> Result<ModelFiles> {
     let weights = WEIGHT_FILES.iter().map(|file| folder.join(file)).find(|path| path.exists());
     let Some(weights) = weights else {
-        bail!("{}: no checkpoint here; expected one of {}", folder.display(), WEIGHT_FILES.join(", "))
+        bail!("{}: no checkpoint in this folder; expected one of {}", folder.display(), WEIGHT_FILES.join(", "))
     };
     read_files(&folder.join("config.json"), &folder.join("tokenizer.json"), weights)
 }
@@ -156,11 +156,11 @@ fn hub_files(hub: &Hub, at: &Revision, known_weights: Option<&str>) -> Result<Mo
     let fetch = |file: &str| -> Result<PathBuf> {
         hub.fetch(at, file).with_context(|| {
             let why = if hub.is_offline() {
-                "not in the cache, and HF_HUB_OFFLINE forbids the network"
+                "not in the cache, and HF_HUB_OFFLINE disables downloads"
             } else {
-                "cannot be had"
+                "cannot be downloaded"
             };
-            format!("{file} of {at}: {why} (cache: {})", hub.cache_folder().display())
+            format!("{file} of {at}: {why} (cache folder: {})", hub.cache_folder().display())
         })
     };
     let (config, tokenizer) = (fetch("config.json")?, fetch("tokenizer.json")?);
@@ -174,7 +174,9 @@ fn hub_files(hub: &Hub, at: &Revision, known_weights: Option<&str>) -> Result<Mo
                     break;
                 }
             }
-            found.with_context(|| format!("{at}: no checkpoint there; expected one of {}", WEIGHT_FILES.join(", ")))?
+            found.with_context(|| {
+                format!("{at}: no checkpoint in the repository; expected one of {}", WEIGHT_FILES.join(", "))
+            })?
         }
     };
     if weights.to_string_lossy().ends_with(".index.json") {
@@ -197,14 +199,14 @@ fn read_files(config: &Path, tokenizer: &Path, weights: PathBuf) -> Result<Model
     })
 }
 
-/// `organisation/name`, in the hub's own alphabet; nothing else ever reaches a URL or a path.
+/// Whether `name` is `organization/name` in the characters that the hub allows. Only such names become part of a URL or a path.
 fn is_hub_name(name: &str) -> bool {
     let part = |part: &str| {
         !part.is_empty()
             && !part.starts_with('.')
             && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
     };
-    name.split_once('/').is_some_and(|(organisation, rest)| part(organisation) && part(rest))
+    name.split_once('/').is_some_and(|(organization, rest)| part(organization) && part(rest))
 }
 
 #[cfg(test)]
@@ -212,7 +214,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_told_apart() {
+    fn served_names_and_revisions_are_parsed() {
         let source = ModelSource::parse("small=BAAI/bge-reranker-base").unwrap();
         assert_eq!(source.name, "small");
         assert!(
@@ -225,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_neither_is_refused_with_the_catalogue() {
+    fn other_arguments_are_refused_with_the_list_of_known_models() {
         for wrong in ["nothing-here", "a/b/c", "../etc/passwd", "https://host/x", "a/..", "=x", "x="] {
             assert!(ModelSource::parse(wrong).is_err(), "{wrong}");
         }

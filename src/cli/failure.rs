@@ -1,0 +1,44 @@
+//! Why the process ends without success, and its exit code.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+/// A failure of a command. The exit codes follow `sysexits.h`, so that a process manager can tell apart what a restart may cure:
+///
+/// | code | meaning | restart? |
+/// |---|---|---|
+/// | 0 | success, `--help`, or a server that drained after SIGTERM or SIGINT | |
+/// | 1 | any other failure | |
+/// | 2 | the command line, an environment variable or a value in the config file is not valid | no |
+/// | 69 | reserved for a temporary failure at start | yes, later |
+/// | 70 | the device is lost; the scheduler's worker ends the process | yes |
+/// | 78 | the settings do not fit this machine, or a model's files are missing or damaged | no |
+/// | 130 | a signal before the server listens, or a second signal during the drain | |
+#[derive(Debug)]
+pub enum Failure {
+    /// The command line is not valid, or asks for help: clap's message and exit code (2, or 0 for `--help`).
+    Usage(clap::Error),
+    /// Settings or a model's files are wrong: 78. A restart does not help.
+    Config(anyhow::Error),
+    /// Any other failure: 1.
+    Other(anyhow::Error),
+}
+
+/// `EX_CONFIG` of `sysexits.h`.
+const EX_CONFIG: u8 = 78;
+
+impl Failure {
+    /// Writes the reason to standard error and returns the exit code.
+    pub fn report(self) -> ExitCode {
+        let (error, code) = match self {
+            Self::Usage(error) => {
+                error.print().ok();
+                return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+            }
+            Self::Config(error) => (error, ExitCode::from(EX_CONFIG)),
+            Self::Other(error) => (error, ExitCode::FAILURE),
+        };
+        writeln!(std::io::stderr(), "rerankd: {error:#}").ok();
+        code
+    }
+}
