@@ -281,7 +281,7 @@ fn what_the_first_batch_launches_is_what_is_tuned() {
     command.envs(environment).stdin(Stdio::null()).arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Dockerfile"));
     let output = command.output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    let named = |path: &Path| path.file_name().unwrap().to_str().unwrap().starts_with("products-");
+    let named = |path: &Path| path.file_name().unwrap().to_str().unwrap().starts_with("gemms-");
     let files = std::fs::read_dir(cache.path()).unwrap().map(|entry| entry.unwrap().path());
     let file = files.into_iter().find(|path| named(path)).unwrap();
     let tuned: serde_json::Map<String, Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
@@ -296,33 +296,38 @@ fn what_the_first_batch_launches_is_what_is_tuned() {
     assert_eq!(tuned, expected);
 }
 
+/// Which kernel is faster is not checked: the choice given two durations is unit-tested in `backend::cuda::attention`.
 #[test]
-fn attention_on_wgmma_is_chosen_where_it_agrees_and_is_faster() {
+fn wgmma_attention_is_left_out_if_wrong_disabled_or_not_available() {
     let folder = tempfile::tempdir().unwrap();
     let file = workloads(folder.path());
     let expected = expected(&file);
-    for (i, (fault, chosen, said)) in [
-        (("", ""), "attention_wgmma", "attention runs on the kernel attention_wgmma"),
-        (("STANDIN_CXXFLAGS", "-DEMULATED_WGMMA_WRONG"), "attention", "gives other results"),
-        (("STANDIN_CXXFLAGS", "-DEMULATED_WGMMA_SLOW"), "attention", "attention runs on the kernel attention"),
-        (("RERANKD_CUDA_ATTENTION", "mma"), "attention", ""),
-        (("STANDIN_CAPABILITY", "8.0"), "attention", ""),
+    for (i, (fault, trial, message)) in [
+        (("", ""), true, "attention kernel: attention"),
+        (("STANDIN_CXXFLAGS", "-DEMULATED_WGMMA_WRONG"), true, "failed the numerical cross-check"),
+        (("RERANKD_CUDA_ATTENTION", "mma"), false, ""),
+        (("STANDIN_CAPABILITY", "8.0"), false, ""),
     ]
     .into_iter()
     .enumerate()
     {
-        // A cache of its own: its key does not know the fault.
+        // A cache folder each: cache keys do not include the fault.
         let (cache, launches) = (folder.path().join(i.to_string()), folder.path().join(format!("{i}.log")));
         let mut faults =
             vec![("RERANKD_CUDA_CACHE", cache.to_str().unwrap()), ("STANDIN_LOG", launches.to_str().unwrap())];
         faults.extend(Some(fault).filter(|(name, _)| !name.is_empty()));
         let Some(output) = on_standin(&bench(&file, "f16", "1024"), &faults, ALL) else { return };
         let log = String::from_utf8_lossy(&output.stderr);
-        assert!(log.contains(said), "{fault:?}: {log}");
+        assert!(log.contains(message), "{fault:?}: {log}");
         assert!(largest_difference(&logits(&output)[0], &expected) < 0.02, "{fault:?}");
+
         let launches = std::fs::read_to_string(launches).unwrap();
-        let last = launches.lines().rfind(|line| line.starts_with("launch attention")).unwrap();
-        assert_eq!(last.split(' ').nth(1), Some(chosen), "{fault:?}");
+        let kernel = |line: &str| line.split(' ').nth(1).map(str::to_owned);
+        assert_eq!(launches.lines().any(|line| kernel(line).as_deref() == Some("attention_wgmma")), trial, "{fault:?}");
+        let last = launches.lines().rfind(|line| line.starts_with("launch attention")).and_then(kernel);
+        if i > 0 {
+            assert_eq!(last.as_deref(), Some("attention"), "{fault:?}");
+        }
     }
 }
 

@@ -10,12 +10,14 @@ use cudarc::driver::{CudaGraph, CudaSlice, CudaStream, result};
 
 use super::batch_layout::Layout;
 use super::device::Device;
+use super::dtype::CudaDtype;
 use super::fp8::ValueBound;
 use super::gemm::cublaslt::CublasLt;
 use super::gemm::tuning_store::TuningStore;
 use super::gemm::wgmma::WgmmaGemm;
+use super::launch::device_address;
+use super::options::CudaOptions;
 use super::workspace::{Region, Workspace};
-use super::{CudaDtype, CudaOptions, address};
 use crate::backend::BackendError;
 use crate::batch::Batch;
 
@@ -378,11 +380,11 @@ impl Memory {
         }
         Ok(Self {
             tokens,
-            base: address(&activations, stream),
+            base: device_address(&activations, stream),
             workspace: Workspace::new(activations.len()),
             activations,
             upload: Pinned::new(layout.len())?,
-            upload_at: address(&upload_device, stream),
+            upload_at: device_address(&upload_device, stream),
             _upload_device: upload_device,
             answers: Pinned::new(layout.sequence_rows)?,
         })

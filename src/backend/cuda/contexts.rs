@@ -9,11 +9,12 @@ use cudarc::driver::result;
 use super::batch_layout::rounded;
 use super::context::ExecContext;
 use super::device::Device;
+use super::dtype::CudaDtype;
 use super::fp8;
 use super::gemm::cublaslt::{GemmEpilogue, GemmOperands, GemmShape};
 use super::gemm::tuning_store::TuningStore;
+use super::options::CudaOptions;
 use super::workspace::ALIGNMENT;
-use super::{CudaDtype, CudaOptions};
 use crate::backend::{BackendError, MemoryRoofline, Roofline};
 
 /// Batches in flight on one device.

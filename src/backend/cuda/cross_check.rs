@@ -1,6 +1,6 @@
 //! Whether two kernels for the same thing compute the same, tried on the device itself before one is taken.
 
-use super::CudaDtype;
+use super::dtype::CudaDtype;
 
 /// How far two right kernels may be apart, as a share of a row: twice what tests/cuda/kernels.cpp allows each of them to be off
 /// the exact result. A single wrong value of a row of 64 is worth more than 0.03.

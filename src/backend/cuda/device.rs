@@ -66,6 +66,11 @@ pub fn find_device() -> Option<Result<()>> {
 }
 
 impl Device {
+    /// The device's name with only letters, digits and hyphens, for names of cache files.
+    pub(super) fn file_name(&self) -> String {
+        self.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect()
+    }
+
     /// The device `ordinal`, with the kernels for models of this shape.
     ///
     /// # Errors

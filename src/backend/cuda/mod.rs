@@ -28,6 +28,7 @@ mod dtype;
 mod error;
 mod fp8;
 mod gemm;
+mod launch;
 mod options;
 mod workspace;
 
@@ -37,9 +38,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{
-    CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg,
-};
+use cudarc::driver::{CudaEvent, CudaSlice, CudaStream, PushKernelArg};
 
 use self::attention::Attention;
 use self::cache::Cache;
@@ -51,20 +50,13 @@ pub use self::device::find_device;
 pub use self::dtype::CudaDtype;
 use self::fp8::{LayerGain, ValueBound};
 use self::gemm::cublaslt::{GemmEpilogue, GemmOperands, GemmShape};
+use self::launch::{GELU_ERF, GELU_TANH, IDENTITY, RELU, ROW_THREADS, device_address, launch, push};
 pub use self::options::{CudaOptions, GemmChoice};
 use super::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
     NormWeights, Roofline, Timed,
 };
 use crate::batch::Batch;
-
-/// Threads of a block of the kernels that take a row a warp.
-const ROW_THREADS: u32 = 256;
-/// Functions by their numbers in `kernels.cu`.
-const GELU_ERF: u32 = 0;
-const GELU_TANH: u32 = 1;
-const RELU: u32 = 2;
-const IDENTITY: u32 = 3;
 
 /// A device with a model's weights on it.
 #[derive(Debug)]
@@ -128,11 +120,6 @@ pub struct Norm {
     bound: ValueBound,
 }
 
-/// The device address of a slice whose uses are ordered by whoever asks.
-fn address<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> u64 {
-    slice.device_ptr(stream).0
-}
-
 impl CudaBackend {
     /// Device `ordinal` for models of this shape.
     ///
@@ -155,7 +142,7 @@ impl CudaBackend {
         let bytes = self.upload.clone_htod(bytes)?;
         // ContextPool read on streams of their own.
         self.upload.synchronize()?;
-        Ok(Weights { at: address(&bytes, &self.upload), _bytes: bytes })
+        Ok(Weights { at: device_address(&bytes, &self.upload), _bytes: bytes })
     }
 
     fn upload_elements(&self, tensor: &HostTensor) -> Result<Weights, BackendError> {
@@ -184,30 +171,6 @@ impl CudaBackend {
             .unwrap_or_else(|_| Err(BackendError::DeviceLost("a panic while a batch was launched".into())))
     }
 
-    /// Launches `function` on the ctx's stream.
-    ///
-    /// # Safety
-    /// `arguments` pushes what the kernel's signature asks for, in its order, addresses of buffers as large as its contract says.
-    unsafe fn launch<'a>(
-        ctx: &'a ExecContext,
-        function: &'a CudaFunction,
-        grid: (usize, usize),
-        block: u32,
-        shared_mem_bytes: usize,
-        arguments: impl FnOnce(&mut LaunchArgs<'a>),
-    ) -> Result<(), BackendError> {
-        let mut launch = ctx.stream.launch_builder(function);
-        arguments(&mut launch);
-        let config = LaunchConfig {
-            grid_dim: (grid.0 as u32, grid.1 as u32, 1),
-            block_dim: (block, 1, 1),
-            shared_mem_bytes: shared_mem_bytes as u32,
-        };
-        // SAFETY: the caller's.
-        unsafe { launch.launch(config) }?;
-        Ok(())
-    }
-
     /// Blocks for a kernel that takes a row a warp and strides over the rows: no more than the device runs at once.
     fn row_grid(&self, rows: usize) -> (usize, usize) {
         let warps = ROW_THREADS as usize / 32;
@@ -227,7 +190,7 @@ impl CudaBackend {
         let grid = (staged.rows(x.rows) * x.columns / 8).div_ceil(256).min(16 * self.device.multiprocessors as usize);
         // SAFETY: quantise(rows, columns, function, x, out, scale).
         unsafe {
-            Self::launch(ctx, kernel, (grid, 1), 256, 0, |arguments| {
+            launch(&ctx.stream, kernel, (grid, 1), 256, |arguments| {
                 push(arguments, [&count]);
                 arguments.arg(&columns).arg(&function);
                 push(arguments, [&from, &out.at]);
@@ -270,7 +233,7 @@ impl CudaBackend {
         let grid = (staged.rows(x.rows) * x.columns / 8).div_ceil(256).min(16 * self.device.multiprocessors as usize);
         // SAFETY: activate(rows, columns, function, x).
         unsafe {
-            Self::launch(ctx, &self.device.kernels.activate, (grid, 1), 256, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.activate, (grid, 1), 256, |arguments| {
                 push(arguments, [&count]);
                 arguments.arg(&columns).arg(&function);
                 push(arguments, [&x.at]);
@@ -293,18 +256,11 @@ impl CudaBackend {
         let grid = (staged.rows(x.rows) * outputs).div_ceil(8).min(16 * self.device.multiprocessors as usize);
         // SAFETY: head_dense and head_out(rows, x, weight, bias, out).
         unsafe {
-            Self::launch(ctx, kernel, (grid, 1), ROW_THREADS, 0, |arguments| {
+            launch(&ctx.stream, kernel, (grid, 1), ROW_THREADS, |arguments| {
                 push(arguments, [&count, &x.at, &weights.weight.at, &weights.bias.at, &out.at]);
             })
         }?;
         Ok(out)
-    }
-}
-
-/// Pushes addresses, in order.
-fn push<'a, const N: usize>(arguments: &mut LaunchArgs<'a>, addresses: [&'a u64; N]) {
-    for address in addresses {
-        arguments.arg(address);
     }
 }
 
@@ -394,7 +350,7 @@ impl Backend for CudaBackend {
         // scale). The operand is written where gemms are of E4M3, and then there is one.
         unsafe {
             let grid = self.row_grid(layout.token_rows);
-            Self::launch(ctx, &self.device.kernels.embed_norm, grid, ROW_THREADS, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.embed_norm, grid, ROW_THREADS, |arguments| {
                 push(arguments, [&counts, &ids, &types, &positions, &words.at, &table.at, &type_table.at]);
                 push(arguments, [&norm.weight.at, &norm.bias.at]);
                 arguments.arg(&norm.eps);
@@ -475,7 +431,7 @@ impl Backend for CudaBackend {
         // SAFETY: layer_norm(rows, x, weight, bias, eps, out, operand, scale), in place; the operand as in `embed`.
         unsafe {
             let grid = self.row_grid(staged.rows(x.rows));
-            Self::launch(ctx, &self.device.kernels.layer_norm, grid, ROW_THREADS, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.layer_norm, grid, ROW_THREADS, |arguments| {
                 push(arguments, [&count, &at, &weights.weight.at, &weights.bias.at]);
                 arguments.arg(&weights.eps);
                 push(arguments, [&at, &operand_at]);
@@ -525,7 +481,7 @@ impl Backend for CudaBackend {
         // SAFETY: cls_attention(counts, offsets, q, kv, out, scale).
         unsafe {
             let grid = (layout.sequence_rows, shape.heads);
-            Self::launch(ctx, &self.device.kernels.cls_attention, grid, 128, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.cls_attention, grid, 128, |arguments| {
                 push(arguments, [&counts, &offsets, &q, &kv, &out.at]);
                 arguments.arg(&scale);
             })
@@ -544,7 +500,7 @@ impl Backend for CudaBackend {
         // SAFETY: gather_cls(counts, offsets, x, out).
         unsafe {
             let grid = (pieces.div_ceil(256).min(8 * self.device.multiprocessors as usize), 1);
-            Self::launch(ctx, &self.device.kernels.gather_cls, grid, 256, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.gather_cls, grid, 256, |arguments| {
                 push(arguments, [&counts, &offsets, &from, &out.at]);
             })
         }?;
@@ -563,7 +519,7 @@ impl Backend for CudaBackend {
         // SAFETY: to_f32(rows, columns, x, out).
         unsafe {
             let grid = ((staged.rows(x.rows) * x.columns).div_ceil(256).min(1024), 1);
-            Self::launch(ctx, &self.device.kernels.to_f32, grid, 256, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.to_f32, grid, 256, |arguments| {
                 push(arguments, [&count]);
                 arguments.arg(&columns);
                 push(arguments, [&from, &wide.at]);

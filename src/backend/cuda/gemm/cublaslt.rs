@@ -14,9 +14,9 @@ use cudarc::driver::{CudaSlice, CudaStream, result};
 use super::tuning_store::{TUNED_ROWS, TunedGemm, TuningStore};
 use super::wgmma::{self, WgmmaGemm};
 use crate::backend::BackendError;
-use crate::backend::cuda::CudaDtype;
 use crate::backend::cuda::cross_check::{bound as agreement_bound, worst_row};
 use crate::backend::cuda::device;
+use crate::backend::cuda::dtype::CudaDtype;
 
 /// What NVIDIA recommends for Hopper; smaller cards use less of it.
 const WORKSPACE: usize = 32 << 20;
@@ -128,7 +128,7 @@ impl CublasLt {
         own: Option<WgmmaGemm>,
     ) -> Result<Self, BackendError> {
         let workspace = stream.alloc_zeros::<u8>(WORKSPACE)?;
-        let workspace_at = crate::backend::cuda::address(&workspace, &stream);
+        let workspace_at = crate::backend::cuda::launch::device_address(&workspace, &stream);
         let handle = lt::create_handle()?;
         Ok(Self {
             handle,

@@ -8,9 +8,9 @@ use cudarc::cublaslt::sys;
 use serde::{Deserialize, Serialize};
 
 use super::cublaslt::GemmShape;
-use crate::backend::cuda::CudaDtype;
 use crate::backend::cuda::cache::Cache;
 use crate::backend::cuda::device::Device;
+use crate::backend::cuda::dtype::CudaDtype;
 use crate::backend::cuda::options::GemmChoice;
 
 /// Row counts that gemms are tuned for. One in between takes the algorithm of the next larger.
@@ -46,7 +46,7 @@ impl TuningStore {
     pub(in crate::backend::cuda) fn open(device: &Device, dtype: CudaDtype, choice: GemmChoice) -> Self {
         // SAFETY: takes and gives a number.
         let version = unsafe { sys::cublasLtGetVersion() };
-        let name: String = device.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+        let name = device.file_name();
         // Another text of the kernels may be faster or slower.
         let (kernels, dtype) = (&device.kernels_key[..16], dtype.name());
         let file = format!("gemms-{name}-{version}-{dtype}-{kernels}-{}.json", choice.name());

@@ -9,8 +9,9 @@ use cudarc::driver::{CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchCo
 use super::cublaslt::{GemmEpilogue, GemmOperands, GemmShape};
 use crate::backend::BackendError;
 use crate::backend::cuda::device::Device;
+use crate::backend::cuda::dtype::CudaDtype;
+use crate::backend::cuda::launch::{GELU_ERF, IDENTITY};
 use crate::backend::cuda::options::{CudaOptions, GemmChoice};
-use crate::backend::cuda::{CudaDtype, GELU_ERF, IDENTITY};
 
 /// A block's tile, how deep its panels are, its threads and its shared memory: `PRODUCT_ROWS` and so on in `kernels.cu`.
 const ROWS: usize = 128;
