@@ -194,7 +194,7 @@ fn a_card_that_cannot_be_used_is_a_clear_error() {
         (&["--device", "cuda"], &[("STANDIN_CAPABILITY", "7.5")], "8.0"),
         (&["--device", "cuda", "--dtype", "fp8"], &[("STANDIN_CAPABILITY", "8.6")], "--dtype f16"),
         (&["--device", "cuda"], &[("STANDIN_DRIVER_VERSION", "11080")], "11.8"),
-        (&["--device", "cuda"], &[("STANDIN_DRIVER_VERSION", "12080")], "of CUDA 13, which it does not run"),
+        (&["--device", "cuda"], &[("STANDIN_DRIVER_VERSION", "12080")], "but the installed libraries are of CUDA 13"),
         (&["--device", "cuda"], &[("STANDIN_MEMORY_MIB", "8")], "memory"),
     ] {
         let Some((code, message)) = run(arguments, faults) else { return };
@@ -247,7 +247,7 @@ fn auto_is_the_card_where_its_libraries_are_and_the_processor_elsewhere() {
     for (libraries, fault, reason) in [
         (half.path().to_str().unwrap(), ("", ""), "libnvrtc.so and libcublasLt.so"),
         (&whole, ("STANDIN_CAPABILITY", "7.5"), "compute capability 7.5"),
-        (&whole, ("STANDIN_DRIVER_VERSION", "12080"), "of CUDA 13, which it does not run"),
+        (&whole, ("STANDIN_DRIVER_VERSION", "12080"), "but the installed libraries are of CUDA 13"),
     ] {
         let log = log(libraries, &[fault]);
         assert!(log.contains(reason) && log.contains("CPU, "), "{log}");

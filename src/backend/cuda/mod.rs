@@ -20,6 +20,7 @@
 mod attention;
 mod batch_layout;
 mod cache;
+mod compile;
 mod context;
 mod contexts;
 mod cross_check;
@@ -178,8 +179,8 @@ impl CudaBackend {
     }
 
     /// A product's operand: what `function` makes of the values, in E4M3.
-    fn quantise(&self, ctx: &ExecContext, x: &Buffer, function: u32) -> Result<Buffer, BackendError> {
-        let (Some(bound), Some(kernel)) = (x.bound, &self.device.kernels.quantise) else {
+    fn quantize(&self, ctx: &ExecContext, x: &Buffer, function: u32) -> Result<Buffer, BackendError> {
+        let (Some(bound), Some(kernel)) = (x.bound, &self.device.kernels.quantize) else {
             return Err(unsupported("a product of values without a bound"));
         };
         let scale = bound.scale();
@@ -188,7 +189,7 @@ impl CudaBackend {
         let staged = ctx.staged();
         let (count, columns, from) = (staged.count(x.rows), x.columns as u32, x.elements()?);
         let grid = (staged.rows(x.rows) * x.columns / 8).div_ceil(256).min(16 * self.device.multiprocessors as usize);
-        // SAFETY: quantise(rows, columns, function, x, out, scale).
+        // SAFETY: quantize(rows, columns, function, x, out, scale).
         unsafe {
             launch(&ctx.stream, kernel, (grid, 1), 256, |arguments| {
                 push(arguments, [&count]);
@@ -208,7 +209,7 @@ impl CudaBackend {
         let made = match (x.format, &x.operand) {
             (StorageFormat::E4m3 { .. }, _) | (_, Some(_)) => None,
             // Attention's context, and first rows. Attention could store its own.
-            _ => Some(self.quantise(ctx, x, IDENTITY)?),
+            _ => Some(self.quantize(ctx, x, IDENTITY)?),
         };
         let operand = made.as_ref().or(x.operand.as_deref()).unwrap_or(x);
         let StorageFormat::E4m3 { scale } = operand.format else { return Err(unsupported("this operand")) };
@@ -418,7 +419,7 @@ impl Backend for CudaBackend {
         }
         match function.filter(|_| !gelu_applied) {
             None => Ok(output),
-            Some(function) if weights.fp8.is_some() => self.quantise(ctx, &output, function),
+            Some(function) if weights.fp8.is_some() => self.quantize(ctx, &output, function),
             Some(function) => self.activate(ctx, &output, function).map(|()| output),
         }
     }
