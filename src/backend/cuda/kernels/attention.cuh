@@ -4,26 +4,26 @@
 #include "ptx.cuh"
 #include "rows.cuh"
 
-// A block takes one tile: QUERY_ROWS queries of one sequence and head, and goes over all of the sequence's keys, KEY_ROWS a
-// step. Both are counted from the sequence's own start.
+// A block computes one tile, QUERY_ROWS queries of one sequence and head, and iterates over all keys of the sequence, KEY_ROWS
+// per step. Rows are counted from the sequence's start.
 constexpr u32 QUERY_ROWS = 128;
 constexpr u32 KEY_ROWS = 64;
 constexpr u32 ATTENTION_THREADS = 128;
 
-// What the host asks for at launch: Q, and two stages of K and V. 768 D bytes; at D = 64 just the 48 KiB that need no
-// opt-in. The f32 kernel needs less and is launched with the same.
+// Dynamic shared memory of a launch: Q, and two stages of K and V. 768 D bytes, which is at D = 64 exactly the 48 KiB that need no
+// opt-in. The f32 kernel needs one stage of K and V in f32, which is never more.
 constexpr u32 ATTENTION_SHARED_BYTES = QUERY_ROWS * D * 2 + 2 * 2 * KEY_ROWS * D * 2;
 static_assert(2 * KEY_ROWS * D * sizeof(float) <= ATTENTION_SHARED_BYTES && ATTENTION_SHARED_BYTES <= 48 * 1024, "");
 
-// The score of a key that is not there. Finite, so that no difference of two scores is inf - inf.
+// The score of a masked key. Finite, so that no difference of two scores is inf - inf.
 constexpr float MASKED_SCORE = -1e30f;
 // exp(x) = 2^(LOG2_E x)
 constexpr float LOG2_E = 1.4426950408889634f;
 
 #ifndef ELEMENT_F32
 
-// Rows of D elements in shared memory, in chunks of 16 bytes. A chunk's place within its row depends on the row, so that the
-// eight rows that ldmatrix reads at once lie in different banks: at D = 64 a row has all 32 banks, at D = 32 two rows do.
+// Rows of D elements in shared memory, in chunks of 16 bytes. Chunks are swizzled by row, so that the eight rows that ldmatrix
+// reads at once are in different banks: a row of D = 64 spans all 32 banks, at D = 32 two rows do.
 constexpr u32 ROW_CHUNKS = D / 8;
 constexpr u32 ROW_BYTES = D * 2;
 __device__ __forceinline__ u32 chunk_address(u32 rows, u32 row, u32 chunk) {
@@ -31,16 +31,17 @@ __device__ __forceinline__ u32 chunk_address(u32 rows, u32 row, u32 chunk) {
     return rows + row * ROW_BYTES + (chunk ^ swizzle) * 16;
 }
 
-// Starts copying rows first .. first + ROWS of `from`, rows of 3C elements of which D are wanted, to shared memory. Rows at
-// `length` and beyond are not read and become zero. By a block of ATTENTION_THREADS, each with one chunk of every so many rows.
+// Starts copying rows first .. first + ROWS of `from` to shared memory: D elements of each row, with a row stride of 3C elements.
+// Rows from `length` on are not read and become zero. Executed by all ATTENTION_THREADS threads; each copies one chunk of every
+// ROWS_AT_ONCE-th row.
 template <u32 ROWS>
 __device__ __forceinline__ void copy_rows_async(u32 to, const element* __restrict__ from, u32 first, u32 length) {
     constexpr u32 ROWS_AT_ONCE = ATTENTION_THREADS / ROW_CHUNKS;
-    static_assert(ROWS_AT_ONCE % 8 == 0, "a chunk's swizzle is the same in all rows of a thread");
+    static_assert(ROWS_AT_ONCE % 8 == 0, "all rows of a thread have the same swizzle");
     const u32 row = threadIdx.x / ROW_CHUNKS, chunk = threadIdx.x % ROW_CHUNKS;
     const u32 place = chunk_address(to, row, chunk);
     const element* rows = from + chunk * 8;
-    if (first + ROWS <= length) { // all but the last step: constant distances from one address
+    if (first + ROWS <= length) { // all steps but the last: constant offsets from one address
         const element* source = rows + (size_t)(first + row) * (3 * C);
 #pragma unroll
         for (u32 i = 0; i < ROWS / ROWS_AT_ONCE; ++i) {
@@ -56,12 +57,12 @@ __device__ __forceinline__ void copy_rows_async(u32 to, const element* __restric
     }
 }
 
-// A warp's registers: tiles of 16 queries, two here and one in `attention_wgmma`, and for each tile blocks of 8 columns as
-// mma_m16n8k16 lays them out. A lane sees two rows of a tile: lane / 4, and 8 below.
+// Register fragments of a warp: tiles of 16 queries (two in `attention`, one in `attention_wgmma`), each in blocks of 8 columns as
+// in mma_m16n8k16. A lane holds two rows of a tile: lane / 4, and the row 8 below.
 constexpr u32 WARP_TILES = QUERY_ROWS / (ATTENTION_THREADS / 32) / 16;
 constexpr u32 KEY_BLOCKS = KEY_ROWS / 8;
 constexpr u32 HEAD_BLOCKS = D / 8;
-constexpr u32 HEAD_DEPTH = D / 16; // mma_m16n8k16 steps over D
+constexpr u32 HEAD_DEPTH = D / 16; // mma steps over D
 template <u32 TILES>
 using Queries = u32[TILES][HEAD_DEPTH][4];
 template <u32 TILES>
@@ -71,7 +72,7 @@ using Context = float[TILES][HEAD_BLOCKS][4];
 template <u32 TILES>
 using RowValues = float[TILES][2];
 
-// This warp's rows of Q, from shared memory.
+// Loads this warp's rows of Q from shared memory.
 template <u32 TILES>
 __device__ __forceinline__ void load_queries(Queries<TILES>& queries, u32 q_rows, u32 warp, u32 lane) {
 #pragma unroll
@@ -83,7 +84,7 @@ __device__ __forceinline__ void load_queries(Queries<TILES>& queries, u32 q_rows
         }
 }
 
-// scores = queries k^T for one step's keys.
+// scores = queries k^T for the keys of one step.
 template <u32 TILES>
 __device__ __forceinline__ void compute_scores(Scores<TILES>& scores, const Queries<TILES>& queries, u32 k_rows, u32 lane) {
 #pragma unroll
@@ -96,7 +97,7 @@ __device__ __forceinline__ void compute_scores(Scores<TILES>& scores, const Quer
     for (u32 depth = 0; depth < HEAD_DEPTH; ++depth)
 #pragma unroll
         for (u32 block = 0; block < KEY_BLOCKS; block += 2) {
-            u32 keys[4]; // two blocks of 8 keys, each 16 deep
+            u32 keys[4]; // two blocks of 8 keys, 16 elements of D each
             const u32 row = block * 8 + lane / 16 * 8 + lane % 8;
             ldmatrix_x4(keys, chunk_address(k_rows, row, depth * 2 + lane / 8 % 2));
 #pragma unroll
@@ -107,7 +108,7 @@ __device__ __forceinline__ void compute_scores(Scores<TILES>& scores, const Quer
         }
 }
 
-// Takes the keys from `present` on out of a step's scores.
+// Masks the keys of a step from `present` on.
 template <u32 TILES>
 __device__ __forceinline__ void mask_keys(Scores<TILES>& scores, u32 present, u32 lane) {
 #pragma unroll
@@ -121,8 +122,8 @@ __device__ __forceinline__ void mask_keys(Scores<TILES>& scores, u32 present, u3
             }
 }
 
-// One step of the online softmax. Scores become weights relative to the highest score so far; `sums`, this lane's share of a
-// row until the end, is scaled down where it was relative to a lower maximum, by what goes to `rescales`.
+// One step of the online softmax. Replaces scores by exp(score - maximum so far). `sums` is this lane's part of the row sums (they
+// are added up across lanes at the end); it is rescaled to the new maximum by the factor that is returned in `rescales`.
 template <u32 TILES>
 __device__ __forceinline__ void softmax_block(
     Scores<TILES>& scores, RowValues<TILES>& maxima, RowValues<TILES>& sums, RowValues<TILES>& rescales, float scale) {
@@ -154,7 +155,7 @@ __device__ __forceinline__ void softmax_block(
         }
 }
 
-// No key yet.
+// The state before the first key.
 template <u32 TILES>
 __device__ __forceinline__ void init_softmax(Context<TILES>& context, RowValues<TILES>& maxima, RowValues<TILES>& sums) {
 #pragma unroll
@@ -168,7 +169,7 @@ __device__ __forceinline__ void init_softmax(Context<TILES>& context, RowValues<
     }
 }
 
-// Scales down a context that is relative to a lower maximum.
+// Rescales the context to the new maximum.
 template <u32 TILES>
 __device__ __forceinline__ void rescale_context(Context<TILES>& context, const RowValues<TILES>& rescales) {
 #pragma unroll
@@ -179,7 +180,7 @@ __device__ __forceinline__ void rescale_context(Context<TILES>& context, const R
             for (u32 i = 0; i < 4; ++i) context[tile][block][i] *= rescales[tile][i / 2];
 }
 
-// The weights of 16 keys, two blocks as mma_m16n8k16 left them. They are in just the lanes where it wants its first operand.
+// Converts the weights of 16 keys, two accumulator blocks, to a first operand: the two fragment layouts use the same lanes.
 __device__ __forceinline__ void pack_weights(u32 (&operand)[4], const float (&left)[4], const float (&right)[4]) {
     operand[0] = pack_pair(left[0], left[1]);
     operand[1] = pack_pair(left[2], left[3]);
@@ -187,7 +188,7 @@ __device__ __forceinline__ void pack_weights(u32 (&operand)[4], const float (&le
     operand[3] = pack_pair(right[2], right[3]);
 }
 
-// context += weights v for one step's values.
+// context += weights v for the values of one step.
 template <u32 TILES>
 __device__ __forceinline__ void accumulate_values(Context<TILES>& context, const Scores<TILES>& weights, u32 v_rows, u32 lane) {
 #pragma unroll
@@ -211,7 +212,7 @@ __device__ __forceinline__ void accumulate_values(Context<TILES>& context, const
     }
 }
 
-// Divides by the sums and stores the rows that the sequence has. `out` is the tile's first row, at the head's columns.
+// Divides by the row sums and stores `rows` rows. `out` is the tile's first row at the head's first column.
 template <u32 TILES>
 __device__ __forceinline__ void store_context(
     const Context<TILES>& context, const RowValues<TILES>& sums, element* __restrict__ out, u32 rows, u32 warp, u32 lane) {

@@ -4,21 +4,21 @@
 #include "attention.cuh"
 
 constexpr u32 CLS_THREADS = 128;
-// A key belongs to so many neighbouring lanes, an octet of its D columns each.
+// A key is processed by LANES_PER_KEY adjacent lanes (a key group), eight of its D columns each.
 constexpr u32 LANES_PER_KEY = D / 8;
 constexpr u32 KEY_GROUPS = CLS_THREADS / LANES_PER_KEY;
-// Keys that a key_group has under way at a time, so that their loads overlap.
+// Keys that a key group loads at a time, so that their loads overlap.
 constexpr u32 KEYS_IN_FLIGHT = 4;
 
-// A softmax on the way over some keys: their weights' sum and weighted values, relative to the highest score among them.
-struct PartialContext {
+// Partial softmax over some keys: the sum of weights and the weighted sum of values, relative to the maximum score.
+struct PartialSoftmax {
     float maximum;
     float sum;
     Vec8 context;
 };
 
-// Adds `other`, over other keys, to `mine`.
-__device__ __forceinline__ void merge(PartialContext& mine, const PartialContext& other, float scale) {
+// Merges `other`, computed from other keys, into `mine`.
+__device__ __forceinline__ void merge(PartialSoftmax& mine, const PartialSoftmax& other, float scale) {
     const float highest = fmaxf(mine.maximum, other.maximum);
     const float my_part = exp2_approx((mine.maximum - highest) * scale);
     const float other_part = exp2_approx((other.maximum - highest) * scale);
@@ -32,8 +32,8 @@ __device__ __forceinline__ void merge(PartialContext& mine, const PartialContext
 
 // out[s] = softmax(scale q[s] K^T) V within sequence s and each head: attention of one query a sequence.
 //
-// q [S, C]; kv [T, 2C]: K and V, each head after head; out [S, C]; `scale` is 1 / sqrt(D). Grid (at least S, H), blocks of
-// 128. Any length in one pass: teams of lanes take the keys in turn, each with a softmax of its own, merged at the end.
+// q [S, C]; kv [T, 2C]: K and V, each with heads in order; out [S, C]; `scale` is 1 / sqrt(D). Grid (at least S, H), blocks of
+// 128 threads. One pass for any length: key groups take keys in turn, each with its own online softmax, merged at the end.
 extern "C" __global__ void __launch_bounds__(CLS_THREADS) cls_attention(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const element* __restrict__ q,
     const element* __restrict__ kv, element* __restrict__ out, float scale) {
@@ -46,9 +46,9 @@ extern "C" __global__ void __launch_bounds__(CLS_THREADS) cls_attention(
     const Vec8 query = load_vec8(q + (size_t)blockIdx.x * C + column);
     const float scale_log2 = scale * LOG2_E;
 
-    // Every key_group goes round as often as the first, for the shuffles' sake; keys beyond the end are read as the last one, and
-    // score MASKED_SCORE. A key_group that never has a key gathers nonsense relative to MASKED_SCORE, which merges with a weight of zero.
-    PartialContext mine = {MASKED_SCORE, 0, {}};
+    // All key groups run the same number of rounds, as shuffles need every lane. Keys past the end are read as the last key and
+    // score MASKED_SCORE. The result of a key group without any key is meaningless, but merges with a weight of zero.
+    PartialSoftmax mine = {MASKED_SCORE, 0, {}};
     for (u32 round = 0; round < length; round += KEY_GROUPS * KEYS_IN_FLIGHT) {
         Vec8 keys[KEYS_IN_FLIGHT], values[KEYS_IN_FLIGHT];
         float scores[KEYS_IN_FLIGHT];
@@ -86,10 +86,10 @@ extern "C" __global__ void __launch_bounds__(CLS_THREADS) cls_attention(
         }
     }
 
-    // Teams of a warp, then warps. Teams of lanes with the same columns are LANES_PER_KEY apart.
+    // Merge the key groups of a warp, then the warps. Lanes with the same columns are LANES_PER_KEY apart.
 #pragma unroll
     for (u32 distance = LANES_PER_KEY; distance < 32; distance *= 2) {
-        PartialContext other;
+        PartialSoftmax other;
         other.maximum = __shfl_xor_sync(WHOLE_WARP, mine.maximum, distance);
         other.sum = __shfl_xor_sync(WHOLE_WARP, mine.sum, distance);
 #pragma unroll
@@ -99,7 +99,7 @@ extern "C" __global__ void __launch_bounds__(CLS_THREADS) cls_attention(
         merge(mine, other, scale_log2);
     }
     constexpr u32 WARPS = CLS_THREADS / 32;
-    __shared__ PartialContext warp_partials[WARPS][LANES_PER_KEY];
+    __shared__ PartialSoftmax warp_partials[WARPS][LANES_PER_KEY];
     if (lane < LANES_PER_KEY) warp_partials[warp][lane] = mine;
     __syncthreads();
     if (threadIdx.x >= LANES_PER_KEY) return;

@@ -5,11 +5,11 @@
 
 #ifdef ELEMENT_F32
 
-// Scores that are held at once; the maximum moves once for so many keys.
+// Keys scored per online-softmax update.
 constexpr u32 KEYS_PER_GROUP = 16;
 
-// The same contract in f32, plainly: a thread has one query and its context in registers, and reads keys and values that the
-// block has staged in shared memory, all threads the same one at a time. This is the exact mode, not the fast one.
+// The same parameters as in half precisions (attention_mma.cuh). Each thread holds one query and its context in registers and
+// reads keys and values from shared memory, all threads the same one at a time. Written for accuracy, not speed.
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
     const element* __restrict__ qkv, element* __restrict__ out, float scale) {
@@ -34,14 +34,14 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
     float maximum = MASKED_SCORE, sum = 0;
 
     for (u32 first_key = 0; first_key < length; first_key += KEY_ROWS) {
-        __syncthreads(); // the last step's rows have been read
+        __syncthreads(); // the previous step's rows have been read
         for (u32 i = threadIdx.x; i < KEY_ROWS * D / 8; i += ATTENTION_THREADS) {
             const u32 row = i / (D / 8), column = i % (D / 8) * 8;
             const u32 source = first_key + row < length ? first_key + row : length - 1;
             store_vec8(k_rows + row * D + column, load_vec8(k + (size_t)source * (3 * C) + column));
             store_vec8(v_rows + row * D + column, load_vec8(v + (size_t)source * (3 * C) + column));
         }
-        __syncthreads(); // this step's rows are there
+        __syncthreads(); // this step's rows are complete
 
         for (u32 group = 0; group < KEY_ROWS && first_key + group < length; group += KEYS_PER_GROUP) {
             float scores[KEYS_PER_GROUP];

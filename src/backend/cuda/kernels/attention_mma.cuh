@@ -7,14 +7,15 @@
 
 // out = softmax(scale Q K^T) V within each sequence and head.
 //
-// qkv [T, 3C]: Q, K and V, each head after head; out [T, C]. tiles[i] = {sequence, its first query row, a multiple of 128},
-// counts[2] of them; `scale` is 1 / sqrt(D). Grid (at least the tiles, H), blocks of 128, ATTENTION_SHARED_BYTES.
+// Flash attention. qkv [T, 3C]: Q, K and V, each with heads in order; out [T, C]. tiles[i] = {sequence, first query row, a multiple
+// of 128}, counts[2] of them; `scale` is 1 / sqrt(D). Grid (at least the tiles, H), blocks of 128 threads,
+// ATTENTION_SHARED_BYTES.
 //
 //     copy Q, and K and V of step 0
 //     for each step over the keys
-//         wait for its copies, own and others'             - after which the other stage has no reader left
-//         start the next step's copies, into the other stage
-//         score, mask the last step, softmax_block, add values    - a warp past the sequence's end only copies and waits
+//         wait for its copies, then for all threads        - the other stage has no reader left
+//         start the next step's copies to the other stage
+//         scores, mask in the last step, softmax, context  - warps past the sequence's end only copy and wait
 //     store
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2) attention(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,

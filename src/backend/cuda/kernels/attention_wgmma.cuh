@@ -6,11 +6,11 @@
 
 #ifdef HAS_ATTENTION_WGMMA
 
-// A block is one warpgroup. What the host asks for at launch: its queries, and two stages of K and V.
+// Dynamic shared memory of a launch. A block is one warpgroup; it has its queries and two stages of K and V.
 constexpr u32 ATTENTION_WGMMA_SHARED_BYTES = WARPGROUP_ROWS * ROW_BYTES + 2 * 2 * KEY_ROWS * ROW_BYTES;
 static_assert(ATTENTION_THREADS == 128 && KEY_ROWS == 64 && ROW_BYTES == 128 && 4 * ATTENTION_WGMMA_SHARED_BYTES <= 220 * 1024, "");
 
-// Starts scores = queries k^T, as a group.
+// Starts scores = queries k^T as one wgmma group.
 __device__ __forceinline__ void start_scores(Scores<1>& scores, u32 q_rows, u32 k_rows) {
     wgmma_m64n64k16<false>(scores[0], wgmma_descriptor(q_rows), wgmma_descriptor(k_rows));
 #pragma unroll
@@ -20,10 +20,10 @@ __device__ __forceinline__ void start_scores(Scores<1>& scores, u32 q_rows, u32 
     wgmma_commit_group();
 }
 
-// The weights of one step, as the first operand over its keys.
+// The softmax weights of one step as first operands, 16 keys each.
 typedef u32 WeightOperands[KEY_ROWS / 16][4];
 
-// Starts context += weights v, as a group.
+// Starts context += weights v as one wgmma group.
 __device__ __forceinline__ void start_values(Context<1>& context, const WeightOperands& weights, u32 v_rows) {
 #pragma unroll
     for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
@@ -32,22 +32,23 @@ __device__ __forceinline__ void start_values(Context<1>& context, const WeightOp
     wgmma_commit_group();
 }
 
-// `attention` by its contract, but two blocks a tile, 64 queries each: grid (at least twice the tiles, H), ATTENTION_WGMMA_SHARED_BYTES.
+// The same parameters as `attention`, but two blocks per tile, 64 queries each: grid (at least twice the tiles, H),
+// ATTENTION_WGMMA_SHARED_BYTES.
 //
-// Departures from `attention`: products read Q, K and V from shared memory themselves; and they are asynchronous, so that the
-// softmax of one step runs while the tensor cores add the values of the step before (FlashAttention-3, section 3.2). V is
-// therefore copied a step later than K, and two steps' weights are in registers, those of even and those of odd steps: while the
-// tensor cores read the one, the other is written. A block is a single warpgroup, of which a multiprocessor holds four: nothing
-// keeps them in step, so that some have products under way while others are at their exponentials.
+// Differences from `attention`: wgmma reads Q, K and V from shared memory and runs asynchronously, so the softmax of a step overlaps
+// with accumulating the values of the step before (FlashAttention-3, section 3.2). V is therefore copied one step later than K.
+// The weights of even and odd steps have separate registers: one set is written while the tensor cores read the other. A block
+// is one warpgroup and a multiprocessor holds four blocks. They are not synchronized, so some run wgmmas while others compute
+// exponentials.
 //
 //     copy Q, and K of step 0
 //     for each step over the keys
-//         wait for its copies, own and others'             - after which the other stages have no reader left
-//         start copying the next step's K, and this one's V
-//         start scores, and from step 1 on adding the last step's values
-//         wait for the scores; mask, softmax_block, pack the weights
+//         wait for its copies, then for all threads        - the other stages have no reader left
+//         start copying the next step's K and this step's V
+//         start the scores and, from step 1 on, accumulating the previous step's values
+//         wait for the scores; mask, softmax, pack the weights
 //         wait for the context; rescale it
-//     wait for the last V, add it, store
+//     wait for the last V, accumulate it, store
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 4) attention_wgmma(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
     const element* __restrict__ qkv, element* __restrict__ out, float scale) {
@@ -76,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 4) attention_wgm
     WeightOperands even, odd;
     init_softmax<1>(context, maxima, sums);
 
-    // What a step begins with.
+    // Waits for the step's copies and starts the next ones.
     const auto begin_step = [&](u32 first_key, u32 stage) {
         cp_async_wait_group<0>();
         fence_proxy_async();
@@ -88,14 +89,14 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 4) attention_wgm
         copy_rows_async<KEY_ROWS>(v_stages + stage * STAGE_BYTES, v, first_key, length);
         cp_async_commit_group();
     };
-    // Scores to weights.
+    // Masks the scores and turns them into packed weights.
     const auto scores_to_weights = [&](Scores<1>& scores, u32 first_key, WeightOperands& weights) {
         if (first_key + KEY_ROWS > length) mask_keys<1>(scores, length - first_key, lane);
         softmax_block<1>(scores, maxima, sums, rescales, scale * LOG2_E);
 #pragma unroll
         for (u32 depth = 0; depth < KEY_ROWS / 16; ++depth) {
             pack_weights(weights[depth], scores[0][depth * 2], scores[0][depth * 2 + 1]);
-            pin_registers(weights[depth]); // before a wait that follows: there is time now
+            pin_registers(weights[depth]); // before the wait that follows, to overlap with the wgmmas
         }
     };
     const auto step = [&](u32 first_key, u32 stage, const WeightOperands& last, WeightOperands& weights) {

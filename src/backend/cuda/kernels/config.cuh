@@ -4,7 +4,7 @@
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
-// One sign, four bits of exponent, three of fraction: 448 at most, and steps of 2^-9 below 2^-6. No infinity.
+// fp8 E4M3: 1 sign bit, 4 exponent bits, 3 fraction bits. The largest value is 448; below 2^-6 the step is 2^-9. No infinity.
 typedef unsigned char e4m3;
 
 #ifdef ELEMENT_FP8
@@ -26,11 +26,10 @@ typedef u16 element;
 
 constexpr u32 C = HIDDEN_SIZE;
 constexpr u32 D = HEAD_SIZE;
-static_assert(C % 8 == 0, "rows are read eight elements at a time");
-static_assert(D == 32 || D == 64, "the attention kernels are laid out for these head sizes");
+static_assert(C % 8 == 0, "rows are read in vectors of eight elements");
+static_assert(D == 32 || D == 64, "the attention kernels support head sizes of 32 and 64");
 
-// Compiled for sm_90a itself, Hopper has products of a whole warpgroup; `attention_wgmma` is then there beside `attention`, and
-// `gemm_wgmma`.
+// Only sm_90a has wgmma. `attention_wgmma` is then compiled in addition to `attention`, and `gemm_wgmma` is available.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(ELEMENT_F32)
 #if HEAD_SIZE == 64
 #define HAS_ATTENTION_WGMMA

@@ -3,11 +3,11 @@
 
 #include "rows.cuh"
 
-// Rows that share one reading of a weight row.
+// Rows computed per read of a weight row.
 constexpr u32 HEAD_ROWS = 8;
 
 // out[r] = tanh(weight x[r] + bias). x [rows, C]; weight [C, C], outputs by inputs; bias [C]; out [rows, C].
-// A warp an output, for up to HEAD_ROWS rows in turn. Any grid of blocks of whole warps.
+// A warp computes one output for up to HEAD_ROWS rows. Any grid of blocks of whole warps.
 extern "C" __global__ void __launch_bounds__(256) head_dense(
     const u32* __restrict__ rows, const element* __restrict__ x, const float* __restrict__ weight,
     const float* __restrict__ bias, float* __restrict__ out) {
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(256) head_dense(
     }
 }
 
-// out[r] = weight . x[r] + bias. x [rows, C], weight [C], bias [1], out [rows]. A warp a row, any grid of whole warps.
+// out[r] = weight . x[r] + bias. x [rows, C], weight [C], bias [1], out [rows]. One row per warp, any grid of blocks of whole warps.
 extern "C" __global__ void __launch_bounds__(256) head_out(
     const u32* __restrict__ rows, const float* __restrict__ x, const float* __restrict__ weight,
     const float* __restrict__ bias, float* __restrict__ out) {

@@ -7,29 +7,29 @@
 
 #ifndef EMULATED
 
-// A matrix in the device's memory as the copy engine knows it, made by the driver (cuTensorMapEncodeTiled).
+// TMA descriptor of a matrix in global memory, encoded by the driver (cuTensorMapEncodeTiled).
 struct alignas(64) TensorMap {
     u64 words[16];
 };
 
-// At a multiple of 1024 bytes: eight rows of 128, over which the swizzle of wgmma's operands repeats.
+// Aligned to 1024 bytes, the period of wgmma's 128-byte swizzle: eight rows of 128 bytes.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 
-// 2^x, to 2 units in the last place; 0 far below zero.
+// 2^x, within 2 ulp; subnormal results become 0.
 __device__ __forceinline__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// 1 / x, to 1 unit in the last place; 0 of infinity.
+// 1 / x, within 1 ulp; 0 for infinity.
 __device__ __forceinline__ float rcp_approx(float x) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Two e4m3, each rounded to the nearest and to 448 at most: `low` in the lower byte, so first in memory. From sm_89 on.
+// Converts two floats to e4m3, round to nearest, saturating at 448. `low` is the lower byte. sm_89 and later.
 __device__ __forceinline__ u32 pack_e4m3_pair(float low, float high) {
     u16 pair;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
@@ -50,7 +50,7 @@ __device__ __forceinline__ float to_float(u16 x) {
 }
 #endif
 
-// Two elements in a register, each rounded to the nearest: `low` in the lower half, so first in memory.
+// Converts two floats to elements, round to nearest. `low` is the lower half.
 __device__ __forceinline__ u32 pack_pair(float low, float high) {
     u32 pair;
     asm("cvt.rn." ELEMENT_PTX "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
@@ -59,22 +59,22 @@ __device__ __forceinline__ u32 pack_pair(float low, float high) {
 
 __device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 
-// Starts the copy of 16 bytes into shared memory: `bytes` of them (0 or 16) from `from`, the others zero.
+// Starts a copy of 16 bytes to shared memory. The first `bytes` (0 or 16) come from `from`; the rest are zero.
 __device__ __forceinline__ void cp_async_16(u32 to, const void* from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
-// Closes the group of this thread's copies started since the last group.
+// Commits this thread's copies since the last commit as a group.
 __device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most the NEWEST groups of this thread are still under way. Says nothing about other threads' copies.
+// Waits until at most the NEWEST groups of this thread are pending. Does not wait for other threads' copies.
 template <u32 NEWEST>
 __device__ __forceinline__ void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(NEWEST) : "memory");
 }
 
-// Four 8x8 matrices, one a register. Lane i gives the address of row i % 8 of matrix i / 8; it receives, of each matrix,
-// the elements 2 * (lane % 4) and the next of row lane / 4.
+// Loads four 8x8 matrices, one per register. Lane i passes the address of row i % 8 of matrix i / 8. Each lane receives, from
+// every matrix, elements 2 * (lane % 4) and the next one of row lane / 4.
 __device__ __forceinline__ void ldmatrix_x4(u32 (&matrices)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
@@ -82,7 +82,7 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&matrices)[4], u32 row) {
                  : "memory");
 }
 
-// The same, but each matrix transposed on the way.
+// The same, with each matrix transposed.
 __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&matrices)[4], u32 row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
@@ -90,8 +90,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&matrices)[4], u32 row) {
                  : "memory");
 }
 
-// sums [16, 8] += a [16, 16] * b [16, 8], over the warp. A lane holds of `sums` the columns 2 * (lane % 4) and the next,
-// in row lane / 4 (values 0, 1) and in the row 8 below (values 2, 3).
+// sums [16, 8] += a [16, 16] * b [16, 8] by one warp. A lane holds columns 2 * (lane % 4) and the next one of `sums`, in row
+// lane / 4 (values 0 and 1) and in the row 8 below (values 2 and 3).
 __device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const u32 (&a)[4], u32 b_upper, u32 b_lower) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32." ELEMENT_PTX "." ELEMENT_PTX
         ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
@@ -101,13 +101,14 @@ __device__ __forceinline__ void mma_m16n8k16(float (&sums)[4], const u32 (&a)[4]
 
 #ifdef HAS_WGMMA
 
-// What this thread's finished copies wrote, wgmma may read: it goes through another proxy, which a barrier alone does not order.
+// Makes this thread's completed copies visible to wgmma, which reads through the async proxy. A barrier alone does not order
+// the two proxies.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Before a wgmma whose registers anything but a wgmma has touched.
+// Required before a wgmma if other instructions have accessed its registers.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// The registers of sums [64, 64] and [64, 256] as an instruction's operands, from 0 on.
+// The registers of sums [64, 64] and [64, 256] as assembler operands, numbered from 0.
 #define SUMS_OF(i) "+f"(sums[i][0]), "+f"(sums[i][1]), "+f"(sums[i][2]), "+f"(sums[i][3])
 #define SUMS_OF_4(i) SUMS_OF(i), SUMS_OF(i + 1), SUMS_OF(i + 2), SUMS_OF(i + 3)
 #define SUMS_OPERANDS SUMS_OF_4(0), SUMS_OF_4(4)
@@ -126,9 +127,9 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}"
 
-// Starts sums [64, 64] = a [64, 16] * b [16, 64], or += where `ADD`, over the warpgroup: four warps from a multiple of four on,
-// 16 rows each, of which a lane holds what it does in mma_m16n8k16. `a` and `b` describe shared memory, whose rows are of M and of
-// N. Until a wait, `sums` is the tensor cores', and nobody may write those rows.
+// Starts sums [64, 64] = a [64, 16] * b [16, 64], or += if `ADD`, by one warpgroup (four consecutive warps, 16 rows each; lanes
+// hold them as in mma_m16n8k16). `a` and `b` are descriptors of K-major operands in shared memory. Until a wait, `sums` and the
+// operands must not be accessed.
 template <bool ADD>
 __device__ __forceinline__ void wgmma_m64n64k16(float (&sums)[8][4], u64 a, u64 b) {
     asm volatile("{\n"
@@ -142,8 +143,7 @@ __device__ __forceinline__ void wgmma_m64n64k16(float (&sums)[8][4], u64 a, u64 
                  : "memory");
 }
 
-// sums += a * b in the same way, but `a` is in registers, where a lane has it as in mma_m16n8k16, and the rows of `b` are of K.
-// Until a wait, `a` may not be written either.
+// sums += a * b, with `a` in registers (laid out as in mma_m16n8k16) and an N-major `b`. Until a wait, `a` must not be written.
 __device__ __forceinline__ void wgmma_m64n64k16(float (&sums)[8][4], const u32 (&a)[4], u64 b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." ELEMENT_PTX "." ELEMENT_PTX " " SUMS_NAMES
                  ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"
@@ -152,7 +152,7 @@ __device__ __forceinline__ void wgmma_m64n64k16(float (&sums)[8][4], const u32 (
                  : "memory");
 }
 
-// The same over 256 columns: sums [64, 256] = a [64, 16] * b [16, 256], or += where `add`.
+// The same for 256 columns: sums [64, 256] = a [64, 16] * b [16, 256], or += if `add`.
 __device__ __forceinline__ void wgmma_m64n256k16(float (&sums)[32][4], u64 a, u64 b, bool add) {
     asm volatile("{\n"
                  ".reg .pred add;\n"
@@ -165,10 +165,10 @@ __device__ __forceinline__ void wgmma_m64n256k16(float (&sums)[32][4], u64 a, u6
                  : "memory");
 }
 
-// Closes the group of the wgmmas started since the last group; it may be empty.
+// Commits the wgmmas since the last commit as a group, which may be empty.
 __device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most the NEWEST groups are still under way; `sums`, of an older one, is then this thread's again.
+// Waits until at most the NEWEST groups are pending. `sums`, written by an older group, can then be read.
 template <u32 NEWEST>
 __device__ __forceinline__ void wgmma_wait_group(float (&sums)[8][4]) {
     asm volatile("wgmma.wait_group.sync.aligned %32;" : SUMS_OPERANDS : "n"(NEWEST) : "memory");
@@ -179,19 +179,19 @@ __device__ __forceinline__ void wgmma_wait_group(float (&sums)[32][4]) {
     asm volatile("wgmma.wait_group.sync.aligned %128;" : WIDE_SUMS_OPERANDS : "n"(NEWEST) : "memory");
 }
 
-// Waits until at most the NEWEST groups are still under way, of sums that all of them add to: they stay the tensor cores'.
+// Waits until at most the NEWEST groups are pending, when all groups accumulate into the same sums: these cannot be read yet.
 template <u32 NEWEST>
 __device__ __forceinline__ void wgmma_wait_group() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(NEWEST) : "memory");
 }
 
-// A barrier in shared memory, 8 bytes. Its phases end one after another, each when `arrivals` have come, and all the bytes that
-// arrivals announced.
+// Initializes an 8-byte mbarrier in shared memory. A phase completes after `arrivals` arrivals and all the bytes that arrivals
+// announced with expect_tx.
 __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// What this thread has started, the copy engine may use, and after a __syncthreads every other thread.
+// Makes this thread's initialized mbarriers visible to TMA and, after a __syncthreads, to the other threads.
 __device__ __forceinline__ void fence_mbarrier_init() {
     asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -204,7 +204,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(u32 barrier, u32 bytes
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Waits for the end of the barrier's current phase if its number is even and `parity` 0, or odd and 1; else that is long past.
+// Waits until the phase of this parity has completed. Phases are numbered from 0; the phase before the first counts as complete,
+// so parity 1 returns at once on a new mbarrier.
 __device__ __forceinline__ void mbarrier_wait_parity(u32 barrier, u32 parity) {
     asm volatile("{\n"
                  ".reg .pred ended;\n"
@@ -215,15 +216,15 @@ __device__ __forceinline__ void mbarrier_wait_parity(u32 barrier, u32 parity) {
                  : "memory");
 }
 
-// Starts the copy of the map's box at `row` and `column` to shared memory, swizzled as operands of wgmma are, which need no fence
-// to see it. Its bytes are what the barrier's arrivals announced.
+// Starts a TMA copy of the box at (`row`, `column`) to shared memory with the 128-byte swizzle of wgmma operands. wgmma needs no
+// fence to read it. The bytes count towards the transaction count of `barrier`.
 __device__ __forceinline__ void tma_load_2d(u32 to, const TensorMap& map, u32 row, u32 column, u32 barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),
                  "l"(&map), "r"(column), "r"(row), "r"(barrier)
                  : "memory");
 }
 
-// Changes how many registers each thread of this warpgroup has; all its warps do it.
+// Changes the number of registers per thread of this warpgroup. All its warps must execute it.
 template <u32 REGISTERS>
 __device__ __forceinline__ void setmaxnreg_dec() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
@@ -233,21 +234,21 @@ __device__ __forceinline__ void setmaxnreg_inc() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// For the compiler: a wait that follows stays behind what `never`, which is false, is computed from. ptxas moves waits up as far as
-// it may, to before the very work that is to be done meanwhile, but not over a branch.
+// Keeps a wait below the computation of `never`, which is always false. ptxas hoists waits above the work that should overlap with
+// the wgmma, but not across a branch.
 __device__ __forceinline__ void keep_wait_below(bool never) {
     if (never) asm volatile("nanosleep.u32 1;");
 }
 
-// For the compiler, which takes the registers of an `a` for free as soon as its product has started: they are in use until here,
-// as they were to be written to shared memory at `place` if `never` were true.
+// Keeps the registers of `a` allocated until here. ptxas considers them free as soon as the wgmma that reads them has started. The
+// store to shared address `place` is never executed, as `never` is always false.
 __device__ __forceinline__ void keep_registers_alive(bool never, const u32 (&a)[4], u32 place) {
     if (never) {
         asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(place), "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]));
     }
 }
 
-// For the compiler: these values are computed before this line.
+// Forces the compiler to compute these values before this point.
 __device__ __forceinline__ void pin_registers(u32 (&values)[4]) {
     asm volatile("" : "+r"(values[0]), "+r"(values[1]), "+r"(values[2]), "+r"(values[3]));
 }

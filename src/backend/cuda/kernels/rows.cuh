@@ -5,7 +5,7 @@
 #include "ptx.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Octets: eight neighbouring elements as floats, the grain in which rows are read and written.
+// Vectors of eight consecutive elements, as floats: the unit in which rows are read and written
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Vec8 {
@@ -39,7 +39,7 @@ __device__ __forceinline__ void store_vec8(u16* to, const Vec8& x) {
 }
 #endif
 
-// scale x, for a product.
+// Stores scale * x as an operand of an fp8 GEMM.
 __device__ __forceinline__ void store_vec8(e4m3* to, const Vec8& x, float scale) {
     float v[8];
 #pragma unroll
@@ -54,7 +54,7 @@ __device__ __forceinline__ void store_vec8(e4m3* to, const Vec8& x, float scale)
 
 constexpr u32 WHOLE_WARP = 0xffffffff;
 
-// The sum over the warp's lanes, the same bits in each.
+// The sum over the warp's lanes, bitwise identical in all of them.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (u32 distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(WHOLE_WARP, x, distance);
@@ -65,13 +65,13 @@ __device__ __forceinline__ u32 warp_in_grid() { return (blockIdx.x * blockDim.x 
 __device__ __forceinline__ u32 warps_in_grid() { return gridDim.x * blockDim.x / 32; }
 __device__ __forceinline__ u32 lane_in_warp() { return threadIdx.x % 32; }
 
-// A row of C elements dealt to a warp: lane l holds the octets l, l + 32, l + 64, ..., and some lanes one fewer than others
-// where C is no multiple of 256.
+// A row of C elements distributed over a warp: lane l holds vectors l, l + 32, l + 64, ... If C is not a multiple of 256, some lanes
+// hold one vector fewer than others.
 constexpr u32 ROW_VECS = C / 8;
 constexpr u32 LANE_VECS = (ROW_VECS + 31) / 32;
 
 struct Row {
-    Vec8 octets[LANE_VECS];
+    Vec8 vecs[LANE_VECS];
 };
 
 __device__ __forceinline__ u32 vec8_index(u32 index, u32 lane) { return index * 32 + lane; }
@@ -83,15 +83,15 @@ __device__ __forceinline__ bool lane_has_vec8(u32 index, u32 lane) {
 // Norms
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Where normed rows go: to `out`, and where products are of e4m3 also to `operand`, times `scale`. Both are [rows, C].
+// Destination of normalized rows: `out`, and with fp8 GEMMs also `operand`, multiplied by `scale`. Both are [rows, C].
 struct NormOutput {
     element* out;
     e4m3* operand;
     float scale;
 };
 
-// (row - mean) / sqrt(variance + eps) * weight + bias into row `r` of `to`, by one warp. The variance is that of the
-// differences from the mean, taken in registers: no cancellation. `weight` and `bias` are [C].
+// Stores (row - mean) / sqrt(variance + eps) * weight + bias to row `r` of `to`, by one warp. Two passes in registers: the
+// variance is computed from differences from the mean, which avoids cancellation. `weight` and `bias` are [C].
 __device__ __forceinline__ void store_norm(
     const Row& row, const float* __restrict__ weight, const float* __restrict__ bias, float eps, const NormOutput& to, u32 r,
     u32 lane) {
@@ -100,7 +100,7 @@ __device__ __forceinline__ void store_norm(
     for (u32 i = 0; i < LANE_VECS; ++i) {
         if (!lane_has_vec8(i, lane)) continue;
 #pragma unroll
-        for (u32 j = 0; j < 8; ++j) sum += row.octets[i].values[j];
+        for (u32 j = 0; j < 8; ++j) sum += row.vecs[i].values[j];
     }
     const float mean = warp_sum(sum) / C;
 
@@ -110,7 +110,7 @@ __device__ __forceinline__ void store_norm(
         if (!lane_has_vec8(i, lane)) continue;
 #pragma unroll
         for (u32 j = 0; j < 8; ++j) {
-            const float difference = row.octets[i].values[j] - mean;
+            const float difference = row.vecs[i].values[j] - mean;
             squares += difference * difference;
         }
     }
@@ -124,7 +124,7 @@ __device__ __forceinline__ void store_norm(
         Vec8 normed;
 #pragma unroll
         for (u32 j = 0; j < 8; ++j) {
-            normed.values[j] = (row.octets[i].values[j] - mean) * scale * weights.values[j] + biases.values[j];
+            normed.values[j] = (row.vecs[i].values[j] - mean) * scale * weights.values[j] + biases.values[j];
         }
         store_vec8(to.out + (size_t)r * C + column, normed);
         if constexpr (FP8_GEMM) store_vec8(to.operand + (size_t)r * C + column, normed, to.scale);
@@ -133,8 +133,8 @@ __device__ __forceinline__ void store_norm(
 
 // out[t] = norm(words[ids[t]] + type_table[types[t]] + position_table[positions[t]]) for each of T tokens.
 //
-// ids, types, positions [T], all within their tables; words [vocabulary, C], position_table [positions, C], type_table
-// [types, C]; weight, bias [C]; out [T, C], and operand as in NormOutput. Blocks of 256, a warp a row, any grid.
+// ids, types, positions [T], all in range; words [vocabulary, C], position_table [positions, C], type_table
+// [types, C]; weight, bias [C]; out [T, C]; operand as in NormOutput. Blocks of 256 threads, one row per warp, any grid size.
 extern "C" __global__ void __launch_bounds__(256, 2) embed_norm(
     const u32* __restrict__ counts, const u32* __restrict__ ids, const u32* __restrict__ types,
     const u32* __restrict__ positions, const element* __restrict__ words, const element* __restrict__ position_table,
@@ -152,14 +152,14 @@ extern "C" __global__ void __launch_bounds__(256, 2) embed_norm(
             const u32 column = vec8_index(i, lane) * 8;
             const Vec8 a = load_vec8(word + column), b = load_vec8(type + column), c = load_vec8(position + column);
 #pragma unroll
-            for (u32 j = 0; j < 8; ++j) row.octets[i].values[j] = a.values[j] + b.values[j] + c.values[j];
+            for (u32 j = 0; j < 8; ++j) row.vecs[i].values[j] = a.values[j] + b.values[j] + c.values[j];
         }
         store_norm(row, weight, bias, eps, {out, operand, scale}, token, lane);
     }
 }
 
-// out[r] = norm(x[r]) for each of `*rows` rows. x, out [rows, C], and out may be x; weight, bias [C]; operand as in NormOutput.
-// Blocks of 256, a warp a row, any grid.
+// out[r] = norm(x[r]) for each of `*rows` rows. x, out [rows, C]; out may be x. weight, bias [C]; operand as in NormOutput.
+// Blocks of 256 threads, one row per warp, any grid size.
 extern "C" __global__ void __launch_bounds__(256, 2) layer_norm(
     const u32* __restrict__ rows, const element* x, const float* __restrict__ weight, const float* __restrict__ bias,
     float eps, element* out, e4m3* __restrict__ operand, float scale) {
@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) layer_norm(
         Row row;
 #pragma unroll
         for (u32 i = 0; i < LANE_VECS; ++i) {
-            if (lane_has_vec8(i, lane)) row.octets[i] = load_vec8(x + (size_t)r * C + vec8_index(i, lane) * 8);
+            if (lane_has_vec8(i, lane)) row.vecs[i] = load_vec8(x + (size_t)r * C + vec8_index(i, lane) * 8);
         }
         store_norm(row, weight, bias, eps, {out, operand, scale}, r, lane);
     }
