@@ -10,7 +10,7 @@ if ! command -v g++ >/dev/null; then
     exit 0
 fi
 here=$(cd "$(dirname "$0")" && pwd)
-kernels=$here/../../src/backend/cuda/kernels/kernels.cu
+kernels=$here/../../src/backend/cuda/kernels
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -23,9 +23,9 @@ fi
 limit=()
 if command -v timeout >/dev/null; then limit=(timeout 120); fi
 
-# build KERNELS ELEMENT C D [CXX_FLAG...]: kernels.cpp over that text, to $work/kernels
+# build FOLDER ELEMENT C D [CXX_FLAG...]: compiles kernels.cpp with FOLDER/kernels.cu to $work/kernels
 build() {
-    g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -DEMULATED "-DKERNELS_CU=\"$1\"" \
+    g++ -std=c++17 -O2 -Wall -Wextra -Wno-unknown-pragmas -DEMULATED "-DKERNELS_CU=\"$1/kernels.cu\"" \
         "-DELEMENT_$2" "-DHIDDEN_SIZE=$3" "-DHEAD_SIZE=$4" "${@:5}" "$here/kernels.cpp" -o "$work/kernels" 2>"$work/errors"
 }
 
@@ -90,22 +90,32 @@ fi
 
 echo
 echo "Planted bugs: outcome with copies that land late, and early; * where it must be found"
-source=$(<"$kernels")
+declare -A sources
+for file in "$kernels"/*; do sources[${file##*/}]=$(<"$file"); done
 
-# plant: the mutation in the variables below, into $work/mutated.cu; built, run and judged
+# plant: applies the mutation in the variables below to a copy of the kernels in $work/mutated; builds, runs and judges it
 plant() {
     text=${text%$'\n'} replacement=${replacement%$'\n'}
     printf '%-42s %-12s' "$name" "$configuration"
-    local before=${source%%"$text"*}
-    local after=${source#*"$text"}
-    if [ "$before" = "$source" ] || [ "${after%%"$text"*}" != "$after" ]; then
-        echo " its text does not occur just once"
+    local file source before after found_in='' times=0
+    for file in "${!sources[@]}"; do
+        source=${sources[$file]}
+        before=${source%%"$text"*}
+        [ "$before" != "$source" ] || continue
+        found_in=$file times=$((times + 1))
+        after=${source#*"$text"}
+        [ "${after%%"$text"*}" = "$after" ] || times=$((times + 1))
+    done
+    if [ $times -ne 1 ]; then
+        echo " its text must occur exactly once in the kernels"
         failures=$((failures + 1))
         return
     fi
-    printf '%s%s%s\n' "$before" "$replacement" "$after" >"$work/mutated.cu"
+    cp -r "$kernels" "$work/mutated"
+    source=${sources[$found_in]}
+    printf '%s%s%s\n' "${source%%"$text"*}" "$replacement" "${source#*"$text"}" >"$work/mutated/$found_in"
     # shellcheck disable=SC2086 # three words
-    if ! build "$work/mutated.cu" $configuration ${flags[@]+"${flags[@]}"}; then
+    if ! build "$work/mutated" $configuration ${flags[@]+"${flags[@]}"}; then
         echo " does not compile"
         cat "$work/errors"
         failures=$((failures + 1))

@@ -120,7 +120,7 @@ emulated_switch:
     .size emulated_switch, . - emulated_switch
 )");
 
-class Context {
+class FiberContext {
 public:
     // Makes this context call `entry`, which must not return, on the stack that ends at `top`.
     void prepare(unsigned char* bottom, unsigned char* top, void (*entry)()) {
@@ -131,13 +131,13 @@ public:
         for (int saved = 0; saved < 6; ++saved) *--stack = nullptr;
         pointer = stack;
     }
-    void switch_to(Context& other) { emulated_switch(&pointer, other.pointer); }
+    void switch_to(FiberContext& other) { emulated_switch(&pointer, other.pointer); }
 
 private:
     void* pointer = nullptr;
 };
 #else
-class Context {
+class FiberContext {
 public:
     void prepare(unsigned char* bottom, unsigned char* top, void (*entry)()) {
         getcontext(&context);
@@ -146,7 +146,7 @@ public:
         context.uc_link = nullptr;
         makecontext(&context, entry, 0);
     }
-    void switch_to(Context& other) { swapcontext(&context, &other.context); }
+    void switch_to(FiberContext& other) { swapcontext(&context, &other.context); }
 
 private:
     ucontext_t context;
@@ -186,7 +186,7 @@ struct Copy {
 };
 
 struct Thread {
-    Context context;
+    FiberContext context;
     unsigned char* stack = nullptr;
     State state = State::FINISHED;
     std::vector<Copy> open_group;
@@ -284,7 +284,7 @@ struct Block {
     std::vector<bool> unshown; // 16 bytes of shared memory each: copied, and not fenced for wgmma since
     void (*body)(void**) = nullptr;
     void** arguments = nullptr;
-    Context scheduler;
+    FiberContext scheduler;
     std::mt19937 order{1};
 };
 
@@ -550,11 +550,11 @@ struct alignas(64) TensorMap {
 };
 
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
-inline float exp2_fast(float x) { return exp2f(x); }
-inline float reciprocal_fast(float x) { return 1 / x; }
+inline float exp2_approx(float x) { return exp2f(x); }
+inline float rcp_approx(float x) { return 1 / x; }
 
 namespace emulated {
-inline unsigned narrowed_e4m3(float x) {
+inline unsigned to_e4m3(float x) {
     const unsigned sign = as_bits(x) >> 24 & 0x80, magnitude = as_bits(x) & 0x7fffffff;
     if (magnitude > 0x7f800000) return 0x7f;
     if (magnitude >= 0x43e00000) return sign | 0x7e; // 448
@@ -565,14 +565,14 @@ inline unsigned narrowed_e4m3(float x) {
 }
 } // namespace emulated
 
-inline unsigned packed_e4m3(float low, float high) {
-    return emulated::narrowed_e4m3(low) | emulated::narrowed_e4m3(high) << 8;
+inline unsigned pack_e4m3_pair(float low, float high) {
+    return emulated::to_e4m3(low) | emulated::to_e4m3(high) << 8;
 }
 
 #if defined(ELEMENT_BF16)
-inline float widened(uint16_t x) { return emulated::as_float(static_cast<unsigned>(x) << 16); }
+inline float to_float(uint16_t x) { return emulated::as_float(static_cast<unsigned>(x) << 16); }
 
-inline uint16_t narrowed(float x) {
+inline uint16_t to_element(float x) {
     const unsigned bits = emulated::as_bits(x);
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -595,9 +595,9 @@ struct F16Values {
 inline const F16Values f16_values;
 } // namespace emulated
 
-inline float widened(uint16_t x) { return emulated::f16_values.values[x]; }
+inline float to_float(uint16_t x) { return emulated::f16_values.values[x]; }
 
-inline uint16_t narrowed(float x) {
+inline uint16_t to_element(float x) {
     const unsigned bits = emulated::as_bits(x), sign = bits >> 16 & 0x8000;
     unsigned magnitude = bits & 0x7fffffff;
     if (magnitude > 0x7f800000) return 0x7fff;
@@ -612,7 +612,7 @@ inline uint16_t narrowed(float x) {
 
 #if !defined(ELEMENT_F32)
 
-inline unsigned packed(float low, float high) { return narrowed(low) | static_cast<unsigned>(narrowed(high)) << 16; }
+inline unsigned pack_pair(float low, float high) { return to_element(low) | static_cast<unsigned>(to_element(high)) << 16; }
 
 inline unsigned shared_address(const void* at) {
     return emulated::SHARED_BASE + static_cast<unsigned>(static_cast<const unsigned char*>(at) - emulated::block.shared);
@@ -646,7 +646,7 @@ inline uint16_t matrix_element(const Slots& addresses, unsigned matrix, unsigned
     return value;
 }
 
-inline void load_matrices(unsigned (&matrices)[4], unsigned row, bool transposed) {
+inline void ldmatrix_x4(unsigned (&matrices)[4], unsigned row, bool transposed) {
     const char* name = transposed ? "ldmatrix.trans" : "ldmatrix";
     const FourWords loaded = collective<FourWords>(name, row, [transposed](Slots& slots) {
         const Slots addresses = slots;
@@ -670,11 +670,11 @@ struct Operands {
     unsigned b[2];
 };
 
-inline float low_half(unsigned pair) { return widened(static_cast<uint16_t>(pair)); }
-inline float high_half(unsigned pair) { return widened(static_cast<uint16_t>(pair >> 16)); }
+inline float low_half(unsigned pair) { return to_float(static_cast<uint16_t>(pair)); }
+inline float high_half(unsigned pair) { return to_float(static_cast<uint16_t>(pair >> 16)); }
 
 // m16n8k16 by the fragment layouts of the PTX manual.
-inline void multiply_add_warp(Slots& slots) {
+inline void mma_m16n8k16_warp(Slots& slots) {
     float a[16][16], b[16][8], sums[16][8];
     for (unsigned lane = 0; lane < WARP; ++lane) {
         Operands operands;
@@ -708,7 +708,7 @@ inline float wgmma_element(unsigned address) {
     }
     uint16_t value;
     memcpy(&value, chunk + (swizzled & 15), sizeof value);
-    return widened(value);
+    return to_float(value);
 }
 
 // What a descriptor of PTX ISA 9.0, 9.7.15.5.1, says of shared memory, by the canonical layouts of an operand whose rows are of K, or
@@ -833,13 +833,13 @@ inline void finish_wgmmas(unsigned newest) {
 
 } // namespace emulated
 
-inline void show_copies_to_wgmma() {
+inline void fence_proxy_async() {
     emulated::Thread& thread = emulated::this_thread();
     for (const emulated::Copy& copy : thread.unshown) emulated::block.unshown[(copy.to - emulated::block.shared) / 16] = false;
     thread.unshown.clear();
 }
 
-inline void show_registers_to_wgmma() {
+inline void wgmma_fence() {
     emulated::collective<unsigned>("wgmma.fence", 0u, [](emulated::Slots&) {
         emulated::Warp& warp = emulated::block.warp[emulated::block.current / emulated::WARP];
         warp.fenced = true;
@@ -850,22 +850,22 @@ inline void show_registers_to_wgmma() {
 }
 
 template <bool ADD>
-inline void multiply_add_async(float (&sums)[8][4], uint64_t a, uint64_t b) {
+inline void wgmma_m64n64k16(float (&sums)[8][4], uint64_t a, uint64_t b) {
     const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), nullptr, a, b, ADD, 64};
     emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
 }
 
-inline void multiply_add_async(float (&sums)[8][4], const unsigned (&a)[4], uint64_t b) {
+inline void wgmma_m64n64k16(float (&sums)[8][4], const unsigned (&a)[4], uint64_t b) {
     const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), const_cast<unsigned*>(a), 0, b, true, 64};
     emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
 }
 
-inline void multiply_add_async(float (&sums)[32][4], uint64_t a, uint64_t b, bool add) {
+inline void wgmma_m64n256k16(float (&sums)[32][4], uint64_t a, uint64_t b, bool add) {
     const emulated::WgmmaOperands operands = {reinterpret_cast<unsigned*>(sums), nullptr, a, b, add, 256};
     emulated::collective<unsigned>("wgmma.mma_async", operands, emulated::start_wgmma);
 }
 
-inline void close_wgmma_group() {
+inline void wgmma_commit_group() {
     emulated::collective<unsigned>("wgmma.commit_group", 0u, [](emulated::Slots&) {
         emulated::Warp& warp = emulated::block.warp[emulated::block.current / emulated::WARP];
         warp.wgmma_groups.push_back(std::move(warp.open_wgmmas));
@@ -874,24 +874,24 @@ inline void close_wgmma_group() {
 }
 
 template <unsigned NEWEST>
-inline void wait_for_wgmma() {
+inline void wgmma_wait_group() {
     emulated::collective<unsigned>("wgmma.wait_group", 0u, [](emulated::Slots&) { emulated::finish_wgmmas(NEWEST); });
 }
 template <unsigned NEWEST, size_t BLOCKS>
-inline void wait_for_wgmma(float (&)[BLOCKS][4]) {
-    wait_for_wgmma<NEWEST>();
+inline void wgmma_wait_group(float (&)[BLOCKS][4]) {
+    wgmma_wait_group<NEWEST>();
 }
 
-inline void start_barrier(unsigned barrier, unsigned arrivals) {
+inline void mbarrier_init(unsigned barrier, unsigned arrivals) {
     if (barrier % 8 != 0) emulated::fail("mbarrier: %#x is no multiple of 8", barrier);
     emulated::shared_chunk(barrier / 16 * 16, "mbarrier");
     emulated::block.barriers[barrier] = {};
     emulated::block.barriers[barrier].arrivals = emulated::block.barriers[barrier].missing = arrivals;
 }
 
-inline void show_barriers() { emulated::block.barriers_shown = true; }
+inline void fence_mbarrier_init() { emulated::block.barriers_shown = true; }
 
-inline void arrive_announcing(unsigned barrier, unsigned bytes) {
+inline void mbarrier_arrive_expect_tx(unsigned barrier, unsigned bytes) {
     emulated::phase_is_over(barrier, 0); // ends a phase that nobody has asked about yet
     emulated::PhaseBarrier& its = emulated::block.barriers.at(barrier);
     if (its.missing == 0) emulated::fail("mbarrier: more arrivals than it was started for");
@@ -899,9 +899,9 @@ inline void arrive_announcing(unsigned barrier, unsigned bytes) {
     its.announced += bytes;
 }
 
-inline void arrive(unsigned barrier) { arrive_announcing(barrier, 0); }
+inline void mbarrier_arrive(unsigned barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
 
-inline void wait_for_phase(unsigned barrier, unsigned parity) {
+inline void mbarrier_wait_parity(unsigned barrier, unsigned parity) {
     while (!emulated::phase_is_over(barrier, parity)) {
         emulated::this_thread().awaited = barrier;
         emulated::this_thread().awaited_parity = parity;
@@ -910,7 +910,7 @@ inline void wait_for_phase(unsigned barrier, unsigned parity) {
 }
 
 // What the words of a TensorMap are here: the matrix's address, columns, rows and bytes a row, and the box's columns and rows.
-inline void copy_box_async(unsigned to, const TensorMap& map, unsigned row, unsigned column, unsigned barrier) {
+inline void tma_load_2d(unsigned to, const TensorMap& map, unsigned row, unsigned column, unsigned barrier) {
     const auto [address, columns, rows, stride, box_columns, box_rows] =
         std::array<unsigned long long, 6>{map.words[0], map.words[1], map.words[2], map.words[3], map.words[4], map.words[5]};
     if (!emulated::block.barriers_shown) emulated::fail("the copy engine was not shown the barriers");
@@ -930,15 +930,15 @@ inline void copy_box_async(unsigned to, const TensorMap& map, unsigned row, unsi
 }
 
 template <unsigned REGISTERS>
-inline void give_registers_back() {}
+inline void setmaxnreg_dec() {}
 template <unsigned REGISTERS>
-inline void take_registers() {}
+inline void setmaxnreg_inc() {}
 
-inline void hold_back_wait(bool) {}
-inline void keep_registers(bool, const unsigned (&)[4], unsigned) {}
-inline void pin(unsigned (&)[4]) {}
+inline void keep_wait_below(bool) {}
+inline void keep_registers_alive(bool, const unsigned (&)[4], unsigned) {}
+inline void pin_registers(unsigned (&)[4]) {}
 
-inline void copy_async(unsigned to, const void* from, unsigned bytes) {
+inline void cp_async_16(unsigned to, const void* from, unsigned bytes) {
     if (bytes != 0 && bytes != 16) emulated::fail("cp.async of %u bytes is not emulated", bytes);
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulated::fail("cp.async: %p is no multiple of 16", from);
     const emulated::Copy copy = {emulated::shared_chunk(to, "cp.async"), from, bytes};
@@ -950,14 +950,14 @@ inline void copy_async(unsigned to, const void* from, unsigned bytes) {
     emulated::this_thread().open_group.push_back(copy);
 }
 
-inline void close_copy_group() {
+inline void cp_async_commit_group() {
     emulated::Thread& thread = emulated::this_thread();
     thread.groups.push_back(std::move(thread.open_group));
     thread.open_group.clear();
 }
 
 template <unsigned NEWEST>
-inline void wait_for_copies() {
+inline void cp_async_wait_group() {
     auto& groups = emulated::this_thread().groups;
     while (groups.size() > NEWEST) {
         for (const emulated::Copy& copy : groups.front()) {
@@ -968,13 +968,13 @@ inline void wait_for_copies() {
     }
 }
 
-inline void load_matrices(unsigned (&matrices)[4], unsigned row) { emulated::load_matrices(matrices, row, false); }
-inline void load_matrices_transposed(unsigned (&matrices)[4], unsigned row) { emulated::load_matrices(matrices, row, true); }
+inline void ldmatrix_x4(unsigned (&matrices)[4], unsigned row) { emulated::ldmatrix_x4(matrices, row, false); }
+inline void ldmatrix_x4_trans(unsigned (&matrices)[4], unsigned row) { emulated::ldmatrix_x4(matrices, row, true); }
 
-inline void multiply_add(float (&sums)[4], const unsigned (&a)[4], unsigned b_upper, unsigned b_lower) {
+inline void mma_m16n8k16(float (&sums)[4], const unsigned (&a)[4], unsigned b_upper, unsigned b_lower) {
     const emulated::Operands operands = {
         {sums[0], sums[1], sums[2], sums[3]}, {a[0], a[1], a[2], a[3]}, {b_upper, b_lower}};
-    const emulated::FourWords result = emulated::collective<emulated::FourWords>("mma", operands, emulated::multiply_add_warp);
+    const emulated::FourWords result = emulated::collective<emulated::FourWords>("mma", operands, emulated::mma_m16n8k16_warp);
     memcpy(sums, result.words, sizeof sums);
 }
 

@@ -21,14 +21,14 @@ EMULATED_KERNEL(attention)
 #ifdef HAS_ATTENTION_WGMMA
 EMULATED_KERNEL(attention_wgmma)
 #endif
-#ifdef HAS_PRODUCT_WGMMA
+#ifdef HAS_GEMM_WGMMA
 EMULATED_KERNEL(gemm_wgmma)
 #endif
 EMULATED_KERNEL(cls_attention)
 EMULATED_KERNEL(gather_cls)
 EMULATED_KERNEL(activate)
 #ifdef ELEMENT_FP8
-EMULATED_KERNEL(quantise)
+EMULATED_KERNEL(quantize)
 #endif
 EMULATED_KERNEL(to_f32)
 EMULATED_KERNEL(head_dense)
@@ -52,7 +52,7 @@ namespace {
 // worth 1 / sqrt(row), 3e-2 or more. The worst of all configurations were f16 4.8e-4, bf16 4.4e-3 and f32 6.3e-6, so the
 // bounds leave a factor of two to three for another compiler's order.
 #if defined(ELEMENT_F16)
-const char* const ELEMENT_NAME = PRODUCTS_OF_E4M3 ? "f16, products of e4m3" : "f16";
+const char* const ELEMENT_NAME = FP8_GEMM ? "f16, products of e4m3" : "f16";
 constexpr double BOUND = 1e-3;
 #elif defined(ELEMENT_BF16)
 const char* const ELEMENT_NAME = "bf16";
@@ -63,7 +63,7 @@ constexpr double BOUND = 2e-5;
 #endif
 // The head's outputs are f32 sums of C products whatever the element is, measured at 1.4e-7.
 constexpr double HEAD_BOUND = 1e-6;
-// A score of 1e5 is known to 2^-24 of itself, 6e-3, in f32, and to a few times that as a sum of D products; times 1 / sqrt(D)
+// A score of 1e5 is known to 2^-24 of identity, 6e-3, in f32, and to a few times that as a sum of D products; times 1 / sqrt(D)
 // this is the error of an exponent. Measured: 3.9e-3.
 constexpr double HUGE_SCORES_BOUND = 2e-2;
 
@@ -141,11 +141,11 @@ element stored(double x) {
 #ifdef ELEMENT_F32
     return static_cast<float>(x);
 #else
-    return narrowed(static_cast<float>(x));
+    return to_element(static_cast<float>(x));
 #endif
 }
 
-double value_of(element x) { return widened(x); }
+double value_of(element x) { return to_float(x); }
 
 template <typename T>
 std::vector<T> filled(size_t size, const std::function<double(size_t)>& value) {
@@ -204,7 +204,7 @@ double value_of_e4m3(e4m3 x) {
 
 // An operand against `reference` times `scale`, each value by itself: half a step away at most, and 448 beyond. The twentieth
 // is for f32, which may come to the other side of a tie, and near zero is known to 1e-5 of its row's mean.
-void check_operand(const std::string& name, Buffer<e4m3>& result, const std::vector<double>& reference, double scale) {
+void check_fp8_operand(const std::string& name, Buffer<e4m3>& result, const std::vector<double>& reference, double scale) {
     double worst = 0;
     for (size_t i = 0; i < reference.size(); ++i) {
         const double wanted = std::clamp(reference[i] * scale, -448.0, 448.0);
@@ -301,7 +301,7 @@ struct Attention {
 const Attention ATTENTIONS[] = {
     {"attention", emulated_kernel_attention, 1, ATTENTION_SHARED_BYTES},
 #ifdef HAS_ATTENTION_WGMMA
-    {"attention_wgmma", emulated_kernel_attention_wgmma, 2, WGMMA_SHARED_BYTES},
+    {"attention_wgmma", emulated_kernel_attention_wgmma, 2, ATTENTION_WGMMA_SHARED_BYTES},
 #endif
 };
 
@@ -369,14 +369,14 @@ void check_attention() {
 // The last layer
 // ---------------------------------------------------------------------------------------------------------------------
 
-void run_first_token(const Batch& batch, Buffer<element>& q, Buffer<element>& kv, Buffer<element>& out) {
+void run_cls_attention(const Batch& batch, Buffer<element>& q, Buffer<element>& kv, Buffer<element>& out) {
     auto counts = Buffer<u32>::of(batch.counts());
     auto offsets = Buffer<u32>::of(batch.offsets);
     launch(emulated_kernel_cls_attention, {batch.sequences() + 1, H}, 128, 0, counts.data(), offsets.data(), q.data(),
            kv.data(), out.data(), SCALE);
 }
 
-void check_first_token_of(const char* name, const std::vector<u32>& lengths, double size, double bound) {
+void check_cls_attention_of(const char* name, const std::vector<u32>& lengths, double size, double bound) {
     const Batch batch(lengths);
     const auto sized = [size](size_t) { return size * normal(); };
     const size_t columns = 2 * C;
@@ -385,7 +385,7 @@ void check_first_token_of(const char* name, const std::vector<u32>& lengths, dou
     auto q = Buffer<element>::of(host_q);
     auto kv = Buffer<element>::of(host_kv);
     auto out = Buffer<element>::unset(host_q.size());
-    run_first_token(batch, q, kv, out);
+    run_cls_attention(batch, q, kv, out);
 
     std::vector<double> reference(out.size());
     bool same = true;
@@ -400,7 +400,7 @@ void check_first_token_of(const char* name, const std::vector<u32>& lengths, dou
         auto own_out = Buffer<element>::unset(C);
         auto own_kv = Buffer<element>::of(
             {host_kv.begin() + first * columns, host_kv.begin() + (first + lengths[sequence]) * columns});
-        run_first_token(alone, own_q, own_kv, own_out);
+        run_cls_attention(alone, own_q, own_kv, own_out);
         same = same && out.same_bits(own_out, own, 0, C);
     }
     const std::string what = std::string("cls_attention, ") + name + ", " + lengths_text(lengths);
@@ -408,14 +408,14 @@ void check_first_token_of(const char* name, const std::vector<u32>& lengths, dou
     if (lengths.size() > 1) check_same(what + ", alone", same);
 }
 
-void check_first_token_attention() {
-    for (u32 length : AWKWARD_LENGTHS) check_first_token_of("spread scores", {length}, 1, BOUND);
-    check_first_token_of("spread scores", MIXED_LENGTHS, 1, BOUND);
-    check_first_token_of("sharp scores", MIXED_LENGTHS, 4, BOUND);
-    check_first_token_of("spread scores", {2050}, 1, BOUND);
+void check_cls_attention() {
+    for (u32 length : AWKWARD_LENGTHS) check_cls_attention_of("spread scores", {length}, 1, BOUND);
+    check_cls_attention_of("spread scores", MIXED_LENGTHS, 1, BOUND);
+    check_cls_attention_of("sharp scores", MIXED_LENGTHS, 4, BOUND);
+    check_cls_attention_of("spread scores", {2050}, 1, BOUND);
 }
 
-void check_first_rows() {
+void check_gather_cls() {
     const Batch batch(MIXED_LENGTHS);
     const std::vector<element> host = normal_elements(static_cast<size_t>(batch.tokens()) * C);
     auto counts = Buffer<u32>::of(batch.counts());
@@ -473,7 +473,7 @@ void check_embed_norm(u32 tokens, unsigned blocks) {
     auto types_table_in = Buffer<element>::of(type_table);
     auto position_table_in = Buffer<element>::of(position_table);
     auto out = Buffer<element>::unset(reference.size());
-    auto operand = Buffer<e4m3>::unset(PRODUCTS_OF_E4M3 ? reference.size() : 0);
+    auto operand = Buffer<e4m3>::unset(FP8_GEMM ? reference.size() : 0);
     auto weight_in = Buffer<float>::of(weight);
     auto bias_in = Buffer<float>::of(bias);
     launch(emulated_kernel_embed_norm, {blocks, 1}, 256, 0, counts.data(), ids_in.data(), types_in.data(),
@@ -481,7 +481,7 @@ void check_embed_norm(u32 tokens, unsigned blocks) {
            bias_in.data(), EPS, out.data(), operand.data(), OPERAND_SCALE);
     const std::string name = "embed_norm, " + std::to_string(tokens) + " tokens, grid " + std::to_string(blocks);
     check(name, out, reference, C, BOUND);
-    if (PRODUCTS_OF_E4M3) check_operand(name + ", operand", operand, reference, OPERAND_SCALE);
+    if (FP8_GEMM) check_fp8_operand(name + ", operand", operand, reference, OPERAND_SCALE);
 }
 
 // Rows with a mean far from zero, which an accumulated sum of squares would not survive; one row is constant.
@@ -499,7 +499,7 @@ void check_layer_norm(u32 rows, unsigned blocks) {
     auto x = Buffer<element>::of(host);
     auto out = Buffer<element>::unset(host.size());
     auto in_place = Buffer<element>::unset(host.size());
-    auto operand = Buffer<e4m3>::unset(PRODUCTS_OF_E4M3 ? host.size() : 0);
+    auto operand = Buffer<e4m3>::unset(FP8_GEMM ? host.size() : 0);
     auto operand_in_place = Buffer<e4m3>::unset(operand.size());
     std::copy(host.begin(), host.end(), in_place.data());
     auto weight_in = Buffer<float>::of(weight);
@@ -512,7 +512,7 @@ void check_layer_norm(u32 rows, unsigned blocks) {
     check(name, out, reference, C, BOUND);
     const bool same = out.same_bits(in_place, 0, 0, out.size()) && operand.same_bits(operand_in_place, 0, 0, operand.size());
     check_same(name + ", in place and in another grid", same && in_place.kept_within());
-    if (PRODUCTS_OF_E4M3) check_operand(name + ", operand", operand, reference, OPERAND_SCALE);
+    if (FP8_GEMM) check_fp8_operand(name + ", operand", operand, reference, OPERAND_SCALE);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -539,11 +539,11 @@ void check_activate(u32 function, const char* name, double (*reference_of)(doubl
     check(std::string("activate, ") + name, x, reference, columns, BOUND);
 }
 
-#ifdef HAS_PRODUCT_WGMMA
-double itself_or_gelu(u32 function, double x) { return function == 0 ? gelu_erf(x) : x; }
+#ifdef HAS_GEMM_WGMMA
+double identity_or_gelu(u32 function, double x) { return function == 0 ? gelu_erf(x) : x; }
 
 // Tiles of several kinds of place, more of them than blocks and fewer, and products deeper than the stages.
-void check_product(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_residual, unsigned blocks) {
+void check_gemm(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_residual, unsigned blocks) {
     const auto spread = [](double size) { return [size](size_t) { return size * normal(); }; };
     const auto x = filled<element>(size_t(rows) * inputs, spread(1));
     const auto weight = filled<element>(size_t(outputs) * inputs, spread(1 / std::sqrt(double(inputs))));
@@ -553,17 +553,17 @@ void check_product(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_re
         for (u32 o = 0; o < outputs; ++o) {
             double sum = value_of(bias[o]) + (with_residual ? value_of(residual[size_t(r) * outputs + o]) : 0);
             for (u32 i = 0; i < inputs; ++i) sum += double(value_of(x[size_t(r) * inputs + i])) * value_of(weight[size_t(o) * inputs + i]);
-            reference[size_t(r) * outputs + o] = itself_or_gelu(function, sum);
+            reference[size_t(r) * outputs + o] = identity_or_gelu(function, sum);
         }
     auto x_in = Buffer<element>::of(x), weight_in = Buffer<element>::of(weight), bias_in = Buffer<element>::of(bias);
     auto out = Buffer<element>::unset(reference.size()), in_place = Buffer<element>::unset(reference.size());
     std::copy(residual.begin(), residual.end(), in_place.data());
     auto& to = with_residual ? in_place : out;
     const auto map = [](Buffer<element>& of, u32 rows, u32 columns, u32 box_rows) {
-        return TensorMap{{reinterpret_cast<u64>(of.data()), columns, rows, columns * sizeof(element), PRODUCT_DEPTH, box_rows}};
+        return TensorMap{{reinterpret_cast<u64>(of.data()), columns, rows, columns * sizeof(element), GEMM_TILE_DEPTH, box_rows}};
     };
-    launch(emulated_kernel_gemm_wgmma, {blocks, 1}, PRODUCT_THREADS, PRODUCT_SHARED_BYTES,
-           map(x_in, rows, inputs, PRODUCT_ROWS), map(weight_in, outputs, inputs, PRODUCT_COLUMNS), bias_in.data(),
+    launch(emulated_kernel_gemm_wgmma, {blocks, 1}, GEMM_THREADS, GEMM_SHARED_BYTES,
+           map(x_in, rows, inputs, GEMM_TILE_ROWS), map(weight_in, outputs, inputs, GEMM_TILE_COLUMNS), bias_in.data(),
            with_residual ? to.data() : static_cast<element*>(nullptr), to.data(), rows, outputs, inputs, function);
     const std::string name = "gemm_wgmma, " + std::to_string(rows) + " x " + std::to_string(outputs) + " x " +
                              std::to_string(inputs) + (function == 0 ? ", gelu" : "") + (with_residual ? ", residual" : "");
@@ -599,10 +599,10 @@ void check_gelu_of_every_value() {
 #endif
 
 #ifdef ELEMENT_FP8
-double itself(double x) { return x; }
+double identity(double x) { return x; }
 
 // Every finite f16 is among the values, and so every tie of e4m3 and all that lies beyond it.
-void check_quantise(u32 function, const char* name, double (*reference_of)(double), float scale) {
+void check_quantize(u32 function, const char* name, double (*reference_of)(double), float scale) {
     const u32 rows = 8, columns = 2 * 31 * 256;
     const std::vector<element> host =
         filled<element>(rows * columns, [](size_t i) { return value_of(static_cast<u16>(i % 0x7c00 | i / 0x7c00 << 15)); });
@@ -612,9 +612,9 @@ void check_quantise(u32 function, const char* name, double (*reference_of)(doubl
     auto x = Buffer<element>::of(host);
     auto out = Buffer<e4m3>::unset(host.size() / 2);
     reference.resize(out.size());
-    launch(emulated_kernel_quantise, {5, 1}, 256, 0, rows_in.data(), columns, function, x.data(), out.data(), scale);
-    const std::string what = std::string("quantise, ") + name + ", scale " + std::to_string(scale);
-    check_operand(what, out, reference, scale);
+    launch(emulated_kernel_quantize, {5, 1}, 256, 0, rows_in.data(), columns, function, x.data(), out.data(), scale);
+    const std::string what = std::string("quantize, ") + name + ", scale " + std::to_string(scale);
+    check_fp8_operand(what, out, reference, scale);
     if (function != 3) return;
     // Nothing is rounded before e4m3 here, so a tie goes to the even neighbour: half a step exactly, and an even number.
     bool even = true;
@@ -714,18 +714,18 @@ int main() {
     }
     if (C % D == 0) {
         check_attention();
-        check_first_token_attention();
+        check_cls_attention();
     } else {
         printf("no attention here: C is no multiple of D\n");
     }
-    check_first_rows();
-#ifdef HAS_PRODUCT_WGMMA
+    check_gather_cls();
+#ifdef HAS_GEMM_WGMMA
     if (C == 256) {
-        check_product(128, 256, 64, 3, false, 1);
-        check_product(256, 512, 320, 0, false, 3);
-        check_product(384, 256, 192, 3, true, 2);
-        check_product(128, 512, 128, 0, false, 5);
-        check_product(384, 512, 64, 0, false, 2); // three tiles a block: every barrier's parity comes back
+        check_gemm(128, 256, 64, 3, false, 1);
+        check_gemm(256, 512, 320, 0, false, 3);
+        check_gemm(384, 256, 192, 3, true, 2);
+        check_gemm(128, 512, 128, 0, false, 5);
+        check_gemm(384, 512, 64, 0, false, 2); // three tiles a block: every barrier's parity comes back
     }
 #endif
     check_activate(0, "gelu by erf", gelu_erf);
@@ -735,10 +735,10 @@ int main() {
     check_gelu_of_every_value();
 #endif
 #ifdef ELEMENT_FP8
-    for (float scale : {1.0f, 0.125f, 4096.0f}) check_quantise(3, "as it is", itself, scale);
-    check_quantise(0, "gelu by erf", gelu_erf, 8);
-    check_quantise(1, "gelu by tanh", gelu_tanh, 8);
-    check_quantise(2, "relu", relu, 8);
+    for (float scale : {1.0f, 0.125f, 4096.0f}) check_quantize(3, "as it is", identity, scale);
+    check_quantize(0, "gelu by erf", gelu_erf, 8);
+    check_quantize(1, "gelu by tanh", gelu_tanh, 8);
+    check_quantize(2, "relu", relu, 8);
 #endif
     for (u32 rows : {1, 8, 9}) check_head(rows, rows * 3);
     check_to_f32(5, C);

@@ -1,6 +1,6 @@
 """Compiles the CUDA backend's kernels with NVRTC for every architecture, element and head size; needs no GPU.
 
-Usage: nvrtc.py FOLDER_OF_LIBNVRTC KERNELS_CU
+Usage: nvrtc.py FOLDER_OF_LIBNVRTC FOLDER_OF_KERNELS
 Prints a line a program, and for sm_90a what ptxas says of each kernel. Exits 1 if anything does not compile, if an attention
 kernel spills registers to memory anywhere, or if ptxas makes wgmmas wait for each other. Where there is a disassembler
 (cuobjdump, of CUDA or of Triton's wheel), also if an instruction touches registers that a wgmma under way reads or writes.
@@ -53,10 +53,13 @@ class Nvrtc:
         self.check(getattr(self.library, f"nvrtcGet{what}")(program, buffer))
         return buffer.raw
 
-    def compile(self, source, options):
-        """(compiled, cubin, log)"""
+    def compile(self, sources, options):
+        """Compiles kernels.cu of `sources` ({file name: text}, the others as headers). Returns (compiled, cubin, log)."""
         program = ctypes.c_void_p()
-        self.check(self.library.nvrtcCreateProgram(ctypes.byref(program), source, b"kernels.cu", 0, None, None))
+        headers = {name: text for name, text in sources.items() if name != b"kernels.cu"}
+        names, texts = ((ctypes.c_char_p * len(headers))(*strings) for strings in (headers.keys(), headers.values()))
+        create = self.library.nvrtcCreateProgram
+        self.check(create(ctypes.byref(program), sources[b"kernels.cu"], b"kernels.cu", len(headers), texts, names))
         try:
             texts = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
             code = self.library.nvrtcCompileProgram(program, len(options), texts)
@@ -152,8 +155,10 @@ def touched_under_way(code):
 def main():
     folder, path = sys.argv[1:]
     nvrtc = Nvrtc(folder)
-    with open(path, "rb") as file:
-        source = file.read()
+    sources = {}
+    for name in os.listdir(path):
+        with open(os.path.join(path, name), "rb") as file:
+            sources[name.encode()] = file.read()
     cuobjdump = disassembler()
     print(f"NVRTC {nvrtc.version()}")
     if cuobjdump is None:
@@ -168,7 +173,7 @@ def main():
                     continue
                 options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
                 options += [f"-DELEMENT_{element}", f"-DHIDDEN_SIZE={hidden}", f"-DHEAD_SIZE={head}"]
-                compiled, cubin, log = nvrtc.compile(source, options)
+                compiled, cubin, log = nvrtc.compile(sources, options)
                 facts = kernel_facts(log)
                 name = f"{architecture:7} {element:4} C={hidden:<4} D={head}"
                 warnings = [line for line in log.splitlines() if "warning" in line or "serialized" in line]

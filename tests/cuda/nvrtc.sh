@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Compiles src/backend/cuda/kernels/kernels.cu with NVRTC for every architecture, on a machine with or without a GPU.
+# Compiles src/backend/cuda/kernels with NVRTC for every architecture. Needs no GPU.
 #
 #   tests/cuda/nvrtc.sh
 #
-# NVRTC_LIB names the folder that holds libnvrtc.so.*; without it, pip downloads the library (86 MiB, once) into
-# NVRTC_CACHE, by default a folder below the user's cache.
+# NVRTC_LIB is the folder of libnvrtc.so.*. If it is not set, pip downloads the library (86 MiB, once) to NVRTC_CACHE,
+# by default ~/.cache/rerankd-nvrtc.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 version=13.0.88
@@ -19,4 +19,4 @@ if [ -z "${NVRTC_LIB:-}" ]; then
         rm "$cache"/nvidia_cuda_nvrtc-*.whl
     fi
 fi
-exec python3 "$here/nvrtc.py" "$NVRTC_LIB" "$here/../../src/backend/cuda/kernels/kernels.cu"
+exec python3 "$here/nvrtc.py" "$NVRTC_LIB" "$here/../../src/backend/cuda/kernels"

@@ -1,6 +1,5 @@
-//! Which of the two attention kernels a device runs: the one on Hopper's warpgroup gemms (`attention_wgmma`) where it is there,
-//! matches_library with the other and is faster, else the one on `mma.sync`. One for all sequences, so that a score does not depend on
-//! what a sequence is beside.
+//! Chooses one of the two attention kernels at start: `attention_wgmma` on Hopper if it passes the numerical cross-check and is
+//! faster, else `attention` (on `mma.sync`). All sequences use the same kernel, so that scores are batch-invariant.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,86 +10,94 @@ use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, LaunchConfig, PushKern
 use super::batch_layout::{Layout, TILE_ROWS};
 use super::cross_check::{bound, worst_row};
 use super::device::Device;
-use super::{CudaDtype, CudaOptions, address};
+use super::dtype::CudaDtype;
+use super::launch::device_address;
+use super::options::CudaOptions;
 use crate::backend::{AttentionShape, BackendError};
 use crate::batch::{Batch, Pair};
 
-/// Threads of a block, and keys of a step, in `kernels.cu`.
+/// `ATTENTION_THREADS` and `KEY_ROWS` of the kernels: threads per block, and keys per step.
 const ATTENTION_THREADS: u32 = 128;
 const KEY_ROWS: usize = 64;
-/// Where the two must agree: around the edges of a step of keys, a warpgroup's queries, a tile.
-const AWKWARD_LENGTHS: [usize; 9] = [1, 63, 64, 65, 127, 128, 129, 200, 333];
-/// Where the faster is wanted.
-const LONG: usize = 2048;
+/// Sequence lengths of the cross-check: around the edges of a step of keys, of a warpgroup's queries and of a tile.
+const CHECKED_LENGTHS: [usize; 9] = [1, 63, 64, 65, 127, 128, 129, 200, 333];
+/// Tokens of the sequence that is timed.
+const TIMED_LENGTH: usize = 2048;
 
-/// An attention kernel and how it is launched.
+/// An attention kernel and its launch parameters.
 #[derive(Debug)]
 pub(super) struct Attention {
-    pub(super) name: &'static str,
     pub(super) function: CudaFunction,
-    /// Blocks, of `ATTENTION_THREADS`, that share a tile of queries.
-    pub(super) blocks_a_tile: usize,
-    /// What `kernels.cu` says of it: Q, and two stages of K and V. In f32 two buffers of keys and values.
+    /// Blocks, of `ATTENTION_THREADS` threads, per tile of 128 queries.
+    pub(super) blocks_per_tile: usize,
+    /// Dynamic shared memory: Q, and two stages of K and V. In f32 one stage of K and V.
     pub(super) shared_bytes: usize,
 }
 
+/// The attention kernels that a Hopper device can choose between.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum AttentionKernel {
+    Mma,
+    Wgmma,
+}
+
+impl AttentionKernel {
+    /// The kernel's name in the CUDA module; also the content of the cache file.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Mma => "attention",
+            Self::Wgmma => "attention_wgmma",
+        }
+    }
+
+    fn from_name(name: &[u8]) -> Option<Self> {
+        [Self::Mma, Self::Wgmma].into_iter().find(|kernel| kernel.name().as_bytes() == name)
+    }
+}
+
 impl Attention {
-    /// The kernel for this device and shape.
+    /// Selects the kernel for this device and shape, from the cache of an earlier start or by a trial.
     ///
     /// # Errors
-    /// The driver's, with which the device is lost to this process.
+    /// A driver error during the trial; the CUDA context cannot be used after it.
     pub(super) fn choose(device: &Arc<Device>, options: &CudaOptions, shape: AttentionShape) -> Result<Self> {
         let (d, dtype) = (shape.head_size, options.dtype);
-        let of = |name, function: &CudaFunction, blocks_a_tile| {
+        let with_parameters = |function: &CudaFunction, blocks_per_tile| {
             let stages = 2 * 2 * KEY_ROWS;
             let bytes =
-                if dtype == CudaDtype::F32 { 2 * KEY_ROWS * 4 } else { (TILE_ROWS / blocks_a_tile + stages) * 2 };
-            Self { name, function: function.clone(), blocks_a_tile, shared_bytes: bytes * d }
+                if dtype == CudaDtype::F32 { 2 * KEY_ROWS * 4 } else { (TILE_ROWS / blocks_per_tile + stages) * 2 };
+            Self { function: function.clone(), blocks_per_tile, shared_bytes: bytes * d }
         };
-        let mma = of("attention", &device.kernels.attention, 1);
+        let mma = with_parameters(&device.kernels.attention, 1);
         let Some(function) = &device.kernels.attention_wgmma else { return Ok(mma) };
         if options.mma_attention_only {
             return Ok(mma);
         }
-        let wgmma = of("attention_wgmma", function, 2);
+        let wgmma = with_parameters(function, 2);
 
-        let name: String = device.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-        let file = format!("attention-{name}-{}", device.kernels_key);
-        let chosen = match device.cache.read(&file).as_deref() {
-            Some(b"attention") => mma,
-            Some(b"attention_wgmma") => wgmma,
-            _ => match Trial::new(device, dtype, shape).and_then(|trial| trial.compare(&mma, &wgmma)) {
-                Ok(verdict) => {
-                    let wins = verdict.error <= bound(dtype) && verdict.wgmma_seconds < verdict.mma_seconds;
-                    let chosen = if wins { wgmma } else { mma };
-                    if verdict.error <= bound(dtype) {
-                        tracing::info!(?verdict, "attention runs on the kernel {}", chosen.name);
-                        // What disagrees is tried, and told, again at the next start.
-                        device.cache.write(&file, chosen.name.as_bytes());
-                    } else {
-                        tracing::warn!(
-                            ?verdict,
-                            "the attention kernel for Hopper's warpgroup gemms gives other results than the one on mma.sync on \
-                             this device and is left alone; please report it"
-                        );
-                    }
-                    chosen
-                }
-                Err(BackendError::OutOfMemory(_)) => mma,
+        let file = format!("attention-{}-{}", device.file_name(), device.kernels_key);
+        let cached = device.cache.read(&file).and_then(|name| AttentionKernel::from_name(&name));
+        let chosen = match cached {
+            Some(kernel) => kernel,
+            None => match Trial::new(device, dtype, shape).and_then(|trial| trial.compare(&mma, &wgmma)) {
+                Ok(trial) => trial.decide(dtype, |kernel| device.cache.write(&file, kernel.name().as_bytes())),
+                Err(BackendError::OutOfMemory(_)) => AttentionKernel::Mma,
                 Err(error) => {
                     return Err(error).context(
-                        "the attention kernel for Hopper's warpgroup gemms does not run; --cuda-attention mma leaves it out",
+                        "the wgmma attention kernel does not run on this GPU; start with --cuda-attention mma to disable it",
                     );
                 }
             },
         };
-        Ok(chosen)
+        Ok(if chosen == AttentionKernel::Wgmma { wgmma } else { mma })
     }
 
-    /// Launches it over the tiles of a batch that lies at `upload`, for `heads` heads.
+    /// Launches the kernel over all tiles of a batch, for `heads` heads. `upload` is the device address of the batch's upload
+    /// block in `layout`.
     ///
     /// # Safety
-    /// `upload` holds a batch in this layout, `qkv` its `[T, 3C]` and `out` room for `[T, C]`, on the device, of the kernel's dtype.
+    /// `upload` holds a batch in this layout, `qkv` its `[T, 3C]`, and `out` has room for `[T, C]`; both are device addresses of
+    /// the kernel's dtype.
     pub(super) unsafe fn launch(
         &self,
         stream: &Arc<CudaStream>,
@@ -101,10 +108,10 @@ impl Attention {
         (qkv, out): (u64, u64),
     ) -> Result<(), BackendError> {
         let [counts, offsets, tiles] =
-            [layout.counts(), layout.offsets(), layout.tile_list()].map(|place| upload + 4 * place as u64);
+            [layout.counts(), layout.offsets(), layout.tile_list()].map(|index| upload + 4 * index as u64);
         let scale = (shape.head_size as f32).sqrt().recip();
         let config = LaunchConfig {
-            grid_dim: ((layout.tiles * self.blocks_a_tile) as u32, heads as u32, 1),
+            grid_dim: ((layout.tiles * self.blocks_per_tile) as u32, heads as u32, 1),
             block_dim: (ATTENTION_THREADS, 1, 1),
             shared_mem_bytes: self.shared_bytes as u32,
         };
@@ -112,19 +119,44 @@ impl Attention {
         for argument in [&counts, &offsets, &tiles, &qkv, &out] {
             launch.arg(argument);
         }
-        // SAFETY: attention(counts, offsets, tiles, qkv, out, scale), and the caller's.
+        // SAFETY: the signature is attention(counts, offsets, tiles, qkv, out, scale); the caller vouches for the buffers.
         unsafe { launch.arg(&scale).launch(config) }?;
         Ok(())
     }
 }
 
-/// What the two made of the same numbers.
+/// The kernel to use, given the trial's measurements. A NaN error counts as a failed cross-check.
+fn choose(error: f32, bound: f32, mma_seconds: f64, wgmma_seconds: f64) -> AttentionKernel {
+    if error <= bound && wgmma_seconds < mma_seconds { AttentionKernel::Wgmma } else { AttentionKernel::Mma }
+}
+
+/// Results of both kernels on the same input.
 #[derive(Debug)]
-struct Verdict {
-    /// The worst row's difference, as a share of the row.
+struct TrialResult {
+    /// The worst row's relative error of wgmma against mma.
     error: f32,
     mma_seconds: f64,
     wgmma_seconds: f64,
+}
+
+impl TrialResult {
+    /// Chooses, logs the choice, and saves it unless the cross-check failed: a failed check is repeated, and logged, at the next
+    /// start.
+    fn decide(&self, dtype: CudaDtype, save: impl FnOnce(AttentionKernel)) -> AttentionKernel {
+        let Self { error, mma_seconds, wgmma_seconds } = *self;
+        let chosen = choose(error, bound(dtype), mma_seconds, wgmma_seconds);
+        if error <= bound(dtype) {
+            tracing::info!(error, mma_seconds, wgmma_seconds, "attention kernel: {}", chosen.name());
+            save(chosen);
+        } else {
+            tracing::warn!(
+                error,
+                bound = bound(dtype),
+                "the wgmma attention kernel failed the numerical cross-check on this GPU and is not used; please report this"
+            );
+        }
+        chosen
+    }
 }
 
 /// Random Q, K and V on the device, and room for a result.
@@ -132,7 +164,7 @@ struct Trial {
     stream: Arc<CudaStream>,
     dtype: CudaDtype,
     shape: AttentionShape,
-    heads_timed: usize,
+    timed_heads: usize,
     qkv: CudaSlice<u8>,
     out: CudaSlice<u8>,
 }
@@ -142,39 +174,39 @@ impl Trial {
         let stream = device.context.new_stream()?;
         let row = shape.heads * shape.head_size;
         let mut random = fastrand::Rng::with_seed(1);
-        // Of variance 1, so that scores spread as a model's do.
-        let values: Vec<f32> = (0..LONG * 3 * row).map(|_| (random.f32() - 0.5) * 3.46).collect();
+        // Variance 1, so that scores spread as a model's do.
+        let values: Vec<f32> = (0..TIMED_LENGTH * 3 * row).map(|_| (random.f32() - 0.5) * 3.46).collect();
         let qkv = stream.clone_htod(&dtype.encode(&values))?;
-        let out = stream.alloc_zeros(LONG * row * dtype.bytes())?;
-        // Enough tiles for every multiprocessor, as when a device is busy.
-        let heads_timed = (2 * device.multiprocessors as usize).div_ceil(LONG / 128).min(shape.heads);
-        Ok(Self { stream, dtype, shape, heads_timed, qkv, out })
+        let out = stream.alloc_zeros(TIMED_LENGTH * row * dtype.bytes())?;
+        // Two tiles per multiprocessor, as on a busy device.
+        let timed_heads = (2 * device.multiprocessors as usize).div_ceil(TIMED_LENGTH / TILE_ROWS).min(shape.heads);
+        Ok(Self { stream, dtype, shape, timed_heads, qkv, out })
     }
 
-    fn compare(&self, mma: &Attention, wgmma: &Attention) -> Result<Verdict, BackendError> {
+    fn compare(&self, mma: &Attention, wgmma: &Attention) -> Result<TrialResult, BackendError> {
         let (expected, got) = (self.outputs(mma)?, self.outputs(wgmma)?);
         let error = worst_row(&expected, &got, self.shape.head_size);
-        Ok(Verdict { error, mma_seconds: self.seconds(mma)?, wgmma_seconds: self.seconds(wgmma)? })
+        Ok(TrialResult { error, mma_seconds: self.seconds(mma)?, wgmma_seconds: self.seconds(wgmma)? })
     }
 
-    /// What the kernel makes of sequences of awkward lengths.
+    /// The kernel's output for sequences of `CHECKED_LENGTHS`, `[sum of lengths, C]`.
     fn outputs(&self, attention: &Attention) -> Result<Vec<f32>, BackendError> {
-        let (layout, upload) = self.upload(&AWKWARD_LENGTHS)?;
+        let (layout, upload) = self.upload(&CHECKED_LENGTHS)?;
         self.launch(attention, layout, &upload, self.shape.heads)?;
         let bytes = self.stream.clone_dtoh(&self.out)?;
-        let length = AWKWARD_LENGTHS.iter().sum::<usize>() * self.shape.heads * self.shape.head_size;
+        let length = CHECKED_LENGTHS.iter().sum::<usize>() * self.shape.heads * self.shape.head_size;
         Ok(self.dtype.decode(&bytes[..length * self.dtype.bytes()]))
     }
 
-    /// Seconds of a launch over one long sequence: of as many as take two milliseconds together.
+    /// Seconds per launch over one sequence of `TIMED_LENGTH` tokens, averaged over at least 2 ms of launches.
     fn seconds(&self, attention: &Attention) -> Result<f64, BackendError> {
-        let (layout, upload) = self.upload(&[LONG])?;
+        let (layout, upload) = self.upload(&[TIMED_LENGTH])?;
         let mut launches = 1;
         loop {
             self.stream.synchronize()?;
             let start = Instant::now();
             for _ in 0..launches {
-                self.launch(attention, layout, &upload, self.heads_timed)?;
+                self.launch(attention, layout, &upload, self.timed_heads)?;
             }
             self.stream.synchronize()?;
             if start.elapsed() >= Duration::from_millis(2) {
@@ -200,9 +232,48 @@ impl Trial {
         upload: &CudaSlice<u32>,
         heads: usize,
     ) -> Result<(), BackendError> {
-        let buffers = (address(&self.qkv, &self.stream), address(&self.out, &self.stream));
-        let upload = address(upload, &self.stream);
-        // SAFETY: the batch of `upload`, of at most LONG tokens, for which the buffers were made; all on one stream.
+        let buffers = (device_address(&self.qkv, &self.stream), device_address(&self.out, &self.stream));
+        let upload = device_address(upload, &self.stream);
+        // SAFETY: the batch in `upload` has at most TIMED_LENGTH tokens, for which both buffers were allocated; one stream.
         unsafe { attention.launch(&self.stream, layout, upload, self.shape, heads, buffers) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wgmma_attention_needs_a_passed_cross_check_and_a_shorter_time() {
+        assert_eq!(choose(1e-4, 2e-3, 2.0, 1.0), AttentionKernel::Wgmma);
+        for (error, mma_seconds, wgmma_seconds) in
+            [(1e-4, 1.0, 2.0), (1e-4, 1.0, 1.0), (0.1, 2.0, 1.0), (f32::NAN, 2.0, 1.0)]
+        {
+            assert_eq!(
+                choose(error, 2e-3, mma_seconds, wgmma_seconds),
+                AttentionKernel::Mma,
+                "{error} {wgmma_seconds}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_choice_is_saved_only_if_the_cross_check_passed() {
+        let saved = |error| {
+            let mut saved = None;
+            let result = TrialResult { error, mma_seconds: 2.0, wgmma_seconds: 1.0 };
+            let chosen = result.decide(CudaDtype::F16, |kernel| saved = Some(kernel));
+            (chosen, saved)
+        };
+        assert_eq!(saved(1e-4), (AttentionKernel::Wgmma, Some(AttentionKernel::Wgmma)));
+        assert_eq!(saved(0.1), (AttentionKernel::Mma, None));
+    }
+
+    #[test]
+    fn cached_kernel_names_are_read_back() {
+        for kernel in [AttentionKernel::Mma, AttentionKernel::Wgmma] {
+            assert_eq!(AttentionKernel::from_name(kernel.name().as_bytes()), Some(kernel));
+        }
+        assert_eq!(AttentionKernel::from_name(b"unknown"), None);
     }
 }

@@ -1,21 +1,21 @@
-//! What one batch's upload looks like: every number that its kernels read, in one block of u32 and so in one copy.
+//! The upload block of a batch: all integers that the kernels read, as u32 in one block, so that one copy suffices.
 
 use std::ops::Range;
 
 use crate::batch::Batch;
 
-/// Query rows of one attention tile, as `kernels.cu` cuts them.
+/// Query rows per attention tile: `QUERY_ROWS` of the kernels.
 pub(super) const TILE_ROWS: usize = 128;
 
-/// Where everything lies in the upload, in u32s. Two batches of the same layout are computed by the same launches, so the
-/// places depend on rounded sizes alone.
+/// Sizes of a batch and offsets of its upload block, in u32s. Both depend only on rounded sizes, so that batches of the same layout
+/// have the same launches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Layout {
-    /// Rows of buffers with a row a token: T, rounded up.
+    /// Rows of buffers with one row per token: T, rounded up.
     pub(super) token_rows: usize,
-    /// Rows of buffers with a row a sequence: S, rounded up.
+    /// Rows of buffers with one row per sequence: S, rounded up.
     pub(super) sequence_rows: usize,
-    /// Attention tiles, rounded up: blocks beyond the true count end at once.
+    /// Attention tiles, rounded up: blocks past the actual count exit at once.
     pub(super) tiles: usize,
 }
 
@@ -25,12 +25,12 @@ impl Layout {
         Self { token_rows: rounded(batch.tokens()), sequence_rows: rounded(batch.sequences()), tiles: rounded(tiles) }
     }
 
-    /// The largest layout of a batch of `tokens` tokens, whatever its sequences.
+    /// The largest layout of a batch of `tokens` tokens, for any sequence lengths.
     pub(super) fn largest(tokens: usize) -> Self {
         Self { token_rows: rounded(tokens), sequence_rows: rounded(tokens), tiles: rounded(tokens) }
     }
 
-    /// {T, S, tiles}
+    /// Offset of {T, S, tiles}.
     pub(super) const fn counts(self) -> usize {
         0
     }
@@ -46,16 +46,16 @@ impl Layout {
     pub(super) const fn offsets(self) -> usize {
         self.positions() + self.token_rows
     }
-    /// Pairs of {sequence, first query row}, aligned as a pair.
+    /// Offset of pairs {sequence, first query row}, aligned to a pair.
     pub(super) const fn tile_list(self) -> usize {
         (self.offsets() + self.sequence_rows + 1).next_multiple_of(2)
     }
-    /// All of it.
+    /// Length of the whole block.
     pub(super) const fn len(self) -> usize {
         self.tile_list() + 2 * self.tiles
     }
 
-    /// Writes the batch's numbers to their places in `upload`, `[len]`.
+    /// Writes the batch to `upload`, `[len]`.
     pub(super) fn write(self, batch: &Batch, upload: &mut [u32]) {
         let tiles = tiles(batch);
         let counts = [batch.tokens(), batch.sequences(), tiles.len()].map(|n| n as u32);
@@ -71,13 +71,13 @@ impl Layout {
     }
 }
 
-/// Row counts are rounded so that few shapes of gemms, and few graphs, serve all batches: to 64, which a product's tile
-/// covers anyhow, and from 1,024 on to 128.
+/// Rounds a row count up, so that few GEMM shapes and graphs serve all batches: to 64, which a GEMM tile computes anyway, and above
+/// 1,024 to 128.
 pub(super) fn rounded(rows: usize) -> usize {
     rows.max(1).next_multiple_of(if rows <= 1024 { 64 } else { 128 })
 }
 
-/// {sequence, first query row} of each tile. Those of long sequences take longest and go first.
+/// {sequence, first query row} of each tile. Tiles of long sequences take longest and come first.
 fn tiles(batch: &Batch) -> Vec<[u32; 2]> {
     let mut order: Vec<(usize, Range<usize>)> = batch.ranges().enumerate().collect();
     order.sort_by_key(|(_, rows)| std::cmp::Reverse(rows.len()));
@@ -87,7 +87,7 @@ fn tiles(batch: &Batch) -> Vec<[u32; 2]> {
     order.into_iter().flat_map(of).collect()
 }
 
-/// Sequences in runs of at most `capacity` tokens, in order; a longer one is alone.
+/// Splits the sequences, in order, into ranges of at most `capacity` tokens. A longer sequence gets its own range.
 pub(super) fn split(batch: &Batch, capacity: usize) -> Vec<Range<usize>> {
     let mut parts: Vec<Range<usize>> = Vec::new();
     let mut tokens = 0;
@@ -117,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_of_a_batch_has_its_place() {
+    fn every_field_of_a_batch_is_written_at_its_offset() {
         let batch = batch(&[3, 300, 128]);
         let layout = Layout::of(&batch);
         assert_eq!((layout.token_rows, layout.sequence_rows, layout.tiles), (448, 64, 64));
@@ -132,14 +132,14 @@ mod tests {
     }
 
     #[test]
-    fn no_batch_outgrows_the_largest_layout() {
+    fn no_batch_exceeds_the_largest_layout() {
         for lengths in [&[1; 100][..], &[100], &[33, 33, 34], &[2; 50]] {
             assert!(Layout::of(&batch(lengths)).len() <= Layout::largest(100).len(), "{lengths:?}");
         }
     }
 
     #[test]
-    fn a_batch_is_divided_between_sequences() {
+    fn a_batch_is_split_between_sequences() {
         assert_eq!(split(&batch(&[40, 40, 40, 200, 10]), 100), [0..2, 2..3, 3..4, 4..5]);
         assert_eq!(split(&batch(&[40, 40]), 1000), [0..2]);
     }

@@ -1,31 +1,25 @@
-//! A device's contexts: made at the first batch, when the weights are there and their shapes known; lent to one batch at a time.
+//! The pool of a device's execution contexts. They are created at the first batch, when the shapes of all weights are known.
 
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use cudarc::driver::result;
-
 use super::batch_layout::rounded;
 use super::context::ExecContext;
 use super::device::Device;
-use super::fp8;
-use super::gemm::cublaslt::{GemmEpilogue, GemmOperands, GemmShape};
+use super::dtype::CudaDtype;
 use super::gemm::tuning_store::TuningStore;
+use super::gemm::{GemmOperands, GemmShape};
+use super::options::CudaOptions;
+use super::roofline::RandomBlock;
 use super::workspace::ALIGNMENT;
-use super::{CudaDtype, CudaOptions};
-use crate::backend::{BackendError, MemoryRoofline, Roofline};
+use crate::backend::BackendError;
 
-/// Batches in flight on one device.
-pub(super) const IN_FLIGHT: usize = 2;
-/// How long contexts with less memory than they want wait before they ask the device again.
-const ASK_AGAIN: Duration = Duration::from_secs(10);
-/// Rows and columns of the matrices that show how fast a device multiplies.
-const LARGEST_SIDE: usize = 8192;
-/// Of half a ctx's memory, to show how fast a device copies.
-const COPIES: usize = 10;
-
-/// The contexts of one device.
+/// Batches in flight per device: while one computes, the host prepares and launches the next.
+pub(super) const MAX_IN_FLIGHT: usize = 2;
+/// Time between attempts to enlarge a context that has memory for less than `max_batch_tokens`.
+const GROW_INTERVAL: Duration = Duration::from_secs(10);
+/// The execution contexts of one device; each is borrowed by one batch at a time.
 #[derive(Debug)]
 pub(super) struct ContextPool {
     device: Arc<Device>,
@@ -38,18 +32,19 @@ pub(super) struct ContextPool {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Outputs of the model's widest product: what contexts need memory for.
-    widest: usize,
-    made: bool,
+    /// Outputs of the model's widest linear layer, which determines the memory per token.
+    max_outputs: usize,
+    created: bool,
     tuned: bool,
-    /// ContextPool that no batch has.
+    /// Contexts that no batch has borrowed.
     free: Vec<ExecContext>,
-    asked: Option<Instant>,
+    /// Time of the last attempt to enlarge a context.
+    last_grow: Option<Instant>,
 }
 
-/// A ctx of one batch's own, given back whatever becomes of the batch.
+/// A borrowed context; returned to the pool on drop.
 pub(super) struct BorrowedContext<'a> {
-    contexts: &'a ContextPool,
+    pool: &'a ContextPool,
     ctx: Option<ExecContext>,
 }
 
@@ -58,99 +53,102 @@ impl ContextPool {
         Self { device, options, hidden_size, state: Mutex::default(), returned: Condvar::new() }
     }
 
-    /// Says before the first batch that there will be a product of so many outputs.
-    pub(super) fn expect(&self, outputs: usize) {
+    /// Registers a linear layer of `outputs` outputs, before the first batch.
+    pub(super) fn register_layer(&self, outputs: usize) {
         let mut state = self.lock();
-        state.widest = state.widest.max(outputs);
+        state.max_outputs = state.max_outputs.max(outputs);
     }
 
-    /// Tokens of the largest batch that every free ctx has memory for.
+    /// Tokens of the largest batch that fits in every free context.
     pub(super) fn capacity(&self) -> Option<usize> {
         self.lock().free.iter().map(ExecContext::capacity).min()
     }
 
-    /// A ctx, waiting for one to be free, with memory for a sequence of `longest` tokens. The first call makes them all.
-    pub(super) fn take(&self, longest: usize) -> Result<BorrowedContext<'_>, BackendError> {
+    /// Borrows a context with memory for a sequence of `longest` tokens; waits until one is free. The first call creates all contexts.
+    ///
+    /// # Errors
+    /// [`BackendError::OutOfMemory`] if the device lacks memory for the sequence, and driver errors.
+    pub(super) fn acquire(&self, longest: usize) -> Result<BorrowedContext<'_>, BackendError> {
         self.device.context.bind_to_thread()?;
         let mut state = self.lock();
-        if !state.made {
-            state.free = self.make(&state)?;
-            state.made = true;
+        if !state.created {
+            state.free = self.create(&state)?;
+            state.created = true;
         }
         let ctx = loop {
-            // The roomiest divides a batch least.
+            // The context with the most memory splits the batch least.
             match (0..state.free.len()).max_by_key(|&i| state.free[i].capacity()) {
                 Some(i) => break state.free.swap_remove(i),
                 None => state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner),
             }
         };
-        let ask =
-            ctx.capacity() < self.options.max_batch_tokens && state.asked.is_none_or(|at| at.elapsed() > ASK_AGAIN);
-        if ask {
-            state.asked = Some(Instant::now());
+        let try_to_grow = ctx.capacity() < self.options.max_batch_tokens
+            && state.last_grow.is_none_or(|at| at.elapsed() > GROW_INTERVAL);
+        if try_to_grow {
+            state.last_grow = Some(Instant::now());
         }
-        let row_bytes = self.row_bytes(&state);
+        let token_bytes = self.token_bytes(&state);
         drop(state);
-        let mut lent = BorrowedContext { contexts: self, ctx: Some(ctx) };
-        if ask {
-            match lent.grow(self.options.max_batch_tokens, row_bytes) {
-                Err(BackendError::OutOfMemory(_)) => {} // not yet
+        let mut borrowed = BorrowedContext { pool: self, ctx: Some(ctx) };
+        if try_to_grow {
+            match borrowed.grow(self.options.max_batch_tokens, token_bytes) {
+                Err(BackendError::OutOfMemory(_)) => {} // keep the current memory
                 outcome => outcome?,
             }
         }
-        if longest > lent.capacity() {
-            lent.grow(longest, row_bytes)?;
+        if longest > borrowed.capacity() {
+            borrowed.grow(longest, token_bytes)?;
         }
-        Ok(lent)
+        Ok(borrowed)
     }
 
-    /// Bytes of a ctx's memory for each token. A layer holds rows of 7 C (its input, Q, K and V, context, the sum after attention
-    /// and the output) and one of the widest product; where gemms are of E4M3, some of these a second time. The rest is for
-    /// what rounding and gaps take, and for sequences' own rows.
-    fn row_bytes(&self, state: &State) -> usize {
+    /// Bytes of activation memory per token. A layer needs 7 C values (its input, Q, K and V, context, the sum after attention, and
+    /// its output) and the widest layer's outputs; with fp8, some of them a second time as operands. The rest covers rounding,
+    /// fragmentation and buffers with a row per sequence.
+    fn token_bytes(&self, state: &State) -> usize {
         let dtype = self.options.dtype;
-        let copied = if dtype == CudaDtype::Fp8 { dtype.operand_bytes() } else { 0 };
-        (10 * self.hidden_size + 2 * state.widest) * (dtype.bytes() + copied)
+        let operand_bytes = if dtype == CudaDtype::Fp8 { dtype.operand_bytes() } else { 0 };
+        (10 * self.hidden_size + 2 * state.max_outputs) * (dtype.bytes() + operand_bytes)
     }
 
-    fn make(&self, state: &State) -> Result<Vec<ExecContext>, BackendError> {
+    fn create(&self, state: &State) -> Result<Vec<ExecContext>, BackendError> {
         let CudaOptions { dtype, gemm, .. } = self.options;
         let tuning_store = Arc::new(TuningStore::open(&self.device, dtype, gemm));
         let new = || {
             let (device, tuning_store) = (Arc::clone(&self.device), Arc::clone(&tuning_store));
-            ExecContext::new(device, &self.options, tuning_store, self.row_bytes(state))
+            ExecContext::new(device, &self.options, tuning_store, self.token_bytes(state))
         };
-        let mut made = vec![new()?];
-        while made.len() < IN_FLIGHT {
+        let mut contexts = vec![new()?];
+        while contexts.len() < MAX_IN_FLIGHT {
             match new() {
-                // A device without room for two contexts of like size computes one batch at a time.
+                // Without memory for a second context of at least half the size, the device runs one batch at a time.
                 Err(BackendError::OutOfMemory(_)) => break,
-                Ok(ctx) if 2 * ctx.capacity() < made[0].capacity() => break,
-                ctx => made.push(ctx?),
+                Ok(ctx) if 2 * ctx.capacity() < contexts[0].capacity() => break,
+                ctx => contexts.push(ctx?),
             }
         }
-        Ok(made)
+        Ok(contexts)
     }
 
-    /// Times cuBLASLt's algorithms for what the first batch has launched, which is what every batch launches, on random numbers.
-    /// Loading runs that batch, alone. Other calls do nothing.
+    /// Autotunes the GEMMs that the first batch launched, which are those of every batch, on random values. That batch runs alone,
+    /// during loading. Later calls do nothing; nor does batch-invariant mode.
     pub(super) fn tune_once(&self, ctx: &mut ExecContext) -> Result<(), BackendError> {
         if self.options.batch_invariant || std::mem::replace(&mut self.lock().tuned, true) {
             return Ok(());
         }
         self.tune(ctx)?;
-        ctx.forget_plans();
+        ctx.forget_gemm_kernels();
         Ok(())
     }
 
     fn tune(&self, ctx: &ExecContext) -> Result<(), BackendError> {
         let dtype = self.options.dtype;
         let start = Instant::now();
-        let (base, bytes) = ctx.activations();
-        let random = Random::of(dtype);
-        let mut news = false;
+        let (base, bytes) = ctx.activation_memory();
+        let random = RandomBlock::new(dtype);
+        let mut measured = false;
         for (outputs, inputs, epilogue) in ctx.gemms.launched() {
-            // x, the output and the weight one after another; the output's own values serve as residual, the weight's as bias.
+            // Memory layout: weight, x, output. The output also serves as residual, the weight as bias.
             let (size, output_size) = (dtype.operand_bytes(), dtype.bytes());
             let weight_bytes = (outputs * inputs * size).next_multiple_of(ALIGNMENT);
             let rows = bytes.saturating_sub(weight_bytes + 2 * ALIGNMENT) / (outputs * output_size + inputs * size);
@@ -158,62 +156,18 @@ impl ContextPool {
             if rows < 64 {
                 continue;
             }
-            // Afresh for each shape: a residual that is its own output grows from run to run.
+            // Filled again for each shape, because an output that is its own residual grows with every run.
             random.fill(ctx)?;
             let x = base + weight_bytes as u64;
             let output = x + (rows * inputs * size).next_multiple_of(ALIGNMENT) as u64;
             let operands = GemmOperands { x, weight: base, bias: base, residual: output, output, alpha: random.alpha };
-            news |= ctx.gemms.tune(GemmShape { rows, outputs, inputs, epilogue }, rows, operands)?;
+            measured |= ctx.gemms.tune(GemmShape { rows, outputs, inputs, epilogue }, rows, operands)?;
         }
-        if news {
-            ctx.gemms.keep_tuning();
-            tracing::info!(seconds = start.elapsed().as_secs_f64(), device = self.device.name, "tuned the gemms");
+        if measured {
+            ctx.gemms.save_tuning();
+            tracing::info!(seconds = start.elapsed().as_secs_f64(), device = self.device.name, "autotuned the GEMMs");
         }
         Ok(())
-    }
-
-    /// What the device does at most: a large square product in a ctx's memory, and a copy of half of it to the other half.
-    pub(super) fn roofline(&self, ctx: &mut ExecContext) -> Result<Roofline, BackendError> {
-        let dtype = self.options.dtype;
-        // In attention as in gemms, but for the precision that only gemms have.
-        let attention_element = if dtype == CudaDtype::Fp8 { CudaDtype::F16 } else { dtype };
-        let gemms = Self::most_operations(ctx, dtype)?;
-        let attention = if attention_element == dtype { gemms } else { Self::most_operations(ctx, attention_element)? };
-
-        let (base, bytes) = ctx.activations();
-        let half = bytes / 2 / ALIGNMENT * ALIGNMENT;
-        let copy = || {
-            // SAFETY: both halves are the ctx's, whose stream is idle.
-            unsafe { result::memcpy_dtod_async(base + half as u64, base, half, ctx.stream.cu_stream()) }
-        };
-        copy()?;
-        ctx.stream.synchronize()?;
-        let begun = Instant::now();
-        (0..COPIES).try_for_each(|_| copy())?;
-        ctx.stream.synchronize()?;
-        let memory = MemoryRoofline {
-            bytes: (COPIES * 2 * half) as f64 / begun.elapsed().as_secs_f64(),
-            activation: dtype.bytes(),
-            weight: dtype.operand_bytes(),
-        };
-        Ok(Roofline { gemms, attention, memory: Some(memory) })
-    }
-
-    /// Operations a second of the largest square product that a ctx has memory for, up to one that keeps any device busy.
-    fn most_operations(ctx: &ExecContext, dtype: CudaDtype) -> Result<f64, BackendError> {
-        let (base, bytes) = ctx.activations();
-        let side = (bytes / 3 / dtype.bytes()).isqrt().min(LARGEST_SIDE) / 128 * 128;
-        let random = Random::of(dtype);
-        random.fill(ctx)?;
-        let part = (side * side * dtype.bytes()) as u64;
-        let (x, output) = (base + part, base + 2 * part);
-        let operands = GemmOperands { x, weight: base, bias: base, residual: output, output, alpha: random.alpha };
-        let shape = GemmShape { rows: side, outputs: side, inputs: side, epilogue: GemmEpilogue::Bias };
-        let seconds = ctx
-            .gemms
-            .fastest(dtype, shape, operands)?
-            .ok_or_else(|| BackendError::Failed("the library has no product of large squares".into()))?;
-        Ok(2.0 * (side as f64).powi(3) / seconds)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -221,53 +175,23 @@ impl ContextPool {
     }
 }
 
-/// Numbers like activations: a device computes zeros faster, being cooler.
-struct Random {
-    block: Vec<u8>,
-    /// What undoes their scale in a product.
-    alpha: f32,
-}
-
-impl Random {
-    fn of(dtype: CudaDtype) -> Self {
-        let mut random = fastrand::Rng::with_seed(1);
-        // A prime number of them: repeated at a distance of whole rows, a matrix would look alike from every tile.
-        let values: Vec<f32> = (0..262_139).map(|_| random.f32() - 0.5).collect();
-        match dtype {
-            CudaDtype::Fp8 => Self { block: fp8::encode(&values, 16.0), alpha: 1.0 / 256.0 },
-            _ => Self { block: dtype.encode(&values), alpha: 1.0 },
-        }
-    }
-
-    /// Fills all of a ctx's memory for activations.
-    fn fill(&self, ctx: &ExecContext) -> Result<(), BackendError> {
-        let (base, bytes) = ctx.activations();
-        for offset in (0..bytes).step_by(self.block.len()) {
-            let part = &self.block[..self.block.len().min(bytes - offset)];
-            // SAFETY: within the ctx's memory; the host's block lives until the stream has been waited for.
-            unsafe { result::memcpy_htod_async(base + offset as u64, part, ctx.stream.cu_stream()) }?;
-        }
-        Ok(ctx.stream.synchronize()?)
-    }
-}
-
 impl Deref for BorrowedContext<'_> {
     type Target = ExecContext;
 
     fn deref(&self) -> &ExecContext {
-        self.ctx.as_ref().expect("given back by drop alone")
+        self.ctx.as_ref().expect("taken only by drop")
     }
 }
 
 impl DerefMut for BorrowedContext<'_> {
     fn deref_mut(&mut self) -> &mut ExecContext {
-        self.ctx.as_mut().expect("given back by drop alone")
+        self.ctx.as_mut().expect("taken only by drop")
     }
 }
 
 impl Drop for BorrowedContext<'_> {
     fn drop(&mut self) {
-        self.contexts.lock().free.extend(self.ctx.take());
-        self.contexts.returned.notify_one();
+        self.pool.lock().free.extend(self.ctx.take());
+        self.pool.returned.notify_one();
     }
 }

@@ -1,23 +1,23 @@
-//! What a device computes in, and how values are stored there.
+//! Number formats of the CUDA backend, and their encoding on the device.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 
-/// What activations are, and what gemms multiply.
+/// Number formats of activations and GEMM operands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CudaDtype {
     /// Half precision.
     F16,
     /// bfloat16.
     Bf16,
-    /// Single precision: for comparison.
+    /// Single precision, for comparison.
     F32,
-    /// Half precision, and gemms of E4M3.
+    /// f16 activations, E4M3 GEMM operands.
     Fp8,
 }
 
 impl CudaDtype {
-    /// As in `--dtype`.
+    /// The value of `--dtype`.
     pub fn name(self) -> &'static str {
         match self {
             Self::F16 => "f16",
@@ -27,17 +27,17 @@ impl CudaDtype {
         }
     }
 
-    /// Of an activation.
+    /// Bytes per activation.
     pub(super) fn bytes(self) -> usize {
         if self == Self::F32 { 4 } else { 2 }
     }
 
-    /// Of what a product multiplies.
+    /// Bytes per GEMM operand.
     pub(super) fn operand_bytes(self) -> usize {
         if self == Self::Fp8 { 1 } else { self.bytes() }
     }
 
-    /// Values as they are stored on the device, E4M3's activations included.
+    /// Encodes values in the format of activations.
     pub(super) fn encode(self, values: &[f32]) -> Vec<u8> {
         match self {
             Self::F16 | Self::Fp8 => {
@@ -54,7 +54,7 @@ impl CudaDtype {
         }
     }
 
-    /// The inverse of [`Self::encode`], but for rounding.
+    /// Decodes values in the format of activations.
     pub(super) fn decode(self, bytes: &[u8]) -> Vec<f32> {
         let half = |pair: &[u8]| u16::from_ne_bytes([pair[0], pair[1]]);
         match self {

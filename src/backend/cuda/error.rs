@@ -1,4 +1,4 @@
-//! What the driver's and the libraries' errors mean for us: try smaller, give this batch up, or end the process.
+//! Maps errors of the driver and of cuBLASLt: retry with less memory, fail the batch, or end the process.
 
 use cudarc::cublaslt::result::CublasError;
 use cudarc::cublaslt::sys::cublasStatus_t;
@@ -7,12 +7,11 @@ use cudarc::driver::sys::CUresult;
 
 use crate::backend::BackendError;
 
-/// What the driver says of the recording of a graph, from CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED to
-/// CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD.
+/// Errors of graph capture: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED to CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD.
 const CAPTURE_ERRORS: std::ops::RangeInclusive<u32> = 900..=908;
 
-/// A lack of memory passes, and a graph that cannot be recorded harms nothing. After any other error of the driver the context may
-/// be poisoned, where every later call fails with the same code: a process that stays up answers nothing but errors.
+/// Lack of memory is temporary, and a failed capture does no harm. After any other driver error the CUDA context may be corrupted, so
+/// that every later call fails with the same code; the process must then end.
 impl From<DriverError> for BackendError {
     fn from(error: DriverError) -> Self {
         match error.0 {
@@ -23,8 +22,7 @@ impl From<DriverError> for BackendError {
     }
 }
 
-/// cuBLASLt's word is never that the device is lost. Where it is, the driver says so when the batch is waited for, and its word
-/// counts (`ExecContext::run`).
+/// A cuBLASLt error never means that the device is lost: if it is, the synchronization at the end of `ExecContext::run` reports it.
 impl From<CublasError> for BackendError {
     fn from(error: CublasError) -> Self {
         match error.0 {
@@ -39,7 +37,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_device_is_lost_where_the_driver_says_so_and_only_there() {
+    fn only_fatal_driver_errors_mean_a_lost_device() {
         let kind = |error: BackendError| match error {
             BackendError::OutOfMemory(_) => "memory",
             BackendError::Failed(_) => "failed",

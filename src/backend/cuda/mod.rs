@@ -1,25 +1,29 @@
-//! NVIDIA cards from compute capability 8.0 on: gemms by cuBLASLt, all else, and on Hopper some gemms, by kernels of our own
-//! that NVRTC compiles at start.
+//! NVIDIA GPUs of compute capability 8.0 and later. GEMMs run on cuBLASLt, on Hopper some on a custom kernel; everything else runs on
+//! the kernels in `kernels/`, which NVRTC compiles at start.
 //!
-//! In reading order: `device` finds the driver and compiles `kernels.cu`; `layout` is what a batch looks like on the device; `attention`
-//! chooses between two of the kernels (`agreement`: whether they compute the same); `ctx` is what a batch in flight has to itself,
-//! of which `workspace` divides the memory; `contexts` are a device's; `gemms` are cuBLASLt's, or of `own_product` where that is faster,
-//! as `tuning_store` remembers; `dtype` is what all of these compute in, and `fp8` its numbers of fp8 bits; `failure` says what an
-//! error means. This file puts them behind [`Backend`].
+//! | in reading order | |
+//! |---|---|
+//! | `options`, `dtype`, `error` | settings, number formats, what driver errors mean |
+//! | `device`, `compile`, `cache` | opens a GPU, compiles the kernels, keeps results between starts |
+//! | `batch_layout` | a batch as it is uploaded |
+//! | `context`, `workspace`, `graphs`, `contexts` | the resources of a batch in flight, and the pool of them |
+//! | `gemm`, `attention`, `cross_check` | kernels that are chosen by measuring, after a numerical check |
+//! | `fp8`, `weights`, `launch`, `roofline` | fp8 scales, weights on the device, launch helpers, peak rates |
 //!
-//! Two contexts a device: while one batch computes, the thread of the other packs, uploads and launches the next, so the device does not
-//! wait for the host. Every buffer is of rounded sizes and counts are read from the device's own memory, so a small batch is
-//! replayed from a graph that was captured for another.
+//! A device has two execution contexts: while one batch computes, the host packs, uploads and launches the next, so the GPU does not
+//! wait for the host. Buffer sizes are rounded and kernels read row counts from device memory, so a small batch can be replayed
+//! from a CUDA graph that was captured for another batch of the same layout.
 //!
-//! Activations are of one dtype type throughout, f16 by default (three bits more than bf16, at the same speed); sums, norms and
-//! the head are f32. The kernels sum each row and each sequence in an order of its own. cuBLASLt may choose another order for
-//! another number of rows, so a score's last bits depend on its company, but in the invariant mode.
+//! Activations have one dtype, by default f16 (three more fraction bits than bf16, at the same speed); sums, norms and the head are
+//! f32. The kernels sum each row and sequence in an order that depends on nothing else. cuBLASLt may use another order for another
+//! number of rows, so the last bits of a score depend on the batch composition, except in batch-invariant mode.
 
-#![allow(unsafe_code, reason = "its address: a device's memory, and libraries in C")]
+#![allow(unsafe_code, reason = "unsafe is confined to this module: device memory and C libraries")]
 
 mod attention;
 mod batch_layout;
 mod cache;
+mod compile;
 mod context;
 mod contexts;
 mod cross_check;
@@ -28,7 +32,11 @@ mod dtype;
 mod error;
 mod fp8;
 mod gemm;
+mod graphs;
+mod launch;
 mod options;
+mod roofline;
+mod weights;
 mod workspace;
 
 use std::ops::Range;
@@ -37,36 +45,29 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use cudarc::driver::sys::CUevent_flags;
-use cudarc::driver::{
-    CudaEvent, CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg,
-};
+use cudarc::driver::{CudaEvent, CudaStream, PushKernelArg};
 
 use self::attention::Attention;
 use self::cache::Cache;
 pub use self::context::{Buffer, ExecContext};
-use self::context::{Rows, Staged, StorageFormat};
+use self::context::{Rows, StagedBatch, StorageFormat};
 use self::contexts::ContextPool;
 use self::device::Device;
 pub use self::device::find_device;
 pub use self::dtype::CudaDtype;
 use self::fp8::{LayerGain, ValueBound};
-use self::gemm::cublaslt::{GemmEpilogue, GemmOperands, GemmShape};
+use self::gemm::{GemmEpilogue, GemmOperands, GemmShape};
+use self::launch::{GELU_ERF, GELU_TANH, IDENTITY, RELU, ROW_THREADS, device_address, launch, push};
 pub use self::options::{CudaOptions, GemmChoice};
+use self::weights::{DeviceTensor, Fp8Weight, GemmInput};
+pub use self::weights::{Embeddings, Linear, Norm};
 use super::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
     NormWeights, Roofline, Timed,
 };
 use crate::batch::Batch;
 
-/// Threads of a block of the kernels that take a row a warp.
-const ROW_THREADS: u32 = 256;
-/// Functions by their numbers in `kernels.cu`.
-const GELU_ERF: u32 = 0;
-const GELU_TANH: u32 = 1;
-const RELU: u32 = 2;
-const IDENTITY: u32 = 3;
-
-/// A device with a model's weights on it.
+/// A GPU, prepared for models of one shape.
 #[derive(Debug)]
 pub struct CudaBackend {
     device: Arc<Device>,
@@ -77,71 +78,15 @@ pub struct CudaBackend {
     contexts: ContextPool,
 }
 
-/// Weights on the device: bytes, and where they are.
-#[derive(Debug)]
-struct Weights {
-    at: u64,
-    _bytes: CudaSlice<u8>,
-}
-
-/// Embedding tables on the device, of the dtype.
-#[derive(Debug)]
-pub struct Embeddings {
-    words: Weights,
-    positions: Weights,
-    types: Weights,
-    norm: Norm,
-}
-
-/// A linear layer on the device: of the dtype in an encoder layer, f32 in the head.
-#[derive(Debug)]
-pub struct Linear {
-    weight: Weights,
-    bias: Weights,
-    outputs: usize,
-    inputs: usize,
-    role: LayerRole,
-    fp8: Option<Fp8Weight>,
-}
-
-/// What is to know of a weight that is stored as E4M3.
-#[derive(Debug)]
-struct Fp8Weight {
-    scale: f32,
-    gain: LayerGain,
-}
-
-/// What a product multiplies, and what with, that it be undone.
-struct Operand {
-    at: u64,
-    alpha: f32,
-    /// Keeps what was made for this product alone until it is launched.
-    _made: Option<Buffer>,
-}
-
-/// A layer norm on the device, f32.
-#[derive(Debug)]
-pub struct Norm {
-    weight: Weights,
-    bias: Weights,
-    eps: f32,
-    bound: ValueBound,
-}
-
-/// The device address of a slice whose uses are ordered by whoever asks.
-fn address<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> u64 {
-    slice.device_ptr(stream).0
-}
-
 impl CudaBackend {
-    /// Device `ordinal` for models of this shape.
+    /// Opens GPU `ordinal` for models of this shape.
     ///
     /// # Errors
-    /// No driver, no such device or one that is too old, libraries that are not there.
+    /// No driver or device, a device that is too old, missing libraries, or an unsupported head size.
     pub fn open(ordinal: usize, shape: AttentionShape, options: CudaOptions) -> Result<Self> {
         anyhow::ensure!(
             matches!(shape.head_size, 32 | 64) && (shape.heads * shape.head_size).is_multiple_of(8),
-            "attention heads of {} values are not supported on CUDA (32 and 64 are); use --device cpu",
+            "a head size of {} is not supported on CUDA (supported: 32 and 64); use --device cpu",
             shape.head_size
         );
         let device = Arc::new(Device::open(ordinal, options.dtype, shape, Cache::new(options.cache.clone()))?);
@@ -151,83 +96,60 @@ impl CudaBackend {
         Ok(Self { device, attention, options, shape, upload, contexts })
     }
 
-    fn upload(&self, bytes: &[u8]) -> Result<Weights, BackendError> {
+    fn upload(&self, bytes: &[u8]) -> Result<DeviceTensor, BackendError> {
         let bytes = self.upload.clone_htod(bytes)?;
-        // ContextPool read on streams of their own.
+        // The execution contexts read it on other streams.
         self.upload.synchronize()?;
-        Ok(Weights { at: address(&bytes, &self.upload), _bytes: bytes })
+        Ok(DeviceTensor { at: device_address(&bytes, &self.upload), _bytes: bytes })
     }
 
-    fn upload_elements(&self, tensor: &HostTensor) -> Result<Weights, BackendError> {
+    /// Uploads a tensor in the dtype of activations.
+    fn upload_native(&self, tensor: &HostTensor) -> Result<DeviceTensor, BackendError> {
         self.upload(&self.options.dtype.encode(&tensor.data))
     }
 
-    fn upload_exact(&self, tensor: &HostTensor) -> Result<Weights, BackendError> {
+    fn upload_f32(&self, tensor: &HostTensor) -> Result<DeviceTensor, BackendError> {
         self.upload(bytemuck::cast_slice(&tensor.data))
     }
 
     fn compute(&self, batch: &Batch, replay: bool, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         let longest = batch.ranges().map(|rows| rows.len()).max().unwrap_or(0);
         let run = || {
-            let mut ctx = self.contexts.take(longest)?;
+            let mut ctx = self.contexts.acquire(longest)?;
             let mut logits = Vec::with_capacity(batch.sequences());
             for part in batch_layout::split(batch, ctx.capacity()) {
                 let sequences: Vec<usize> = part.collect();
-                let piece = batch.select(&sequences);
-                logits.extend(ctx.run(&piece, replay, |ctx| graph(ctx, &piece))?);
+                let partition = batch.select(&sequences);
+                logits.extend(ctx.run(&partition, replay, |ctx| graph(ctx, &partition))?);
             }
             self.contexts.tune_once(&mut ctx)?;
             Ok(logits)
         };
-        // Nobody knows what a panic has left on the ctx's stream.
+        // After a panic the state of the context's stream is unknown.
         catch_unwind(AssertUnwindSafe(run))
             .unwrap_or_else(|_| Err(BackendError::DeviceLost("a panic while a batch was launched".into())))
     }
 
-    /// Launches `function` on the ctx's stream.
-    ///
-    /// # Safety
-    /// `arguments` pushes what the kernel's signature asks for, in its order, addresses of buffers as large as its contract says.
-    unsafe fn launch<'a>(
-        ctx: &'a ExecContext,
-        function: &'a CudaFunction,
-        grid: (usize, usize),
-        block: u32,
-        shared_mem_bytes: usize,
-        arguments: impl FnOnce(&mut LaunchArgs<'a>),
-    ) -> Result<(), BackendError> {
-        let mut launch = ctx.stream.launch_builder(function);
-        arguments(&mut launch);
-        let config = LaunchConfig {
-            grid_dim: (grid.0 as u32, grid.1 as u32, 1),
-            block_dim: (block, 1, 1),
-            shared_mem_bytes: shared_mem_bytes as u32,
-        };
-        // SAFETY: the caller's.
-        unsafe { launch.launch(config) }?;
-        Ok(())
-    }
-
-    /// Blocks for a kernel that takes a row a warp and strides over the rows: no more than the device runs at once.
+    /// Grid of a kernel that processes one row per warp and strides over the rows; at most the blocks that fit on the device.
     fn row_grid(&self, rows: usize) -> (usize, usize) {
         let warps = ROW_THREADS as usize / 32;
         (rows.div_ceil(warps).min(8 * self.device.multiprocessors as usize), 1)
     }
 
-    /// A product's operand: what `function` makes of the values, in E4M3.
-    fn quantise(&self, ctx: &ExecContext, x: &Buffer, function: u32) -> Result<Buffer, BackendError> {
-        let (Some(bound), Some(kernel)) = (x.bound, &self.device.kernels.quantise) else {
-            return Err(unsupported("a product of values without a bound"));
+    /// Applies an element function and quantizes to E4M3, for the next GEMM.
+    fn quantize(&self, ctx: &ExecContext, x: &Buffer, function: u32) -> Result<Buffer, BackendError> {
+        let (Some(bound), Some(kernel)) = (x.bound, &self.device.kernels.quantize) else {
+            return Err(unsupported("an fp8 GEMM of activations without a bound"));
         };
         let scale = bound.scale();
         let mut out = ctx.buffer(x.rows, x.columns, self.options.dtype, StorageFormat::E4m3 { scale })?;
         out.bound = x.bound;
         let staged = ctx.staged();
-        let (count, columns, from) = (staged.count(x.rows), x.columns as u32, x.elements()?);
+        let (count, columns, from) = (staged.count(x.rows), x.columns as u32, x.native_address()?);
         let grid = (staged.rows(x.rows) * x.columns / 8).div_ceil(256).min(16 * self.device.multiprocessors as usize);
-        // SAFETY: quantise(rows, columns, function, x, out, scale).
+        // SAFETY: quantize(rows, columns, function, x, out, scale).
         unsafe {
-            Self::launch(ctx, kernel, (grid, 1), 256, 0, |arguments| {
+            launch(&ctx.stream, kernel, (grid, 1), 256, |arguments| {
                 push(arguments, [&count]);
                 arguments.arg(&columns).arg(&function);
                 push(arguments, [&from, &out.at]);
@@ -237,40 +159,40 @@ impl CudaBackend {
         Ok(out)
     }
 
-    /// `x` as this layer multiplies it.
-    fn operand(&self, ctx: &ExecContext, weights: &Linear, x: &Buffer) -> Result<Operand, BackendError> {
+    /// The layer's GEMM input: `x` itself, or for fp8 its quantized form.
+    fn gemm_input(&self, ctx: &ExecContext, weights: &Linear, x: &Buffer) -> Result<GemmInput, BackendError> {
         let Some(fp8) = &weights.fp8 else {
-            return Ok(Operand { at: x.elements()?, alpha: 1.0, _made: None });
+            return Ok(GemmInput { at: x.native_address()?, alpha: 1.0, _quantized: None });
         };
-        let made = match (x.format, &x.operand) {
+        let quantized = match (x.format, &x.operand) {
             (StorageFormat::E4m3 { .. }, _) | (_, Some(_)) => None,
-            // Attention's context, and first rows. Attention could store its own.
-            _ => Some(self.quantise(ctx, x, IDENTITY)?),
+            // Outputs of attention and of gather_cls; their kernels store no operand.
+            _ => Some(self.quantize(ctx, x, IDENTITY)?),
         };
-        let operand = made.as_ref().or(x.operand.as_deref()).unwrap_or(x);
-        let StorageFormat::E4m3 { scale } = operand.format else { return Err(unsupported("this operand")) };
-        Ok(Operand { at: operand.at, alpha: 1.0 / (scale * fp8.scale), _made: made })
+        let operand = quantized.as_ref().or(x.operand.as_deref()).unwrap_or(x);
+        let StorageFormat::E4m3 { scale } = operand.format else { return Err(unsupported("this GEMM operand")) };
+        Ok(GemmInput { at: operand.at, alpha: 1.0 / (scale * fp8.scale), _quantized: quantized })
     }
 
-    /// Room for what a norm makes of rows, beside the rows themselves: the next product's operand, where that is of E4M3.
-    fn room_for_operand(&self, ctx: &ExecContext, rows: Rows, norm: &Norm) -> Result<Option<Buffer>, BackendError> {
+    /// A buffer for a norm's output as operand of the next GEMM; only with fp8.
+    fn operand_buffer(&self, ctx: &ExecContext, rows: Rows, norm: &Norm) -> Result<Option<Buffer>, BackendError> {
         if self.options.dtype != CudaDtype::Fp8 {
             return Ok(None);
         }
         let c = self.shape.heads * self.shape.head_size;
-        let mut room = ctx.buffer(rows, c, CudaDtype::Fp8, StorageFormat::E4m3 { scale: norm.bound.scale() })?;
-        room.bound = Some(norm.bound);
-        Ok(Some(room))
+        let mut operand = ctx.buffer(rows, c, CudaDtype::Fp8, StorageFormat::E4m3 { scale: norm.bound.scale() })?;
+        operand.bound = Some(norm.bound);
+        Ok(Some(operand))
     }
 
-    /// Applies a function to a buffer in place, by its number in `kernels.cu`.
+    /// Applies an element function in place.
     fn activate(&self, ctx: &ExecContext, x: &Buffer, function: u32) -> Result<(), BackendError> {
         let staged = ctx.staged();
         let (count, columns) = (staged.count(x.rows), x.columns as u32);
         let grid = (staged.rows(x.rows) * x.columns / 8).div_ceil(256).min(16 * self.device.multiprocessors as usize);
         // SAFETY: activate(rows, columns, function, x).
         unsafe {
-            Self::launch(ctx, &self.device.kernels.activate, (grid, 1), 256, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.activate, (grid, 1), 256, |arguments| {
                 push(arguments, [&count]);
                 arguments.arg(&columns).arg(&function);
                 push(arguments, [&x.at]);
@@ -278,7 +200,7 @@ impl CudaBackend {
         }
     }
 
-    /// The head's layers, in f32: `tanh` over C outputs, then one output.
+    /// A layer of the classification head, in f32: C outputs with tanh, or one output.
     fn head(&self, ctx: &ExecContext, weights: &Linear, x: &Buffer, tanh: bool) -> Result<Buffer, BackendError> {
         let c = self.shape.heads * self.shape.head_size;
         let kernels = &self.device.kernels;
@@ -293,18 +215,11 @@ impl CudaBackend {
         let grid = (staged.rows(x.rows) * outputs).div_ceil(8).min(16 * self.device.multiprocessors as usize);
         // SAFETY: head_dense and head_out(rows, x, weight, bias, out).
         unsafe {
-            Self::launch(ctx, kernel, (grid, 1), ROW_THREADS, 0, |arguments| {
+            launch(&ctx.stream, kernel, (grid, 1), ROW_THREADS, |arguments| {
                 push(arguments, [&count, &x.at, &weights.weight.at, &weights.bias.at, &out.at]);
             })
         }?;
         Ok(out)
-    }
-}
-
-/// Pushes addresses, in order.
-fn push<'a, const N: usize>(arguments: &mut LaunchArgs<'a>, addresses: [&'a u64; N]) {
-    for address in addresses {
-        arguments.arg(address);
     }
 }
 
@@ -328,14 +243,14 @@ impl Backend for CudaBackend {
     }
 
     fn max_concurrent_batches(&self) -> usize {
-        contexts::IN_FLIGHT
+        contexts::MAX_IN_FLIGHT
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
         Ok(Embeddings {
-            words: self.upload_elements(&tables.words)?,
-            positions: self.upload_elements(&tables.positions)?,
-            types: self.upload_elements(&tables.types)?,
+            words: self.upload_native(&tables.words)?,
+            positions: self.upload_native(&tables.positions)?,
+            types: self.upload_native(&tables.types)?,
             norm: self.norm(tables.norm)?,
         })
     }
@@ -344,29 +259,31 @@ impl Backend for CudaBackend {
         let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
         let multiple = if self.options.dtype == CudaDtype::Fp8 { 16 } else { 8 };
         if role == LayerRole::Encoder && (outputs % multiple != 0 || inputs % multiple != 0) {
-            return Err(unsupported(&format!("a layer of {inputs} to {outputs} values, no multiples of {multiple},")));
+            return Err(unsupported(&format!(
+                "a linear layer of {inputs} inputs and {outputs} outputs (not multiples of {multiple})"
+            )));
         }
         let mut fp8 = None;
         let (weight, bias) = match role {
             LayerRole::Encoder if self.options.dtype == CudaDtype::Fp8 => {
-                self.contexts.expect(outputs);
+                self.contexts.register_layer(outputs);
                 let scale = fp8::weight_scale(&weight.data);
                 fp8 = Some(Fp8Weight { scale, gain: LayerGain::of(&weight.data, &bias.data, inputs) });
-                (self.upload(&fp8::encode(&weight.data, scale))?, self.upload_elements(&bias)?)
+                (self.upload(&fp8::encode(&weight.data, scale))?, self.upload_native(&bias)?)
             }
             LayerRole::Encoder => {
-                self.contexts.expect(outputs);
-                (self.upload_elements(&weight)?, self.upload_elements(&bias)?)
+                self.contexts.register_layer(outputs);
+                (self.upload_native(&weight)?, self.upload_native(&bias)?)
             }
-            LayerRole::Head => (self.upload_exact(&weight)?, self.upload_exact(&bias)?),
+            LayerRole::Head => (self.upload_f32(&weight)?, self.upload_f32(&bias)?),
         };
         Ok(Linear { weight, bias, outputs, inputs, role, fp8 })
     }
 
     fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
         Ok(Norm {
-            weight: self.upload_exact(&weights.weight)?,
-            bias: self.upload_exact(&weights.bias)?,
+            weight: self.upload_f32(&weights.weight)?,
+            bias: self.upload_f32(&weights.bias)?,
             eps: weights.eps as f32,
             bound: ValueBound::of_norm(&weights.weight.data, &weights.bias.data),
         })
@@ -386,15 +303,15 @@ impl Backend for CudaBackend {
         let staged = ctx.staged();
         let layout = staged.layout;
         let [counts, ids, types, positions] =
-            [layout.counts(), layout.ids(), layout.types(), layout.positions()].map(|place| staged.address(place));
+            [layout.counts(), layout.ids(), layout.types(), layout.positions()].map(|index| staged.address(index));
         let Embeddings { words, positions: table, types: type_table, norm } = weights;
-        let operand = self.room_for_operand(ctx, Rows::Tokens, norm)?;
+        let operand = self.operand_buffer(ctx, Rows::Tokens, norm)?;
         let (operand_at, scale) = (operand.as_ref().map_or(0, |operand| operand.at), norm.bound.scale());
         // SAFETY: embed_norm(counts, ids, types, positions, words, position_table, type_table, weight, bias, eps, out, operand,
-        // scale). The operand is written where gemms are of E4M3, and then there is one.
+        // scale). The kernel writes the operand only with fp8, and then there is one.
         unsafe {
             let grid = self.row_grid(layout.token_rows);
-            Self::launch(ctx, &self.device.kernels.embed_norm, grid, ROW_THREADS, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.embed_norm, grid, ROW_THREADS, |arguments| {
                 push(arguments, [&counts, &ids, &types, &positions, &words.at, &table.at, &type_table.at]);
                 push(arguments, [&norm.weight.at, &norm.bias.at]);
                 arguments.arg(&norm.eps);
@@ -427,12 +344,12 @@ impl Backend for CudaBackend {
         let (epilogue, residual, function) = match epilogue {
             Epilogue::Bias => (GemmEpilogue::Bias, None, None),
             Epilogue::Residual(residual) => (GemmEpilogue::BiasResidual, Some(residual), None),
-            // cuBLASLt's GELU is the tanh format: where the product is its, the one by erf is a kernel of its own.
+            // cuBLASLt has only tanh GELU: after cuBLASLt, erf GELU runs as a separate kernel.
             Epilogue::Activation(Activation::Gelu) if weights.fp8.is_none() => {
                 (GemmEpilogue::BiasGelu, None, Some(GELU_ERF))
             }
             Epilogue::Activation(Activation::Gelu) => (GemmEpilogue::Bias, None, Some(GELU_ERF)),
-            // The kernel that makes the next product's operand applies these along.
+            // In fp8, the kernel that quantizes the next GEMM's operand also applies the activation.
             Epilogue::Activation(Activation::GeluTanh) if weights.fp8.is_some() => {
                 (GemmEpilogue::Bias, None, Some(GELU_TANH))
             }
@@ -441,41 +358,41 @@ impl Backend for CudaBackend {
             Epilogue::Activation(Activation::Relu) => (GemmEpilogue::BiasRelu, None, None),
             Epilogue::Activation(Activation::Tanh) => return Err(unsupported("tanh in an encoder layer")),
         };
-        let operand = self.operand(ctx, weights, x)?;
+        let operand = self.gemm_input(ctx, weights, x)?;
         let rows = ctx.staged().rows(x.rows);
         let shape = GemmShape { rows, outputs: outputs.len(), inputs: weights.inputs, epilogue };
         let operands = GemmOperands {
             x: operand.at,
             weight: weights.weight.at + (outputs.start * weights.inputs * dtype.operand_bytes()) as u64,
             bias: weights.bias.at + (outputs.start * dtype.bytes()) as u64,
-            residual: residual.map_or(Ok(output.at), Buffer::elements)?,
+            residual: residual.map_or(Ok(output.at), Buffer::native_address)?,
             output: output.at,
             alpha: operand.alpha,
         };
         let gelu_applied = ctx.gemms.launch(shape, operands)?;
         if let (Some(fp8), Some(bound)) = (&weights.fp8, x.bound) {
-            let product = fp8.gain.from(bound, outputs.len());
+            let gemm_bound = fp8.gain.from(bound, outputs.len());
             output.bound = match residual {
-                None => Some(product),
-                Some(residual) => residual.bound.map(|bound| product.plus(bound)),
+                None => Some(gemm_bound),
+                Some(residual) => residual.bound.map(|bound| gemm_bound.plus(bound)),
             };
         }
         match function.filter(|_| !gelu_applied) {
             None => Ok(output),
-            Some(function) if weights.fp8.is_some() => self.quantise(ctx, &output, function),
+            Some(function) if weights.fp8.is_some() => self.quantize(ctx, &output, function),
             Some(function) => self.activate(ctx, &output, function).map(|()| output),
         }
     }
 
     fn layer_norm(&self, ctx: &ExecContext, weights: &Norm, mut x: Buffer) -> Result<Buffer, BackendError> {
         let staged = ctx.staged();
-        let (count, at) = (staged.count(x.rows), x.elements()?);
-        let operand = self.room_for_operand(ctx, x.rows, weights)?;
+        let (count, at) = (staged.count(x.rows), x.native_address()?);
+        let operand = self.operand_buffer(ctx, x.rows, weights)?;
         let (operand_at, scale) = (operand.as_ref().map_or(0, |operand| operand.at), weights.bound.scale());
         // SAFETY: layer_norm(rows, x, weight, bias, eps, out, operand, scale), in place; the operand as in `embed`.
         unsafe {
             let grid = self.row_grid(staged.rows(x.rows));
-            Self::launch(ctx, &self.device.kernels.layer_norm, grid, ROW_THREADS, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.layer_norm, grid, ROW_THREADS, |arguments| {
                 push(arguments, [&count, &at, &weights.weight.at, &weights.bias.at]);
                 arguments.arg(&weights.eps);
                 push(arguments, [&at, &operand_at]);
@@ -496,12 +413,12 @@ impl Backend for CudaBackend {
     ) -> Result<Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
         let mut out = ctx.buffer(Rows::Tokens, c, self.options.dtype, StorageFormat::Native)?;
-        // Weighted means of values.
-        out.bound = qkv.bound.map(|bound| bound.narrowed(c));
-        let from = qkv.elements()?;
+        // Attention computes weighted means of values.
+        out.bound = qkv.bound.map(|bound| bound.with_columns(c));
+        let from = qkv.native_address()?;
         let staged = ctx.staged();
         let (layout, upload) = (staged.layout, staged.address(0));
-        // SAFETY: the staged batch, and buffers of its rows.
+        // SAFETY: `upload` is the staged batch; both buffers have its rows.
         unsafe { self.attention.launch(&ctx.stream, layout, upload, shape, shape.heads, (from, out.at)) }?;
         Ok(out)
     }
@@ -516,16 +433,16 @@ impl Backend for CudaBackend {
     ) -> Result<Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
         let mut out = ctx.buffer(Rows::Sequences, c, self.options.dtype, StorageFormat::Native)?;
-        out.bound = kv.bound.map(|bound| bound.narrowed(c));
-        let (q, kv) = (q.elements()?, kv.elements()?);
+        out.bound = kv.bound.map(|bound| bound.with_columns(c));
+        let (q, kv) = (q.native_address()?, kv.native_address()?);
         let staged = ctx.staged();
         let layout = staged.layout;
-        let [counts, offsets] = [layout.counts(), layout.offsets()].map(|place| staged.address(place));
+        let [counts, offsets] = [layout.counts(), layout.offsets()].map(|index| staged.address(index));
         let scale = (shape.head_size as f32).sqrt().recip();
         // SAFETY: cls_attention(counts, offsets, q, kv, out, scale).
         unsafe {
             let grid = (layout.sequence_rows, shape.heads);
-            Self::launch(ctx, &self.device.kernels.cls_attention, grid, 128, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.cls_attention, grid, 128, |arguments| {
                 push(arguments, [&counts, &offsets, &q, &kv, &out.at]);
                 arguments.arg(&scale);
             })
@@ -536,15 +453,15 @@ impl Backend for CudaBackend {
     fn gather_cls(&self, ctx: &ExecContext, x: &Buffer, _: &Batch) -> Result<Buffer, BackendError> {
         let mut out = ctx.buffer(Rows::Sequences, x.columns, self.options.dtype, StorageFormat::Native)?;
         out.bound = x.bound;
-        let from = x.elements()?;
+        let from = x.native_address()?;
         let staged = ctx.staged();
         let layout = staged.layout;
-        let [counts, offsets] = [layout.counts(), layout.offsets()].map(|place| staged.address(place));
-        let pieces = layout.sequence_rows * x.columns * self.options.dtype.bytes() / 16;
+        let [counts, offsets] = [layout.counts(), layout.offsets()].map(|index| staged.address(index));
+        let chunks = layout.sequence_rows * x.columns * self.options.dtype.bytes() / 16;
         // SAFETY: gather_cls(counts, offsets, x, out).
         unsafe {
-            let grid = (pieces.div_ceil(256).min(8 * self.device.multiprocessors as usize), 1);
-            Self::launch(ctx, &self.device.kernels.gather_cls, grid, 256, 0, |arguments| {
+            let grid = (chunks.div_ceil(256).min(8 * self.device.multiprocessors as usize), 1);
+            launch(&ctx.stream, &self.device.kernels.gather_cls, grid, 256, |arguments| {
                 push(arguments, [&counts, &offsets, &from, &out.at]);
             })
         }?;
@@ -553,23 +470,23 @@ impl Backend for CudaBackend {
 
     fn download(&self, ctx: &ExecContext, x: &Buffer) -> Result<Vec<f32>, BackendError> {
         let staged = ctx.staged();
-        let length = true_rows(&staged, x) * x.columns;
+        let length = row_count(&staged, x) * x.columns;
         if x.format == StorageFormat::F32 {
             return ctx.download(x.at, length);
         }
-        let from = x.elements()?;
-        let wide = ctx.buffer(x.rows, x.columns, self.options.dtype, StorageFormat::F32)?;
+        let from = x.native_address()?;
+        let converted = ctx.buffer(x.rows, x.columns, self.options.dtype, StorageFormat::F32)?;
         let (count, columns) = (staged.count(x.rows), x.columns as u32);
         // SAFETY: to_f32(rows, columns, x, out).
         unsafe {
             let grid = ((staged.rows(x.rows) * x.columns).div_ceil(256).min(1024), 1);
-            Self::launch(ctx, &self.device.kernels.to_f32, grid, 256, 0, |arguments| {
+            launch(&ctx.stream, &self.device.kernels.to_f32, grid, 256, |arguments| {
                 push(arguments, [&count]);
                 arguments.arg(&columns);
-                push(arguments, [&from, &wide.at]);
+                push(arguments, [&from, &converted.at]);
             })
         }?;
-        ctx.download(wide.at, length)
+        ctx.download(converted.at, length)
     }
 }
 
@@ -585,12 +502,12 @@ impl Timed for CudaBackend {
     }
 
     fn roofline(&self) -> Result<Option<Roofline>, BackendError> {
-        let mut ctx = self.contexts.take(1)?;
-        self.contexts.roofline(&mut ctx).map(Some)
+        let ctx = self.contexts.acquire(1)?;
+        roofline::measure(&ctx, self.options.dtype).map(Some)
     }
 }
 
-fn true_rows(staged: &Staged, x: &Buffer) -> usize {
+fn row_count(staged: &StagedBatch, x: &Buffer) -> usize {
     match x.rows {
         Rows::Tokens => staged.tokens,
         Rows::Sequences => staged.sequences,

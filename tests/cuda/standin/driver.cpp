@@ -1438,7 +1438,7 @@ EXPORT Result cuFuncSetAttribute(void* handle, int attribute, int value) {
     return SUCCESS;
 }
 
-// The words of a map are those that the emulator's copy_box_async takes.
+// The words of a map are those that the emulator's tma_load_2d takes.
 EXPORT Result cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* sizes,
                                      const uint64_t* strides, const unsigned* box_sizes, const unsigned* steps, int interleave,
                                      int swizzle, int, int) {

@@ -1,4 +1,4 @@
-//! What was found fastest for each shape of product: shared by the contexts of a device, and kept from one start to the next.
+//! The fastest kernel per GEMM shape, as measured by autotuning.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -7,53 +7,52 @@ use std::sync::{Mutex, PoisonError};
 use cudarc::cublaslt::sys;
 use serde::{Deserialize, Serialize};
 
-use super::cublaslt::GemmShape;
-use crate::backend::cuda::CudaDtype;
+use super::GemmShape;
 use crate::backend::cuda::cache::Cache;
 use crate::backend::cuda::device::Device;
+use crate::backend::cuda::dtype::CudaDtype;
 use crate::backend::cuda::options::GemmChoice;
 
-/// Row counts that gemms are tuned for. One in between takes the algorithm of the next larger.
+/// Row counts that GEMMs are tuned for. Other row counts use the result of the next larger one.
 pub(in crate::backend::cuda) const TUNED_ROWS: [usize; 10] =
     [64, 128, 256, 512, 1024, 2048, 4096, 8448, 16_896, 33_792];
 
-/// Algorithms that were found fastest, shared by the contexts of a device and kept from one start to the next.
+/// Tuning results, shared by the execution contexts of a device and kept in the cache between starts.
 #[derive(Debug)]
 pub(in crate::backend::cuda) struct TuningStore {
     cache: Cache,
     file: String,
-    /// Our own kernel disagreed with the library: what was found is not kept, so that the next start tries again, and tells again.
-    disagreed: AtomicBool,
-    found: Mutex<BTreeMap<String, TunedGemm>>,
+    /// The custom kernel failed the cross-check. Results are then not saved, so that the next start checks, and logs, again.
+    check_failed: AtomicBool,
+    results: Mutex<BTreeMap<String, TunedGemm>>,
 }
 
-/// What was found for a shape.
+/// The tuning result of one shape.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(in crate::backend::cuda) struct TunedGemm {
-    /// cuBLASLt's own 64 bytes, which its documentation allows to be kept for the same version of the library.
+    /// cuBLASLt's opaque 64-byte algorithm, valid for the same library version.
     pub(in crate::backend::cuda) algorithm: [u64; 8],
-    /// Our own kernel is faster.
-    pub(in crate::backend::cuda) ours: bool,
+    /// The custom kernel is used.
+    pub(in crate::backend::cuda) custom: bool,
 }
 
-/// The row count whose algorithm gemms of `rows` rows take.
+/// The row count whose result GEMMs of `rows` rows use.
 fn tuned_rows(rows: usize) -> usize {
     TUNED_ROWS.into_iter().find(|&tuned| tuned >= rows).unwrap_or(rows)
 }
 
 impl TuningStore {
-    /// What earlier starts found for this device, library and dtype.
+    /// Opens the results of earlier starts for this GPU model, cuBLASLt version, dtype, kernel sources and choice.
     pub(in crate::backend::cuda) fn open(device: &Device, dtype: CudaDtype, choice: GemmChoice) -> Self {
-        // SAFETY: takes and gives a number.
+        // SAFETY: takes nothing and returns a number.
         let version = unsafe { sys::cublasLtGetVersion() };
-        let name: String = device.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-        // Another text of the kernels may be faster or slower.
+        let name = device.file_name();
         let (kernels, dtype) = (&device.kernels_key[..16], dtype.name());
         let file = format!("gemms-{name}-{version}-{dtype}-{kernels}-{}.json", choice.name());
-        let kept = device.cache.read(&file);
-        // A file that cannot be read is one that is not there: what it held is found again.
-        let found = kept.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
-        Self { cache: device.cache.clone(), file, found: Mutex::new(found), disagreed: AtomicBool::new(false) }
+        let saved = device.cache.read(&file);
+        // An unreadable file counts as missing: its results are measured again.
+        let results = saved.and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();
+        Self { cache: device.cache.clone(), file, results: Mutex::new(results), check_failed: AtomicBool::new(false) }
     }
 
     fn key(shape: GemmShape) -> String {
@@ -62,25 +61,25 @@ impl TuningStore {
     }
 
     pub(in crate::backend::cuda) fn get(&self, shape: GemmShape) -> Option<TunedGemm> {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).get(&Self::key(shape)).copied()
+        self.results.lock().unwrap_or_else(PoisonError::into_inner).get(&Self::key(shape)).copied()
     }
 
-    pub(in crate::backend::cuda) fn put(&self, shape: GemmShape, choice: TunedGemm) {
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::key(shape), choice);
+    pub(in crate::backend::cuda) fn put(&self, shape: GemmShape, result: TunedGemm) {
+        self.results.lock().unwrap_or_else(PoisonError::into_inner).insert(Self::key(shape), result);
     }
 
-    /// Has this start keep nothing.
-    pub(in crate::backend::cuda) fn do_not_keep(&self) {
-        self.disagreed.store(true, Relaxed);
+    /// Disables saving for this start.
+    pub(in crate::backend::cuda) fn do_not_save(&self) {
+        self.check_failed.store(true, Relaxed);
     }
 
-    /// Keeps what was found for the next start.
-    pub(in crate::backend::cuda) fn keep(&self) {
-        if self.disagreed.load(Relaxed) {
+    /// Writes the results to the cache, unless disabled.
+    pub(in crate::backend::cuda) fn save(&self) {
+        if self.check_failed.load(Relaxed) {
             return;
         }
-        let found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Ok(json) = serde_json::to_vec_pretty(&*found) {
+        let results = self.results.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Ok(json) = serde_json::to_vec_pretty(&*results) {
             self.cache.write(&self.file, &json);
         }
     }
@@ -88,12 +87,12 @@ impl TuningStore {
 
 #[cfg(test)]
 mod tests {
-    use super::super::cublaslt::GemmEpilogue;
+    use super::super::GemmEpilogue;
     use super::*;
 
     fn store(cache: Cache) -> TuningStore {
-        let (file, found) = ("gemms.json".to_owned(), Mutex::default());
-        TuningStore { cache, file, found, disagreed: AtomicBool::new(false) }
+        let (file, results) = ("gemms.json".to_owned(), Mutex::default());
+        TuningStore { cache, file, results, check_failed: AtomicBool::new(false) }
     }
 
     fn shape(rows: usize) -> GemmShape {
@@ -103,9 +102,9 @@ mod tests {
     #[test]
     fn a_tuned_row_count_serves_smaller_ones() {
         let store = store(Cache::new(None));
-        let choice = TunedGemm { algorithm: [7; 8], ours: true };
-        store.put(shape(512), choice);
-        assert_eq!(store.get(shape(320)), Some(choice));
+        let result = TunedGemm { algorithm: [7; 8], custom: true };
+        store.put(shape(512), result);
+        assert_eq!(store.get(shape(320)), Some(result));
         assert!(store.get(shape(256)).is_none() && store.get(shape(576)).is_none());
     }
 
@@ -114,9 +113,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::new(Some(folder.path().to_owned()));
         let store = store(cache.clone());
-        store.put(shape(64), TunedGemm { algorithm: [u64::MAX, 1, 2, 3, 4, 5, 6, 7], ours: false });
-        store.keep();
-        let kept: BTreeMap<String, TunedGemm> = serde_json::from_slice(&cache.read("gemms.json").unwrap()).unwrap();
-        assert_eq!(kept, *store.found.lock().unwrap());
+        store.put(shape(64), TunedGemm { algorithm: [u64::MAX, 1, 2, 3, 4, 5, 6, 7], custom: false });
+        store.save();
+        let saved: BTreeMap<String, TunedGemm> = serde_json::from_slice(&cache.read("gemms.json").unwrap()).unwrap();
+        assert_eq!(saved, *store.results.lock().unwrap());
     }
 }
