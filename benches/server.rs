@@ -7,9 +7,9 @@
 #![allow(missing_docs, reason = "criterion writes the functions")]
 #![allow(clippy::print_stderr, reason = "the ratio is part of the report")]
 
-#[path = "../tests/common/random.rs"]
+#[path = "../tests/it/support/random.rs"]
 mod random;
-#[path = "../tests/common/stub.rs"]
+#[path = "../tests/it/support/stub.rs"]
 mod stub;
 
 use std::path::Path;

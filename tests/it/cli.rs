@@ -1,24 +1,17 @@
 //! The real binary: its commands, its exit codes, and a server on a real socket with its signals.
 
-#[path = "common/mod.rs"]
-mod common;
-
-#[path = "common/random.rs"]
-mod random;
-
-#[path = "common/server.rs"]
-mod server;
-
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
-use server::{Server, rerankd};
+
+use crate::support::server::{Server, rerankd};
+use crate::support::{self, random};
 
 fn model() -> String {
-    common::fixture("xlmr").display().to_string()
+    support::fixture("xlmr").display().to_string()
 }
 
 fn run(arguments: &[&str], input: &str) -> Output {
@@ -240,7 +233,7 @@ fn the_largest_model_starts_and_answers() {
         eprintln!("SKIPPED {test}: set RERANKD_SLOW_TESTS=1 to run it; it writes 1.1 GB");
         return;
     }
-    let Some(real) = common::real(test, "bge-reranker-v2-m3") else { return };
+    let Some(real) = support::real(test, "bge-reranker-v2-m3") else { return };
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "tokenizer.json"] {
         std::fs::copy(real.join(file), folder.path().join(file)).unwrap();

@@ -1,10 +1,10 @@
 //! The built-in model, through the real binary: what a newcomer sees first must make sense.
 
-mod common;
-
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
+
+use crate::support;
 
 /// Runs the binary with nothing but the model that is in it.
 fn rerankd(arguments: &[&str], input: &str) -> String {
@@ -69,7 +69,7 @@ fn everyday_questions_find_their_sentences() {
 fn xquad_paragraphs_are_found() {
     let test = "xquad_paragraphs_are_found";
     for (file, floor) in [("xquad/xquad.en.json", 0.8), ("xquad/xquad.zh.json", 0.7)] {
-        let Some(path) = common::real(test, file) else { return };
+        let Some(path) = support::real(test, file) else { return };
         let table = rerankd(&["eval", path.to_str().unwrap(), "--limit", "30", "--recall-at", "1"], "");
         eprintln!("{file}\n{table}");
         let row = table.lines().find(|line| line.starts_with("rerankd-mini")).unwrap();

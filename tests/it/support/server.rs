@@ -1,7 +1,5 @@
 //! The real binary, as a server on a real socket.
 
-#![allow(unreachable_pub, dead_code, reason = "shared by several test programs, each of which uses a part")]
-
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, ChildStderr, Command, Stdio};
@@ -9,7 +7,7 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 use serde_json::Value;
 
 /// The binary, without settings or a network that the test did not ask for.
-pub fn rerankd() -> Command {
+pub(crate) fn rerankd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rerankd"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RERANKD_")) {
         command.env_remove(name);
@@ -19,19 +17,19 @@ pub fn rerankd() -> Command {
 }
 
 /// A server on a port of the system's choice, ended with the test.
-pub struct Server {
-    pub child: Child,
+pub(crate) struct Server {
+    pub(crate) child: Child,
     stderr: BufReader<ChildStderr>,
     address: String,
 }
 
 impl Server {
-    pub fn start(arguments: &[&str]) -> Self {
+    pub(crate) fn start(arguments: &[&str]) -> Self {
         Self::start_in(arguments, &[])
     }
 
     /// The same with environment variables.
-    pub fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+    pub(crate) fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut child = rerankd()
             .args(["serve", "--port", "0"])
             .args(arguments)
@@ -52,12 +50,12 @@ impl Server {
         Self { child, stderr, address }
     }
 
-    pub fn connect(&self) -> TcpStream {
+    pub(crate) fn connect(&self) -> TcpStream {
         TcpStream::connect(&self.address).unwrap()
     }
 
     /// Sends a request on a connection of its own and reads the whole answer.
-    pub fn request(&self, text: &str) -> String {
+    pub(crate) fn request(&self, text: &str) -> String {
         let mut stream = self.connect();
         stream.write_all(text.as_bytes()).unwrap();
         let mut answer = String::new();
@@ -65,7 +63,7 @@ impl Server {
         answer
     }
 
-    pub fn rerank(&self, body: &str) -> String {
+    pub(crate) fn rerank(&self, body: &str) -> String {
         let length = body.len();
         self.request(&format!(
             "POST /v1/rerank HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
@@ -73,7 +71,7 @@ impl Server {
     }
 
     /// The scores of an answer, in the request's order of documents.
-    pub fn scores(&self, body: &str) -> Vec<f64> {
+    pub(crate) fn scores(&self, body: &str) -> Vec<f64> {
         let answer = self.rerank(body);
         let json: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
         let mut results: Vec<(u64, f64)> = json["results"]
@@ -86,16 +84,16 @@ impl Server {
         results.into_iter().map(|(_, score)| score).collect()
     }
 
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let status = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
         assert!(status.success());
     }
 
-    pub fn exit_code(&mut self) -> Option<i32> {
+    pub(crate) fn exit_code(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 
-    pub fn rest_of_log(&mut self) -> String {
+    pub(crate) fn rest_of_log(&mut self) -> String {
         let mut log = String::new();
         self.stderr.read_to_string(&mut log).unwrap();
         log

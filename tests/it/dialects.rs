@@ -1,10 +1,8 @@
 //! One story, five wire shapes: each dialect's request, answer and error, with the stub model.
 
-#[path = "common/stub.rs"]
-mod stub;
-
 use serde_json::{Value, json};
-use stub::{app, check_error, get, post, rerank};
+
+use crate::support::stub::{self, app, check_error, get, post, rerank};
 
 fn sigmoid(logit: f64) -> f64 {
     1.0 / (1.0 + (-logit).exp())

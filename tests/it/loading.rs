@@ -2,8 +2,6 @@
 //!
 //! Every case is a copy of a fixture with one thing wrong, loaded as a start of the server loads it.
 
-mod common;
-
 use std::collections::HashMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use common::{fixture, load};
+use crate::support::{fixture, load};
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

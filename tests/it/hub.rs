@@ -1,11 +1,5 @@
 //! Loading by name: a stand-in for the model hub on loopback, and the real binary that downloads from it.
 
-#[path = "common/mod.rs"]
-mod common;
-
-#[path = "common/server.rs"]
-mod server;
-
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
@@ -15,6 +9,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
+
+use crate::support::{self, server};
 
 /// How the stand-in serves one file.
 #[derive(Clone)]
@@ -115,12 +111,12 @@ fn fixture_files(name: &str) -> HashMap<String, Served> {
         };
         (file, Served { content, etag, cut_after: None })
     };
-    std::fs::read_dir(common::fixture(name)).unwrap().map(serve).collect()
+    std::fs::read_dir(support::fixture(name)).unwrap().map(serve).collect()
 }
 
 /// Runs `rerankd rank` on a model by name, with its own cache.
 fn rank(model: &str, hub: &str, cache: &Path, environment: &[(&str, &str)]) -> Output {
-    let document = common::fixture("README.md");
+    let document = support::fixture("README.md");
     Command::new(env!("CARGO_BIN_EXE_rerankd"))
         .args(["rank", "--json", "--query", "a query", "--model", model])
         .arg(document)
@@ -161,7 +157,7 @@ fn a_model_is_downloaded_once_and_then_loads_offline() {
         assert_eq!(again.stdout, first.stdout);
     }
     assert_eq!(hub.requests.load(Ordering::SeqCst), requests, "the cache is asked first");
-    let folder = rank(common::fixture("xlmr").to_str().unwrap(), &hub.address, cache.path(), &[]);
+    let folder = rank(support::fixture("xlmr").to_str().unwrap(), &hub.address, cache.path(), &[]);
     assert_eq!(folder.stdout, first.stdout, "the same files from their folder");
 }
 

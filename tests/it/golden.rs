@@ -4,8 +4,6 @@
 //! What needs real weights looks for them in `../shared/data` or in the folder that `RERANKD_TEST_DATA` names, and says so
 //! where there are none. `RERANKD_FULL_EVAL=1` ranks all questions of XQuAD instead of a sample.
 
-mod common;
-
 use std::collections::HashMap;
 use std::fs;
 use std::ops::Range;
@@ -29,7 +27,7 @@ use rerankd::loading::{DeviceChoice, LoadedModel};
 use rerankd::text::DocumentOptions;
 use serde::Deserialize;
 
-use common::{cpu, fixture, load, load_on, paragraphs, real};
+use crate::support::{cpu, fixture, load, load_on, paragraphs, real};
 
 /// Both sides sum some hundred f32 terms of size 1 in their own order, a few times in a row: measured, they part by 9e-6. The
 /// nearest mistakes that still run are another epsilon, which moves a layer by 1e-4, and the other GELU, by 7e-4.

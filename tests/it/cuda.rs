@@ -1,17 +1,13 @@
 //! The CUDA backend without a card: the shipped binary on a stand-in driver, which runs the kernels of `src/backend/cuda/kernels/kernels.cu`
 //! on the processor (tests/cuda/standin), and the kernels by themselves (tests/cuda/check.sh).
 
-#![cfg(feature = "cuda")]
-
-#[path = "common/server.rs"]
-mod server;
-
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
-use server::{Server, rerankd};
+
+use crate::support::server::{Server, rerankd};
 
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cuda");
 

@@ -1,6 +1,8 @@
 //! What several test files need: where the data is, and a model loaded from it.
 
-#![allow(dead_code, reason = "each test file is a crate of its own and uses some of this")]
+pub(crate) mod random;
+pub(crate) mod server;
+pub(crate) mod stub;
 
 use std::path::{Path, PathBuf};
 

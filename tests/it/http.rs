@@ -1,8 +1,5 @@
 //! The HTTP contract, with a stub model that a reader can compute in their head.
 
-#[path = "common/stub.rs"]
-mod stub;
-
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,7 +10,8 @@ use rerankd::api::{ApiLimits, App, Keys};
 use rerankd::scheduler::SchedulerLimits;
 use rerankd::served::Models;
 use serde_json::{Value, json};
-use stub::{LIMITS, QUEUE, app, app_with, check_error, get, post, rerank, send};
+
+use crate::support::stub::{self, LIMITS, QUEUE, app, app_with, check_error, get, post, rerank, send};
 
 fn body(documents: Value) -> Value {
     json!({"model": "m", "query": "red apple", "documents": documents})

@@ -5,8 +5,6 @@
 //! where there is one, the stand-in of tests/cuda among them.
 //! `RERANKD_FULL_EVAL=1` takes 200 questions, 2,000 pairs, instead of 20.
 
-mod common;
-
 use rerankd::backend::cpu::CpuDtype;
 use rerankd::batch::Batch;
 use rerankd::eval::topics::{self, TopicOptions};
@@ -14,7 +12,7 @@ use rerankd::eval::{Measures, Topic};
 use rerankd::loading::DeviceChoice;
 use rerankd::text::DocumentOptions;
 
-use common::{cpu, load_on, real};
+use crate::support::{cpu, load_on, real};
 
 /// One precision's scores of every topic's documents.
 type Scores = Vec<Vec<f64>>;

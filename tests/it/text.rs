@@ -4,8 +4,6 @@
 //! The real files are looked for in `../shared/data` or in the folder that `RERANKD_TEST_DATA` names; a test that finds none
 //! says so. What fixtures can show is shown with them.
 
-mod common;
-
 use std::fs;
 use std::path::Path;
 
@@ -15,7 +13,7 @@ use rerankd::text::{DocumentOptions, TextEncoder};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use common::{fixture, limits, paragraphs, real};
+use crate::support::{fixture, limits, paragraphs, real};
 
 const BGE: &str = "bge-reranker-v2-m3";
 const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
