@@ -5,6 +5,7 @@
 
 #![allow(clippy::print_stderr, reason = "tests report the differences that they measured")]
 
+mod architecture;
 mod cli;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -15,5 +16,6 @@ mod hub;
 mod loading;
 mod mini;
 mod precision;
+mod source;
 mod support;
 mod text;

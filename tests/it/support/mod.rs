@@ -2,6 +2,7 @@
 
 pub(crate) mod random;
 pub(crate) mod server;
+pub(crate) mod skip;
 pub(crate) mod stub;
 
 use std::path::{Path, PathBuf};
@@ -13,6 +14,8 @@ use rerankd::loading::source::ModelSource;
 use rerankd::loading::{DeviceChoice, LoadOptions, LoadedModel, Loader};
 use rerankd::text::{Tail, TextLimits};
 use serde::Deserialize;
+
+pub(crate) use skip::skip;
 
 /// A folder of `tests/fixtures`.
 pub(crate) fn fixture(name: &str) -> PathBuf {
@@ -28,11 +31,11 @@ pub(crate) fn test_data() -> Option<PathBuf> {
     folder.is_dir().then_some(folder)
 }
 
-/// A file or folder of the real data, or a line that says which test did not run and why.
+/// A file or folder of the real data. Without it, reports that `test` is skipped.
 pub(crate) fn real(test: &str, name: &str) -> Option<PathBuf> {
     let path = test_data().map(|folder| folder.join(name)).filter(|path| path.exists());
     if path.is_none() {
-        eprintln!("SKIPPED {test}: {name} is not in ../shared/data, and RERANKD_TEST_DATA names no folder that has it");
+        skip(test, &format!("{name} is neither in ../shared/data nor in the folder that RERANKD_TEST_DATA names"));
     }
     path
 }
