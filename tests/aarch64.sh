@@ -31,5 +31,5 @@ cargo test --target "$target" --lib backend::cpu -- --nocapture
 # Whole models take a machine's best path: all dot products, those of signed bytes, none.
 for QEMU_CPU in max neoverse-n1 cortex-a72; do
     printf '\n== %s\n' "$QEMU_CPU"
-    cargo test --target "$target" --test it -- --nocapture cpu_backend a_score
+    cargo test --target "$target" --test it -- --nocapture cpu_backend scores_are
 done

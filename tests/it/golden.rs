@@ -42,7 +42,7 @@ const CANDLE_BOUND: f32 = 1e-5;
 const REAL_BOUND: f64 = 1e-3;
 
 #[test]
-fn every_family_equals_transformers_stage_by_stage_on_candle() {
+fn candle_matches_transformers_at_every_stage() {
     for family in FAMILIES {
         check_stages(family, CandleBackend::cpu(2).unwrap());
     }
@@ -50,14 +50,14 @@ fn every_family_equals_transformers_stage_by_stage_on_candle() {
 
 /// On one thread, which runs a batch of this size whole.
 #[test]
-fn every_family_equals_transformers_stage_by_stage_on_the_cpu_backend() {
+fn the_cpu_backend_matches_transformers_at_every_stage() {
     for family in FAMILIES {
         check_stages(family, CpuBackend::new(CpuDtype::F32, Arc::new(ThreadPool::new(1, false).unwrap())));
     }
 }
 
 #[test]
-fn timing_the_operations_changes_no_bit_and_counts_them() {
+fn profiling_counts_operations_and_keeps_scores_bitwise_equal() {
     for family in FAMILIES {
         let pool = Arc::new(ThreadPool::new(1, false).unwrap());
         let backend = CpuBackend::new(CpuDtype::Bf16, pool);
@@ -134,7 +134,7 @@ fn rows(stage: Stage, layers: usize, batch: &Batch) -> Vec<Rows> {
 }
 
 #[test]
-fn every_checkpoint_format_gives_the_same_bits() {
+fn every_checkpoint_format_gives_bitwise_equal_scores() {
     let golden = Golden::read("xlmr");
     let batch = Batch::pack(&golden.pairs);
     let logits = |folder: &str| load(&fixture(folder)).unwrap().encoder.score(&batch).unwrap();
@@ -146,7 +146,7 @@ fn every_checkpoint_format_gives_the_same_bits() {
 
 /// candle's own XLM-R takes the activation from config.json, erf or tanh, and counts positions as transformers does.
 #[test]
-fn the_roberta_family_equals_candle_transformers() {
+fn roberta_and_xlmr_match_candle_transformers() {
     for family in ["xlmr", "roberta"] {
         let config: xlm_roberta::Config = read_json(&fixture(family).join("config.json"));
         let model = xlm_roberta::XLMRobertaForSequenceClassification::new(1, &config, tensors(family)).unwrap();
@@ -156,7 +156,7 @@ fn the_roberta_family_equals_candle_transformers() {
 
 /// candle has BERT without a head for classification, so pooler and classifier are put on it here.
 #[test]
-fn bert_equals_candle_transformers() {
+fn bert_matches_candle_transformers() {
     let config: bert::Config = read_json(&fixture("bert").join("config.json"));
     let weights = tensors("bert");
     let model = bert::BertModel::load(weights.clone(), &config).unwrap();
@@ -184,7 +184,7 @@ fn check_against_candle(family: &str, judge: impl Fn(&Tensor, &Tensor) -> Tensor
 }
 
 #[test]
-fn a_score_does_not_depend_on_its_company() {
+fn scores_are_batch_invariant() {
     let folder = fixture("xlmr");
     let reference = load(&folder).unwrap();
     let ours = everyones(&folder);
@@ -206,8 +206,8 @@ fn a_score_does_not_depend_on_its_company() {
 }
 
 #[test]
-fn a_real_score_does_not_depend_on_its_company() {
-    let Some(folder) = real("a_real_score_does_not_depend_on_its_company", MINILM) else { return };
+fn minilm_scores_are_batch_invariant() {
+    let Some(folder) = real("minilm_scores_are_batch_invariant", MINILM) else { return };
     let pairs: Vec<Pair> = rows_of_minilm(&folder).into_iter().map(Row::into_pair).collect();
     // The shortest with the longest, which fills the window; and lengths as they come.
     let company = |rows: &[usize]| rows.iter().map(|&row| pairs[row].clone()).collect::<Vec<Pair>>();
@@ -255,8 +255,8 @@ fn check_company(models: &[&LoadedModel], pairs: &[Pair]) {
 
 /// The last row's document is longer than the window: the reference cuts it to fit, as our first chunk does.
 #[tokio::test]
-async fn real_rows_have_the_reference_ids_and_logits() {
-    let Some(folder) = real("real_rows_have_the_reference_ids_and_logits", MINILM) else { return };
+async fn minilm_ids_and_logits_match_the_float64_reference() {
+    let Some(folder) = real("minilm_ids_and_logits_match_the_float64_reference", MINILM) else { return };
     let rows = rows_of_minilm(&folder);
     assert_eq!((rows.len(), rows[46].ids.len()), (47, 512));
     let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, max_tokens_per_doc: None };
@@ -287,8 +287,8 @@ async fn real_rows_have_the_reference_ids_and_logits() {
 /// Each question against its own paragraph and nine others. This model finds nearly all; a fault in tokenising, pairing or
 /// computing that still gives finite scores brings the share towards one in ten.
 #[tokio::test]
-async fn the_right_paragraph_comes_first() {
-    let test = "the_right_paragraph_comes_first";
+async fn minilm_ranks_the_right_xquad_paragraph_first() {
+    let test = "minilm_ranks_the_right_xquad_paragraph_first";
     let (Some(folder), Some(xquad)) = (real(test, MINILM), real(test, "xquad/xquad.en.json")) else { return };
     let model = load_on(cpu(CpuDtype::Bf16, 2), &folder).unwrap();
     let paragraphs = paragraphs(&xquad);

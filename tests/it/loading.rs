@@ -28,7 +28,7 @@ fn an_undamaged_copy_loads() {
 }
 
 #[test]
-fn a_missing_file_is_named() {
+fn a_missing_file_is_named_in_the_error() {
     for (file, says) in [
         ("config.json", "config.json"),
         ("tokenizer.json", "tokenizer.json"),
@@ -36,12 +36,12 @@ fn a_missing_file_is_named() {
     ] {
         let model = Model::copy("xlmr");
         fs::remove_file(model.path(file)).unwrap();
-        model.check_refused(file, &[says]);
+        model.check_rejected(file, &[says]);
     }
 }
 
 #[test]
-fn tensors_that_lie_are_named() {
+fn a_wrong_tensor_is_named_in_the_error() {
     type Tensors = HashMap<String, Tensor>;
     type Lie = (&'static str, fn(&mut Tensors), &'static [&'static str]);
     let lies: [Lie; 8] = [
@@ -87,27 +87,27 @@ fn tensors_that_lie_are_named() {
         let mut tensors = candle_core::safetensors::load(model.path(WEIGHTS), &Device::Cpu).unwrap();
         lie(&mut tensors);
         candle_core::safetensors::save(&tensors, model.path(WEIGHTS)).unwrap();
-        model.check_refused(what, &[&[WEIGHTS], says].concat());
+        model.check_rejected(what, &[&[WEIGHTS], says].concat());
     }
 }
 
 #[test]
-fn weights_of_another_architecture_are_refused() {
+fn weights_of_another_architecture_are_rejected() {
     let model = Model::copy("xlmr");
     fs::copy(fixture("bert").join(WEIGHTS), model.path(WEIGHTS)).unwrap();
-    model.check_refused("BERT's weights", &[WEIGHTS, WORDS, "missing"]);
+    model.check_rejected("BERT's weights", &[WEIGHTS, WORDS, "missing"]);
 }
 
 /// Every byte of the prefix, a sample of the header and of the data, and the places where one becomes the other.
 #[test]
-fn a_safetensors_file_that_is_cut_anywhere_is_refused() {
+fn truncated_safetensors_is_rejected_with_the_file_name() {
     let model = Model::copy("bert");
     let whole = fs::read(model.path(WEIGHTS)).unwrap();
     let data_start = 8 + header_bytes(&whole);
     let edges = [data_start - 1, data_start, data_start + 1, whole.len() - 1];
     for length in (0..10).chain((10..whole.len()).step_by(997)).chain(edges) {
         fs::write(model.path(WEIGHTS), &whole[..length]).unwrap();
-        model.check_refused(
+        model.check_rejected(
             &format!("cut at {length} of {}", whole.len()),
             &[WEIGHTS, "not a complete safetensors file"],
         );
@@ -115,19 +115,19 @@ fn a_safetensors_file_that_is_cut_anywhere_is_refused() {
 }
 
 #[test]
-fn a_trailing_byte_is_refused() {
+fn a_trailing_byte_is_rejected() {
     let model = Model::copy("bert");
     let mut bytes = fs::read(model.path(WEIGHTS)).unwrap();
     let described = bytes.len();
     bytes.push(0);
     fs::write(model.path(WEIGHTS), &bytes).unwrap();
     let (found, described) = (format!("{} bytes", described + 1), described.to_string());
-    model.check_refused("a byte more", &[WEIGHTS, &found, &described]);
+    model.check_rejected("a byte more", &[WEIGHTS, &found, &described]);
 }
 
 /// None of these may be believed long enough to ask for the memory.
 #[test]
-fn a_header_that_claims_impossible_lengths_is_refused() {
+fn an_impossible_header_length_is_rejected() {
     let model = Model::copy("bert");
     let whole = fs::read(model.path(WEIGHTS)).unwrap();
     let true_length = header_bytes(&whole) as u64;
@@ -135,12 +135,12 @@ fn a_header_that_claims_impossible_lengths_is_refused() {
         let mut bytes = whole.clone();
         bytes[..8].copy_from_slice(&claim.to_le_bytes());
         fs::write(model.path(WEIGHTS), &bytes).unwrap();
-        model.check_refused(&format!("a header of {claim} bytes"), &[WEIGHTS]);
+        model.check_rejected(&format!("a header of {claim} bytes"), &[WEIGHTS]);
     }
 }
 
 #[test]
-fn a_header_that_describes_nonsense_is_refused() {
+fn an_inconsistent_safetensors_header_is_rejected() {
     let name = "bert.encoder.layer.0.output.dense.weight";
     type Lie = (&'static str, &'static str, fn(u64, u64) -> Value);
     let lies: [Lie; 9] = [
@@ -164,12 +164,12 @@ fn a_header_that_describes_nonsense_is_refused() {
         let header = serde_json::to_vec(&header).unwrap();
         let lying = [&(header.len() as u64).to_le_bytes(), &header[..], data].concat();
         fs::write(model.path(WEIGHTS), lying).unwrap();
-        model.check_refused(&format!("a tensor that {what}"), &[WEIGHTS]);
+        model.check_rejected(&format!("a tensor that {what}"), &[WEIGHTS]);
     }
 }
 
 #[test]
-fn a_config_that_does_not_fit_is_refused() {
+fn a_config_that_contradicts_the_weights_is_rejected() {
     let changes: [(&str, Value, &[&str]); 9] = [
         ("id2label", json!({"0": "NO", "1": "YES"}), &["config.json", "2 labels", "id2label"]),
         ("model_type", json!("gpt2"), &["config.json", "gpt2", "xlm-roberta"]),
@@ -187,23 +187,23 @@ fn a_config_that_does_not_fit_is_refused() {
         let mut config: Value = serde_json::from_slice(&fs::read(model.path("config.json")).unwrap()).unwrap();
         config[field] = value.clone();
         fs::write(model.path("config.json"), config.to_string()).unwrap();
-        model.check_refused(&format!("{field} = {value}"), says);
+        model.check_rejected(&format!("{field} = {value}"), says);
     }
 }
 
 #[test]
-fn what_is_no_json_is_refused_by_name() {
+fn invalid_json_is_rejected_with_the_file_name() {
     for file in ["config.json", "tokenizer.json"] {
         for content in [&b""[..], b"{", b"null", b"[]", b"{}", b"\xff\xfe\x00"] {
             let model = Model::copy("xlmr");
             fs::write(model.path(file), content).unwrap();
-            model.check_refused(&format!("{file} holds {content:?}"), &[file]);
+            model.check_rejected(&format!("{file} holds {content:?}"), &[file]);
         }
     }
 }
 
 #[test]
-fn a_shard_index_that_lies_is_refused() {
+fn a_wrong_shard_index_is_rejected() {
     let index = |shard: &str| json!({"weight_map": {WORDS: shard, KEY: SHARD}}).to_string();
     let outside = |shard: &str| (index(shard), vec![INDEX.to_owned(), format!("{shard:?}")]);
     let cases = [
@@ -224,24 +224,24 @@ fn a_shard_index_that_lies_is_refused() {
     for (content, says) in cases {
         let model = Model::copy("xlmr-shards");
         fs::write(model.path(INDEX), &content).unwrap();
-        model.check_refused(&content, &says.iter().map(String::as_str).collect::<Vec<_>>());
+        model.check_rejected(&content, &says.iter().map(String::as_str).collect::<Vec<_>>());
     }
 }
 
 #[test]
-fn a_tensor_in_two_shards_is_refused() {
+fn a_tensor_in_two_shards_is_rejected() {
     let model = Model::copy("xlmr-shards");
     fs::copy(model.path(SHARD), model.path(&other_shard())).unwrap();
-    model.check_refused("the same shard twice", &["is in", SHARD, &other_shard()]);
+    model.check_rejected("the same shard twice", &["is in", SHARD, &other_shard()]);
 }
 
 /// Without a checkpoint inside, in every form that a damaged download takes.
 #[test]
-fn a_pytorch_file_without_a_checkpoint_is_refused() {
+fn a_pytorch_file_without_a_checkpoint_is_rejected() {
     let model = Model::copy("xlmr-pickle");
     let check = |what: &str, bytes: &[u8]| {
         fs::write(model.path(PICKLE), bytes).unwrap();
-        model.check_refused(what, &[PICKLE]);
+        model.check_rejected(what, &[PICKLE]);
     };
     check("empty", b"");
     check("a page of HTML", b"<!doctype html><title>Not found</title>");
@@ -256,12 +256,12 @@ fn a_pytorch_file_without_a_checkpoint_is_refused() {
 }
 
 #[test]
-fn a_pytorch_file_that_is_cut_anywhere_is_refused() {
+fn a_truncated_pytorch_file_is_rejected() {
     let model = Model::copy("xlmr-pickle");
     let whole = fs::read(model.path(PICKLE)).unwrap();
     for length in (0..whole.len()).step_by(4999).chain([whole.len() - 23, whole.len() - 1]) {
         fs::write(model.path(PICKLE), &whole[..length]).unwrap();
-        model.check_refused(&format!("cut at {length} of {}", whole.len()), &[PICKLE]);
+        model.check_rejected(&format!("cut at {length} of {}", whole.len()), &[PICKLE]);
     }
 }
 
@@ -284,7 +284,7 @@ fn a_changed_byte_in_a_pytorch_file_never_panics() {
 
 /// Two single bytes on which candle 0.11.1's own reader panics, found by changing every byte of this file.
 #[test]
-fn what_panics_in_candle_s_pickle_reader_is_refused() {
+fn pickles_that_make_candle_panic_are_rejected() {
     let whole = fs::read(fixture("xlmr-pickle").join(PICKLE)).unwrap();
     let find = |pattern: &[u8]| whole.windows(pattern.len()).position(|window| window == pattern).unwrap();
     for (what, at, opcode) in [
@@ -297,7 +297,7 @@ fn what_panics_in_candle_s_pickle_reader_is_refused() {
         let mut bytes = whole.clone();
         bytes[at] = opcode;
         fs::write(model.path(PICKLE), &bytes).unwrap();
-        model.check_refused(what, &[PICKLE]);
+        model.check_rejected(what, &[PICKLE]);
     }
 }
 
@@ -321,7 +321,7 @@ impl Model {
     }
 
     /// Loads the model, which must fail in words that contain each of `says`.
-    fn check_refused(&self, what: &str, says: &[&str]) {
+    fn check_rejected(&self, what: &str, says: &[&str]) {
         let error = match load(self.folder.path()) {
             Ok(_) => panic!("{what}: the model was loaded"),
             Err(error) => format!("{error:#}"),

@@ -33,14 +33,14 @@ fn ranked(query: &str, documents: &[&str]) -> Vec<(String, f64)> {
 }
 
 #[test]
-fn the_seed_question_is_answered_with_sense() {
+fn the_built_in_model_ranks_apple_first_for_apple() {
     let order = ranked("Apple", &["banana", "vegetable", "apple", "fruit"]);
     assert_eq!(order[0].0, "apple", "{order:?}");
     assert!(order[0].1 > 2.0 * order[1].1, "apple is clearly first: {order:?}");
 }
 
 #[test]
-fn everyday_questions_find_their_sentences() {
+fn the_built_in_model_ranks_the_answer_first() {
     for (query, best, others) in [
         (
             "What is the capital of France?",
@@ -66,8 +66,8 @@ fn everyday_questions_find_their_sentences() {
 
 /// A sample of what `rerankd eval` measures; the model card has the whole.
 #[test]
-fn xquad_paragraphs_are_found() {
-    let test = "xquad_paragraphs_are_found";
+fn xquad_recall_of_the_built_in_model_is_above_its_floor() {
+    let test = "xquad_recall_of_the_built_in_model_is_above_its_floor";
     for (file, floor) in [("xquad/xquad.en.json", 0.8), ("xquad/xquad.zh.json", 0.7)] {
         let Some(path) = support::real(test, file) else { return };
         let table = rerankd(&["eval", path.to_str().unwrap(), "--limit", "30", "--recall-at", "1"], "");

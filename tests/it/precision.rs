@@ -18,8 +18,8 @@ use crate::support::{cpu, load_on, real};
 type Scores = Vec<Vec<f64>>;
 
 #[tokio::test]
-async fn a_lower_precision_keeps_the_ranking() {
-    let test = "a_lower_precision_keeps_the_ranking";
+async fn minilm_ranking_is_kept_at_lower_precision() {
+    let test = "minilm_ranking_is_kept_at_lower_precision";
     let (Some(folder), Some(xquad)) = (real(test, "ms-marco-MiniLM-L-12-v2"), real(test, "xquad/xquad.en.json")) else {
         return;
     };

@@ -45,13 +45,13 @@ const AWKWARD: [&str; 22] = [
 ];
 
 #[test]
-fn bge_pairs_are_the_tokenizer_s_own() {
-    check_real_pairs("bge_pairs_are_the_tokenizer_s_own", BGE);
+fn bge_pair_ids_match_the_tokenizer() {
+    check_real_pairs("bge_pair_ids_match_the_tokenizer", BGE);
 }
 
 #[test]
-fn minilm_pairs_are_the_tokenizer_s_own() {
-    check_real_pairs("minilm_pairs_are_the_tokenizer_s_own", MINILM);
+fn minilm_pair_ids_match_the_tokenizer() {
+    check_real_pairs("minilm_pair_ids_match_the_tokenizer", MINILM);
 }
 
 /// Every paragraph of XQuAD in two languages, with one of its questions and with an awkward one; every two awkward texts.
@@ -71,7 +71,7 @@ fn check_real_pairs(test: &str, model: &str) {
 }
 
 #[test]
-fn fixture_pairs_are_the_tokenizer_s_own() {
+fn fixture_pair_ids_match_the_tokenizer() {
     for family in ["xlmr", "bert", "roberta"] {
         Texts::read(&fixture(family)).check_awkward_pairs();
     }
@@ -79,7 +79,7 @@ fn fixture_pairs_are_the_tokenizer_s_own() {
 
 /// A tokenizer.json may pad every pair to its window and cut it there, as MiniLM's does. Neither may reach a pair.
 #[test]
-fn padding_and_truncation_of_the_file_are_cleared() {
+fn padding_and_truncation_in_tokenizer_json_are_ignored() {
     let file = fixture("bert").join("tokenizer.json");
     let written: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
     assert!(written["padding"].is_object() && written["truncation"].is_object(), "the fixture shows nothing any more");
@@ -89,13 +89,13 @@ fn padding_and_truncation_of_the_file_are_cleared() {
 }
 
 #[tokio::test]
-async fn bge_slices_join_to_the_whole() {
-    check_slices("bge_slices_join_to_the_whole", BGE).await;
+async fn bge_slices_join_to_the_ids_of_the_whole() {
+    check_slices("bge_slices_join_to_the_ids_of_the_whole", BGE).await;
 }
 
 #[tokio::test]
-async fn minilm_slices_join_to_the_whole() {
-    check_slices("minilm_slices_join_to_the_whole", MINILM).await;
+async fn minilm_slices_join_to_the_ids_of_the_whole() {
+    check_slices("minilm_slices_join_to_the_ids_of_the_whole", MINILM).await;
 }
 
 /// Real paragraphs, joined to long documents in three ways, then without a space anywhere.

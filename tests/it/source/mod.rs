@@ -62,7 +62,8 @@ pub(crate) struct Source {
 
 /// What a path leads to.
 enum Target {
-    Module(ModulePath),
+    /// A module as a whole. The items that the file then uses through it are paths of their own.
+    Module,
     File(usize),
     /// Another crate, or the standard library.
     Elsewhere,
@@ -186,7 +187,7 @@ impl Source {
             }
             return Target::File(owner);
         }
-        Target::Module(module)
+        Target::Module
     }
 }
 

@@ -1,4 +1,4 @@
-//! The real binary, as a server on a real socket.
+//! The real binary as a server on a real socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -6,7 +6,7 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 
 use serde_json::Value;
 
-/// The binary, without settings or a network that the test did not ask for.
+/// The binary without `RERANKD_` settings of the environment, and with downloads off.
 pub(crate) fn rerankd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rerankd"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RERANKD_")) {
@@ -16,7 +16,7 @@ pub(crate) fn rerankd() -> Command {
     command
 }
 
-/// A server on a port of the system's choice, ended with the test.
+/// A server process on a free port. Dropping it kills the process.
 pub(crate) struct Server {
     pub(crate) child: Child,
     stderr: BufReader<ChildStderr>,
@@ -87,6 +87,17 @@ impl Server {
     pub(crate) fn signal(&self, name: &str) {
         let status = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
         assert!(status.success());
+    }
+
+    /// After a signal, returns when the server takes no new connection or reports that it is not ready.
+    pub(crate) fn wait_until_it_drains(&self) {
+        while let Ok(mut stream) = TcpStream::connect(&self.address) {
+            let mut answer = String::new();
+            let asked = stream.write_all(b"GET /ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+            if asked.and_then(|()| stream.read_to_string(&mut answer)).is_err() || !answer.starts_with("HTTP/1.1 200") {
+                return;
+            }
+        }
     }
 
     pub(crate) fn exit_code(&mut self) -> Option<i32> {

@@ -1,7 +1,7 @@
-//! A model that a reader can compute in their head, behind the real server.
+//! A stub model behind the real HTTP application, with scores that are easy to compute by hand.
 //!
-//! Its tokenizer knows the words below and splits at spaces. Its logit is the number of tokens of the chunk that are also in the
-//! query, minus one.
+//! Its tokenizer knows [`WORDS`] and splits at whitespace. Its logit is the number of tokens of the chunk that are also in the
+//! query, minus one. A query with the word "nan" scores NaN; one with the word "panic" panics.
 
 #![allow(unreachable_pub, dead_code, reason = "shared by several test programs, each of which uses a part")]
 
@@ -37,7 +37,7 @@ pub const LIMITS: ApiLimits = ApiLimits {
 
 pub const QUEUE: SchedulerLimits = SchedulerLimits { max_batch_tokens: 256, max_queue_tokens: 50_000 };
 
-/// What the stub saw, and a gate that holds its batches until the test lets them go.
+/// Counts the batches and pairs that the stub scored. A closed gate holds its batches.
 #[derive(Default)]
 pub struct Watch {
     pub pairs: AtomicUsize,
@@ -46,7 +46,14 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// From now on each batch waits for one message; a dropped sender opens the gate for good.
+    /// Returns when the stub has begun a batch.
+    pub async fn batch_started(&self) {
+        while self.batches.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// From now on each batch waits for one message. Dropping the sender opens the gate for good.
     pub fn close_gate(&self) -> Sender<()> {
         let (open, gate) = channel();
         *self.gate.lock().unwrap() = Some(gate);
@@ -186,7 +193,7 @@ pub async fn rerank(app: &Arc<App>, body: Value) -> Answer {
     post(app, "/v1/rerank", body.to_string()).await
 }
 
-/// Every error is one JSON object that all clients understand, with a request id.
+/// Checks an error response: its status, its body in the fields that every client library reads, and its request id.
 pub fn check_error(answer: &Answer, status: u16, code: u16, kind: &str, contains: &str) {
     assert_eq!(answer.status.as_u16(), status, "{}", answer.text);
     assert!(answer.headers.contains_key("x-request-id"));
