@@ -1,4 +1,4 @@
-//! One story, five wire shapes: each dialect's request, answer and error, with the stub model.
+//! Requests, responses and errors of each rerank API dialect, with the stub model.
 
 use serde_json::{Value, json};
 
@@ -111,7 +111,7 @@ async fn nvidia_requests_get_its_response_shape() {
     check_error(&error, 400, 20015, "invalid_request_error", "query");
 }
 
-/// llama.cpp's server answers the common shape on its own path too.
+/// For example, the common shape on the paths of llama.cpp's server.
 #[tokio::test]
 async fn every_path_accepts_every_dialect() {
     let (app, _) = app();

@@ -1,6 +1,6 @@
-//! Lies in a model's files: each is an error that names the file, the tensor and what was expected, and none is a panic.
+//! Damaged model files: each is an error that names the file, the tensor and the expected value, and none is a panic.
 //!
-//! Every case is a copy of a fixture with one thing wrong, loaded as a start of the server loads it.
+//! Every case is a copy of a fixture with one defect, loaded as at server start.
 
 use std::collections::HashMap;
 use std::fs;
@@ -43,8 +43,8 @@ fn a_missing_file_is_named_in_the_error() {
 #[test]
 fn a_wrong_tensor_is_named_in_the_error() {
     type Tensors = HashMap<String, Tensor>;
-    type Lie = (&'static str, fn(&mut Tensors), &'static [&'static str]);
-    let lies: [Lie; 8] = [
+    type Defect = (&'static str, fn(&mut Tensors), &'static [&'static str]);
+    let defects: [Defect; 8] = [
         ("missing", |t| drop(t.remove(KEY)), &[KEY, "missing", "[64, 64]"]),
         (
             "extra",
@@ -82,10 +82,10 @@ fn a_wrong_tensor_is_named_in_the_error() {
             &[KEY, "I64", "F64, F32, F16 and BF16"],
         ),
     ];
-    for (what, lie, says) in lies {
+    for (what, damage, says) in defects {
         let model = Model::copy("xlmr");
         let mut tensors = candle_core::safetensors::load(model.path(WEIGHTS), &Device::Cpu).unwrap();
-        lie(&mut tensors);
+        damage(&mut tensors);
         candle_core::safetensors::save(&tensors, model.path(WEIGHTS)).unwrap();
         model.check_rejected(what, &[&[WEIGHTS], says].concat());
     }
@@ -98,7 +98,7 @@ fn weights_of_another_architecture_are_rejected() {
     model.check_rejected("BERT's weights", &[WEIGHTS, WORDS, "missing"]);
 }
 
-/// Every byte of the prefix, a sample of the header and of the data, and the places where one becomes the other.
+/// Cuts after each of the first 10 bytes, at a sample of header and data, and around the start of the data.
 #[test]
 fn truncated_safetensors_is_rejected_with_the_file_name() {
     let model = Model::copy("bert");
@@ -125,7 +125,7 @@ fn a_trailing_byte_is_rejected() {
     model.check_rejected("a byte more", &[WEIGHTS, &found, &described]);
 }
 
-/// None of these may be believed long enough to ask for the memory.
+/// The claimed length must be checked before memory is allocated for it.
 #[test]
 fn an_impossible_header_length_is_rejected() {
     let model = Model::copy("bert");
@@ -142,8 +142,8 @@ fn an_impossible_header_length_is_rejected() {
 #[test]
 fn an_inconsistent_safetensors_header_is_rejected() {
     let name = "bert.encoder.layer.0.output.dense.weight";
-    type Lie = (&'static str, &'static str, fn(u64, u64) -> Value);
-    let lies: [Lie; 9] = [
+    type Defect = (&'static str, &'static str, fn(u64, u64) -> Value);
+    let defects: [Defect; 9] = [
         ("overlaps its neighbour", "data_offsets", |start, end| json!([start - 2, end - 2])),
         ("leaves a gap", "data_offsets", |start, end| json!([start + 2, end])),
         ("ends before it starts", "data_offsets", |start, end| json!([end, start])),
@@ -154,16 +154,16 @@ fn an_inconsistent_safetensors_header_is_rejected() {
         ("has fewer elements than bytes", "shape", |_, _| json!([32, 63])),
         ("is of an unknown type", "dtype", |_, _| json!("F31")),
     ];
-    for (what, field, lie) in lies {
+    for (what, field, damage) in defects {
         let model = Model::copy("bert");
         let bytes = fs::read(model.path(WEIGHTS)).unwrap();
         let (header, data) = bytes[8..].split_at(header_bytes(&bytes));
         let mut header: Value = serde_json::from_slice(header).unwrap();
         let offsets = header[name]["data_offsets"].clone();
-        header[name][field] = lie(offsets[0].as_u64().unwrap(), offsets[1].as_u64().unwrap());
+        header[name][field] = damage(offsets[0].as_u64().unwrap(), offsets[1].as_u64().unwrap());
         let header = serde_json::to_vec(&header).unwrap();
-        let lying = [&(header.len() as u64).to_le_bytes(), &header[..], data].concat();
-        fs::write(model.path(WEIGHTS), lying).unwrap();
+        let damaged = [&(header.len() as u64).to_le_bytes(), &header[..], data].concat();
+        fs::write(model.path(WEIGHTS), damaged).unwrap();
         model.check_rejected(&format!("a tensor that {what}"), &[WEIGHTS]);
     }
 }
@@ -178,7 +178,7 @@ fn a_config_that_contradicts_the_weights_is_rejected() {
         ("num_hidden_layers", json!(2), &[WEIGHTS, "roberta.encoder.layer.2.", "no place"]),
         ("max_position_embeddings", json!(514), &[WEIGHTS, "position_embeddings", "[66, 64]", "[514, 64]"]),
         ("pad_token_id", json!(65), &["config.json", "pad_token_id 65"]),
-        // The embedding has fewer rows than the tokenizer has ids: one of them would read beyond it.
+        // The embedding has fewer rows than the tokenizer has ids, so an id would be out of range.
         ("vocab_size", json!(184), &["tokenizer.json", "184"]),
         ("vocab_size", json!(301), &[WEIGHTS, WORDS, "[300, 64]", "[301, 64]"]),
     ];
@@ -235,7 +235,7 @@ fn a_tensor_in_two_shards_is_rejected() {
     model.check_rejected("the same shard twice", &["is in", SHARD, &other_shard()]);
 }
 
-/// Without a checkpoint inside, in every form that a damaged download takes.
+/// Empty files, an HTML page, a bare pickle, an empty zip and noise, which failed downloads leave behind.
 #[test]
 fn a_pytorch_file_without_a_checkpoint_is_rejected() {
     let model = Model::copy("xlmr-pickle");
@@ -265,12 +265,12 @@ fn a_truncated_pytorch_file_is_rejected() {
     }
 }
 
-/// A changed byte may be a changed weight, which nobody can see. All that is promised is an answer.
+/// A changed byte may only change a weight, so loading may succeed. It must not panic.
 #[test]
 fn a_changed_byte_in_a_pytorch_file_never_panics() {
     let model = Model::copy("xlmr-pickle");
     let whole = fs::read(model.path(PICKLE)).unwrap();
-    // The pickle's program comes first and the zip's directory last; between them are weights.
+    // The pickle program comes first and the zip directory last, with the weights between them.
     let (program, directory) = (0..14_000, whole.len() - 10_000..whole.len());
     let mut noise = 1u64;
     for at in program.step_by(97).chain(directory.step_by(89)) {
@@ -282,15 +282,15 @@ fn a_changed_byte_in_a_pytorch_file_never_panics() {
     }
 }
 
-/// Two single bytes on which candle 0.11.1's own reader panics, found by changing every byte of this file.
+/// Two single-byte changes on which candle 0.11.1's reader panics, found by changing every byte of this file.
 #[test]
 fn pickles_that_make_candle_panic_are_rejected() {
     let whole = fs::read(fixture("xlmr-pickle").join(PICKLE)).unwrap();
     let find = |pattern: &[u8]| whole.windows(pattern.len()).position(|window| window == pattern).unwrap();
     for (what, at, opcode) in [
-        // BININT1 64, a storage's size, becomes PROTO 64: the storage's tuple is one short.
+        // BININT1 64, the size of a storage, becomes PROTO 64: the storage tuple lacks a field.
         ("a storage of four fields", find(b"h\x06K@tq") + 2, 0x80),
-        // BINPUT 17 becomes LONG1 of 17 bytes, shifted out of an i64. This one panics where overflow is checked.
+        // BINPUT 17 becomes LONG1 of 17 bytes, which overflows an i64. It panics in builds with overflow checks.
         ("an integer of 17 bytes", find(b"\x86q\x11") + 1, 0x8a),
     ] {
         let model = Model::copy("xlmr-pickle");
@@ -301,7 +301,7 @@ fn pickles_that_make_candle_panic_are_rejected() {
     }
 }
 
-/// A copy of a fixture, for one test to damage.
+/// A copy of a fixture that a test may damage.
 struct Model {
     folder: TempDir,
 }
@@ -320,7 +320,7 @@ impl Model {
         self.folder.path().join(file)
     }
 
-    /// Loads the model, which must fail in words that contain each of `says`.
+    /// Checks that loading fails with a message that contains each of `says`.
     fn check_rejected(&self, what: &str, says: &[&str]) {
         let error = match load(self.folder.path()) {
             Ok(_) => panic!("{what}: the model was loaded"),
@@ -346,7 +346,7 @@ fn header_bytes(file: &[u8]) -> usize {
     u64::from_le_bytes(file[..8].try_into().unwrap()).try_into().unwrap()
 }
 
-/// The next byte of a linear congruential generator: noise, the same on every machine.
+/// The next byte of a linear congruential generator, the same on every machine.
 fn next(state: &mut u64) -> u8 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     (*state >> 56) as u8

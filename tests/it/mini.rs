@@ -1,4 +1,4 @@
-//! The built-in model, through the real binary: what a newcomer sees first must make sense.
+//! The built-in model, through the real binary.
 
 use std::process::{Command, Stdio};
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::support;
 
-/// Runs the binary with nothing but the model that is in it.
+/// Runs the binary with the built-in model and returns its standard output.
 fn rerankd(arguments: &[&str], input: &str) -> String {
     let mut child = Command::new(env!("CARGO_BIN_EXE_rerankd"))
         .args(arguments)
@@ -16,13 +16,13 @@ fn rerankd(arguments: &[&str], input: &str) -> String {
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes()).ok(); // it may not read any
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes()).ok(); // the command may not read it
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// The documents in the model's order, with their scores.
+/// The documents in the order of their scores, with the scores.
 fn ranked(query: &str, documents: &[&str]) -> Vec<(String, f64)> {
     let lines = rerankd(&["rank", "--json", "--query", query], &documents.join("\n"));
     let result = |line: &str| {
@@ -64,7 +64,7 @@ fn the_built_in_model_ranks_the_answer_first() {
     }
 }
 
-/// A sample of what `rerankd eval` measures; the model card has the whole.
+/// recall@1 of 30 questions. models/mini has the full evaluation.
 #[test]
 fn xquad_recall_of_the_built_in_model_is_above_its_floor() {
     let test = "xquad_recall_of_the_built_in_model_is_above_its_floor";

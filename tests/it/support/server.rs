@@ -28,7 +28,7 @@ impl Server {
         Self::start_in(arguments, &[])
     }
 
-    /// The same with environment variables.
+    /// [`Server::start`] with environment variables.
     pub(crate) fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut child = rerankd()
             .args(["serve", "--port", "0"])
@@ -41,7 +41,7 @@ impl Server {
         let mut log = String::new();
         let address = loop {
             let mut line = String::new();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "the server ended: {log}");
+            assert!(stderr.read_line(&mut line).unwrap() > 0, "the server ended before it listened: {log}");
             if let Some((_, address)) = line.trim().split_once("listening on http://") {
                 break address.chars().take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':')).collect();
             }
@@ -54,7 +54,7 @@ impl Server {
         TcpStream::connect(&self.address).unwrap()
     }
 
-    /// Sends a request on a connection of its own and reads the whole answer.
+    /// Sends a request on a new connection and reads until the server closes it.
     pub(crate) fn request(&self, text: &str) -> String {
         let mut stream = self.connect();
         stream.write_all(text.as_bytes()).unwrap();
@@ -70,7 +70,7 @@ impl Server {
         ))
     }
 
-    /// The scores of an answer, in the request's order of documents.
+    /// Sends a rerank request and returns the scores in the order of the request's documents.
     pub(crate) fn scores(&self, body: &str) -> Vec<f64> {
         let answer = self.rerank(body);
         let json: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();

@@ -3,7 +3,7 @@
 //! Its tokenizer knows [`WORDS`] and splits at whitespace. Its logit is the number of tokens of the chunk that are also in the
 //! query, minus one. A query with the word "nan" scores NaN; one with the word "panic" panics.
 
-#![allow(unreachable_pub, dead_code, reason = "shared by several test programs, each of which uses a part")]
+#![allow(unreachable_pub, dead_code, reason = "benches include this file and use a part of it")]
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -120,7 +120,7 @@ pub fn tokenizer_json() -> String {
     .to_string()
 }
 
-/// A stub model of this name; `bias` is added to its logits.
+/// A stub model with this name. `bias` is added to its logits.
 pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch>) {
     let limits = TextLimits {
         max_query_tokens: None,
@@ -138,18 +138,18 @@ pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch
     (Model::start(loaded, queue).unwrap(), watch)
 }
 
-/// A server of one open stub model called `m`.
+/// An application without keys, with one stub model called `m`.
 pub fn app() -> (Arc<App>, Arc<Watch>) {
     app_with(&[], LIMITS, QUEUE)
 }
 
-/// The same with keys and limits.
+/// An application with one stub model called `m`, with these keys and limits.
 pub fn app_with(keys: &[&str], limits: ApiLimits, queue: SchedulerLimits) -> (Arc<App>, Arc<Watch>) {
     let (model, watch) = model("m", 0.0, queue);
     (App::new(Models::new(vec![model]).unwrap(), Keys::new(keys.iter().copied()), limits), watch)
 }
 
-/// What came back.
+/// An HTTP response with its body read.
 pub struct Answer {
     pub status: StatusCode,
     pub headers: axum::http::HeaderMap,
@@ -173,7 +173,7 @@ impl Answer {
     }
 }
 
-/// Sends a request to the server's own service, without a socket.
+/// Sends a request to the router, without a socket.
 pub async fn send(app: &Arc<App>, request: Request<Body>) -> Answer {
     let response = router(app).oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
