@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Builds rerankd for AArch64 and runs the CPU backend's tests on its NEON paths, on a machine of another kind, under QEMU.
+# Builds rerankd for AArch64 and runs the tests of the CPU backend's NEON paths under QEMU, on a machine of another architecture.
 #
 #   tests/aarch64.sh
 #
-# It shows that the crate builds there, that every kernel agrees with its definition on every path, and that whole models do
-# with `transformers`, alone and in company. It says nothing of speed. On an AArch64 machine, `cargo nextest run` shows more.
+# It checks that the crate builds, that every kernel agrees with its reference on every path, that whole models agree with
+# `transformers`, and batch invariance. It does not measure speed. On an AArch64 machine, run `cargo test` instead.
 #
-# It needs, by Debian's names, qemu-user-static, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross; and Rust's standard library
+# It needs these Debian packages: qemu-user-static, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross; and Rust's standard library
 # for the target: `rustup target add aarch64-unknown-linux-gnu`, or in RUSTC a compiler that has it.
 #
-# .ci/run leaves it out: minutes of building and emulation, with tools that few machines have.
+# .ci/run does not call it: it takes minutes, and few machines have the tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=aarch64-unknown-linux-gnu
@@ -31,5 +31,5 @@ cargo test --target "$target" --lib backend::cpu -- --nocapture
 # Whole models take a machine's best path: all dot products, those of signed bytes, none.
 for QEMU_CPU in max neoverse-n1 cortex-a72; do
     printf '\n== %s\n' "$QEMU_CPU"
-    cargo test --target "$target" --test it -- --nocapture cpu_backend scores_are
+    cargo test --target "$target" --test it -- --nocapture cpu_backend golden::scores_are
 done

@@ -3,8 +3,6 @@
 //! One crate, so that the library is linked once. tests/README.md says what each module covers, and how a test reports that
 //! this machine cannot run it.
 
-#![allow(clippy::print_stderr, reason = "tests report the differences that they measured")]
-
 mod architecture;
 mod cli;
 #[cfg(feature = "cuda")]
