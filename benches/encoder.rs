@@ -5,7 +5,7 @@
 
 #![allow(missing_docs, reason = "criterion writes the functions")]
 
-#[path = "../tests/common/random.rs"]
+#[path = "../tests/it/support/random.rs"]
 mod random;
 
 use std::sync::Arc;

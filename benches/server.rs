@@ -1,30 +1,33 @@
-//! The server in process, without a socket: JSON, tokenising, queue, encoder, JSON. Documents per second.
+//! The server in process, without a socket: JSON, tokenization, queue, encoder, JSON. Reports documents per second.
 //!
-//! `cargo bench --bench server`. The `stub` model costs nothing, so its figures are those of everything else. `end to end` has
-//! random weights of the base shape and a real tokenizer: 32 documents that fill the window, beside the encoder alone on the
-//! same pairs (`RERANKD_BENCH_DTYPE=f32|bf16|int8`, and `RERANKD_BENCH_BATCH_TOKENS`, the server's default without it).
+//! `cargo bench --bench server`. The `stub` model takes no time, so its figures are those of everything else. `end to end` has
+//! random weights of the base shape and a real tokenizer. It compares 32 documents that fill the window with the encoder alone
+//! on the same pairs.
+//!
+//! `RERANKD_BENCH_DTYPE=f32|bf16|int8` sets the dtype. `RERANKD_BENCH_BATCH_TOKENS` sets the tokens per batch; the default is the
+//! server's.
 
 #![allow(missing_docs, reason = "criterion writes the functions")]
 #![allow(clippy::print_stderr, reason = "the ratio is part of the report")]
 
-#[path = "../tests/common/random.rs"]
+#[path = "../tests/it/support/random.rs"]
 mod random;
-#[path = "../tests/common/stub.rs"]
+#[path = "../tests/it/support/stub.rs"]
 mod stub;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rerankd::api::{App, Keys};
-use rerankd::backend::cpu::CpuDtype;
-use rerankd::backend::cpu::{CpuBackend, ThreadPool};
+use rerankd::backend::cpu::{CpuBackend, CpuDtype};
 use rerankd::batch::{Batch, Pair};
 use rerankd::checkpoint::config::ModelConfig;
-use rerankd::loading::download::Hub;
+use rerankd::config::resolve::CPU_BATCH_TOKENS;
+use rerankd::loading::download::{Hub, HubOptions};
 use rerankd::loading::source::ModelSource;
-use rerankd::loading::{self, DeviceChoice, LoadOptions, LoadedModel};
+use rerankd::loading::{DeviceChoice, LoadOptions, LoadedModel, Loader};
 use rerankd::scheduler::SchedulerLimits;
 use rerankd::served::{Model, Models};
 use rerankd::text::{DocumentOptions, Tail, TextLimits};
@@ -89,7 +92,7 @@ fn base(threads: usize) -> LoadedModel {
     Loader::new(&hub, &options).and_then(|loader| loader.load(&source)).expect("complete")
 }
 
-/// Some 520 tokens of English, another order of words in each.
+/// `n` documents of about 520 English tokens, each with the words in a different order.
 fn documents(n: usize) -> Vec<String> {
     const WORDS: &str = "the committee published its findings on tuesday after eleven months of interviews and a review of documents it \
         recommends smaller classes better paid teachers and above all more time for reading writing and arithmetic in every school";
@@ -112,15 +115,15 @@ fn end_to_end(criterion: &mut Criterion) {
     let batch = Batch::pack(&encoded.pairs);
     let tokens = encoded.pairs.iter().map(Pair::tokens).sum::<usize>();
 
-    let max_batch_tokens = std::env::var("RERANKD_BENCH_BATCH_TOKENS")
-        .map_or(rerankd::config::resolve::CPU_BATCH_TOKENS, |n| n.parse().expect("a number"));
-    let queue = SchedulerLimits { max_batch_tokens, max_queue_tokens: 1 << 20 };
+    let max_batch_tokens =
+        std::env::var("RERANKD_BENCH_BATCH_TOKENS").map_or(CPU_BATCH_TOKENS, |n| n.parse().expect("a number"));
+    let queue = SchedulerLimits { max_batch_tokens, ..stub::QUEUE };
     let model = Model::start(base(threads), queue).expect("a thread");
     let app = stub::serving(vec![model], Keys::new([]), stub::LIMITS);
     let body = json!({"model": "base", "query": query, "documents": documents, "max_chunks_per_doc": 1});
     let request = || assert_eq!(runtime.block_on(stub::rerank(&app, body.clone())).status, 200);
 
-    // In pairs, since a shared machine's speed drifts.
+    // Measured in pairs, because the speed of a shared machine drifts.
     let mut ratios: Vec<f64> = (0..if run_as_test { 1 } else { 5 })
         .map(|_| {
             let begun = Instant::now();
@@ -133,7 +136,7 @@ fn end_to_end(criterion: &mut Criterion) {
         .collect();
     ratios.sort_by(f64::total_cmp);
     eprintln!(
-        "end to end: {:.3} of the encoder's own rate ({:.3} to {:.3}), batches of {max_batch_tokens} tokens; {}",
+        "end to end: {:.3} of the encoder's rate ({:.3} to {:.3}), batches of {max_batch_tokens} tokens; {}",
         ratios[ratios.len() / 2],
         ratios[0],
         ratios[ratios.len() - 1],

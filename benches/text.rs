@@ -1,6 +1,6 @@
-//! Text to pairs: tokenising, chunking with overlap, folding. Characters per second.
+//! Text to pairs: tokenization, chunking with overlap, deduplication. Reports characters per second.
 //!
-//! `cargo bench --bench text`. Uses the built-in model's tokenizer, and the one of bge-reranker-v2-m3 where the test data is.
+//! `cargo bench --bench text`. Uses the built-in model's tokenizer, and that of bge-reranker-v2-m3 if the test data has it.
 
 #![allow(missing_docs, reason = "criterion writes the functions")]
 
@@ -49,7 +49,7 @@ fn texts(criterion: &mut Criterion) {
             ("100_passages_zh", CHINESE, 8, 100),
             ("1_book_en", ENGLISH, 1000, 1),
         ] {
-            // Numbered, so that equal passages are not folded into one.
+            // Numbered, because equal passages would be deduplicated.
             let texts: Arc<[String]> = (0..documents).map(|i| format!("{i}. {}", text.repeat(copies))).collect();
             group.throughput(Throughput::Elements(texts.iter().map(|text| text.chars().count() as u64).sum()));
             group.bench_function(workload, |bencher| {

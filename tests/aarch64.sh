@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Builds rerankd for AArch64 and runs the CPU backend's tests on its NEON paths under QEMU, on a machine of another architecture.
+# Builds rerankd for AArch64 and runs the tests of the CPU backend's NEON paths under QEMU, on a machine of another architecture.
 #
 #   tests/aarch64.sh
 #
-# It checks that the crate builds, that every kernel matches its reference on every NEON path, and that whole models match
-# `transformers`, for single pairs and in batches. It does not measure speed. On an AArch64 machine, run `cargo nextest run`.
+# It checks that the crate builds, that every kernel agrees with its reference on every path, that whole models agree with
+# `transformers`, and batch invariance. It does not measure speed. On an AArch64 machine, run `cargo test` instead.
 #
-# Requirements: the Debian packages qemu-user-static, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross, and Rust's standard
-# library for the target: `rustup target add aarch64-unknown-linux-gnu`, or set RUSTC to a compiler that has it.
+# It needs these Debian packages: qemu-user-static, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross; and Rust's standard library
+# for the target: `rustup target add aarch64-unknown-linux-gnu`, or in RUSTC a compiler that has it.
 #
-# .ci/run does not run it: it takes minutes, and few machines have these tools.
+# .ci/run does not call it: it takes minutes, and few machines have the tools.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=aarch64-unknown-linux-gnu
@@ -31,5 +31,5 @@ cargo test --target "$target" --lib backend::cpu -- --nocapture
 # Whole models use the best path of the emulated CPU: with all dot products, with signed int8 only, and with none.
 for QEMU_CPU in max neoverse-n1 cortex-a72; do
     printf '\n== %s\n' "$QEMU_CPU"
-    cargo test --target "$target" --test golden -- --nocapture cpu_backend a_score
+    cargo test --target "$target" --test it -- --nocapture cpu_backend golden::scores_are
 done

@@ -1,4 +1,4 @@
-"""Most generated bodies would name a model that does not exist and end there: name the served one instead."""
+"""Replaces the generated model name by the served one, because an unknown model is rejected before other checks."""
 import schemathesis
 
 

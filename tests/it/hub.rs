@@ -1,10 +1,4 @@
-//! Loading by name: a stand-in for the model hub on loopback, and the real binary that downloads from it.
-
-#[path = "common/mod.rs"]
-mod common;
-
-#[path = "common/server.rs"]
-mod server;
+//! Downloads: a fake model hub on loopback, and the real binary that loads models from it by name.
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -16,21 +10,23 @@ use std::sync::{Arc, Mutex};
 
 use sha2::{Digest, Sha256};
 
-/// How the stand-in serves one file.
+use crate::support::{self, server};
+
+/// A file of the fake hub.
 #[derive(Clone)]
 struct Served {
     content: Vec<u8>,
     etag: String,
-    /// The first answers that carry the content end after this many bytes, as a broken connection would.
+    /// The first response with the content breaks off after this many bytes.
     cut_after: Option<usize>,
 }
 
-/// Answers `/{repository}/resolve/{revision}/{file}` in the way that hub clients rely on, and counts.
+/// Answers `/{repository}/resolve/{revision}/{file}` with the headers that hub clients need, and records the requests.
 struct Hub {
     address: String,
     requests: Arc<AtomicUsize>,
     tokens: Arc<Mutex<Vec<String>>>,
-    /// Where each request for content began.
+    /// The first byte of each request for content.
     starts: Arc<Mutex<Vec<usize>>>,
 }
 
@@ -115,12 +111,12 @@ fn fixture_files(name: &str) -> HashMap<String, Served> {
         };
         (file, Served { content, etag, cut_after: None })
     };
-    std::fs::read_dir(common::fixture(name)).unwrap().map(serve).collect()
+    std::fs::read_dir(support::fixture(name)).unwrap().map(serve).collect()
 }
 
 /// Runs `rerankd rank` on a model by name, with its own cache.
 fn rank(model: &str, hub: &str, cache: &Path, environment: &[(&str, &str)]) -> Output {
-    let document = common::fixture("README.md");
+    let document = support::fixture("README.md");
     Command::new(env!("CARGO_BIN_EXE_rerankd"))
         .args(["rank", "--json", "--query", "a query", "--model", model])
         .arg(document)
@@ -138,10 +134,14 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn blobs(cache: &Path) -> Vec<PathBuf> {
-    let folder = cache.join("models--org--small").join("blobs");
-    let folder = if folder.exists() { folder } else { cache.join("hub/models--org--small/blobs") };
-    std::fs::read_dir(folder).map(|entries| entries.map(|e| e.unwrap().path()).collect()).unwrap_or_default()
+/// All files below a folder.
+fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() { files.extend(files_below(&path)) } else { files.push(path) }
+    }
+    files
 }
 
 #[test]
@@ -160,13 +160,13 @@ fn a_model_is_downloaded_once_and_then_loads_offline() {
         assert!(again.status.success(), "{}", stderr(&again));
         assert_eq!(again.stdout, first.stdout);
     }
-    assert_eq!(hub.requests.load(Ordering::SeqCst), requests, "the cache is asked first");
-    let folder = rank(common::fixture("xlmr").to_str().unwrap(), &hub.address, cache.path(), &[]);
-    assert_eq!(folder.stdout, first.stdout, "the same files from their folder");
+    assert_eq!(hub.requests.load(Ordering::SeqCst), requests, "a cached model was requested again");
+    let folder = rank(support::fixture("xlmr").to_str().unwrap(), &hub.address, cache.path(), &[]);
+    assert_eq!(folder.stdout, first.stdout, "the same files scored differently from a folder");
 }
 
 #[test]
-fn a_server_downloads_its_model_and_then_starts_offline() {
+fn a_server_downloads_its_model_once_and_then_starts_offline() {
     let hub = Hub::serve("org/small", fixture_files("xlmr"));
     let cache = tempfile::tempdir().unwrap();
     let home = cache.path().to_str().unwrap();
@@ -182,7 +182,7 @@ fn a_server_downloads_its_model_and_then_starts_offline() {
 }
 
 #[test]
-fn shards_and_pickles_are_found_by_themselves() {
+fn shards_and_pickles_are_found_without_options() {
     for fixture in ["xlmr-shards", "xlmr-pickle"] {
         let hub = Hub::serve("org/small", fixture_files(fixture));
         let cache = tempfile::tempdir().unwrap();
@@ -192,18 +192,18 @@ fn shards_and_pickles_are_found_by_themselves() {
 }
 
 #[test]
-fn a_broken_connection_is_resumed() {
+fn an_interrupted_download_is_resumed() {
     let mut files = fixture_files("xlmr");
     files.get_mut("model.safetensors").unwrap().cut_after = Some(1000);
     let hub = Hub::serve("org/small", files);
     let cache = tempfile::tempdir().unwrap();
     let output = rank("org/small", &hub.address, cache.path(), &[]);
     assert!(output.status.success(), "{}", stderr(&output));
-    assert!(hub.starts.lock().unwrap().contains(&1000), "it goes on where it broke off");
+    assert!(hub.starts.lock().unwrap().contains(&1000), "the second request does not start at byte 1000");
 }
 
 #[test]
-fn what_arrives_damaged_is_never_loaded_nor_kept() {
+fn a_corrupt_download_is_neither_loaded_nor_kept() {
     let mut files = fixture_files("xlmr");
     let weights = files.get_mut("model.safetensors").unwrap();
     let last = weights.content.len() - 1;
@@ -214,14 +214,16 @@ fn what_arrives_damaged_is_never_loaded_nor_kept() {
     assert_eq!(output.status.code(), Some(78));
     let message = stderr(&output);
     assert!(message.contains("model.safetensors") && message.contains("SHA-256"), "{message}");
-    assert!(
-        blobs(cache.path()).iter().all(|blob| !std::fs::read(blob).unwrap().windows(8).any(|w| w == b"encoder.")),
-        "the damaged blob is gone"
-    );
+    let cached = files_below(cache.path());
+    let holds = |file: &PathBuf, text: &[u8]| std::fs::read(file).unwrap().windows(text.len()).any(|w| w == text);
+    // The intact files were cached, so this test looks where downloads are kept.
+    assert!(cached.iter().any(|file| holds(file, b"\"model_type\"")), "config.json is not in the cache: {cached:?}");
+    let corrupt: Vec<&PathBuf> = cached.iter().filter(|file| holds(file, b"encoder.layer.0.")).collect();
+    assert!(corrupt.is_empty(), "the corrupt download was kept: {corrupt:?}");
 }
 
 #[test]
-fn what_is_not_there_is_named() {
+fn a_missing_model_or_file_is_named_in_the_error() {
     let mut files = fixture_files("xlmr");
     files.remove("model.safetensors");
     let hub = Hub::serve("org/small", files);
@@ -240,7 +242,7 @@ fn what_is_not_there_is_named() {
 }
 
 #[test]
-fn a_signal_while_a_model_is_downloaded_ends_the_process() {
+fn sigterm_during_a_download_ends_the_process() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let cache = tempfile::tempdir().unwrap();
     let mut child = server::rerankd()

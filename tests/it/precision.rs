@@ -1,11 +1,8 @@
-//! What lower precisions, and a card, change in the scores and the order of a real cross-encoder, beside the processor's f32: the
-//! tables of the README, and the bar that `--dtype auto` answers to.
+//! Scores and rankings of a real cross-encoder at each dtype and on a GPU, compared with f32 on the CPU. The bounds are the
+//! requirements for `--dtype auto`.
 //!
-//! Needs real weights and XQuAD (`../shared/data`, or `RERANKD_TEST_DATA`), and says so where there are none. A card is measured
-//! where there is one, the stand-in of tests/cuda among them.
-//! `RERANKD_FULL_EVAL=1` takes 200 questions, 2,000 pairs, instead of 20.
-
-mod common;
+//! The test is skipped without real weights and XQuAD (tests/README.md). A GPU is measured if a CUDA driver is found, the
+//! stand-in of tests/cuda included. `RERANKD_FULL_EVAL=1` takes 200 questions (2,000 pairs) instead of 20.
 
 use rerankd::backend::cpu::CpuDtype;
 use rerankd::batch::Batch;
@@ -14,14 +11,14 @@ use rerankd::eval::{Measures, Topic};
 use rerankd::loading::DeviceChoice;
 use rerankd::text::DocumentOptions;
 
-use common::{cpu, load_on, real};
+use crate::support::{cpu, load_on, real};
 
-/// One precision's scores of every topic's documents.
+/// Scores by topic, then by document.
 type Scores = Vec<Vec<f64>>;
 
 #[tokio::test]
-async fn a_lower_precision_keeps_the_ranking() {
-    let test = "a_lower_precision_keeps_the_ranking";
+async fn minilm_ranking_is_kept_at_lower_precision() {
+    let test = "minilm_ranking_is_kept_at_lower_precision";
     let (Some(folder), Some(xquad)) = (real(test, "ms-marco-MiniLM-L-12-v2"), real(test, "xquad/xquad.en.json")) else {
         return;
     };
@@ -37,7 +34,7 @@ async fn a_lower_precision_keeps_the_ranking() {
     let topics = topics::read(&xquad, &options).unwrap();
     let mut exact: Option<Scores> = None;
     eprintln!("| | largest score difference | mean | Kendall tau | recall@1 | nDCG@10 |");
-    for Candidate { name, device, difference, tau: tau_bar, lost: quality_bar } in candidates() {
+    for Candidate { name, device, difference, tau: tau_bound, lost: ndcg_bound } in candidates() {
         let scores = score(device, &folder, &topics).await;
         let exact = exact.get_or_insert_with(|| scores.clone());
         let differences: Vec<f64> =
@@ -50,14 +47,14 @@ async fn a_lower_precision_keeps_the_ranking() {
             "| {name} | {largest:.4} | {mean:.5} | {tau:.4} | {:.3} | {:.4} |",
             measures.recall[0], measures.ndcg_10
         );
-        assert!(largest <= difference, "{name}: a score is {largest} from f32's");
-        assert!(tau >= tau_bar, "{name}: Kendall tau {tau} against f32");
+        assert!(largest <= difference, "{name}: a score differs from f32 by {largest}");
+        assert!(tau >= tau_bound, "{name}: Kendall tau {tau} against f32");
         let lost = quality(exact, &topics).ndcg_10 - measures.ndcg_10;
-        assert!(lost <= quality_bar, "{name}: nDCG@10 is {lost} below f32's");
+        assert!(lost <= ndcg_bound, "{name}: nDCG@10 is {lost} below that of f32");
     }
 }
 
-/// A device and precision, and what it may cost.
+/// A device and dtype, with bounds on the difference from f32 on the CPU: of a score, of Kendall's tau, and of nDCG@10.
 struct Candidate {
     name: &'static str,
     device: DeviceChoice,
@@ -124,7 +121,7 @@ fn quality(scores: &Scores, topics: &[Topic]) -> Measures {
     Measures::mean(&measured).expect("there are topics")
 }
 
-/// The share of pairs of documents in the same order less the share in the opposite one (Kendall 1938).
+/// Kendall's tau: the share of document pairs in the same order minus the share in the opposite order (Kendall 1938).
 fn kendall_tau(a: &[f64], b: &[f64]) -> f64 {
     let n = a.len();
     let pairs = (0..n).flat_map(|i| (0..i).map(move |j| (i, j)));

@@ -1,8 +1,6 @@
-//! Lies in a model's files: each is an error that names the file, the tensor and what was expected, and none is a panic.
+//! Damaged model files: each is an error that names the file, the tensor and the expected value, and none is a panic.
 //!
-//! Every case is a copy of a fixture with one thing wrong, loaded as a start of the server loads it.
-
-mod common;
+//! Every case is a copy of a fixture with one defect, loaded as at server start.
 
 use std::collections::HashMap;
 use std::fs;
@@ -13,7 +11,7 @@ use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use common::{fixture, load};
+use crate::support::{fixture, load};
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -30,7 +28,7 @@ fn an_undamaged_copy_loads() {
 }
 
 #[test]
-fn a_missing_file_is_named() {
+fn a_missing_file_is_named_in_the_error() {
     for (file, says) in [
         ("config.json", "config.json"),
         ("tokenizer.json", "tokenizer.json"),
@@ -38,15 +36,15 @@ fn a_missing_file_is_named() {
     ] {
         let model = Model::copy("xlmr");
         fs::remove_file(model.path(file)).unwrap();
-        model.check_refused(file, &[says]);
+        model.check_rejected(file, &[says]);
     }
 }
 
 #[test]
-fn tensors_that_lie_are_named() {
+fn a_wrong_tensor_is_named_in_the_error() {
     type Tensors = HashMap<String, Tensor>;
-    type Lie = (&'static str, fn(&mut Tensors), &'static [&'static str]);
-    let lies: [Lie; 8] = [
+    type Defect = (&'static str, fn(&mut Tensors), &'static [&'static str]);
+    let defects: [Defect; 8] = [
         ("missing", |t| drop(t.remove(KEY)), &[KEY, "missing", "[64, 64]"]),
         (
             "extra",
@@ -84,32 +82,32 @@ fn tensors_that_lie_are_named() {
             &[KEY, "I64", "F64, F32, F16 and BF16"],
         ),
     ];
-    for (what, lie, says) in lies {
+    for (what, damage, says) in defects {
         let model = Model::copy("xlmr");
         let mut tensors = candle_core::safetensors::load(model.path(WEIGHTS), &Device::Cpu).unwrap();
-        lie(&mut tensors);
+        damage(&mut tensors);
         candle_core::safetensors::save(&tensors, model.path(WEIGHTS)).unwrap();
-        model.check_refused(what, &[&[WEIGHTS], says].concat());
+        model.check_rejected(what, &[&[WEIGHTS], says].concat());
     }
 }
 
 #[test]
-fn weights_of_another_architecture_are_refused() {
+fn weights_of_another_architecture_are_rejected() {
     let model = Model::copy("xlmr");
     fs::copy(fixture("bert").join(WEIGHTS), model.path(WEIGHTS)).unwrap();
-    model.check_refused("BERT's weights", &[WEIGHTS, WORDS, "missing"]);
+    model.check_rejected("BERT's weights", &[WEIGHTS, WORDS, "missing"]);
 }
 
-/// Every byte of the prefix, a sample of the header and of the data, and the places where one becomes the other.
+/// Cuts after each of the first 10 bytes, at a sample of header and data, and around the start of the data.
 #[test]
-fn a_safetensors_file_that_is_cut_anywhere_is_refused() {
+fn truncated_safetensors_is_rejected_with_the_file_name() {
     let model = Model::copy("bert");
     let whole = fs::read(model.path(WEIGHTS)).unwrap();
     let data_start = 8 + header_bytes(&whole);
     let edges = [data_start - 1, data_start, data_start + 1, whole.len() - 1];
     for length in (0..10).chain((10..whole.len()).step_by(997)).chain(edges) {
         fs::write(model.path(WEIGHTS), &whole[..length]).unwrap();
-        model.check_refused(
+        model.check_rejected(
             &format!("cut at {length} of {}", whole.len()),
             &[WEIGHTS, "not a complete safetensors file"],
         );
@@ -117,19 +115,19 @@ fn a_safetensors_file_that_is_cut_anywhere_is_refused() {
 }
 
 #[test]
-fn a_trailing_byte_is_refused() {
+fn a_trailing_byte_is_rejected() {
     let model = Model::copy("bert");
     let mut bytes = fs::read(model.path(WEIGHTS)).unwrap();
     let described = bytes.len();
     bytes.push(0);
     fs::write(model.path(WEIGHTS), &bytes).unwrap();
     let (found, described) = (format!("{} bytes", described + 1), described.to_string());
-    model.check_refused("a byte more", &[WEIGHTS, &found, &described]);
+    model.check_rejected("a byte more", &[WEIGHTS, &found, &described]);
 }
 
-/// None of these may be believed long enough to ask for the memory.
+/// The claimed length must be checked before memory is allocated for it.
 #[test]
-fn a_header_that_claims_impossible_lengths_is_refused() {
+fn an_impossible_header_length_is_rejected() {
     let model = Model::copy("bert");
     let whole = fs::read(model.path(WEIGHTS)).unwrap();
     let true_length = header_bytes(&whole) as u64;
@@ -137,15 +135,15 @@ fn a_header_that_claims_impossible_lengths_is_refused() {
         let mut bytes = whole.clone();
         bytes[..8].copy_from_slice(&claim.to_le_bytes());
         fs::write(model.path(WEIGHTS), &bytes).unwrap();
-        model.check_refused(&format!("a header of {claim} bytes"), &[WEIGHTS]);
+        model.check_rejected(&format!("a header of {claim} bytes"), &[WEIGHTS]);
     }
 }
 
 #[test]
-fn a_header_that_describes_nonsense_is_refused() {
+fn an_inconsistent_safetensors_header_is_rejected() {
     let name = "bert.encoder.layer.0.output.dense.weight";
-    type Lie = (&'static str, &'static str, fn(u64, u64) -> Value);
-    let lies: [Lie; 9] = [
+    type Defect = (&'static str, &'static str, fn(u64, u64) -> Value);
+    let defects: [Defect; 9] = [
         ("overlaps its neighbour", "data_offsets", |start, end| json!([start - 2, end - 2])),
         ("leaves a gap", "data_offsets", |start, end| json!([start + 2, end])),
         ("ends before it starts", "data_offsets", |start, end| json!([end, start])),
@@ -156,22 +154,22 @@ fn a_header_that_describes_nonsense_is_refused() {
         ("has fewer elements than bytes", "shape", |_, _| json!([32, 63])),
         ("is of an unknown type", "dtype", |_, _| json!("F31")),
     ];
-    for (what, field, lie) in lies {
+    for (what, field, damage) in defects {
         let model = Model::copy("bert");
         let bytes = fs::read(model.path(WEIGHTS)).unwrap();
         let (header, data) = bytes[8..].split_at(header_bytes(&bytes));
         let mut header: Value = serde_json::from_slice(header).unwrap();
         let offsets = header[name]["data_offsets"].clone();
-        header[name][field] = lie(offsets[0].as_u64().unwrap(), offsets[1].as_u64().unwrap());
+        header[name][field] = damage(offsets[0].as_u64().unwrap(), offsets[1].as_u64().unwrap());
         let header = serde_json::to_vec(&header).unwrap();
-        let lying = [&(header.len() as u64).to_le_bytes(), &header[..], data].concat();
-        fs::write(model.path(WEIGHTS), lying).unwrap();
-        model.check_refused(&format!("a tensor that {what}"), &[WEIGHTS]);
+        let damaged = [&(header.len() as u64).to_le_bytes(), &header[..], data].concat();
+        fs::write(model.path(WEIGHTS), damaged).unwrap();
+        model.check_rejected(&format!("a tensor that {what}"), &[WEIGHTS]);
     }
 }
 
 #[test]
-fn a_config_that_does_not_fit_is_refused() {
+fn a_config_that_contradicts_the_weights_is_rejected() {
     let changes: [(&str, Value, &[&str]); 9] = [
         ("id2label", json!({"0": "NO", "1": "YES"}), &["config.json", "2 labels", "id2label"]),
         ("model_type", json!("gpt2"), &["config.json", "gpt2", "xlm-roberta"]),
@@ -180,7 +178,7 @@ fn a_config_that_does_not_fit_is_refused() {
         ("num_hidden_layers", json!(2), &[WEIGHTS, "roberta.encoder.layer.2.", "no place"]),
         ("max_position_embeddings", json!(514), &[WEIGHTS, "position_embeddings", "[66, 64]", "[514, 64]"]),
         ("pad_token_id", json!(65), &["config.json", "pad_token_id 65"]),
-        // The embedding has fewer rows than the tokenizer has ids: one of them would read beyond it.
+        // The embedding has fewer rows than the tokenizer has ids, so an id would be out of range.
         ("vocab_size", json!(184), &["tokenizer.json", "184"]),
         ("vocab_size", json!(301), &[WEIGHTS, WORDS, "[300, 64]", "[301, 64]"]),
     ];
@@ -189,23 +187,23 @@ fn a_config_that_does_not_fit_is_refused() {
         let mut config: Value = serde_json::from_slice(&fs::read(model.path("config.json")).unwrap()).unwrap();
         config[field] = value.clone();
         fs::write(model.path("config.json"), config.to_string()).unwrap();
-        model.check_refused(&format!("{field} = {value}"), says);
+        model.check_rejected(&format!("{field} = {value}"), says);
     }
 }
 
 #[test]
-fn what_is_no_json_is_refused_by_name() {
+fn invalid_json_is_rejected_with_the_file_name() {
     for file in ["config.json", "tokenizer.json"] {
         for content in [&b""[..], b"{", b"null", b"[]", b"{}", b"\xff\xfe\x00"] {
             let model = Model::copy("xlmr");
             fs::write(model.path(file), content).unwrap();
-            model.check_refused(&format!("{file} holds {content:?}"), &[file]);
+            model.check_rejected(&format!("{file} holds {content:?}"), &[file]);
         }
     }
 }
 
 #[test]
-fn a_shard_index_that_lies_is_refused() {
+fn a_wrong_shard_index_is_rejected() {
     let index = |shard: &str| json!({"weight_map": {WORDS: shard, KEY: SHARD}}).to_string();
     let outside = |shard: &str| (index(shard), vec![INDEX.to_owned(), format!("{shard:?}")]);
     let cases = [
@@ -226,24 +224,24 @@ fn a_shard_index_that_lies_is_refused() {
     for (content, says) in cases {
         let model = Model::copy("xlmr-shards");
         fs::write(model.path(INDEX), &content).unwrap();
-        model.check_refused(&content, &says.iter().map(String::as_str).collect::<Vec<_>>());
+        model.check_rejected(&content, &says.iter().map(String::as_str).collect::<Vec<_>>());
     }
 }
 
 #[test]
-fn a_tensor_in_two_shards_is_refused() {
+fn a_tensor_in_two_shards_is_rejected() {
     let model = Model::copy("xlmr-shards");
     fs::copy(model.path(SHARD), model.path(&other_shard())).unwrap();
-    model.check_refused("the same shard twice", &["is in", SHARD, &other_shard()]);
+    model.check_rejected("the same shard twice", &["is in", SHARD, &other_shard()]);
 }
 
-/// Without a checkpoint inside, in every form that a damaged download takes.
+/// Empty files, an HTML page, a bare pickle, an empty zip and noise, which failed downloads leave behind.
 #[test]
-fn a_pytorch_file_without_a_checkpoint_is_refused() {
+fn a_pytorch_file_without_a_checkpoint_is_rejected() {
     let model = Model::copy("xlmr-pickle");
     let check = |what: &str, bytes: &[u8]| {
         fs::write(model.path(PICKLE), bytes).unwrap();
-        model.check_refused(what, &[PICKLE]);
+        model.check_rejected(what, &[PICKLE]);
     };
     check("empty", b"");
     check("a page of HTML", b"<!doctype html><title>Not found</title>");
@@ -258,21 +256,21 @@ fn a_pytorch_file_without_a_checkpoint_is_refused() {
 }
 
 #[test]
-fn a_pytorch_file_that_is_cut_anywhere_is_refused() {
+fn a_truncated_pytorch_file_is_rejected() {
     let model = Model::copy("xlmr-pickle");
     let whole = fs::read(model.path(PICKLE)).unwrap();
     for length in (0..whole.len()).step_by(4999).chain([whole.len() - 23, whole.len() - 1]) {
         fs::write(model.path(PICKLE), &whole[..length]).unwrap();
-        model.check_refused(&format!("cut at {length} of {}", whole.len()), &[PICKLE]);
+        model.check_rejected(&format!("cut at {length} of {}", whole.len()), &[PICKLE]);
     }
 }
 
-/// A changed byte may be a changed weight, which nobody can see. All that is promised is an answer.
+/// A changed byte may only change a weight, so loading may succeed. It must not panic.
 #[test]
 fn a_changed_byte_in_a_pytorch_file_never_panics() {
     let model = Model::copy("xlmr-pickle");
     let whole = fs::read(model.path(PICKLE)).unwrap();
-    // The pickle's program comes first and the zip's directory last; between them are weights.
+    // The pickle program comes first and the zip directory last, with the weights between them.
     let (program, directory) = (0..14_000, whole.len() - 10_000..whole.len());
     let mut noise = 1u64;
     for at in program.step_by(97).chain(directory.step_by(89)) {
@@ -284,26 +282,26 @@ fn a_changed_byte_in_a_pytorch_file_never_panics() {
     }
 }
 
-/// Two single bytes on which candle 0.11.1's own reader panics, found by changing every byte of this file.
+/// Two single-byte changes on which candle 0.11.1's reader panics, found by changing every byte of this file.
 #[test]
-fn what_panics_in_candle_s_pickle_reader_is_refused() {
+fn pickles_that_make_candle_panic_are_rejected() {
     let whole = fs::read(fixture("xlmr-pickle").join(PICKLE)).unwrap();
     let find = |pattern: &[u8]| whole.windows(pattern.len()).position(|window| window == pattern).unwrap();
     for (what, at, opcode) in [
-        // BININT1 64, a storage's size, becomes PROTO 64: the storage's tuple is one short.
+        // BININT1 64, the size of a storage, becomes PROTO 64: the storage tuple lacks a field.
         ("a storage of four fields", find(b"h\x06K@tq") + 2, 0x80),
-        // BINPUT 17 becomes LONG1 of 17 bytes, shifted out of an i64. This one panics where overflow is checked.
+        // BINPUT 17 becomes LONG1 of 17 bytes, which overflows an i64. It panics in builds with overflow checks.
         ("an integer of 17 bytes", find(b"\x86q\x11") + 1, 0x8a),
     ] {
         let model = Model::copy("xlmr-pickle");
         let mut bytes = whole.clone();
         bytes[at] = opcode;
         fs::write(model.path(PICKLE), &bytes).unwrap();
-        model.check_refused(what, &[PICKLE]);
+        model.check_rejected(what, &[PICKLE]);
     }
 }
 
-/// A copy of a fixture, for one test to damage.
+/// A copy of a fixture that a test may damage.
 struct Model {
     folder: TempDir,
 }
@@ -322,8 +320,8 @@ impl Model {
         self.folder.path().join(file)
     }
 
-    /// Loads the model, which must fail in words that contain each of `says`.
-    fn check_refused(&self, what: &str, says: &[&str]) {
+    /// Checks that loading fails with a message that contains each of `says`.
+    fn check_rejected(&self, what: &str, says: &[&str]) {
         let error = match load(self.folder.path()) {
             Ok(_) => panic!("{what}: the model was loaded"),
             Err(error) => format!("{error:#}"),
@@ -348,7 +346,7 @@ fn header_bytes(file: &[u8]) -> usize {
     u64::from_le_bytes(file[..8].try_into().unwrap()).try_into().unwrap()
 }
 
-/// The next byte of a linear congruential generator: noise, the same on every machine.
+/// The next byte of a linear congruential generator, the same on every machine.
 fn next(state: &mut u64) -> u8 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     (*state >> 56) as u8

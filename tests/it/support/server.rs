@@ -1,6 +1,4 @@
-//! The real binary, as a server on a real socket.
-
-#![allow(unreachable_pub, dead_code, reason = "shared by several test programs, each of which uses a part")]
+//! The real binary as a server on a real socket.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
@@ -8,8 +6,8 @@ use std::process::{Child, ChildStderr, Command, Stdio};
 
 use serde_json::Value;
 
-/// The binary, without settings or a network that the test did not ask for.
-pub fn rerankd() -> Command {
+/// The binary without `RERANKD_` settings of the environment, and with downloads off.
+pub(crate) fn rerankd() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_rerankd"));
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("RERANKD_")) {
         command.env_remove(name);
@@ -18,20 +16,20 @@ pub fn rerankd() -> Command {
     command
 }
 
-/// A server on a port of the system's choice, ended with the test.
-pub struct Server {
-    pub child: Child,
+/// A server process on a free port. Dropping it kills the process.
+pub(crate) struct Server {
+    pub(crate) child: Child,
     stderr: BufReader<ChildStderr>,
     address: String,
 }
 
 impl Server {
-    pub fn start(arguments: &[&str]) -> Self {
+    pub(crate) fn start(arguments: &[&str]) -> Self {
         Self::start_in(arguments, &[])
     }
 
-    /// The same with environment variables.
-    pub fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+    /// [`Server::start`] with environment variables.
+    pub(crate) fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
         let mut child = rerankd()
             .args(["serve", "--port", "0"])
             .args(arguments)
@@ -43,7 +41,7 @@ impl Server {
         let mut log = String::new();
         let address = loop {
             let mut line = String::new();
-            assert!(stderr.read_line(&mut line).unwrap() > 0, "the server ended: {log}");
+            assert!(stderr.read_line(&mut line).unwrap() > 0, "the server ended before it listened: {log}");
             if let Some((_, address)) = line.trim().split_once("listening on http://") {
                 break address.chars().take_while(|c| c.is_ascii_digit() || matches!(c, '.' | ':')).collect();
             }
@@ -52,12 +50,12 @@ impl Server {
         Self { child, stderr, address }
     }
 
-    pub fn connect(&self) -> TcpStream {
+    pub(crate) fn connect(&self) -> TcpStream {
         TcpStream::connect(&self.address).unwrap()
     }
 
-    /// Sends a request on a connection of its own and reads the whole answer.
-    pub fn request(&self, text: &str) -> String {
+    /// Sends a request on a new connection and reads until the server closes it.
+    pub(crate) fn request(&self, text: &str) -> String {
         let mut stream = self.connect();
         stream.write_all(text.as_bytes()).unwrap();
         let mut answer = String::new();
@@ -65,15 +63,15 @@ impl Server {
         answer
     }
 
-    pub fn rerank(&self, body: &str) -> String {
+    pub(crate) fn rerank(&self, body: &str) -> String {
         let length = body.len();
         self.request(&format!(
             "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
         ))
     }
 
-    /// The scores of an answer, in the request's order of documents.
-    pub fn scores(&self, body: &str) -> Vec<f64> {
+    /// Sends a rerank request and returns the scores in the order of the request's documents.
+    pub(crate) fn scores(&self, body: &str) -> Vec<f64> {
         let answer = self.rerank(body);
         let json: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
         let mut results: Vec<(u64, f64)> = json["results"]
@@ -86,16 +84,27 @@ impl Server {
         results.into_iter().map(|(_, score)| score).collect()
     }
 
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let status = Command::new("kill").args([name, &self.child.id().to_string()]).status().unwrap();
         assert!(status.success());
     }
 
-    pub fn exit_code(&mut self) -> Option<i32> {
+    /// After a signal, returns when the server takes no new connection or reports that it is not ready.
+    pub(crate) fn wait_until_it_drains(&self) {
+        while let Ok(mut stream) = TcpStream::connect(&self.address) {
+            let mut answer = String::new();
+            let asked = stream.write_all(b"GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+            if asked.and_then(|()| stream.read_to_string(&mut answer)).is_err() || !answer.starts_with("HTTP/1.1 200") {
+                return;
+            }
+        }
+    }
+
+    pub(crate) fn exit_code(&mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 
-    pub fn rest_of_log(&mut self) -> String {
+    pub(crate) fn rest_of_log(&mut self) -> String {
         let mut log = String::new();
         self.stderr.read_to_string(&mut log).unwrap();
         log

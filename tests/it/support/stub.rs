@@ -1,9 +1,9 @@
-//! A model that a reader can compute in their head, behind the real server.
+//! A stub model behind the real HTTP application, with scores that are easy to compute by hand.
 //!
-//! Its tokenizer knows the words below and splits at spaces. Its logit is the number of tokens of the chunk that are also in the
-//! query, minus one.
+//! Its tokenizer knows [`WORDS`] and splits at whitespace. Its logit is the number of tokens of the chunk that are also in the
+//! query, minus one. A query with the word "nan" scores NaN; one with the word "panic" panics.
 
-#![allow(unreachable_pub, dead_code, reason = "shared by several test programs, each of which uses a part")]
+#![allow(unreachable_pub, dead_code, reason = "benches include this file and use a part of it")]
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -43,7 +43,7 @@ pub const QUEUE: SchedulerLimits = SchedulerLimits {
     batch_timeout: Duration::from_secs(3600),
 };
 
-/// What the stub saw, and a gate that holds its batches until the test lets them go.
+/// Counts the batches and pairs that the stub scored. A closed gate holds its batches.
 #[derive(Default)]
 pub struct Watch {
     pub pairs: AtomicUsize,
@@ -52,7 +52,14 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// From now on each batch waits for one message; a dropped sender opens the gate for good.
+    /// Returns when the stub has begun a batch.
+    pub async fn batch_started(&self) {
+        while self.batches.load(Ordering::SeqCst) == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// From now on each batch waits for one message. Dropping the sender opens the gate for good.
     pub fn close_gate(&self) -> Sender<()> {
         let (open, gate) = channel();
         *self.gate.lock().unwrap() = Some(gate);
@@ -119,7 +126,7 @@ pub fn tokenizer_json() -> String {
     .to_string()
 }
 
-/// A stub model of this name; `bias` is added to its logits.
+/// A stub model with this name. `bias` is added to its logits.
 pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch>) {
     let limits = TextLimits {
         max_query_tokens: None,
@@ -139,25 +146,25 @@ pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch
     (Model::start(loaded, queue).unwrap(), watch)
 }
 
-/// A server of these models.
+/// An application with these models.
 pub fn serving(models: Vec<Model>, keys: Keys, limits: ApiLimits) -> Arc<App> {
     let app = App::new(keys, limits, None);
     app.set_models(Models::new(models).unwrap());
     app
 }
 
-/// A server of one open stub model called `m`.
+/// An application without keys, with one stub model called `m`.
 pub fn app() -> (Arc<App>, Arc<Watch>) {
     app_with(&[], LIMITS, QUEUE)
 }
 
-/// The same with keys and limits.
+/// An application with one stub model called `m`, with these keys and limits.
 pub fn app_with(keys: &[&str], limits: ApiLimits, queue: SchedulerLimits) -> (Arc<App>, Arc<Watch>) {
     let (model, watch) = model("m", 0.0, queue);
     (serving(vec![model], Keys::new(keys.iter().copied()), limits), watch)
 }
 
-/// What came back.
+/// An HTTP response with its body read.
 pub struct Answer {
     pub status: StatusCode,
     pub headers: axum::http::HeaderMap,
@@ -181,7 +188,7 @@ impl Answer {
     }
 }
 
-/// Sends a request to the server's own service, without a socket.
+/// Sends a request to the router, without a socket.
 pub async fn send(app: &Arc<App>, request: Request<Body>) -> Answer {
     let response = router(app).oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
@@ -201,7 +208,7 @@ pub async fn rerank(app: &Arc<App>, body: Value) -> Answer {
     post(app, "/v1/rerank", body.to_string()).await
 }
 
-/// Every error is one JSON object that all clients understand, with a request id.
+/// Checks an error response: its status, its body in the fields that every client library reads, and its request id.
 pub fn check_error(answer: &Answer, status: u16, code: u16, kind: &str, contains: &str) {
     assert_eq!(answer.status.as_u16(), status, "{}", answer.text);
     assert!(answer.headers.contains_key("x-request-id"));

@@ -1,17 +1,15 @@
-//! One story, five wire shapes: each dialect's request, answer and error, with the stub model.
-
-#[path = "common/stub.rs"]
-mod stub;
+//! Requests, responses and errors of each rerank API dialect, with the stub model.
 
 use serde_json::{Value, json};
-use stub::{app, check_error, get, post, rerank};
+
+use crate::support::stub::{self, app, check_error, get, post, rerank};
 
 fn sigmoid(logit: f64) -> f64 {
     1.0 / (1.0 + (-logit).exp())
 }
 
 #[tokio::test]
-async fn text_embeddings_inference() {
+async fn text_embeddings_inference_requests_get_its_response_shape() {
     let (app, _) = app();
     let ask = |more: Value| {
         let mut body = json!({"query": "red apple", "texts": ["x", "red apple", "apple"]});
@@ -79,7 +77,7 @@ async fn voyage() {
 }
 
 #[tokio::test]
-async fn mixedbread() {
+async fn mixedbread_requests_get_its_response_shape() {
     let (app, _) = app();
     let request = json!({"model": "m", "query": "red apple", "input": ["x", "red apple", {"title": "apple"}], "rank_fields": ["title"], "top_k": 2, "return_input": true});
     for path in ["/v1/reranking", "/reranking", "/v1/rerank"] {
@@ -99,7 +97,7 @@ async fn mixedbread() {
 }
 
 #[tokio::test]
-async fn nvidia() {
+async fn nvidia_requests_get_its_response_shape() {
     let (app, _) = app();
     let request = json!({"model": "m", "query": {"text": "red apple"}, "passages": [{"text": "x"}, {"text": "red apple"}], "truncate": "END"});
     for path in ["/v1/ranking", "/ranking", "/v1/retrieval/nvidia/some-model/reranking"] {
@@ -113,9 +111,9 @@ async fn nvidia() {
     check_error(&error, 400, 20015, "invalid_request_error", "query");
 }
 
-/// llama.cpp's server answers the common shape on its own path too.
+/// For example, the common shape on the paths of llama.cpp's server.
 #[tokio::test]
-async fn every_path_takes_every_dialect() {
+async fn every_path_accepts_every_dialect() {
     let (app, _) = app();
     let request = json!({"model": "m", "query": "apple", "documents": ["x", "apple"]}).to_string();
     for path in ["/v1/reranking", "/reranking", "/v1/ranking", "/v1/v1/reranking"] {
@@ -124,7 +122,7 @@ async fn every_path_takes_every_dialect() {
 }
 
 #[tokio::test]
-async fn objects_are_documents_by_their_text_or_their_rank_fields() {
+async fn object_documents_are_read_by_text_or_rank_fields() {
     let (app, _) = app();
     let documents = json!([{"text": "x", "title": "red apple"}, {"text": "apple", "tags": ["red"], "n": 1.5, "deep": {"text": "red"}}, "red x"]);
     let ask = |rank_fields: Value| json!({"model": "m", "query": "red apple", "documents": documents, "rank_fields": rank_fields, "return_documents": true});
@@ -142,7 +140,7 @@ async fn objects_are_documents_by_their_text_or_their_rank_fields() {
 }
 
 #[tokio::test]
-async fn xinference_asks_whether_keys_are_needed() {
+async fn the_cluster_auth_path_says_whether_keys_are_required() {
     let (open, _) = app();
     assert_eq!(get(&open, "/v1/cluster/auth").await.json(), json!({"auth": false}));
     let (closed, _) = stub::app_with(&["key"], stub::LIMITS, stub::QUEUE);
@@ -150,7 +148,7 @@ async fn xinference_asks_whether_keys_are_needed() {
 }
 
 #[tokio::test]
-async fn the_contract_has_every_dialect_and_a_page_without_the_network() {
+async fn openapi_lists_every_dialect_and_its_page_needs_no_network() {
     let (app, _) = app();
     let contract = get(&app, "/openapi.json").await.json();
     for path in ["/v1/rerank", "/rerank", "/v1/reranking", "/v1/ranking"] {

@@ -1,17 +1,13 @@
 //! The CUDA backend without a GPU: the binary on a stand-in driver that runs the kernels of `src/backend/cuda/kernels` on the CPU
 //! (tests/cuda/standin), and the kernels alone on an emulator (tests/cuda/check.sh). See tests/cuda/README.md.
 
-#![cfg(feature = "cuda")]
-
-#[path = "common/server.rs"]
-mod server;
-
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
-use server::{Server, rerankd};
+
+use crate::support::server::{Server, rerankd};
 
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cuda");
 

@@ -1,6 +1,9 @@
-//! What several test files need: where the data is, and a model loaded from it.
+//! Shared by the test modules: fixtures, real data, and models loaded from them.
 
-#![allow(dead_code, reason = "each test file is a crate of its own and uses some of this")]
+pub(crate) mod random;
+pub(crate) mod server;
+pub(crate) mod skip;
+pub(crate) mod stub;
 
 use std::path::{Path, PathBuf};
 
@@ -12,12 +15,14 @@ use rerankd::loading::{DeviceChoice, LoadOptions, LoadedModel, Loader};
 use rerankd::text::{Tail, TextLimits};
 use serde::Deserialize;
 
-/// A folder of `tests/fixtures`.
+pub(crate) use skip::skip;
+
+/// The path of a file or folder in `tests/fixtures`.
 pub(crate) fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
-/// The folder of real models and texts, which is not part of the repository.
+/// The folder of real models and texts, if this machine has it. It is not part of the repository.
 pub(crate) fn test_data() -> Option<PathBuf> {
     let folder = match std::env::var_os("RERANKD_TEST_DATA") {
         Some(folder) => PathBuf::from(folder),
@@ -26,16 +31,16 @@ pub(crate) fn test_data() -> Option<PathBuf> {
     folder.is_dir().then_some(folder)
 }
 
-/// A file or folder of the real data, or a line that says which test did not run and why.
+/// A file or folder of the real data. Without it, reports that `test` is skipped.
 pub(crate) fn real(test: &str, name: &str) -> Option<PathBuf> {
     let path = test_data().map(|folder| folder.join(name)).filter(|path| path.exists());
     if path.is_none() {
-        eprintln!("SKIPPED {test}: {name} is not in ../shared/data, and RERANKD_TEST_DATA names no folder that has it");
+        skip(test, &format!("{name} is neither in ../shared/data nor in the folder that RERANKD_TEST_DATA names"));
     }
     path
 }
 
-/// Limits that cut nothing but what a test is about.
+/// Limits that no test reaches.
 pub(crate) fn limits() -> TextLimits {
     TextLimits {
         max_query_tokens: None,
@@ -47,12 +52,12 @@ pub(crate) fn limits() -> TextLimits {
     }
 }
 
-/// Loads a folder as a start of the server does, on the reference backend.
+/// Loads a model folder on the candle backend, as at server start.
 pub(crate) fn load(folder: &Path) -> Result<LoadedModel> {
     load_on(DeviceChoice::Candle { threads: 2 }, folder)
 }
 
-/// Our own backend for processors.
+/// The CPU backend, without pinned threads.
 pub(crate) fn cpu(dtype: CpuDtype, threads: usize) -> DeviceChoice {
     DeviceChoice::Cpu { dtype, threads, pin_threads: false }
 }
@@ -69,7 +74,7 @@ pub(crate) fn offline_hub() -> Hub {
     Hub::new(HubOptions { cache: PathBuf::new(), endpoint: String::new(), token: None, offline: true })
 }
 
-/// A paragraph of XQuAD and the questions that it answers.
+/// A paragraph of XQuAD and its questions.
 #[derive(Deserialize)]
 pub(crate) struct Paragraph {
     pub(crate) context: String,
@@ -83,6 +88,9 @@ pub(crate) struct Question {
 }
 
 /// All paragraphs of an XQuAD file, in its order.
+///
+/// # Panics
+/// If there are none.
 pub(crate) fn paragraphs(file: &Path) -> Vec<Paragraph> {
     #[derive(Deserialize)]
     struct File {
@@ -93,5 +101,7 @@ pub(crate) fn paragraphs(file: &Path) -> Vec<Paragraph> {
         paragraphs: Vec<Paragraph>,
     }
     let file: File = serde_json::from_str(&std::fs::read_to_string(file).unwrap()).unwrap();
-    file.data.into_iter().flat_map(|article| article.paragraphs).collect()
+    let paragraphs: Vec<Paragraph> = file.data.into_iter().flat_map(|article| article.paragraphs).collect();
+    assert!(!paragraphs.is_empty());
+    paragraphs
 }

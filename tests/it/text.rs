@@ -1,10 +1,7 @@
-//! Texts to ids, with the real tokenizers of bge-reranker-v2-m3 (Unigram) and ms-marco-MiniLM-L-12-v2 (WordPiece): a pair's ids
-//! are those that the tokenizer itself gives a pair, and a long document's slices join to the ids of the whole.
+//! Token ids against the tokenizer library: of pairs, and of long documents that are tokenized in slices.
 //!
-//! The real files are looked for in `../shared/data` or in the folder that `RERANKD_TEST_DATA` names; a test that finds none
-//! says so. What fixtures can show is shown with them.
-
-mod common;
+//! The tokenizers are those of bge-reranker-v2-m3 (Unigram) and ms-marco-MiniLM-L-12-v2 (WordPiece), without which their tests
+//! are skipped (tests/README.md), and those of the fixtures.
 
 use std::fs;
 use std::path::Path;
@@ -15,13 +12,13 @@ use rerankd::text::{DocumentOptions, EmbeddingRows, TextEncoder};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use common::{fixture, limits, paragraphs, real};
+use crate::support::{fixture, limits, paragraphs, real};
 
 const BGE: &str = "bge-reranker-v2-m3";
 const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
 
-/// Texts that tokenizers have stumbled over.
-const AWKWARD: [&str; 22] = [
+/// Edge cases: empty, white space, combining marks, emoji, control characters, special tokens in the text.
+const EDGE_CASES: [&str; 22] = [
     "",
     " ",
     "a",
@@ -47,60 +44,74 @@ const AWKWARD: [&str; 22] = [
 ];
 
 #[test]
-fn bge_pairs_are_the_tokenizer_s_own() {
-    check_real_pairs("bge_pairs_are_the_tokenizer_s_own", BGE);
+fn bge_pair_ids_match_the_tokenizer() {
+    check_real_pairs("bge_pair_ids_match_the_tokenizer", BGE);
 }
 
 #[test]
-fn minilm_pairs_are_the_tokenizer_s_own() {
-    check_real_pairs("minilm_pairs_are_the_tokenizer_s_own", MINILM);
+fn minilm_pair_ids_match_the_tokenizer() {
+    check_real_pairs("minilm_pair_ids_match_the_tokenizer", MINILM);
 }
 
-/// Every paragraph of XQuAD in two languages, with one of its questions and with an awkward one; every two awkward texts.
+/// Checks each paragraph of XQuAD in two languages with one of its questions and with an edge case, and all pairs of edge cases.
 fn check_real_pairs(test: &str, model: &str) {
     let Some(texts) = real(test, model).map(|folder| Texts::read(&folder)) else { return };
     for language in ["en", "zh"] {
         let Some(xquad) = real(test, &format!("xquad/xquad.{language}.json")) else { return };
         for (i, paragraph) in paragraphs(&xquad).iter().enumerate() {
             texts.check_pair(&paragraph.qas[0].question, &paragraph.context);
-            texts.check_pair(AWKWARD[i % AWKWARD.len()], &paragraph.context);
+            texts.check_pair(EDGE_CASES[i % EDGE_CASES.len()], &paragraph.context);
         }
     }
-    texts.check_awkward_pairs();
+    texts.check_edge_case_pairs();
     for long in ["word ".repeat(20_000), "x".repeat(100_000), "漢".repeat(100_000), "!".repeat(100_000)] {
         texts.check_pair("long?", &long);
     }
 }
 
 #[test]
-fn fixture_pairs_are_the_tokenizer_s_own() {
+fn fixture_pair_ids_match_the_tokenizer() {
     for family in ["xlmr", "bert", "roberta"] {
-        Texts::read(&fixture(family)).check_awkward_pairs();
+        Texts::read(&fixture(family)).check_edge_case_pairs();
     }
 }
 
-/// A tokenizer.json may pad every pair to its window and cut it there, as MiniLM's does. Neither may reach a pair.
+/// Long words without a boundary, the slow case of BPE and Unigram, on all three tokenizer types.
 #[test]
-fn padding_and_truncation_of_the_file_are_cleared() {
+fn long_words_get_the_ids_of_the_tokenizer() {
+    for family in ["xlmr", "bert", "roberta"] {
+        let texts = Texts::read(&fixture(family));
+        for long in ["x".repeat(20_000), "!".repeat(20_000), "漢".repeat(20_000), "ab".repeat(10_000)] {
+            texts.check_pair("long?", &long);
+        }
+    }
+}
+
+/// A tokenizer.json may ask for padding and truncation to the window, as MiniLM's does.
+#[test]
+fn padding_and_truncation_in_tokenizer_json_are_ignored() {
     let file = fixture("bert").join("tokenizer.json");
     let written: Value = serde_json::from_slice(&fs::read(file).unwrap()).unwrap();
-    assert!(written["padding"].is_object() && written["truncation"].is_object(), "the fixture shows nothing any more");
+    assert!(
+        written["padding"].is_object() && written["truncation"].is_object(),
+        "the fixture has no padding and truncation"
+    );
     let texts = Texts::read(&fixture("bert"));
     assert_eq!(texts.encoder.pair("apple", "tree").unwrap().tokens(), 5);
     assert_eq!(texts.encoder.pair("apple", &"tree ".repeat(200)).unwrap().tokens(), 204);
 }
 
 #[tokio::test]
-async fn bge_slices_join_to_the_whole() {
-    check_slices("bge_slices_join_to_the_whole", BGE).await;
+async fn bge_slices_join_to_the_ids_of_the_whole() {
+    check_slices("bge_slices_join_to_the_ids_of_the_whole", BGE).await;
 }
 
 #[tokio::test]
-async fn minilm_slices_join_to_the_whole() {
-    check_slices("minilm_slices_join_to_the_whole", MINILM).await;
+async fn minilm_slices_join_to_the_ids_of_the_whole() {
+    check_slices("minilm_slices_join_to_the_ids_of_the_whole", MINILM).await;
 }
 
-/// Real paragraphs, joined to long documents in three ways, then without a space anywhere.
+/// Checks long documents of real paragraphs: joined with three separators, then without any white space.
 async fn check_slices(test: &str, model: &str) {
     let Some(texts) = real(test, model).map(|folder| Texts::read(&folder)) else { return };
     for language in ["en", "zh"] {
@@ -119,10 +130,10 @@ async fn check_slices(test: &str, model: &str) {
     }
 }
 
-/// Four slices and their three seams.
+/// Characters of a long document: four slices.
 const LONG: usize = 60_000;
 
-/// A model's tokenizer, as ours and as it is.
+/// A model's tokenizer in this crate's encoder and in the tokenizer library.
 struct Texts {
     encoder: TextEncoder,
     tokenizer: Tokenizer,
@@ -139,9 +150,9 @@ impl Texts {
         Self { encoder, tokenizer }
     }
 
-    fn check_awkward_pairs(&self) {
-        for query in AWKWARD {
-            for document in AWKWARD {
+    fn check_edge_case_pairs(&self) {
+        for query in EDGE_CASES {
+            for document in EDGE_CASES {
                 self.check_pair(query, document);
             }
         }
@@ -165,8 +176,8 @@ impl Texts {
         );
     }
 
-    /// Seams lie after punctuation, where WordPiece cuts anyway. Unigram's Metaspace puts its mark before every text and thus
-    /// before every slice: one `▁` more at each seam, and nothing else.
+    /// Slices end after punctuation, where WordPiece splits anyway. Unigram's Metaspace puts `▁` before every slice, so each
+    /// boundary between slices may add one `▁`. No other id may differ.
     async fn check_without_spaces(&self, document: &str) {
         let (sliced, whole) = self.sliced_and_whole(document).await;
         let mark = self.tokenizer.token_to_id("▁");
@@ -185,19 +196,19 @@ impl Texts {
         (self.sliced(document).await, self.encoder.token_ids(document).unwrap())
     }
 
-    /// A document's ids as a request gets them: cut into slices, tokenised apart, chunked without overlap, and joined here.
+    /// A document's ids as the encoder computes them: tokenized in slices and chunked without overlap, then joined.
     async fn sliced(&self, document: &str) -> Vec<u32> {
         let options =
             DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: usize::MAX >> 1, max_tokens_per_doc: None };
         let encoded = self.encoder.encode("query", [document.to_owned()].into(), options).await.unwrap();
         assert_eq!((encoded.truncation.documents, encoded.truncation.chunks), (0, 0));
-        // In both families one special token follows the document.
+        // In both template families one special token follows the document.
         let before = self.encoder.pair("query", "").unwrap().tokens() - 1;
         let chunks = encoded.documents[0].iter().map(|&pair| encoded.pairs[pair].ids());
         chunks.flat_map(|ids| &ids[before..ids.len() - 1]).copied().collect()
     }
 
-    /// Where two rows of ids part, with the tokens around that place.
+    /// Describes the first difference between two id sequences, with the tokens around it.
     fn first_difference(&self, what: &str, ours: &[u32], theirs: &[u32]) -> String {
         let at = ours.iter().zip(theirs).take_while(|(a, b)| a == b).count();
         let around = |ids: &[u32]| -> Vec<String> {
@@ -205,6 +216,10 @@ impl Texts {
             shown.iter().map(|&id| self.tokenizer.id_to_token(id).unwrap_or_else(|| id.to_string())).collect()
         };
         let (n, m) = (ours.len(), theirs.len());
-        format!("{what}: {n} ids, expected {m}; they part at {at}: {:?}, expected {:?}", around(ours), around(theirs))
+        format!(
+            "{what}: {n} ids, expected {m}; first difference at {at}: {:?}, expected {:?}",
+            around(ours),
+            around(theirs)
+        )
     }
 }

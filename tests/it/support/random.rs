@@ -1,7 +1,7 @@
-//! Checkpoints of random weights, of any shape that a config.json describes, in the names that the published ones use.
-//! Speed and plumbing do not depend on the values.
+//! Checkpoints with random weights for any model configuration, with the tensor names of published checkpoints.
+//! For tests and benches that do not depend on the values.
 
-#![allow(unreachable_pub, dead_code, reason = "shared by several test and bench programs, each of which uses a part")]
+#![allow(unreachable_pub, dead_code, reason = "benches include this file and use a part of it")]
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -10,7 +10,7 @@ use std::path::Path;
 use rerankd::checkpoint::config::{Architecture, ModelConfig};
 use serde_json::json;
 
-/// Every tensor of a cross-encoder of this shape.
+/// Name and shape of every tensor of a cross-encoder.
 fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let (c, f) = (config.hidden_size, config.intermediate_size);
     let (prefix, dense, out) = match config.architecture {
@@ -43,7 +43,7 @@ fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     all
 }
 
-/// Writes a bf16 `model.safetensors`: values spread evenly over ±0.05, norms' weights around 1.
+/// Writes a bf16 `model.safetensors`: values uniform in ±0.05, layer norm weights in 1 ± 0.05.
 pub fn write_checkpoint(config: &ModelConfig, path: &Path) -> std::io::Result<()> {
     let tensors = tensors(config);
     let mut header = json!({});
@@ -59,13 +59,13 @@ pub fn write_checkpoint(config: &ModelConfig, path: &Path) -> std::io::Result<()
     file.write_all(header.as_bytes())?;
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for (name, shape) in &tensors {
-        let centre = if name.ends_with("LayerNorm.weight") { 1.0 } else { 0.0 };
+        let center = if name.ends_with("LayerNorm.weight") { 1.0 } else { 0.0 };
         for _ in 0..shape.iter().product::<usize>() {
             // xorshift64 (Marsaglia 2003)
             state ^= state << 13;
             state ^= state >> 7;
             state ^= state << 17;
-            let value = centre + ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.1;
+            let value = center + ((state >> 40) as f32 / (1 << 24) as f32 - 0.5) * 0.1;
             file.write_all(&half::bf16::from_f32(value).to_le_bytes())?;
         }
     }

@@ -1,10 +1,8 @@
-//! The encoder against what others compute: `transformers` stage by stage (`tests/fixtures`), candle's own models, a float64
-//! forward of a real cross-encoder; and against itself, alone and in company.
+//! Encoder outputs against references: `transformers` at every stage (`tests/fixtures`), candle-transformers, and a float64
+//! forward pass of a real cross-encoder. Also batch invariance.
 //!
-//! What needs real weights looks for them in `../shared/data` or in the folder that `RERANKD_TEST_DATA` names, and says so
-//! where there are none. `RERANKD_FULL_EVAL=1` ranks all questions of XQuAD instead of a sample.
-
-mod common;
+//! Tests with real weights are skipped without them (tests/README.md). `RERANKD_FULL_EVAL=1` ranks all questions of XQuAD
+//! instead of a sample.
 
 use std::collections::HashMap;
 use std::fs;
@@ -29,37 +27,41 @@ use rerankd::loading::{DeviceChoice, LoadedModel};
 use rerankd::text::DocumentOptions;
 use serde::Deserialize;
 
-use common::{cpu, fixture, load, load_on, paragraphs, real};
+use crate::support::{cpu, fixture, load, load_on, paragraphs, real};
 
-/// Both sides sum some hundred f32 terms of size 1 in their own order, a few times in a row: measured, they part by 9e-6. The
-/// nearest mistakes that still run are another epsilon, which moves a layer by 1e-4, and the other GELU, by 7e-4.
+/// Bound on the absolute difference from `transformers` at every stage.
+///
+/// Each side adds about a hundred f32 terms of size 1 in its own order, several times in sequence. The largest difference measured
+/// is 9e-6. The smallest mistakes that still run are larger: a wrong epsilon moves a layer by 1e-4, the wrong GELU by 7e-4.
 const STAGE_BOUND: f32 = 5e-5;
 
-/// The same arithmetic through the same kernels, but for products of another shape (one sequence, one weight at a time),
-/// whose sums may be taken in another order.
+/// Bound on the absolute difference from candle-transformers, which runs the same kernels in f32 on GEMMs of other shapes (one
+/// sequence, one weight matrix at a time). Only the order of summation may differ.
 const CANDLE_BOUND: f32 = 1e-5;
 
-/// The reference is float64. Twelve layers of f32 leave 5e-6 in a logit of size 10, measured; the bound has room for any order
-/// of summation and is a thousandth of what tells two documents apart.
+/// Bound on the absolute difference from the float64 logits.
+///
+/// Twelve layers in f32 change a logit of size 10 by 5e-6, measured. The bound allows for any order of summation and is a
+/// thousandth of the difference between two documents.
 const REAL_BOUND: f64 = 1e-3;
 
 #[test]
-fn every_family_equals_transformers_stage_by_stage_on_candle() {
+fn candle_matches_transformers_at_every_stage() {
     for family in FAMILIES {
         check_stages(family, CandleBackend::cpu(2).unwrap());
     }
 }
 
-/// On one thread, which runs a batch of this size whole.
+/// One thread runs the batch as a single partition.
 #[test]
-fn every_family_equals_transformers_stage_by_stage_on_the_cpu_backend() {
+fn the_cpu_backend_matches_transformers_at_every_stage() {
     for family in FAMILIES {
         check_stages(family, CpuBackend::new(CpuDtype::F32, Arc::new(ThreadPool::new(1, false).unwrap())));
     }
 }
 
 #[test]
-fn timing_the_operations_changes_no_bit_and_counts_them() {
+fn profiling_counts_operations_and_keeps_scores_bitwise_equal() {
     for family in FAMILIES {
         let pool = Arc::new(ThreadPool::new(1, false).unwrap());
         let backend = CpuBackend::new(CpuDtype::Bf16, pool);
@@ -76,7 +78,7 @@ fn timing_the_operations_changes_no_bit_and_counts_them() {
         let layers = config.layers;
         assert_eq!(calls("attention"), layers - 1, "{operations:?}");
         assert_eq!(calls("layer norm"), 2 * (layers - 1), "{operations:?}");
-        // Q, K and V are one product, but keys and values of the last layer, which are one of every token.
+        // Q, K and V are one GEMM. In the last layer K and V are one GEMM over all tokens, and Q is computed for the CLS tokens only.
         assert_eq!(calls("GEMM"), 4 * (layers - 1) + 1, "{operations:?}");
         assert_eq!((calls("CLS: GEMM"), calls("CLS: attention")), (4, 1), "{operations:?}");
         assert_eq!((calls("embeddings"), calls("head")), (1, 2), "{operations:?}");
@@ -88,7 +90,7 @@ fn timing_the_operations_changes_no_bit_and_counts_them() {
     }
 }
 
-/// Packs all sequences in one batch and holds each one's rows against its goldens.
+/// Packs all sequences into one batch and compares each sequence's rows with its golden tensors.
 fn check_stages(family: &str, backend: impl Backend) {
     let golden = Golden::read(family);
     let config = config(family);
@@ -122,7 +124,7 @@ fn check_stages(family: &str, backend: impl Backend) {
 
 const FAMILIES: [&str; 3] = ["xlmr", "bert", "roberta"];
 
-/// A sequence's rows in a stage's buffer, and how many rows that buffer has.
+/// A sequence's rows in the buffer of a stage. `of` is the number of rows in that buffer.
 struct Rows {
     range: Range<usize>,
     of: usize,
@@ -136,7 +138,7 @@ fn rows(stage: Stage, layers: usize, batch: &Batch) -> Vec<Rows> {
 }
 
 #[test]
-fn every_checkpoint_format_gives_the_same_bits() {
+fn every_checkpoint_format_gives_bitwise_equal_scores() {
     let golden = Golden::read("xlmr");
     let batch = Batch::pack(&golden.pairs);
     let logits = |folder: &str| load(&fixture(folder)).unwrap().encoder.score(&batch).unwrap();
@@ -146,9 +148,9 @@ fn every_checkpoint_format_gives_the_same_bits() {
     }
 }
 
-/// candle's own XLM-R takes the activation from config.json, erf or tanh, and counts positions as transformers does.
+/// candle's XLM-R takes the activation (erf or tanh GELU) from config.json and numbers positions as `transformers` does.
 #[test]
-fn the_roberta_family_equals_candle_transformers() {
+fn roberta_and_xlmr_match_candle_transformers() {
     for family in ["xlmr", "roberta"] {
         let config: xlm_roberta::Config = read_json(&fixture(family).join("config.json"));
         let model = xlm_roberta::XLMRobertaForSequenceClassification::new(1, &config, tensors(family)).unwrap();
@@ -156,9 +158,9 @@ fn the_roberta_family_equals_candle_transformers() {
     }
 }
 
-/// candle has BERT without a head for classification, so pooler and classifier are put on it here.
+/// candle's BERT has no classification head, so the test adds pooler and classifier.
 #[test]
-fn bert_equals_candle_transformers() {
+fn bert_matches_candle_transformers() {
     let config: bert::Config = read_json(&fixture("bert").join("config.json"));
     let weights = tensors("bert");
     let model = bert::BertModel::load(weights.clone(), &config).unwrap();
@@ -170,14 +172,14 @@ fn bert_equals_candle_transformers() {
     });
 }
 
-fn check_against_candle(family: &str, judge: impl Fn(&Tensor, &Tensor) -> Tensor) {
+fn check_against_candle(family: &str, forward: impl Fn(&Tensor, &Tensor) -> Tensor) {
     let golden = Golden::read(family);
     let ours = load(&fixture(family)).unwrap().encoder.score(&Batch::pack(&golden.pairs)).unwrap();
     let mut largest = 0f32;
     for (pair, ours) in golden.pairs.iter().zip(ours) {
         let types: Vec<u32> = pair.type_ids().iter().map(|&t| t.into()).collect();
         let row = |values: &[u32]| Tensor::new(values, &Device::Cpu).unwrap().unsqueeze(0).unwrap();
-        let theirs: f32 = judge(&row(pair.ids()), &row(&types)).flatten_all().unwrap().to_vec1().unwrap()[0];
+        let theirs: f32 = forward(&row(pair.ids()), &row(&types)).flatten_all().unwrap().to_vec1().unwrap()[0];
         let difference = (ours - theirs).abs();
         assert!(difference <= CANDLE_BOUND, "{family}, {} tokens: {ours}, candle's own {theirs}", pair.tokens());
         largest = largest.max(difference);
@@ -186,21 +188,21 @@ fn check_against_candle(family: &str, judge: impl Fn(&Tensor, &Tensor) -> Tensor
 }
 
 #[test]
-fn a_score_does_not_depend_on_its_company() {
+fn scores_are_batch_invariant() {
     let folder = fixture("xlmr");
     let reference = load(&folder).unwrap();
-    let ours = everyones(&folder);
-    // Any ids but the padding's, in as many tokens as the window allows.
+    let ours = cpu_models(&folder);
+    // Any ids except padding; 64 tokens is the window.
     let sequences = prop::collection::vec(prop::collection::vec(2u32..300, 1..=64), 1..12);
     let config = ProptestConfig { cases: 64, failure_persistence: None, ..ProptestConfig::default() };
-    // The same cases on every run, so that a failure comes back.
+    // A fixed seed: every run has the same cases.
     TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha))
         .run(&sequences, |sequences| {
             let pairs: Vec<Pair> =
                 sequences.into_iter().map(|ids| Pair::new(ids.clone(), vec![0; ids.len()])).collect();
-            check_company(&[&reference], &pairs);
+            check_batch_invariance(&[&reference], &pairs);
             for same in &ours {
-                check_company(&same.iter().collect::<Vec<_>>(), &pairs);
+                check_batch_invariance(&same.iter().collect::<Vec<_>>(), &pairs);
             }
             Ok(())
         })
@@ -208,41 +210,40 @@ fn a_score_does_not_depend_on_its_company() {
 }
 
 #[test]
-fn a_real_score_does_not_depend_on_its_company() {
-    let Some(folder) = real("a_real_score_does_not_depend_on_its_company", MINILM) else { return };
+fn minilm_scores_are_batch_invariant() {
+    let Some(folder) = real("minilm_scores_are_batch_invariant", MINILM) else { return };
     let pairs: Vec<Pair> = rows_of_minilm(&folder).into_iter().map(Row::into_pair).collect();
-    // The shortest with the longest, which fills the window; and lengths as they come.
-    let company = |rows: &[usize]| rows.iter().map(|&row| pairs[row].clone()).collect::<Vec<Pair>>();
-    let companies = [company(&[1, 46, 6]), company(&[0, 20, 3, 36, 7])];
+    // The shortest with the longest, which fills the window; then arbitrary lengths.
+    let select = |rows: &[usize]| rows.iter().map(|&row| pairs[row].clone()).collect::<Vec<Pair>>();
+    let batches = [select(&[1, 46, 6]), select(&[0, 20, 3, 36, 7])];
     let reference = load(&folder).unwrap();
-    companies.iter().for_each(|pairs| check_company(&[&reference], pairs));
+    batches.iter().for_each(|pairs| check_batch_invariance(&[&reference], pairs));
     let some: Vec<Pair> = pairs.iter().skip(1).step_by(5).cloned().collect();
-    for same in everyones(&folder) {
-        check_company(&same.iter().collect::<Vec<_>>(), &some);
+    for same in cpu_models(&folder) {
+        check_batch_invariance(&same.iter().collect::<Vec<_>>(), &some);
     }
 }
 
-/// The same model on our own backend, for each precision on one, two and three threads.
-fn everyones(folder: &Path) -> Vec<Vec<LoadedModel>> {
+/// The model on the CPU backend: one list per dtype, with one, two and three threads.
+fn cpu_models(folder: &Path) -> Vec<Vec<LoadedModel>> {
     let on = |dtype| [1, 2, 3].map(|threads| load_on(cpu(dtype, threads), folder).unwrap()).into();
     [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8].map(on).into()
 }
 
-/// Scores the pairs together, in the opposite order, and each alone, by each of some models that should agree: the same logits,
-/// bit for bit.
+/// Checks that all `models` give bitwise equal logits for the pairs in one batch, in reverse order, and each alone.
 ///
-/// On candle they are the same because products of one row and of one column, for which gemm has kernels of their own, are
-/// kept in the company of others (`backend/candle.rs`); on our own because no operation looks beyond a sequence.
-fn check_company(models: &[&LoadedModel], pairs: &[Pair]) {
+/// On candle this holds because GEMMs with one row or one column, for which the gemm crate has separate kernels, are padded with
+/// further rows or columns (`backend/candle.rs`). On the CPU backend no operation reads beyond its sequence.
+fn check_batch_invariance(models: &[&LoadedModel], pairs: &[Pair]) {
     let mut expected: Option<Vec<f32>> = None;
     for model in models {
         let logits = |pairs: &[&Pair]| model.encoder.score(&Batch::pack(pairs.iter().copied())).unwrap();
         let together = logits(&pairs.iter().collect::<Vec<_>>());
-        let mut opposite = logits(&pairs.iter().rev().collect::<Vec<_>>());
-        opposite.reverse();
+        let mut reversed = logits(&pairs.iter().rev().collect::<Vec<_>>());
+        reversed.reverse();
         let alone: Vec<f32> = pairs.iter().map(|pair| logits(&[pair])[0]).collect();
         let expected = expected.get_or_insert_with(|| together.clone());
-        for (how, found) in [("among all", &together), ("in the opposite order", &opposite), ("alone", &alone)] {
+        for (how, found) in [("in one batch", &together), ("in reverse order", &reversed), ("alone", &alone)] {
             for (i, (found, expected)) in found.iter().zip(expected.iter()).enumerate() {
                 let (tokens, about) = (pairs[i].tokens(), &model.description);
                 assert_eq!(
@@ -255,15 +256,15 @@ fn check_company(models: &[&LoadedModel], pairs: &[Pair]) {
     }
 }
 
-/// The last row's document is longer than the window: the reference cuts it to fit, as our first chunk does.
+/// The last row's document is longer than the window. The reference truncates it to the window, and so does the first chunk.
 #[tokio::test]
-async fn real_rows_have_the_reference_ids_and_logits() {
-    let Some(folder) = real("real_rows_have_the_reference_ids_and_logits", MINILM) else { return };
+async fn minilm_ids_and_logits_match_the_float64_reference() {
+    let Some(folder) = real("minilm_ids_and_logits_match_the_float64_reference", MINILM) else { return };
     let rows = rows_of_minilm(&folder);
     assert_eq!((rows.len(), rows[46].ids.len()), (47, 512));
     let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, max_tokens_per_doc: None };
-    // The logits are 20 apart in all. bf16 leaves 2^-9 of each product's operands, int8 2^-8 of a row's range: measured, 0.013
-    // and 0.095.
+    // The logits span 20. bf16 rounds GEMM operands to a relative 2^-9, int8 to 2^-8 of a row's range. The largest differences
+    // measured are 0.013 and 0.095.
     for (device, bound) in [
         (DeviceChoice::Candle { threads: 2 }, REAL_BOUND),
         (cpu(CpuDtype::F32, 2), REAL_BOUND),
@@ -286,11 +287,11 @@ async fn real_rows_have_the_reference_ids_and_logits() {
     }
 }
 
-/// Each question against its own paragraph and nine others. This model finds nearly all; a fault in tokenising, pairing or
-/// computing that still gives finite scores brings the share towards one in ten.
+/// Ranks each question's own paragraph among nine others. The model puts nearly all first. A fault in tokenization, pairing or
+/// arithmetic that still gives finite scores lowers recall@1 towards 0.1.
 #[tokio::test]
-async fn the_right_paragraph_comes_first() {
-    let test = "the_right_paragraph_comes_first";
+async fn minilm_ranks_the_right_xquad_paragraph_first() {
+    let test = "minilm_ranks_the_right_xquad_paragraph_first";
     let (Some(folder), Some(xquad)) = (real(test, MINILM), real(test, "xquad/xquad.en.json")) else { return };
     let model = load_on(cpu(CpuDtype::Bf16, 2), &folder).unwrap();
     let paragraphs = paragraphs(&xquad);
@@ -300,7 +301,7 @@ async fn the_right_paragraph_comes_first() {
         .flat_map(|(i, paragraph)| paragraph.qas.iter().map(move |qa| (i, qa.question.as_str())))
         .collect();
     let full = std::env::var_os("RERANKD_FULL_EVAL").is_some_and(|value| value == "1");
-    // A question costs 1,900 tokens: a tenth of a second where the processor multiplies bf16, and seconds where not.
+    // A question has about 1,900 tokens: 0.1 s on a CPU with bf16 instructions, seconds without.
     let step = if full { 1 } else { questions.len() / SAMPLE };
     let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, max_tokens_per_doc: None };
     let mut random = Random(1);
@@ -328,7 +329,7 @@ async fn the_right_paragraph_comes_first() {
 const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
 const SAMPLE: usize = 10;
 
-/// A family's pairs and what `transformers` computed for them.
+/// The pairs of an architecture family and the tensors that `transformers` computed for them.
 struct Golden {
     tensors: HashMap<String, Tensor>,
     pairs: Vec<Pair>,
@@ -379,7 +380,7 @@ fn rows_of_minilm(folder: &Path) -> Vec<Row> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// splitmix64: the same picks on every machine.
+/// splitmix64, seeded: the same sequence on every machine.
 struct Random(u64);
 
 impl Random {
@@ -396,7 +397,7 @@ fn config(family: &str) -> ModelConfig {
     ModelConfig::parse(&fs::read_to_string(fixture(family).join("config.json")).unwrap()).unwrap()
 }
 
-/// A family's weights for candle's own models, in f32.
+/// The weights of a fixture in f32, for candle-transformers.
 fn tensors(family: &str) -> VarBuilder<'static> {
     let file = fixture(family).join("model.safetensors");
     VarBuilder::from_buffered_safetensors(fs::read(file).unwrap(), DType::F32, &Device::Cpu).unwrap()
@@ -406,7 +407,7 @@ fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> T {
     serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
 }
 
-/// NaN counts as infinitely far, where `max` would pass over it.
+/// The largest absolute difference. NaN counts as infinity; `f32::max` would ignore it.
 fn max_difference(ours: &[f32], theirs: &[f32]) -> f32 {
     ours.iter()
         .zip(theirs)

@@ -1,30 +1,23 @@
-//! The real binary: its commands, its exit codes, and a server on a real socket with its signals.
+//! The real binary: commands, exit codes, signals, and a server on a real socket.
 
-#[path = "common/mod.rs"]
-mod common;
-
-#[path = "common/random.rs"]
-mod random;
-
-#[path = "common/server.rs"]
-mod server;
-
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::TcpListener;
 use std::process::{Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::Value;
-use server::{Server, rerankd};
+
+use crate::support::server::{Server, rerankd};
+use crate::support::{self, random, skip};
 
 fn model() -> String {
-    common::fixture("xlmr").display().to_string()
+    support::fixture("xlmr").display().to_string()
 }
 
 fn run(arguments: &[&str], input: &str) -> Output {
     let mut child =
         rerankd().args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).ok(); // it may have ended without reading
+    child.stdin.take().unwrap().write_all(input.as_bytes()).ok(); // the process may have ended without reading
     child.wait_with_output().unwrap()
 }
 
@@ -47,7 +40,7 @@ fn rank_prints_a_table_and_json() {
 }
 
 #[test]
-fn rank_reads_files() {
+fn rank_reads_documents_from_files() {
     let folder = tempfile::tempdir().unwrap();
     let files: Vec<String> = ["first", "second"]
         .iter()
@@ -69,9 +62,9 @@ fn models_lists_the_catalogue() {
     assert!(json.as_array().unwrap().len() >= 7);
 }
 
-/// The protocol of benches/peers, which stops and wakes the process between its turns.
+/// The protocol that benches/peers uses: one JSON line a run on standard input, one JSON line back.
 #[test]
-fn bench_measures_what_it_is_asked_for() {
+fn bench_runs_the_requested_workload_and_mode() {
     let folder = tempfile::tempdir().unwrap();
     let workloads = folder.path().join("workloads.json");
     std::fs::write(&workloads, r#"{"x": [[2, 7, 3], [2, 9, 9, 3]], "y": [[5]]}"#).unwrap();
@@ -96,7 +89,7 @@ fn bench_measures_what_it_is_asked_for() {
 }
 
 #[test]
-fn mistakes_end_before_the_port_opens_with_their_own_codes() {
+fn usage_errors_exit_with_their_code_and_name_the_cause() {
     let taken = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     let model = model();
@@ -162,15 +155,15 @@ fn unknown_values_are_refused_from_the_flag_the_environment_and_the_config_file(
     }
 }
 
-/// The same binary serves hosts with and without a card: without a driver it starts, says so, or falls back where it may.
+/// One binary serves hosts with and without a GPU. Without a driver `cuda` is an error and `auto` falls back to the CPU.
 #[cfg(feature = "cuda")]
 #[test]
-fn without_a_driver_a_card_is_a_clear_error_and_auto_is_the_processor() {
+fn cuda_is_rejected_without_a_driver_and_auto_uses_the_cpu() {
     let model = model();
     let output = run(&["rank", "--query", "a", "--model", &model, "--device", "cuda"], "b");
     let message = String::from_utf8_lossy(&output.stderr);
     if output.status.success() {
-        eprintln!("SKIPPED: this machine has a CUDA driver");
+        skip("cuda_is_rejected_without_a_driver_and_auto_uses_the_cpu", "this machine has a CUDA driver");
         return;
     }
     assert_eq!(output.status.code(), Some(78), "{message}");
@@ -180,18 +173,18 @@ fn without_a_driver_a_card_is_a_clear_error_and_auto_is_the_processor() {
 }
 
 #[test]
-fn a_server_answers_on_its_socket_and_drains_on_sigterm() {
+fn sigterm_ends_an_idle_server_with_exit_code_zero() {
     let mut server = Server::start(&["--model", &format!("tiny={}", model()), "--log-format", "json"]);
     let answer = server.rerank(r#"{"model":"tiny","query":"secret words","documents":["a","b"]}"#);
     assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("relevance_score"), "{answer}");
-    // An idle connection that is kept alive does not hold the exit.
+    // An idle keep-alive connection does not delay the exit.
     let mut idle = server.connect();
     idle.write_all(b"GET /ready HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
     idle.read_exact(&mut [0; 15]).unwrap();
     server.signal("-TERM");
     assert_eq!(server.exit_code(), Some(0));
     let log = server.rest_of_log();
-    assert!(!log.contains("secret words"), "no text of a request in the log");
+    assert!(!log.contains("secret words"), "the log contains text of a request");
     let lines: Vec<Value> = log.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     assert!(
         lines.iter().any(|line| line["status"] == 200 && line["route"] == "/v1/rerank" && line["documents"] == 2),
@@ -200,15 +193,23 @@ fn a_server_answers_on_its_socket_and_drains_on_sigterm() {
 }
 
 #[test]
-fn a_running_request_is_answered_in_the_drain() {
+fn a_request_in_progress_at_sigterm_is_answered() {
     let mut server = Server::start(&["--model", &format!("tiny={}", model())]);
-    let texts = vec![format!("\"{}\"", "word ".repeat(2000)); 20].join(",");
-    let body = format!(r#"{{"model":"tiny","query":"a","documents":[{texts}]}}"#);
+    let body = r#"{"model":"tiny","query":"a","documents":["b"]}"#;
     let mut stream = server.connect();
-    write!(stream, "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-length: {}\r\n\r\n{body}", body.len())
-        .unwrap();
-    std::thread::sleep(Duration::from_millis(50)); // so that the request is in, finished or not
+    write!(
+        stream,
+        "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    )
+    .unwrap();
+    // The server asks for the body, so the request is in progress.
+    let mut interim = [0; b"HTTP/1.1 100 Continue\r\n\r\n".len()];
+    stream.read_exact(&mut interim).unwrap();
+    assert_eq!(std::str::from_utf8(&interim).unwrap(), "HTTP/1.1 100 Continue\r\n\r\n");
     server.signal("-TERM");
+    server.wait_until_it_drains();
+    stream.write_all(body.as_bytes()).unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
@@ -216,20 +217,21 @@ fn a_running_request_is_answered_in_the_drain() {
 }
 
 #[test]
-fn a_header_that_does_not_come_is_given_up() {
+fn a_connection_without_a_complete_header_is_closed() {
     let server = Server::start(&["--model", &format!("tiny={}", model()), "--header-timeout", "1"]);
-    let start = Instant::now();
     let mut slow = server.connect();
     slow.write_all(b"POST /v1/rerank HTTP/1.1\r\nhost:").unwrap();
-    slow.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
-    let mut answer = String::new();
-    slow.read_to_string(&mut answer).ok(); // closed, with or without a last word
-    assert!(start.elapsed() < Duration::from_secs(30), "the connection is still open");
+    // The read timeout only keeps a failing test from hanging.
+    slow.set_read_timeout(Some(Duration::from_secs(300))).unwrap();
+    let closed = slow.read_to_end(&mut Vec::new());
+    let still_open =
+        closed.as_ref().is_err_and(|error| matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut));
+    assert!(!still_open, "the connection is still open");
     assert!(server.request("GET /ready HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").contains("ready"));
 }
 
 #[test]
-fn everything_is_also_environment_and_config_file() {
+fn settings_come_from_the_environment_and_the_config_file() {
     let folder = tempfile::tempdir().unwrap();
     let config = folder.path().join("rerankd.toml");
     std::fs::write(&config, format!("model = [\"one={0}\", \"two={0}\"]\nmax-documents = 1\nport = 0\n", model()))
@@ -252,19 +254,19 @@ fn everything_is_also_environment_and_config_file() {
     child.kill().unwrap();
     child.wait().unwrap();
     assert!(log.contains("listening on http://0.0.0.0:") && log.contains("max_documents=1"), "{log}");
-    assert!(log.contains("\"one\"") && log.contains("\"two\""), "both models are announced: {log}");
-    assert!(log.contains("no --api-key is set"), "an open server beyond loopback warns: {log}");
+    assert!(log.contains("\"one\"") && log.contains("\"two\""), "the log does not name both models: {log}");
+    assert!(log.contains("no --api-key is set"), "no warning for a server without keys beyond loopback: {log}");
 }
 
 /// The real shape, tokenizer and config of bge-reranker-v2-m3 with random weights: 1.1 GB on disk, 2.3 GB in memory.
 #[test]
-fn the_largest_model_starts_and_answers() {
-    let test = "the_largest_model_starts_and_answers";
+fn bge_shape_with_random_weights_starts_and_answers() {
+    let test = "bge_shape_with_random_weights_starts_and_answers";
     if std::env::var_os("RERANKD_SLOW_TESTS").is_none() {
-        eprintln!("SKIPPED {test}: set RERANKD_SLOW_TESTS=1 to run it; it writes 1.1 GB");
+        skip(test, "set RERANKD_SLOW_TESTS=1 to run it; it writes 1.1 GB");
         return;
     }
-    let Some(real) = common::real(test, "bge-reranker-v2-m3") else { return };
+    let Some(real) = support::real(test, "bge-reranker-v2-m3") else { return };
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "tokenizer.json"] {
         std::fs::copy(real.join(file), folder.path().join(file)).unwrap();
@@ -274,9 +276,7 @@ fn the_largest_model_starts_and_answers() {
     random::write_checkpoint(&config, &folder.path().join("model.safetensors")).unwrap();
     let model = format!("BAAI/bge-reranker-v2-m3={}", folder.path().display());
     for dtype in ["f32", "bf16", "int8"] {
-        let begun = std::time::Instant::now();
         let server = Server::start(&["--model", &model, "--dtype", dtype]);
-        let seconds = begun.elapsed().as_secs_f64();
         let answer = server.rerank(
             r#"{"model":"BAAI/bge-reranker-v2-m3","query":"苹果","documents":["apple","香蕉","fruit","vegetable"],"top_n":4}"#,
         );
@@ -285,12 +285,12 @@ fn the_largest_model_starts_and_answers() {
         assert_eq!(body["results"].as_array().unwrap().len(), 4);
         let memory = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap_or_default();
         let line = |name: &str| memory.lines().find(|line| line.starts_with(name)).unwrap_or("unknown").to_owned();
-        eprintln!("{dtype}: started in {seconds:.1} s, {} {}", line("VmRSS"), line("VmHWM"));
+        eprintln!("{dtype}: {} {}", line("VmRSS"), line("VmHWM"));
     }
 }
 
 #[test]
-fn two_models_are_served_at_once_each_with_its_own_scores() {
+fn two_models_in_one_server_score_as_each_does_alone() {
     let tiny = format!("tiny={}", model());
     let ask = |model: &str| format!(r#"{{"model":"{model}","query":"Apple","documents":["apple","banana"]}}"#);
     let alone = |argument: &str, name: &str| Server::start(&["--model", argument]).scores(&ask(name));

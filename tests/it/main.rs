@@ -1,0 +1,19 @@
+//! Integration tests: the library through its public interface, and the real binary.
+//!
+//! One crate, so that the library is linked once. tests/README.md says what each module covers, and how a test reports that
+//! this machine cannot run it.
+
+mod architecture;
+mod cli;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod dialects;
+mod golden;
+mod http;
+mod hub;
+mod loading;
+mod mini;
+mod precision;
+mod source;
+mod support;
+mod text;
