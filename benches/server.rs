@@ -29,7 +29,7 @@ use rerankd::loading::download::{Hub, HubOptions};
 use rerankd::loading::source::ModelSource;
 use rerankd::loading::{DeviceChoice, LoadOptions, LoadedModel, Loader};
 use rerankd::scheduler::SchedulerLimits;
-use rerankd::served::{Model, Models};
+use rerankd::served::Model;
 use rerankd::text::{DocumentOptions, Tail, TextLimits};
 use serde_json::{Value, json};
 

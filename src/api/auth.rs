@@ -9,7 +9,8 @@ use axum::response::Response;
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
-use super::{ApiError, App};
+use super::error::ApiError;
+use super::state::App;
 
 /// The valid keys, as digests. Without any, the server is open to everyone.
 #[derive(Clone, Default)]

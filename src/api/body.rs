@@ -10,7 +10,7 @@ use http_body_util::BodyExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
-use super::ApiError;
+use super::error::ApiError;
 use crate::error::RerankError;
 
 /// The server's limits on requests, beside those on their text.

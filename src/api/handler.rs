@@ -6,10 +6,10 @@ use axum::extract::{Request, State};
 use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
 
-use super::App;
 use super::body::ReadBody;
 use super::dialect::{Dialect, ParsedRequest};
 use super::observe::{RequestId, RequestStats};
+use super::state::App;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, rerank as rank};
 use crate::scheduler::Deadline;

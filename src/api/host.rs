@@ -9,7 +9,8 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
-use super::{ApiError, App};
+use super::error::ApiError;
+use super::state::App;
 
 /// Hosts that requests may name beside this machine's own loopback names.
 #[derive(Debug, Clone, Default)]

@@ -12,10 +12,29 @@ use serde::Serialize;
 use serde_json::json;
 use utoipa::ToSchema;
 
-use super::{ApiError, App, RERANK_PATHS};
+use super::error::ApiError;
+use super::state::App;
 use crate::error::RerankError;
 use crate::served::Model;
 use crate::telemetry;
+
+/// Paths that rank. Each takes every dialect; SDKs that are given a base with a version in it double that.
+pub(super) const RERANK_PATHS: [&str; 14] = [
+    "/v1/rerank",
+    "/v2/rerank",
+    "/rerank",
+    "/v1/v1/rerank",
+    "/v1/v2/rerank",
+    "/v2/v1/rerank",
+    "/v2/v2/rerank",
+    "/v1/reranking",
+    "/reranking",
+    "/v1/v1/reranking",
+    "/v1/ranking",
+    "/ranking",
+    "/v1/v1/ranking",
+    "/v1/retrieval/{*model}",
+];
 
 /// A batch that came back this lately shows that a model is alive, however busy it is.
 const RECENT: Duration = Duration::from_secs(30);

@@ -24,7 +24,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::ServiceExt;
 
 use super::connection::{ConnectionState, ConnectionTimeouts, TimedStream};
-use super::{App, overloaded_router, router};
+use super::router::{overloaded_router, router};
+use super::state::App;
 
 /// Connections that the kernel holds until they are accepted.
 const BACKLOG: u32 = 1024;

@@ -9,8 +9,8 @@ use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::ParsedRequest;
 use super::fields::{self, Documents, RankFields, flag, in_range, whole};
+use super::parsed::ParsedRequest;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};

@@ -5,6 +5,7 @@
 pub(super) mod documents;
 mod fields;
 pub(super) mod input;
+mod parsed;
 pub(super) mod passages;
 pub(super) mod texts;
 
@@ -12,18 +13,10 @@ use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 use serde::de::IgnoredAny;
 
-use super::ApiError;
+pub(super) use parsed::ParsedRequest;
+
+use super::error::ApiError;
 use crate::error::RerankError;
-use crate::rerank::{Ranking, RerankRequest};
-
-/// A checked request, and how its answer is written.
-pub(super) struct ParsedRequest {
-    pub(super) request: RerankRequest,
-    pub(super) write: Write,
-}
-
-/// Writes an answer from the ranking and the request's id.
-pub(super) type Write = Box<dyn FnOnce(&Ranking, String) -> Response + Send>;
 
 /// A wire shape, called by the name of its list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,9 +5,9 @@ use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::ParsedRequest;
 use super::documents::Usage;
 use super::fields::{self, Document, Documents, in_range, whole};
+use super::parsed::ParsedRequest;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;

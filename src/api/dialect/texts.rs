@@ -5,9 +5,9 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::ParsedRequest;
 use super::fields::{self, Documents, flag, in_range, whole};
-use crate::api::ApiError;
+use super::parsed::ParsedRequest;
+use crate::api::error::ApiError;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;
