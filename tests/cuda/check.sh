@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs the CUDA backend's kernels on the CPU, against a reference, and then with planted bugs, which must be found.
+# Runs the CUDA kernels on the CPU emulator against a reference, and then with planted bugs, which must be found.
 #
 #   tests/cuda/check.sh [--quick] [CXX_FLAG...]
 #
-# Needs g++ and no GPU. --quick takes one configuration of each element and plants nothing: seconds, not minutes. Exits 0 if every kernel is right and every bug of mutations.txt was found, and 1 otherwise.
+# Needs g++, no GPU. --quick checks one configuration per element type and plants no bugs: seconds instead of minutes.
+# Exits 0 if every kernel is correct and every bug of mutations.txt was found, else 1.
 set -uo pipefail
 if ! command -v g++ >/dev/null; then
     echo "SKIPPED: no g++"
@@ -29,22 +30,22 @@ build() {
         "-DELEMENT_$2" "-DHIDDEN_SIZE=$3" "-DHEAD_SIZE=$4" "${@:5}" "$here/kernels.cpp" -o "$work/kernels" 2>"$work/errors"
 }
 
-# run MODE: sets `status` and, in a word, `outcome`
+# run MODE: sets `status`, and `outcome` to a short description
 run() {
-    # The braces keep the shell's own word on an aborted process out of the table.
+    # The braces suppress the shell's own message about an aborted process.
     { EMULATED_COPIES=$1 ${limit[@]+"${limit[@]}"} "$work/kernels" >"$work/$1" 2>&1; } 2>/dev/null
     status=$?
     case $status in
         0) outcome=passed ;;
         1) outcome="$(grep -c '^BREACH' "$work/$1") breaches" ;;
         3) outcome="bad access" ;;
-        124) outcome="no end" ;;
+        124) outcome="timeout" ;;
         134) outcome=$(grep -q deadlock "$work/$1" && echo deadlock || echo aborted) ;;
         *) outcome="status $status" ;;
     esac
 }
 
-echo "The kernels: element, C, D; checks passed and time with copies that land late, and early"
+echo "Kernels: element, C, D; checks passed and time, with asynchronous copies completing late and early"
 while read -r element hidden head rest; do
     if [ -n "$quick" ] && [ -z "$rest" ]; then continue; fi
     printf '%-5s C=%-5s D=%-3s' "$element" "$hidden" "$head"
@@ -89,7 +90,7 @@ if [ -n "$quick" ]; then
 fi
 
 echo
-echo "Planted bugs: outcome with copies that land late, and early; * where it must be found"
+echo "Planted bugs: outcome with asynchronous copies completing late and early; * where it must be found"
 declare -A sources
 for file in "$kernels"/*; do sources[${file##*/}]=$(<"$file"); done
 
@@ -137,12 +138,12 @@ plant() {
     echo " $verdict"
 }
 
-# start: plants the bug beside those under way, in a folder of its own; as many at a time as there are processors
-most=$(nproc 2>/dev/null || echo 2)
+# start: plants the bug in the background, in its own folder; at most one per CPU at a time
+parallel=$(nproc 2>/dev/null || echo 2)
 planted=0
 start() {
     [ -n "$name" ] || return
-    while [ "$(jobs -rp | wc -l)" -ge "$most" ]; do wait -n; done
+    while [ "$(jobs -rp | wc -l)" -ge "$parallel" ]; do wait -n; done
     planted=$((planted + 1))
     mkdir "$work/$planted"
     (
@@ -181,7 +182,7 @@ done
 
 echo
 if [ $failures -eq 0 ]; then
-    echo "all kernels right, all bugs found"
+    echo "all kernels correct, all bugs found"
 else
     echo "$failures failures"
     exit 1

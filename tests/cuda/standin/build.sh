@@ -3,8 +3,7 @@
 #
 #   tests/cuda/standin/build.sh OUT_DIR [selftest]
 #
-# A program then takes them for the real ones with LD_LIBRARY_PATH=OUT_DIR. They belong to this checkout (the emulator's path
-# is in them) and to this processor.
+# Programs use them with LD_LIBRARY_PATH=OUT_DIR. They contain the path of this checkout's emulator and are built for this CPU.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:?usage: build.sh OUT_DIR [selftest]}
@@ -18,7 +17,7 @@ out=$(cd "$out" && pwd)
 
 library() { # name, version, source, further arguments
     local file=$1.so.$2
-    # Under another name first: who runs the old one keeps it.
+    # Written under another name and moved, so that running programs keep the old file.
     g++ -std=c++17 -O2 -Wall -Wextra -shared -fPIC -fvisibility=hidden -Wl,-soname,"$file" "$here/$3" \
         -o "$out/.$file" "${@:4}" -ldl -pthread
     mv "$out/.$file" "$out/$file"
@@ -26,7 +25,7 @@ library() { # name, version, source, further arguments
 }
 library libcuda 1 driver.cpp
 library libnvrtc 13 nvrtc.cpp -DSTANDIN_EMULATOR_DEFAULT="\"$(cd "$here/.." && pwd)/emulator.h\""
-# Products are most of the work. No fast-math: NaN and infinity must come through.
+# GEMMs take most of the time. No fast-math: NaN and infinity must propagate.
 library libcublasLt 13 cublaslt.cpp -O3 -march=native -Wno-psabi "$out/libcuda.so.1" -Wl,-rpath,'$ORIGIN'
 
 if [ "${2:-}" = selftest ]; then

@@ -5,14 +5,14 @@
 // B not, and sizes and leading dimensions of multiples of 16; C and D are then f16 or bf16. Sums are f32, and rounded once to
 // D's type. Epilogues: none, RELU, GELU (by tanh), each with BIAS or without; the bias has m elements of D's type.
 //
-// There are three algorithms. They add up k in different orders, so they differ in the last bits, and which the heuristic
-// puts first depends on the shape, as with the real one. One splits k in two and needs workspace.
+// There are three algorithms, which sum over k in different orders and so differ in the last bits. As in the real library, the
+// heuristic's order depends on the shape. One algorithm is split-K with two parts and needs workspace.
 //
-// It refuses what the real one refuses, as far as that is documented, and takes no part in: other 8-bit types, scales of A to D
-// (alpha does their work), integers and complex numbers, row-major and tiled orders, scalars on the device, auxiliary outputs, batches of pointers,
-// and the order of sums inside a tensor core. cublasLtMatmulAlgoInit and the search by algorithm are not there.
+// It rejects what the real library rejects, as far as that is documented. Not supported: other 8-bit types, scale pointers of A to D
+// (use alpha), integers and complex numbers, row-major and tiled orders, scalars on the device, auxiliary outputs, pointer-array
+// batches, and the summation order inside a tensor core. cublasLtMatmulAlgoInit and the enumeration of algorithms are missing.
 //
-// Environment: STANDIN_LOG=path gets a line for each product.
+// Environment: STANDIN_LOG=path gets a line per GEMM.
 
 #include <algorithm>
 #include <cmath>
@@ -66,7 +66,7 @@ struct Description {
     const void* bias = nullptr;
     int64_t bias_batch_stride = 0;
     int bias_type = -1; // D's
-    bool unknown = false; // some attribute that is not modelled was given another value than its default
+    bool unknown = false; // an unsupported attribute was set to another value than its default
 };
 
 struct Preference {
@@ -77,12 +77,12 @@ struct Preference {
 // Inside cublasLtMatmulAlgo_t, 64 bytes that callers copy.
 struct Algorithm {
     uint64_t magic;
-    uint32_t types; // those it was chosen for
+    uint32_t types; // the types that it was chosen for
     int32_t id;
     uint32_t tile, stages;
     int32_t splits;
     uint32_t reduction_scheme;
-    uint32_t chunk; // of k that is added up by itself; 0: all
+    uint32_t chunk; // values of k per partial sum; 0: all
     uint32_t unused[7];
 };
 static_assert(sizeof(Algorithm) == 64, "as in cublasLt.h");
@@ -181,10 +181,10 @@ float activated(float x, unsigned epilogue) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The product
+// The GEMM
 // ---------------------------------------------------------------------------------------------------------------------
 
-struct Product {
+struct Gemm {
     Description description;
     Layout a, b, c, d;
     const void *a_at, *b_at, *c_at;
@@ -196,8 +196,8 @@ struct Product {
     size_t workspace_bytes;
 };
 
-// D is made in tiles of 16 x 6, which fit the registers of AVX2. An operand is packed into panels that are as wide, each
-// with its elements of one k side by side, and zeros beyond the edge.
+// D is computed in tiles of 16 x 6, which fit the registers of AVX2. Operands are packed into panels of that width, with the elements
+// of one k adjacent, and zeros past the edge.
 constexpr size_t TILE_ROWS = 16, TILE_COLUMNS = 6;
 typedef float Lanes __attribute__((vector_size(4 * TILE_ROWS), aligned(4), may_alias));
 
@@ -247,7 +247,7 @@ const void* batch_of(const void* start, const Layout& layout, int batch) {
     return static_cast<const char*>(start) + batch * layout.batch_stride * int64_t(bytes_of(layout.type));
 }
 
-void run_batch(const Product& p, int batch) {
+void run_batch(const Gemm& p, int batch) {
     const Description& description = p.description;
     const bool tf32 = description.compute == COMPUTE_32F_FAST_TF32;
     const size_t a_leading = p.a.leading, b_leading = p.b.leading;
@@ -308,7 +308,7 @@ bool is_there(const void* at, const Layout& layout) {
 }
 
 Result run(void* payload) {
-    const Product& p = *static_cast<const Product*>(payload);
+    const Gemm& p = *static_cast<const Gemm*>(payload);
     const Description& description = p.description;
     bool there = is_there(p.a_at, p.a) && is_there(p.b_at, p.b) && is_there(p.d_at, p.d);
     if (p.beta != 0) there = there && is_there(p.c_at, p.c);
@@ -323,14 +323,14 @@ Result run(void* payload) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What is refused
+// Validation
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct Shape {
     uint64_t m, n, k;
 };
 
-// Numbers of eight bits came with compute capability 8.9.
+// fp8 needs compute capability 8.9.
 bool device_has_e4m3() {
     int device = 0, major = 0, minor = 0;
     return cuCtxGetDevice(&device) == SUCCESS && cuDeviceGetAttribute(&major, 75, device) == SUCCESS &&
@@ -400,7 +400,7 @@ Algorithm algorithm_of(int32_t id, uint32_t tile, uint32_t stages, int32_t split
     return {MAGIC, types, id, tile, stages, splits, scheme, chunk, {}};
 }
 
-// The best first. Tiles 15, 20 are 64x64 and 128x128.
+// Best first. Tiles 15 and 20 are 64x64 and 128x128.
 std::vector<Algorithm> algorithms(const Shape& shape, uint32_t types, size_t workspace_bytes, unsigned schemes) {
     const Algorithm wide = algorithm_of(66, 20, 15, 1, 0, types), narrow = algorithm_of(66, 15, 20, 1, 64, types);
     const Algorithm split = algorithm_of(21, 15, 13, 2, 0, types);
@@ -512,7 +512,7 @@ EXPORT Status cublasLtMatmulDescSetAttribute(Description* description, int attri
     case 10: return take(description->bias_batch_stride, from, bytes);
     case 15: return take(ignored, from, bytes); // multiprocessors to use
     case 26: return take(description->bias_type, from, bytes);
-    default: description->unknown = true; return BLAS_SUCCESS; // refused when it is used
+    default: description->unknown = true; return BLAS_SUCCESS; // rejected when it is used
     }
 }
 
@@ -639,14 +639,14 @@ EXPORT Status cublasLtMatmul(void* handle, const Description* description, const
     if (needed > workspace_bytes || (needed > 0 && workspace == nullptr)) return BLAS_INVALID_VALUE;
     if (reinterpret_cast<uintptr_t>(workspace) % 16 != 0) return BLAS_INVALID_VALUE;
 
-    auto product = std::make_unique<Product>();
-    *product = {*description, *a, *b, *c, *d, a_at, b_at, c_at, d_at, *alpha, *beta, shape.m, shape.n, shape.k, chosen,
+    auto gemm = std::make_unique<Gemm>();
+    *gemm = {*description, *a, *b, *c, *d, a_at, b_at, c_at, d_at, *alpha, *beta, shape.m, shape.n, shape.k, chosen,
                 static_cast<float*>(workspace), needed};
     log_line("matmul m=%llu n=%llu k=%llu types=%d,%d epilogue=%u tile=%u splits=%d", (unsigned long long)shape.m,
              (unsigned long long)shape.n, (unsigned long long)shape.k, a->type, d->type, description->epilogue, chosen.tile,
              chosen.splits);
-    const Result result = standin_enqueue(stream, run, product.release(), [](void* payload) {
-        delete static_cast<Product*>(payload);
+    const Result result = standin_enqueue(stream, run, gemm.release(), [](void* payload) {
+        delete static_cast<Gemm*>(payload);
     });
     return result == SUCCESS ? BLAS_SUCCESS : BLAS_EXECUTION_FAILED;
 }

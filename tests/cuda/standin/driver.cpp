@@ -1,28 +1,28 @@
 // A stand-in for libcuda.so.1: the driver API with the real ABI, on a CPU. With it, nvrtc.cpp and cublaslt.cpp on
-// LD_LIBRARY_PATH, a program that uses CUDA runs unchanged on a machine without a card.
+// LD_LIBRARY_PATH, a program that uses CUDA runs unchanged on a machine without a GPU.
 //
-// It is lazy where the real driver is merely asynchronous, so that a missing wait shows:
-// - Work on a stream runs only when somebody synchronises (or polls: each poll runs one operation), in the order of issue,
-//   and only on the streams that the one waited for depends on. What the real one promises about legacy streams holds too.
-// - A copy reads and writes pinned memory when it runs. Pageable memory is read at the call and written before it returns.
-// - Device memory is NaN bytes when allocated. Each allocation ends at a page that cannot be touched, and freed memory
-//   never comes back: a kernel that reaches outside ends the process with a message.
-// - Copies outside live allocations give CUDA_ERROR_ILLEGAL_ADDRESS, which sticks to the device until the process ends.
-// - Calls that are illegal during a capture fail with the real codes and spoil the capture.
+// Work is deferred as long as the CUDA specification allows, so that missing synchronization shows:
+// - Work on a stream runs only on synchronization (or polling: each poll runs one operation), in the order of issue, and only on
+//   the streams that the synchronized one depends on. The semantics of legacy streams are implemented too.
+// - A copy accesses pinned memory when it runs. Pageable memory is read during the call, or written before it returns.
+// - Device memory is NaN bytes when allocated. Each allocation ends at a guard page, and freed addresses are never reused: a
+//   kernel that accesses memory outside ends the process with a message.
+// - Copies outside live allocations return CUDA_ERROR_ILLEGAL_ADDRESS, which is sticky until the process ends.
+// - Calls that are illegal during a capture fail with the real error codes and invalidate the capture.
 //
-// It does not model: progress without waiting (so no host callbacks), stream-ordered allocation, memory pools, unified
-// memory, peer access, textures, graphs built or changed by hand, limits of registers and of static shared memory, whether
-// streams joined to a capture come back to it, or speed. The host can read device memory through its address; a real host
+// Not modeled: progress without synchronization (so no host callbacks), stream-ordered allocation, memory pools, unified
+// memory, peer access, textures, explicitly built or modified graphs, limits of registers and of static shared memory,
+// unjoined streams of a capture, and speed. The host can read device memory through its address; a real host
 // cannot.
 //
 // Environment:
-//   STANDIN_DEVICES=1            how many devices; with 0, cuInit gives CUDA_ERROR_NO_DEVICE
+//   STANDIN_DEVICES=1            number of devices; with 0, cuInit returns CUDA_ERROR_NO_DEVICE
 //   STANDIN_CAPABILITY=9.0       their compute capability
-//   STANDIN_MEMORY_MIB=4096      their memory
-//   STANDIN_DRIVER_VERSION=13000 what cuDriverGetVersion says
-//   STANDIN_FAIL=malloc:N[:M]    the Nth cuMemAlloc and those after it, M in all, give CUDA_ERROR_OUT_OF_MEMORY
-//   STANDIN_FAIL=launch:N        the Nth kernel to run (replays count) gives CUDA_ERROR_ILLEGAL_ADDRESS. A comma joins faults.
-//   STANDIN_LOG=path             a line for each call of note
+//   STANDIN_MEMORY_MIB=4096      their memory, in MiB
+//   STANDIN_DRIVER_VERSION=13000 the result of cuDriverGetVersion
+//   STANDIN_FAIL=malloc:N[:M]    M calls of cuMemAlloc from the Nth on (all without M) return CUDA_ERROR_OUT_OF_MEMORY
+//   STANDIN_FAIL=launch:N        the Nth kernel run (replays count) returns CUDA_ERROR_ILLEGAL_ADDRESS. Separate faults by commas.
+//   STANDIN_LOG=path             logs launches, copies and other important calls, one per line
 
 #include <dlfcn.h>
 #include <elf.h>
@@ -70,7 +70,7 @@ struct Settings {
     long failing_launch = 0;
 };
 
-// A driver that waits at exit for a card that never answers.
+// A driver whose exit handler waits forever for a lost GPU.
 __attribute__((destructor)) void hang_at_exit() {
     while (getenv("STANDIN_HANG_AT_EXIT") != nullptr) pause();
 }
@@ -196,9 +196,9 @@ struct Allocation {
     Context* context = nullptr;
 };
 
-// Never destroyed: other threads may still be at work when the process ends.
+// Never destroyed: other threads may still run when the process ends.
 struct Driver {
-    std::mutex mutex;               // all that is below, and all that handles point to
+    std::mutex mutex;               // guards the fields below and everything that handles point to
     std::recursive_mutex execution; // held while operations run; taken before `mutex`
     bool initialized = false;
     std::vector<std::unique_ptr<Context>> contexts;
@@ -209,10 +209,10 @@ struct Driver {
     std::map<const void*, Function*> functions;
     std::map<DevicePointer, Allocation> device_memory;
     std::map<uintptr_t, size_t> pinned_memory;
-    std::vector<shared_ptr<Capture>> captures; // under way
+    std::vector<shared_ptr<Capture>> captures; // in progress
     uint64_t issued = 0;
     long mallocs = 0, launches = 0;
-    char* arena = nullptr; // device memory of all devices: addresses are dealt once, in order
+    char* arena = nullptr; // device memory of all devices: addresses are handed out once, in order
     size_t arena_bytes = 0, arena_used = PAGE;
     int pattern_file = -1; // PATTERN_BYTES of 0xFF
 };
@@ -262,7 +262,7 @@ void watch_faults() {
 // Memory
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Pages that read as 0xFF and cost nothing until they are written: private mappings of one small file.
+// Pages that read as 0xFF and use no memory until they are written: private mappings of one small file.
 bool map_pattern(char* at, size_t bytes) {
     Driver& d = driver();
     for (size_t done = 0; done < bytes; done += PATTERN_BYTES) {
@@ -339,7 +339,7 @@ bool is_pinned(const void* from, size_t bytes) {
 // Running
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Runs the first operation of a stream whose turn has come. Both locks are held; `mutex` is not while it runs.
+// Runs the first operation of a stream. Both locks are held, except `mutex` while the operation runs.
 void run_first(Lock& lock, const shared_ptr<Stream>& stream) {
     Operation operation = std::move(stream->queue.front());
     stream->queue.pop_front();
@@ -356,8 +356,8 @@ void run_first(Lock& lock, const shared_ptr<Stream>& stream) {
     stream->finished = operation.number;
 }
 
-// Runs a stream up to and with operation `number`, and before each of its operations what that depends on.
-// Ends, because dependencies always have smaller numbers. The stream is held by value: while an operation runs, other
+// Runs a stream up to and including operation `number`, after the dependencies of each operation. This terminates, because
+// dependencies always have smaller numbers. The stream is held by value: while an operation runs, other
 // threads may record the event or destroy the stream that it came from.
 void run_until(Lock& lock, const shared_ptr<Stream> stream, uint64_t number) {
     Context& context = *stream->context;
@@ -402,17 +402,17 @@ void run_all(Lock& lock, Context& context) {
     forget_idle_streams(context);
 }
 
-// Both locks, in their order.
+// Takes both locks, in their order.
 struct Execution {
     std::unique_lock<std::recursive_mutex> execution{driver().execution};
     Lock lock{driver().mutex};
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Entering
+// Checks at the start of a call
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The state of the calling thread: initialized, with a context, and no error that sticks. `mutex` is held.
+// Checks the calling thread: initialized, with a context, and no sticky error. `mutex` is held.
 Result enter(Context*& context) {
     if (!driver().initialized) return NOT_INITIALIZED;
     if (current_context == nullptr || current_context->retained == 0) return INVALID_CONTEXT;
@@ -420,8 +420,8 @@ Result enter(Context*& context) {
     return context->error;
 }
 
-// For calls that may not be made while a capture forbids them: of another thread if its mode is global (0), of this one
-// unless its mode is relaxed (2). The real driver spoils the capture, too.
+// For calls that a capture forbids: any thread's with global mode (0), this thread's unless its mode is relaxed (2). As in the real
+// driver, such a call invalidates the capture.
 Result unsafe_in_capture() {
     Result result = SUCCESS;
     for (const auto& capture : driver().captures) {
@@ -462,7 +462,7 @@ uint64_t push(const shared_ptr<Stream>& stream, Operation operation) {
     return stream->issued;
 }
 
-// Work into a stream, or into the graph it captures.
+// Adds work to a stream, or to the graph that it captures.
 Result issue(const shared_ptr<Stream>& stream, std::function<Result()> work) {
     if (stream->capture) {
         if (stream->capture->invalid) return CAPTURE_INVALIDATED;
@@ -517,7 +517,7 @@ Result fill_device(DevicePointer to, unsigned char value, size_t bytes) {
     return SUCCESS;
 }
 
-// Work on a stream, and what is before it, now: for calls that return only then. Both locks are held.
+// Runs work on a stream at once, after everything before it; for synchronous calls. Both locks are held.
 Result issue_and_run(Lock& lock, Context& context, const shared_ptr<Stream>& stream, std::function<Result()> work) {
     TRY(issue(stream, std::move(work)));
     run_until(lock, stream, stream->issued);
@@ -849,7 +849,7 @@ EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     return SUCCESS;
 }
 
-// How a thread waits makes no difference here.
+// The way in which a thread waits has no effect here.
 EXPORT Result cuCtxSetFlags(unsigned) {
     Execution both;
     Context* context = nullptr;
@@ -895,7 +895,7 @@ EXPORT Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
     return result;
 }
 
-// Waits for the whole context, as the real one does though no page promises it.
+// Waits for the whole context, as the real driver does, although this is undocumented.
 EXPORT Result cuMemFree_v2(DevicePointer pointer) {
     Execution both;
     Context* context = nullptr;
@@ -958,7 +958,7 @@ EXPORT Result cuMemsetD8_v2(DevicePointer to, unsigned char value, size_t bytes)
 
 namespace {
 
-// Pageable memory in a capture is refused: a graph would keep an address that means nothing later.
+// Rejects pageable memory during a capture: the graph would contain an address that is invalid later.
 Result pageable_in_capture(Stream& stream) {
     if (!stream.capture) return SUCCESS;
     stream.capture->invalid = true;
@@ -1037,7 +1037,7 @@ EXPORT Result cuStreamCreateWithPriority(void** handle, unsigned flags, int) {
 
 EXPORT Result cuStreamCreate(void** handle, unsigned flags) { return cuStreamCreateWithPriority(handle, flags, 0); }
 
-// Does not wait: what was issued still runs, when the context is synchronised.
+// Does not wait: pending work still runs when the context is synchronized.
 EXPORT Result cuStreamDestroy_v2(void* handle) {
     const Lock lock(driver().mutex);
     Context* context = nullptr;
@@ -1049,7 +1049,7 @@ EXPORT Result cuStreamDestroy_v2(void* handle) {
 
 namespace {
 
-// Waiting for a stream that captures spoils the capture; for another one it is unsafe.
+// Synchronizing a capturing stream invalidates the capture; synchronizing another stream is unsafe.
 Result may_wait(Stream& stream) {
     if (stream.capture) {
         stream.capture->invalid = true;

@@ -1,17 +1,17 @@
-// A stand-in for libnvrtc.so.13: compiles CUDA C++ with g++ and the SIMT emulator into a shared object, and calls that the
-// cubin. driver.cpp loads it.
+// A stand-in for libnvrtc.so.13: compiles CUDA C++ with g++ and the SIMT emulator to a shared object, which it returns as the cubin.
+// driver.cpp loads it.
 //
-// A "cubin" also carries the architecture it was made for, and for each `extern "C" __global__` kernel a table of its launch
-// bounds and of the sizes of its arguments. As PTX it hands out the same bytes.
+// The cubin also contains its target architecture and, for each `extern "C" __global__` kernel, a table of its launch bounds and
+// argument sizes. PTX is the same bytes.
 //
-// It does not model: what NVRTC itself would say of the source (g++ is the judge here), name expressions and templated
-// kernels, precompiled headers, LTO, or any option beyond those it accepts and mostly ignores (`takes_no_part`).
+// Not modeled: NVRTC's own diagnostics (g++ compiles here), name expressions and templated kernels, precompiled headers, LTO, and
+// options other than those it reads or ignores (`is_ignored`).
 //
 // Environment:
-//   STANDIN_EMULATOR=path    the emulator's header; build.sh compiles in that of this checkout
+//   STANDIN_EMULATOR=path    the emulator's header; build.sh sets the default to that of this checkout
 //   STANDIN_CXX=g++          the compiler
-//   STANDIN_CXXFLAGS         options added to its command, separated by spaces
-//   STANDIN_LOG=path         a line for each compilation
+//   STANDIN_CXXFLAGS         further options, separated by spaces
+//   STANDIN_LOG=path         gets a line per compilation
 
 #include <spawn.h>
 #include <sys/stat.h>
@@ -53,7 +53,8 @@ enum Status : int {
     NVRTC_INTERNAL_ERROR = 11,
 };
 
-// What version 13.0 compiles for. From 90 on there are variants for one architecture ("90a"), from 100 for a family ("100f").
+// Architectures that NVRTC 13.0 supports. From 90 on there are architecture-specific variants ("90a"), from 100 on family-specific
+// ones ("100f").
 constexpr int ARCHITECTURES[] = {75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
 
 struct File {
@@ -86,8 +87,8 @@ bool is_architecture(const string& text) {
     return read == 1 || (suffix == 'a' && number >= 90) || (suffix == 'f' && number >= 100);
 }
 
-// Options that are right, and mean nothing to an emulator.
-bool takes_no_part(const string& option) {
+// Valid options that have no effect on the emulator.
+bool is_ignored(const string& option) {
     static const std::set<string> words = {
         "-default-device", "--device-as-default-execution-space", "-lineinfo", "--generate-line-info", "-G",
         "--device-debug", "-w", "--disable-warnings", "-restrict", "--restrict", "--use_fast_math", "-use_fast_math",
@@ -106,7 +107,7 @@ bool takes_no_part(const string& option) {
     return false;
 }
 
-// An option's value: after "=", or in the next argument, where `at` then is.
+// Reads an option's value, after "=" or from the next argument; advances `at` to it in that case.
 bool value_of(const std::vector<string>& arguments, size_t& at, const std::vector<string>& names, string& value) {
     for (const string& name : names) {
         if (starts_with(arguments[at], name + "=")) {
@@ -139,7 +140,7 @@ bool read_options(const std::vector<string>& arguments, Options& options, string
             options.for_compiler.push_back("-I" + value);
         } else if (starts_with(argument, "-D") || starts_with(argument, "-U") || starts_with(argument, "-I")) {
             options.for_compiler.push_back(argument);
-        } else if (!takes_no_part(argument)) {
+        } else if (!is_ignored(argument)) {
             log += "nvrtc: error: unrecognized option " + argument + " found\n";
             return false;
         }
@@ -158,7 +159,7 @@ struct Kernel {
 
 bool is_letter(char c) { return isalnum(static_cast<unsigned char>(c)) != 0 || c == '_'; }
 
-// Comments become spaces; strings stay.
+// Replaces comments by spaces; keeps strings.
 string without_comments(const string& text) {
     string plain;
     for (size_t i = 0; i < text.size(); ++i) {
@@ -186,7 +187,7 @@ string without_comments(const string& text) {
     return plain;
 }
 
-// Each `extern "C" __global__ ... name(` in text whose conditionals are resolved but whose macros are not.
+// Finds each `extern "C" __global__ ... name(` in text with conditionals resolved and macros not expanded.
 std::vector<Kernel> kernels_of(const string& preprocessed) {
     const string text = without_comments(preprocessed), word = "__global__";
     std::vector<Kernel> kernels;
@@ -223,7 +224,7 @@ std::vector<Kernel> kernels_of(const string& preprocessed) {
     return kernels;
 }
 
-// What is compiled after the source: the emulator's entry to each kernel, and the driver's table of it.
+// Code that is compiled after the source: the emulator's entry point of each kernel, and its table for the driver.
 string epilogue(const std::vector<Kernel>& kernels, const string& architecture) {
     string text = R"(
 #define STANDIN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -257,7 +258,7 @@ constexpr Table<sizeof...(Parameters)> table(unsigned long most_threads, void (*
 // Running the compiler
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A folder of its own for each compilation, removed afterwards.
+// The folder of a compilation, removed afterwards.
 struct Workspace {
     fs::path path;
     Workspace() {
@@ -281,7 +282,7 @@ void write_file(const fs::path& path, const string& text) {
     std::ofstream(path, std::ios::binary) << text;
 }
 
-// Runs a command; what it says on both its outputs is added to `log`. True if it ends with 0.
+// Runs a command and appends its stdout and stderr to `log`. Returns whether it exits with 0.
 bool run(const std::vector<string>& command, const fs::path& folder, string& log) {
     std::vector<char*> arguments;
     for (const string& argument : command) arguments.push_back(const_cast<char*>(argument.c_str()));
@@ -314,7 +315,7 @@ string setting(const char* name, const char* otherwise) {
 Status compile(Program& program, const Options& options) {
     const Workspace workspace;
     if (workspace.path.empty()) return NVRTC_INTERNAL_ERROR;
-    // By its last part: the program's name may be a path.
+    // Only the last part: the program's name may be a path.
     const string name = fs::path(program.source.name).filename().string();
     const fs::path source = workspace.path / name, image = workspace.path / "image.so";
     for (const File& header : program.headers) write_file(workspace.path / "include" / header.name, header.text);
@@ -331,7 +332,7 @@ Status compile(Program& program, const Options& options) {
         command.push_back(argument);
     }
 
-    // Which kernels there are depends on the macros given.
+    // Preprocess to find the kernels, which depend on the macros.
     std::vector<string> preprocess = command;
     const fs::path preprocessed = workspace.path / "preprocessed";
     for (const string& argument : {string("-E"), string("-fdirectives-only"), source.string(), string("-o"),
@@ -340,10 +341,10 @@ Status compile(Program& program, const Options& options) {
     }
     if (!run(preprocess, workspace.path, program.log)) return NVRTC_COMPILATION;
     const std::vector<Kernel> kernels = kernels_of(read_file(preprocessed));
-    program.log.clear(); // a compilation says its warnings again
+    program.log.clear(); // the compilation repeats the warnings
     write_file(source, program.source.text + epilogue(kernels, options.architecture));
 
-    // Modules of one process share nothing: no unique symbols, and each binds to its own.
+    // Modules of a process must not share symbols: no unique symbols, and references bind to the module itself.
     for (const string& argument : {string("-shared"), string("-fno-gnu-unique"), string("-Wl,-Bsymbolic"),
                                    source.string(), string("-o"), image.string()}) {
         command.push_back(argument);
@@ -410,7 +411,7 @@ EXPORT Status nvrtcCompileProgram(Program* program, int count, const char* const
     return status;
 }
 
-// A text with its final zero, or an image: a size, then the bytes.
+// Logs are zero-terminated; cubins are not.
 EXPORT Status nvrtcGetProgramLogSize(Program* program, size_t* bytes) {
     if (program == nullptr) return NVRTC_INVALID_PROGRAM;
     if (bytes == nullptr) return NVRTC_INVALID_INPUT;

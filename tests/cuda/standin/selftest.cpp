@@ -1,14 +1,16 @@
-// Checks that the stand-in libraries keep their word, through the interface that programs use.
+// Tests the stand-in libraries through the public CUDA interfaces.
 //
 //     tests/cuda/standin/build.sh OUT_DIR selftest
 //
-// Each case runs in a process of its own, as settings are read once and errors stick. One line a case; exits 1 if one fails.
+// Each case runs in its own process, because settings are read once and errors are sticky. Prints a line per case; exits 1 if one
+// fails.
 
 #include <sys/wait.h>
 
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
@@ -179,12 +181,19 @@ struct Compiled {
     std::vector<char> cubin;
 };
 
-Compiled compile(const string& source, std::vector<string> options) {
+// `headers` are pairs of name and text.
+Compiled compile(const string& source, std::vector<string> options,
+                 const std::vector<std::pair<string, string>>& headers = {}) {
     Compiled compiled;
-    // The emulator is for one element type.
+    // The emulator needs an element type.
     if (source.find("ELEMENT_F16") == string::npos) options.push_back("-DELEMENT_F16");
     void* program = nullptr;
-    CHECK_IS(nvrtcCreateProgram(&program, source.c_str(), "test.cu", 0, nullptr, nullptr), 0);
+    std::vector<const char*> names, texts;
+    for (const auto& [name, text] : headers) {
+        names.push_back(name.c_str());
+        texts.push_back(text.c_str());
+    }
+    CHECK_IS(nvrtcCreateProgram(&program, source.c_str(), "test.cu", int(names.size()), texts.data(), names.data()), 0);
     std::vector<const char*> pointers;
     for (const string& option : options) pointers.push_back(option.c_str());
     compiled.status = nvrtcCompileProgram(program, int(pointers.size()), pointers.data());
@@ -299,7 +308,7 @@ void work_is_deferred() {
     int* const pinned = new_pinned<int>(2);
     CHECK(read_int(x) == -1); // NaN bytes
 
-    // Pinned memory that is reused too early arrives with the wrong value; a result read too early is not there.
+    // Pinned memory that is reused too early is copied with the new value; a result read too early is missing.
     pinned[0] = 1;
     DO(cuMemcpyHtoDAsync_v2(x, &pinned[0], 4, stream));
     DO(cuMemcpyDtoHAsync_v2(&pinned[1], x, 4, stream));
@@ -309,14 +318,14 @@ void work_is_deferred() {
     DO(cuStreamSynchronize(stream));
     CHECK(pinned[1] == 2);
 
-    // Pageable memory is taken at the call, and filled before it returns.
+    // Pageable memory is read during the call, and written before the call returns.
     int source = 3, target = 0;
     DO(cuMemcpyHtoDAsync_v2(x, &source, 4, stream));
     source = 4;
     DO(cuMemcpyDtoHAsync_v2(&target, x, 4, stream));
     CHECK(target == 3);
 
-    // Whoever polls gets there, one operation at a time.
+    // Polling runs one operation at a time.
     DO(cuMemsetD8Async(x, 5, 4, stream));
     DO(cuMemcpyDtoHAsync_v2(&pinned[1], x, 4, stream));
     CHECK_IS(cuStreamQuery(stream), NOT_READY);
@@ -325,7 +334,7 @@ void work_is_deferred() {
     DO(cuStreamQuery(stream));
     CHECK(pinned[1] == 0x05050505);
 
-    // A stream destroyed early still does its work.
+    // A destroyed stream still runs its pending work.
     DO(cuMemsetD8Async(x, 6, 4, stream));
     DO(cuStreamDestroy_v2(stream));
     CHECK_IS(cuStreamSynchronize(stream), INVALID_HANDLE);
@@ -524,15 +533,24 @@ void modules_are_checked() { // on a device of capability 8.6
     CHECK_IS(cuModuleLoadData(&module, "no image at all, and long enough to hold a header of sixty-four"), INVALID_IMAGE);
 }
 
-// The backend's own kernels, by way of NVRTC and the driver.
-void own_kernels() {
+// The backend's kernels, through NVRTC and the driver.
+void backend_kernels() {
     open_device();
-    std::ifstream file(KERNELS_CU);
-    const string source{std::istreambuf_iterator<char>(file), {}};
-    CHECK(!source.empty());
+    string source;
+    std::vector<std::pair<string, string>> headers;
+    for (const auto& entry : std::filesystem::directory_iterator(std::filesystem::path(KERNELS_CU).parent_path())) {
+        std::ifstream file(entry.path());
+        const string name = entry.path().filename().string(), text{std::istreambuf_iterator<char>(file), {}};
+        if (name == "kernels.cu") {
+            source = text;
+        } else {
+            headers.push_back({name, text});
+        }
+    }
+    CHECK(!source.empty() && !headers.empty());
     constexpr unsigned C = 256, ROWS = 5;
     for (const char* type : {"-DELEMENT_F32", "-DELEMENT_F16", "-DELEMENT_BF16", "-DELEMENT_FP8"}) {
-        const Compiled compiled = compile(source, {"-arch=sm_90", type, "-DHIDDEN_SIZE=256", "-DHEAD_SIZE=64"});
+        const Compiled compiled = compile(source, {"-arch=sm_90", type, "-DHIDDEN_SIZE=256", "-DHEAD_SIZE=64"}, headers);
         if (compiled.status != 0) printf("%s", compiled.log.c_str());
         CHECK_IS(compiled.status, 0);
         void* module = nullptr;
@@ -589,7 +607,7 @@ void capture_and_replay() {
     DO(cuStreamIsCapturing(side, &status));
     CHECK(status == 0);
     DO(cuStreamSynchronize(stream));
-    CHECK(read_int(x) == -1); // recorded, not run
+    CHECK(read_int(x) == -1); // captured, not run
 
     DO(cuGraphInstantiateWithFlags(&executable, graph, 0));
     DO(cuGraphDestroy(graph));
@@ -629,7 +647,7 @@ void illegal_in_capture() {
         CHECK_IS(cuStreamEndCapture(stream, &graph), CAPTURE_INVALIDATED);
         CHECK(graph == nullptr);
     }
-    // Another thread is in the way of a global capture alone.
+    // Only a global capture is invalidated by another thread.
     for (const int mode : {GLOBAL, THREAD_LOCAL}) {
         DO(cuStreamBeginCapture_v2(stream, mode));
         std::thread([&] {
@@ -724,7 +742,7 @@ void copy_outside_allocations() {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Matrix products
+// GEMMs
 // ---------------------------------------------------------------------------------------------------------------------
 
 constexpr int F32 = 0, F16 = 2, BF16 = 14, E4M3 = 28;
@@ -732,7 +750,7 @@ constexpr unsigned NO_EPILOGUE = 1, RELU = 2, BIAS = 4, GELU = 32;
 
 size_t bytes_of(int type) { return type == F32 ? 4 : type == E4M3 ? 1 : 2; }
 
-// Written apart from cublaslt.cpp, in double precision.
+// Independent of cublaslt.cpp, in double precision.
 double decoded(const std::vector<char>& bytes, size_t index, int type) {
     if (type == E4M3) {
         const unsigned char bits = static_cast<unsigned char>(bytes[index]);
@@ -763,7 +781,7 @@ double rounding(double value, int type) {
     return std::ldexp(0.5, exponent - fraction_bits);
 }
 
-// Values that every type can hold: few bits, and small.
+// Values that every type represents exactly: small, with few bits.
 std::vector<char> random_matrix(size_t count, int type, std::mt19937& random) {
     std::vector<char> bytes(count * bytes_of(type));
     for (size_t i = 0; i < count; ++i) {
@@ -778,7 +796,7 @@ std::vector<char> random_matrix(size_t count, int type, std::mt19937& random) {
             memcpy(&bytes[i * 4], &bits, 4);
             continue;
         }
-        // Seven bits of fraction at most, and no subnormals, so that cutting is exact.
+        // At most seven fraction bits and no subnormals, so that truncation is exact.
         const uint16_t sign = bits >> 16 & 0x8000;
         const uint16_t half = value == 0 ? 0 : sign | uint16_t((bits >> 13 & 0x3ffff) - (112 << 10));
         const uint16_t encoded = type == F16 ? half : uint16_t(bits >> 16);
@@ -841,8 +859,8 @@ struct Blas {
     }
 };
 
-// Every algorithm offered, each element of D against a sum in double precision. Returns how many algorithms there were.
-int check_product(Blas& blas, const Case& shape) {
+// Checks every algorithm that the heuristic returns, each element of D against a sum in double precision. Returns their number.
+int check_gemm(Blas& blas, const Case& shape) {
     std::mt19937 random(7);
     Matrix a(shape.turned_a ? shape.k : shape.m, shape.turned_a ? shape.m : shape.k, shape.type, shape, random);
     Matrix b(shape.turned_b ? shape.n : shape.k, shape.turned_b ? shape.k : shape.n, shape.type, shape, random);
@@ -900,7 +918,7 @@ int check_product(Blas& blas, const Case& shape) {
                 }
             }
         }
-        // Nothing between the columns was written.
+        // The padding between columns is untouched.
         for (uint64_t row = shape.m; row < d.leading; ++row) {
             for (size_t byte = 0; byte < bytes_of(shape.output); ++byte) {
                 CHECK(d.bytes[d.index(row, 0, 0) * bytes_of(shape.output) + byte] == char(0xFF));
@@ -912,32 +930,32 @@ int check_product(Blas& blas, const Case& shape) {
     return count;
 }
 
-void products() {
+void gemms() {
     Blas blas;
     const std::pair<int, int> types[] = {{F32, F32}, {F16, F16}, {BF16, BF16}, {F16, F32}, {BF16, F32}};
     for (const auto& [type, output] : types) {
         for (const bool turned_a : {false, true}) {
             for (const bool turned_b : {false, true}) {
                 for (const unsigned epilogue : {NO_EPILOGUE, BIAS, RELU, RELU | BIAS, GELU, GELU | BIAS}) {
-                    check_product(blas, {type, output, turned_a, turned_b, epilogue, 19, 7, 33});
+                    check_gemm(blas, {type, output, turned_a, turned_b, epilogue, 19, 7, 33});
                 }
-                check_product(blas, {type, output, turned_a, turned_b, GELU | BIAS, 16, 6, 130, 0.5f, 2, 1, 5});
-                check_product(blas, {type, output, turned_a, turned_b, BIAS, 1, 1, 1, 1, 0, 3, 0});
+                check_gemm(blas, {type, output, turned_a, turned_b, GELU | BIAS, 16, 6, 130, 0.5f, 2, 1, 5});
+                check_gemm(blas, {type, output, turned_a, turned_b, BIAS, 1, 1, 1, 1, 0, 3, 0});
             }
         }
     }
-    // Eight bits: the one layout, and results of sixteen bits.
+    // E4M3: the one supported layout, and 16-bit results.
     for (const int output : {F16, BF16}) {
         for (const unsigned epilogue : {NO_EPILOGUE, BIAS, RELU | BIAS, GELU | BIAS}) {
-            check_product(blas, {E4M3, output, true, false, epilogue, 48, 32, 112, 0.5f, 1});
+            check_gemm(blas, {E4M3, output, true, false, epilogue, 48, 32, 112, 0.5f, 1});
         }
     }
-    // Splitting k is offered where its workspace suffices.
-    CHECK(check_product(blas, {F16, F16, true, false, BIAS, 64, 32, 1024}) == 3);
-    CHECK(check_product(blas, {F16, F16, true, false, BIAS, 512, 300, 40}) == 2);
+    // Split-K is offered if the workspace suffices.
+    CHECK(check_gemm(blas, {F16, F16, true, false, BIAS, 64, 32, 1024}) == 3);
+    CHECK(check_gemm(blas, {F16, F16, true, false, BIAS, 512, 300, 40}) == 2);
 }
 
-// The conversions at their edges, through a product with one.
+// Conversions at the limits of their ranges, through a GEMM with 1.
 void conversions() {
     Blas blas;
     const float infinity = std::numeric_limits<float>::infinity();
@@ -946,7 +964,7 @@ void conversions() {
         {-infinity, -infinity}};
     const std::vector<std::pair<float, double>> to_bf16 = {
         {257, 256}, {259, 260}, {3.4e38f, infinity}, {-infinity, -infinity}};
-    // f16 times f32 is no product of cuBLASLt: alpha carries the value.
+    // cuBLASLt has no f16 x f32 GEMM, so alpha carries the value.
     for (const int type : {F16, BF16}) {
         for (const auto& [value, expected] : type == F16 ? to_f16 : to_bf16) {
             std::mt19937 random(1);
@@ -968,7 +986,7 @@ void conversions() {
     }
 }
 
-void refused_products() {
+void rejected_gemms() {
     constexpr int INVALID = 7, UNSUPPORTED = 15;
     Blas blas;
     std::mt19937 random(1);
@@ -989,7 +1007,7 @@ void refused_products() {
                               workspace_bytes, blas.stream);
     };
     CHECK_IS(heuristic(a.layout, d.layout), 0);
-    // Here splitting k comes first: 2 x 64 x 32 x 4 bytes.
+    // Split-K comes first here: 2 x 64 x 32 x 4 bytes of workspace.
     int splits = 0;
     size_t written = 0;
     CHECK_IS(cublasLtMatmulAlgoConfigGetAttribute(found[0].algorithm, 2, &splits, 4, &written), 0);
@@ -1013,7 +1031,7 @@ void refused_products() {
     CHECK_IS(heuristic(other_layout, d.layout), INVALID);
     CHECK_IS(heuristic(a.layout, type_layout), UNSUPPORTED);
 
-    // Eight bits: one orientation, and sizes of whole 16 bytes.
+    // E4M3: one layout, and sizes that are multiples of 16.
     const auto of_e4m3 = [&](bool turned_a, uint64_t k) {
         const uint64_t rows = turned_a ? k : 64, columns = turned_a ? 64 : k;
         const int turned = turned_a;
@@ -1042,7 +1060,7 @@ void refused_products() {
     CHECK_IS(heuristic(a.layout, d.layout), UNSUPPORTED);
 }
 
-void product_outside_allocations() {
+void gemm_outside_allocations() {
     Blas blas;
     std::mt19937 random(1);
     const Case shape = {F32, F32, false, false, NO_EPILOGUE, 8, 8, 8};
@@ -1059,7 +1077,7 @@ void product_outside_allocations() {
     CHECK_IS(multiply(), 13);
 }
 
-void products_in_graphs() {
+void gemms_in_graphs() {
     Blas blas;
     std::mt19937 random(1);
     const Case shape = {F32, F32, false, false, NO_EPILOGUE, 1, 1, 1};
@@ -1084,7 +1102,7 @@ void products_in_graphs() {
     }
 }
 
-// f32 is multiplied as it is, unless the caller allows TF32: then with ten bits of fraction.
+// f32 is multiplied exactly, or with ten fraction bits if the caller allows TF32.
 void tf32() {
     Blas blas;
     std::mt19937 random(1);
@@ -1104,7 +1122,7 @@ void tf32() {
     }
 }
 
-void product_speed() {
+void gemm_speed() {
     Blas blas;
     for (const int type : {F32, F16, BF16}) {
         std::mt19937 random(1);
@@ -1166,7 +1184,7 @@ const std::vector<Test>& tests() {
         {"kernel_in_freed_memory", kernel_in_freed_memory, {}, SIGSEGV},
         {"compiler", compiler, {}},
         {"modules_are_checked", modules_are_checked, {"STANDIN_CAPABILITY=8.6"}},
-        {"own_kernels", own_kernels, {}},
+        {"backend_kernels", backend_kernels, {}},
         {"capture_and_replay", capture_and_replay, {}},
         {"illegal_in_capture", illegal_in_capture, {}},
         {"memory_ends", memory_ends, {"STANDIN_MEMORY_MIB=16"}},
@@ -1174,13 +1192,13 @@ const std::vector<Test>& tests() {
         {"injected_mallocs_for_good", injected_mallocs_for_good, {"STANDIN_FAIL=launch:9,malloc:2"}},
         {"injected_launch", injected_launch, {"STANDIN_FAIL=launch:3"}},
         {"copy_outside_allocations", copy_outside_allocations, {}},
-        {"products", products, {}},
+        {"gemms", gemms, {}},
         {"conversions", conversions, {}},
-        {"refused_products", refused_products, {}},
-        {"product_outside_allocations", product_outside_allocations, {}},
-        {"products_in_graphs", products_in_graphs, {}},
+        {"rejected_gemms", rejected_gemms, {}},
+        {"gemm_outside_allocations", gemm_outside_allocations, {}},
+        {"gemms_in_graphs", gemms_in_graphs, {}},
         {"tf32", tf32, {}},
-        {"product_speed", product_speed, {}},
+        {"gemm_speed", gemm_speed, {}},
         {"log_is_written", log_is_written, {"STANDIN_LOG=standin-selftest.log"}},
     };
     return tests;

@@ -1,5 +1,5 @@
-// What the three stand-in libraries have in common: result codes, the log, and the calls by which the matrix products of
-// cublaslt.cpp enter the streams of driver.cpp.
+// Shared by the three stand-in libraries: result codes, the log, and the calls through which cublaslt.cpp adds GEMMs to the streams of
+// driver.cpp.
 #pragma once
 
 #include <fcntl.h>
@@ -40,8 +40,7 @@ enum Result : int {
     CAPTURE_WRONG_THREAD = 908,
 };
 
-// Appends a line to the file named by STANDIN_LOG, if there is one. A line is one write, so threads and libraries may
-// share the file.
+// Appends a line to the file STANDIN_LOG, if set. A line is one write, so threads and libraries can share the file.
 __attribute__((format(printf, 1, 2))) inline void log_line(const char* format, ...) {
     static const char* const path = getenv("STANDIN_LOG");
     if (path == nullptr || *path == 0) return;
@@ -58,9 +57,9 @@ __attribute__((format(printf, 1, 2))) inline void log_line(const char* format, .
     if (write(file, line, length + 1) < 0) return;
 }
 
-// Puts work at the end of a stream, or into the graph that the stream is capturing. It runs later, perhaps often, and
-// returns SUCCESS or the error that then sticks to the context. `drop` ends the payload's life, also if this call fails.
+// Appends work to a stream, or to the graph that the stream captures. It runs later, possibly several times, and returns SUCCESS or a
+// sticky error. `drop` frees the payload, also if this call fails.
 EXPORT Result standin_enqueue(void* stream, Result (*work)(void* payload), void* payload, void (*drop)(void* payload));
 
-// Whether all these bytes lie in one live allocation of device memory. For work that runs.
+// Whether the bytes lie in one live allocation of device memory. To be called by running work.
 EXPORT bool standin_is_device_memory(const void* from, size_t bytes);
