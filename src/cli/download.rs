@@ -1,4 +1,4 @@
-//! `rerankd download`: fill the cache now, serve offline later.
+//! `rerankd download`: downloads models into the cache, so that they can be served offline.
 
 use anyhow::Context;
 

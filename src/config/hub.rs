@@ -1,4 +1,4 @@
-//! The model hub's settings, in the environment variables that every tool around it shares.
+//! Settings of the model hub, from the environment variables that `huggingface_hub` defines.
 
 use std::env;
 use std::path::PathBuf;
@@ -7,6 +7,7 @@ use crate::loading::download::HubOptions;
 use crate::secret::Secret;
 
 /// Reads `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH` and `HF_HUB_OFFLINE`.
+/// Without `HF_TOKEN`, the token is read from the file `HF_TOKEN_PATH`, by default `$HF_HOME/token`.
 pub fn hub_options_from_env() -> HubOptions {
     hub_options(|name| env::var(name).ok().filter(|value| !value.is_empty()))
 }
@@ -35,7 +36,7 @@ mod tests {
 
     use super::*;
 
-    fn from(variables: &[(&str, &str)]) -> HubOptions {
+    fn options_from(variables: &[(&str, &str)]) -> HubOptions {
         hub_options(|name| variables.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned()))
     }
 
@@ -45,21 +46,21 @@ mod tests {
         for (set, expected) in
             [(1, "/home/a/.cache/huggingface/hub"), (2, "/x/huggingface/hub"), (3, "/h/hub"), (4, "/c")]
         {
-            assert_eq!(from(&variables[..set]).cache, Path::new(expected));
+            assert_eq!(options_from(&variables[..set]).cache, Path::new(expected));
         }
     }
 
     #[test]
-    fn offline_is_a_boolean() {
+    fn offline_accepts_the_usual_boolean_words() {
         for (value, offline) in [("1", true), ("true", true), ("0", false), ("False", false), ("off", false)] {
-            assert_eq!(from(&[("HF_HUB_OFFLINE", value)]).offline, offline, "{value}");
+            assert_eq!(options_from(&[("HF_HUB_OFFLINE", value)]).offline, offline, "{value}");
         }
-        assert!(!from(&[]).offline);
+        assert!(!options_from(&[]).offline);
     }
 
     #[test]
     fn the_token_is_hidden_from_debug_output() {
-        let options = from(&[("HF_TOKEN", "hf_secret")]);
+        let options = options_from(&[("HF_TOKEN", "hf_secret")]);
         assert_eq!(options.token.as_ref().map(Secret::reveal), Some("hf_secret"));
         assert!(!format!("{options:?}").contains("hf_secret"));
     }
