@@ -19,6 +19,8 @@ pub(super) struct Partial {
     sha256: Sha256,
     /// Strong entity tag of the response that brought the bytes. Unknown for bytes of an earlier process.
     pub(super) validator: Option<String>,
+    /// Whether the bytes come from more than one request.
+    pub(super) is_resumed: bool,
 }
 
 impl Partial {
@@ -35,9 +37,9 @@ impl Partial {
             .truncate(matches!(digest, Digested::Opaque(_)))
             .open(path)
             .map_err(HubError::cache("open", path))?;
-        let mut partial = Self { path: path.to_owned(), file, length: 0, sha256: Sha256::new(), validator: None };
-        partial.length = io::copy(&mut partial.file, &mut partial.sha256).map_err(HubError::cache("read", path))?;
-        Ok(partial)
+        let mut sha256 = Sha256::new();
+        let length = io::copy(&mut &file, &mut sha256).map_err(HubError::cache("read", path))?;
+        Ok(Self { path: path.to_owned(), file, length, sha256, validator: None, is_resumed: length > 0 })
     }
 
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<(), HubError> {
@@ -57,6 +59,7 @@ impl Partial {
         self.length = 0;
         self.sha256 = Sha256::new();
         self.validator = None;
+        self.is_resumed = false;
         Ok(())
     }
 

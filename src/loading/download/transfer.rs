@@ -37,17 +37,17 @@ impl Transfer<'_> {
     /// written (the file is kept for the next start).
     pub(super) fn run(&self, incomplete: &Path) -> Result<String, HubError> {
         let mut partial = Partial::open(incomplete, &self.metadata.digest)?;
-        let mut may_be_stale = partial.length > 0;
-        if may_be_stale {
+        let mut may_restart = true;
+        if partial.length > 0 {
             tracing::info!("{}: continuing after {} bytes", self.file, partial.length);
         }
         loop {
             self.receive(&mut partial)?;
             match partial.finish(&self.metadata.digest) {
-                // Bytes of an earlier process may be damaged: start over, once.
-                Err(HubError::Damaged(reason)) if may_be_stale => {
+                // Parts of different requests may not fit together: request the whole file, once.
+                Err(HubError::Damaged(reason)) if may_restart && partial.is_resumed => {
                     tracing::warn!("{}: the resumed file is damaged ({reason}); downloading it again", self.file);
-                    may_be_stale = false;
+                    may_restart = false;
                     partial.clear()?;
                 }
                 Err(HubError::Damaged(reason)) => {
@@ -101,7 +101,10 @@ impl Transfer<'_> {
         let content = self.client.content(self.at, &self.metadata.commit, self.file, range)?;
         let action = body_action(&content.headers, partial.length, self.metadata.size, partial.validator.as_deref())?;
         let total = match action {
-            BodyAction::Append { total } => total,
+            BodyAction::Append { total } => {
+                partial.is_resumed = true;
+                total
+            }
             BodyAction::Restart { total } => {
                 partial.clear()?;
                 total
