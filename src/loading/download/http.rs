@@ -81,7 +81,7 @@ impl Client {
             if status == StatusCode::NOT_FOUND {
                 return match text(headers, "x-error-code").as_deref() {
                     Some("RevisionNotFound" | "RepoNotFound") => {
-                        Err(HubError::NotFound(format!("{} has no {at}", self.endpoint)))
+                        Err(HubError::NotFound(format!("{} has no {at}", url::origin(&uri))))
                     }
                     _ => Ok(None),
                 };

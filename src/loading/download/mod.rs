@@ -3,7 +3,7 @@
 //! A download is two requests. `HEAD` gives the commit, the size and the digest of a file; `GET` gives the content at that
 //! commit. The content is written to `<blob>.incomplete`, which a later request or process continues, and gets its final
 //! name only after size and digest were checked and the file was synced. Text from the hub becomes a path only after a
-//! check ([`names`]), and the access token is sent to the endpoint's own origin only ([`url`]).
+//! check (`names`), and the access token is sent to the endpoint's own origin only (`url`).
 
 mod cache;
 mod error;
@@ -28,7 +28,7 @@ pub use self::options::{HubOptions, NetworkPolicy};
 use self::cache::RepoCache;
 use self::http::Client;
 use self::lock::DownloadLock;
-use self::names::{Digested, check_file_name};
+use self::names::{EntityTag, check_file_name};
 use self::partial::is_intact;
 use self::retry::Retries;
 use self::transfer::Transfer;
@@ -106,10 +106,10 @@ impl Hub {
         };
 
         cache.create_folders()?;
-        let work_name = metadata.digest.work_name(&at.repository, file);
+        let work_name = metadata.etag.work_name(&at.repository, file);
         let _lock = DownloadLock::acquire(&cache.lock_path(&work_name), &format!("{file} of {at}"))?;
         // Another process may have finished while this one waited for the lock.
-        if let Some(blob_name) = metadata.digest.blob_name() {
+        if let Some(blob_name) = metadata.etag.blob_name() {
             let blob = cache.blob(blob_name);
             if is_intact(&blob, &metadata).unwrap_or(false) {
                 return cache.link(&metadata.commit, file, blob_name).map(Some);
@@ -120,10 +120,10 @@ impl Hub {
         let incomplete = cache.incomplete(&work_name);
         let transfer = Transfer { client: &client, policy: &self.policy, at, file, metadata: &metadata };
         let sha256 = transfer.run(&incomplete)?;
-        if matches!(metadata.digest, Digested::Opaque(_)) {
-            tracing::warn!("{file} of {at}: the hub announced no digest, so only its size was checked");
+        if matches!(metadata.etag, EntityTag::Opaque(_)) {
+            tracing::warn!("{file} of {at}: the hub announced no digest, so its content was not checked");
         }
-        let blob_name = metadata.digest.blob_name().unwrap_or(&sha256);
+        let blob_name = metadata.etag.blob_name().unwrap_or(&sha256);
         cache.publish(&incomplete, blob_name)?;
         cache.link(&metadata.commit, file, blob_name).map(Some)
     }

@@ -79,9 +79,9 @@ impl Commit {
     }
 }
 
-/// What an entity tag says about the content.
+/// An entity tag of the hub, by what it says about the content.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Digested {
+pub(super) enum EntityTag {
     /// 64 digits: SHA-256 of the content. Large files (LFS, Xet) have it.
     Sha256(String),
     /// 40 digits: SHA-1 of `blob <length>\0` and the content, as git computes it. Small files have it.
@@ -90,9 +90,9 @@ pub(super) enum Digested {
     Opaque(String),
 }
 
-impl Digested {
+impl EntityTag {
     /// Reads an `ETag` or `X-Linked-Etag` header, with or without `W/` and quotes.
-    pub(super) fn from_etag(header: &str) -> Self {
+    pub(super) fn parse(header: &str) -> Self {
         let tag = header.trim();
         let tag = tag.strip_prefix("W/").unwrap_or(tag).trim_matches('"');
         if is_hex(tag, 64) {
@@ -134,13 +134,13 @@ mod tests {
     fn only_hexadecimal_digests_become_names() {
         let sha256 = "a".repeat(64);
         let git = "0123456789abcdef0123456789abcdef01234567";
-        assert_eq!(Digested::from_etag(&format!("\"{sha256}\"")), Digested::Sha256(sha256.clone()));
-        assert_eq!(Digested::from_etag(&format!("W/\"{git}\"")), Digested::GitBlob(git.to_owned()));
+        assert_eq!(EntityTag::parse(&format!("\"{sha256}\"")), EntityTag::Sha256(sha256.clone()));
+        assert_eq!(EntityTag::parse(&format!("W/\"{git}\"")), EntityTag::GitBlob(git.to_owned()));
         for hostile in ["/etc/passwd", "../../x", "", "\"\"", &"a".repeat(63), &"g".repeat(64), &"é".repeat(32)] {
-            let digested = Digested::from_etag(hostile);
-            assert!(matches!(digested, Digested::Opaque(_)), "{hostile}");
-            assert_eq!(digested.blob_name(), None);
-            assert!(is_hex(&digested.work_name("org/name", "config.json"), 64), "{hostile}");
+            let tag = EntityTag::parse(hostile);
+            assert!(matches!(tag, EntityTag::Opaque(_)), "{hostile}");
+            assert_eq!(tag.blob_name(), None);
+            assert!(is_hex(&tag.work_name("org/name", "config.json"), 64), "{hostile}");
         }
     }
 

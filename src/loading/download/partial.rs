@@ -8,7 +8,7 @@ use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
 use super::error::HubError;
-use super::names::Digested;
+use super::names::EntityTag;
 use super::response::FileMetadata;
 
 /// The incomplete file and the hash of what it has.
@@ -25,7 +25,7 @@ pub(super) struct Partial {
 
 impl Partial {
     /// Opens or creates the file. Bytes of an earlier process are kept only if a digest can check them in the end.
-    pub(super) fn open(path: &Path, digest: &Digested) -> Result<Self, HubError> {
+    pub(super) fn open(path: &Path, etag: &EntityTag) -> Result<Self, HubError> {
         // A link that someone put here must not lead to another file.
         if fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
             fs::remove_file(path).map_err(HubError::cache("remove", path))?;
@@ -34,7 +34,7 @@ impl Partial {
             .read(true)
             .write(true)
             .create(true)
-            .truncate(matches!(digest, Digested::Opaque(_)))
+            .truncate(matches!(etag, EntityTag::Opaque(_)))
             .open(path)
             .map_err(HubError::cache("open", path))?;
         let mut sha256 = Sha256::new();
@@ -64,16 +64,16 @@ impl Partial {
     }
 
     /// Checks the content, syncs it to disk and returns its SHA-256.
-    pub(super) fn finish(&mut self, digest: &Digested) -> Result<String, HubError> {
+    pub(super) fn finish(&mut self, etag: &EntityTag) -> Result<String, HubError> {
         let sha256 = format!("{:x}", self.sha256.clone().finalize());
-        match digest {
-            Digested::Sha256(announced) => agree("SHA-256", &sha256, announced)?,
-            Digested::GitBlob(announced) => {
+        match etag {
+            EntityTag::Sha256(announced) => agree("SHA-256", &sha256, announced)?,
+            EntityTag::GitBlob(announced) => {
                 self.file.seek(SeekFrom::Start(0)).map_err(HubError::cache("rewind", &self.path))?;
                 let found = git_blob_hash(&mut self.file, self.length).map_err(HubError::cache("read", &self.path))?;
                 agree("git blob hash", &found, announced)?;
             }
-            Digested::Opaque(_) => {}
+            EntityTag::Opaque(_) => {}
         }
         self.file.sync_all().map_err(HubError::cache("sync", &self.path))?;
         Ok(sha256)
@@ -90,14 +90,14 @@ pub(super) fn is_intact(blob: &Path, metadata: &FileMetadata) -> io::Result<bool
     if metadata.size.is_some_and(|size| size != length) {
         return Ok(false);
     }
-    Ok(match &metadata.digest {
-        Digested::Sha256(announced) => {
+    Ok(match &metadata.etag {
+        EntityTag::Sha256(announced) => {
             let mut sha256 = Sha256::new();
             io::copy(&mut file, &mut sha256)?;
             format!("{:x}", sha256.finalize()) == *announced
         }
-        Digested::GitBlob(announced) => git_blob_hash(&mut file, length)? == *announced,
-        Digested::Opaque(_) => true,
+        EntityTag::GitBlob(announced) => git_blob_hash(&mut file, length)? == *announced,
+        EntityTag::Opaque(_) => true,
     })
 }
 

@@ -1,13 +1,13 @@
 //! What responses of the hub mean. Pure functions of status and headers.
 
 use super::error::HubError;
-use super::names::{Commit, Digested};
+use super::names::{Commit, EntityTag};
 
 /// What the hub announces about a file before its content is requested.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct FileMetadata {
     pub(super) commit: Commit,
-    pub(super) digest: Digested,
+    pub(super) etag: EntityTag,
     /// Size in bytes.
     pub(super) size: Option<u64>,
 }
@@ -48,7 +48,7 @@ impl FileHeaders {
             )));
         }
         let etag = self.etag.ok_or_else(|| invalid("its answer has no etag header".to_owned()))?;
-        Ok(FileMetadata { commit, digest: Digested::from_etag(&etag), size: self.size })
+        Ok(FileMetadata { commit, etag: EntityTag::parse(&etag), size: self.size })
     }
 }
 

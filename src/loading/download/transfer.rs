@@ -36,14 +36,18 @@ impl Transfer<'_> {
     /// The hub fails for good, the content is not the announced one (the file is removed), or the cache cannot be
     /// written (the file is kept for the next start).
     pub(super) fn run(&self, incomplete: &Path) -> Result<String, HubError> {
-        let mut partial = Partial::open(incomplete, &self.metadata.digest)?;
+        let mut partial = Partial::open(incomplete, &self.metadata.etag)?;
         let mut may_restart = true;
-        if partial.length > 0 {
-            tracing::info!("{}: continuing after {} bytes", self.file, partial.length);
-        }
+        let size = self.metadata.size.map_or_else(|| "unknown number".to_owned(), |size| size.to_string());
+        tracing::info!(
+            "downloading {} of {}: {size} bytes, {} of them are here already",
+            self.file,
+            self.at,
+            partial.length
+        );
         loop {
             self.receive(&mut partial)?;
-            match partial.finish(&self.metadata.digest) {
+            match partial.finish(&self.metadata.etag) {
                 // Parts of different requests may not fit together: request the whole file, once.
                 Err(HubError::Damaged(reason)) if may_restart && partial.is_resumed => {
                     tracing::warn!("{}: the resumed file is damaged ({reason}); downloading it again", self.file);
