@@ -80,6 +80,7 @@ fn base(threads: usize) -> LoadedModel {
             max_request_tokens: 1 << 20,
             tail: Tail::Aligned,
             threads,
+            max_tokenizer_wait: std::time::Duration::MAX,
         },
         profile: None,
     };

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use rerankd::text::{DocumentOptions, Tail, TextEncoder, TextLimits};
+use rerankd::text::{DocumentOptions, EmbeddingRows, Tail, TextEncoder, TextLimits};
 
 const ENGLISH: &str = "The committee published its findings on Tuesday, after eleven months of interviews and a review of \
     some 4,000 documents. It recommends smaller classes, better paid teachers and, above all, more time. ";
@@ -22,9 +22,11 @@ fn encoder(tokenizer: &PathBuf) -> TextEncoder {
         max_request_tokens: 1 << 24,
         tail: Tail::Aligned,
         threads: std::thread::available_parallelism().map_or(1, Into::into),
+        max_tokenizer_wait: std::time::Duration::MAX,
     };
     let json = std::fs::read(tokenizer).expect("a tokenizer.json");
-    TextEncoder::new(&json, usize::MAX, 512, limits).expect("a tokenizer that we read")
+    TextEncoder::new(&json, EmbeddingRows { vocabulary: usize::MAX, token_types: 256 }, 512, limits)
+        .expect("a tokenizer that we read")
 }
 
 fn texts(criterion: &mut Criterion) {

@@ -1,4 +1,4 @@
-//! The story of a request.
+//! A request from text to ranking.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,20 +8,20 @@ use crate::scheduler::{Deadline, Scores};
 use crate::served::Models;
 use crate::text::{DocumentOptions, EncodedRequest, Truncation};
 
-/// A request that has been checked: nothing later finds fault with its form.
+/// A request whose form has been checked.
 #[derive(Debug, Clone)]
 pub struct RerankRequest {
     /// A served model's name or alias; the first one without it.
     pub model: Option<String>,
-    /// What the documents are ranked for; not empty.
+    /// Not empty.
     pub query: String,
     /// At least one.
     pub documents: Arc<[String]>,
-    /// Results wanted; all without it.
+    /// Number of results; `None` is all.
     pub top_n: Option<usize>,
     /// How documents are truncation.
     pub options: DocumentOptions,
-    /// When the answer is of no use any more.
+    /// When the answer is no longer useful.
     pub deadline: Option<Deadline>,
 }
 
@@ -34,29 +34,29 @@ pub struct Ranking {
     pub results: Vec<Ranked>,
     /// Tokens that the model read, over all distinct chunks.
     pub tokens: usize,
-    /// What was left out of the texts.
+    /// What of the texts the model did not read.
     pub truncation: Truncation,
-    /// Where the time went.
+    /// Time by stage.
     pub timings: Timings,
 }
 
 /// One document of a ranking.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ranked {
-    /// Its place in the request.
+    /// Position in the request.
     pub index: usize,
     /// `sigmoid(logit)` of its best chunk, in [0, 1].
     pub score: f64,
-    /// The model's own number for its best chunk.
+    /// The model's output for its best chunk.
     pub logit: f32,
 }
 
-/// Where a request's time went.
+/// A request's time by stage.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Timings {
-    /// Tokenising, chunking and folding.
-    pub tokenise: Duration,
-    /// Waiting for the first batch.
+    /// Tokenizing, chunking, and merging identical pairs.
+    pub tokenize: Duration,
+    /// In the queue, until the first batch.
     pub queue: Duration,
     /// From the first batch to the last.
     pub inference: Duration,
@@ -65,23 +65,24 @@ pub struct Timings {
 /// Scores every document against the query, best first.
 ///
 /// # Errors
-/// An unknown model, too much work, a queue over its budget, a deadline that passed, a model that failed.
+/// See [`RerankError`].
 pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, RerankError> {
     let model = models.choose(request.model.as_deref())?;
     model.scheduler.has_room()?;
     let start = Instant::now();
     let encoded = model.text.encode(&request.query, Arc::clone(&request.documents), request.options).await?;
-    let tokenise = start.elapsed();
-    let permit = model.scheduler.admit(encoded.tokens())?;
+    let tokenize = start.elapsed();
+    let permit = model.scheduler.admit(encoded.tokens(), request.deadline)?;
     let tokens = encoded.tokens();
     let EncodedRequest { pairs, documents, truncation } = encoded;
     let scores = model.scheduler.score(pairs, permit, request.deadline).await?;
     let results = best_first(&scores, &documents, request.top_n);
-    let timings = Timings { tokenise, queue: scores.queued, inference: scores.computed };
+    let timings = Timings { tokenize, queue: scores.queued, inference: scores.computed };
     Ok(Ranking { model: model.name.clone(), results, tokens, truncation, timings })
 }
 
-/// Each document's best chunk, sorted by score descending, then index, cut to `top_n`.
+/// Each document's best chunk, sorted by logit descending, then index, truncated to `top_n`. The sigmoid saturates at 1 for
+/// logits above 36, so it cannot order them.
 fn best_first(scores: &Scores, documents: &[Vec<usize>], top_n: Option<usize>) -> Vec<Ranked> {
     let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| scores.logits[pair]).fold(f32::NEG_INFINITY, f32::max);
     let ranked = |(index, chunks)| {
@@ -89,7 +90,7 @@ fn best_first(scores: &Scores, documents: &[Vec<usize>], top_n: Option<usize>) -
         Ranked { index, score: sigmoid(logit), logit }
     };
     let mut results: Vec<Ranked> = documents.iter().enumerate().map(ranked).collect();
-    results.sort_by(|a, b| b.score.total_cmp(&a.score).then(a.index.cmp(&b.index)));
+    results.sort_by(|a, b| b.logit.total_cmp(&a.logit).then(a.index.cmp(&b.index)));
     results.truncate(top_n.unwrap_or(usize::MAX));
     results
 }

@@ -9,14 +9,21 @@ use crate::loading::{LoadOptions, LoadedModel, Loader};
 use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
 use crate::text::TextEncoder;
 
-/// What the largest model may need for one batch on a small processor.
+/// The longest that one batch of a large model takes on a small CPU.
 const LONG_BATCH: Duration = Duration::from_secs(120);
+
+/// Characters of a requested model name that an error message repeats.
+const MAX_NAME_CHARS: usize = 128;
+/// Slashes in a requested model name that are tried as the end of a gateway's prefix.
+const MAX_NAME_PARTS: usize = 8;
 
 /// A served model: its text side and its queue.
 #[derive(Debug)]
 pub struct Model {
     /// The name that answers carry.
     pub name: String,
+    /// Precision of the GEMMs, or the implementation's name.
+    pub dtype: &'static str,
     /// Other names that requests may use.
     pub aliases: Vec<String>,
     /// Text to pairs.
@@ -35,9 +42,9 @@ impl Model {
     /// # Errors
     /// The operating system has no thread for it.
     pub fn start(loaded: LoadedModel, limits: SchedulerLimits) -> std::io::Result<Self> {
-        let LoadedModel { name, aliases, text, encoder, .. } = loaded;
+        let LoadedModel { name, aliases, text, dtype, encoder, .. } = loaded;
         let scheduler = Scheduler::start(&name, encoder, limits)?;
-        Ok(Self { name, aliases, text, scheduler })
+        Ok(Self { name, dtype, aliases, text, scheduler })
     }
 
     /// Whether a real inference has succeeded within `recent`, or does so now within `patience_s`. A model that has
@@ -53,7 +60,7 @@ impl Model {
         }
         let pair = self.text.pair("health", "a pair like any other").map_err(RerankError::Internal)?;
         let deadline = Deadline::after(patience_s);
-        let permit = self.scheduler.admit(pair.tokens())?;
+        let permit = self.scheduler.admit(pair.tokens(), None)?;
         let scored = self.scheduler.score(vec![pair], permit, Some(deadline));
         match tokio::time::timeout_at(deadline.at.into(), scored).await {
             Ok(result) => result.map(|_| ()),
@@ -115,11 +122,11 @@ impl Models {
     /// [`RerankError::UnknownModel`]
     pub fn find(&self, name: &str) -> Result<&Model, RerankError> {
         let called = |name: &str| self.0.iter().find(|model| model.is_called(name));
-        let suffixes = name.match_indices('/').map(|(slash, _)| &name[slash + 1..]);
-        std::iter::once(name)
-            .chain(suffixes)
-            .find_map(called)
-            .ok_or_else(|| RerankError::UnknownModel { model: name.chars().take(128).collect() })
+        let suffixes = name.match_indices('/').take(MAX_NAME_PARTS).map(|(slash, _)| &name[slash + 1..]);
+        std::iter::once(name).chain(suffixes).find_map(called).ok_or_else(|| RerankError::UnknownModel {
+            model: name.chars().take(MAX_NAME_CHARS).collect(),
+            served: self.served_names(),
+        })
     }
 
     /// The model that a request names, or the first one where its dialect has no place for a name.
@@ -131,6 +138,10 @@ impl Models {
             (None, Some(first)) => Ok(first),
             (name, _) => self.find(name.unwrap_or_default()),
         }
+    }
+
+    fn served_names(&self) -> String {
+        self.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
     /// All of them, in the order of the command line.

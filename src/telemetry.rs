@@ -6,6 +6,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing::level_filters::LevelFilter;
+use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
 
 /// Format of log lines.
@@ -41,23 +42,50 @@ pub fn parse_log_filter(text: &str) -> Result<String, String> {
     }
 }
 
-/// Starts logging to standard error. A second call has no effect.
+/// Writes the remaining log lines when it is dropped.
+#[must_use]
+pub struct LogGuard(Option<WorkerGuard>);
+
+/// Maximum log lines that wait for standard error. Further lines are dropped, so that a stalled reader does not stall the server.
+const MAX_WAITING_LINES: usize = 16_384;
+
+static DROPPED_LINES: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// Starts logging to standard error, on a separate thread. A second call has no effect.
 ///
 /// # Panics
-/// When `filter` was not checked by [`parse_log_filter`] and is not valid.
-pub fn init_logs(format: LogFormat, filter: &str) {
+/// When [`parse_log_filter`] refuses `filter`.
+pub fn init_logs(format: LogFormat, filter: &str) -> LogGuard {
     let filter = EnvFilter::try_new(filter).expect("checked by parse_log_filter");
-    // Log lines that cannot be written are dropped, and the server continues.
+    let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(MAX_WAITING_LINES);
+    let (writer, guard) = builder.thread_name("log").finish(std::io::stderr());
+    DROPPED_LINES.set(writer.error_counter()).ok();
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .log_internal_errors(false)
         .with_target(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
-    match format {
-        LogFormat::Text => logs.try_init().ok(),
-        LogFormat::Json => logs.json().flatten_event(true).try_init().ok(),
+    let started = match format {
+        LogFormat::Text => logs.try_init().is_ok(),
+        LogFormat::Json => logs.json().flatten_event(true).try_init().is_ok(),
     };
+    LogGuard(started.then_some(guard))
+}
+
+impl Drop for LogGuard {
+    fn drop(&mut self) {
+        drop(self.0.take());
+    }
+}
+
+/// Moves recorded values into the histogram buckets and counts dropped log lines. To be called every few seconds: otherwise values
+/// accumulate in memory until /metrics is read.
+pub fn upkeep() {
+    if let Some(dropped) = DROPPED_LINES.get() {
+        metrics::counter!("rerankd_log_lines_dropped_total").absolute(dropped.dropped_lines() as u64);
+    }
+    prometheus().run_upkeep();
 }
 
 /// The process's metrics. Recording starts with the first call.
@@ -91,12 +119,21 @@ fn describe_metrics() {
     describe_gauge!("rerankd_queue_tokens", Unit::Count, "Tokens admitted but not yet computed, by model");
     describe_counter!("rerankd_batches_failed_total", "Batches that failed in the backend, by model");
     describe_counter!(
-        "rerankd_requests_given_up_total",
-        "Requests dropped from the queue because the client disconnected or the deadline passed"
+        "rerankd_requests_cancelled_total",
+        "Requests removed from the queue because the client disconnected or the deadline passed"
     );
     describe_counter!("rerankd_documents_total", "Documents ranked");
-    describe_counter!("rerankd_queries_cut_total", "Queries truncated to the maximum query length");
-    describe_counter!("rerankd_documents_cut_total", "Documents of which a part was not scored");
+    describe_counter!("rerankd_queries_truncated_total", "Queries truncated to the maximum query length");
+    describe_counter!("rerankd_documents_truncated_total", "Documents of which a part was not scored");
+    describe_histogram!("rerankd_tokenize_seconds", Unit::Seconds, "Tokenization time per request");
+    describe_histogram!("rerankd_queue_seconds", Unit::Seconds, "Time from a request's admission to its first batch");
+    describe_gauge!("rerankd_tokenizer_bytes", Unit::Bytes, "Text admitted but not yet tokenized");
+    describe_counter!("rerankd_worker_restarts_total", "Workers restarted after a panic, by model");
+    describe_counter!(
+        "rerankd_connections_refused_total",
+        "Connections closed on arrival because --max-connections was reached"
+    );
+    describe_counter!("rerankd_log_lines_dropped_total", "Log lines dropped because standard error was too slow");
     describe_counter!("rerankd_chunks_dropped_total", "Chunks not scored because of max_chunks_per_doc");
 }
 

@@ -11,7 +11,7 @@ use std::path::Path;
 
 use rerankd::batch::Pair;
 use rerankd::checkpoint::config::ModelConfig;
-use rerankd::text::{DocumentOptions, TextEncoder};
+use rerankd::text::{DocumentOptions, EmbeddingRows, TextEncoder};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
@@ -134,7 +134,8 @@ impl Texts {
         let config = ModelConfig::parse(&fs::read_to_string(folder.join("config.json")).unwrap()).unwrap();
         let mut tokenizer = Tokenizer::from_bytes(&json).unwrap();
         tokenizer.with_padding(None).with_truncation(None).unwrap();
-        let encoder = TextEncoder::new(&json, config.vocab_size, config.max_window(), limits()).unwrap();
+        let rows = EmbeddingRows { vocabulary: config.vocab_size, token_types: config.type_vocab_size };
+        let encoder = TextEncoder::new(&json, rows, config.max_window(), limits()).unwrap();
         Self { encoder, tokenizer }
     }
 

@@ -1,9 +1,9 @@
-//! Keys: who may ask. Checked on the header, before a byte of the body is read.
+//! API keys, checked before any of the body is read.
 
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, header};
+use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::Response;
 use sha2::{Digest, Sha256};
@@ -11,12 +11,12 @@ use subtle::{Choice, ConstantTimeEq};
 
 use super::{ApiError, App};
 
-/// The keys that open the server, as digests; none at all means open to everyone.
+/// The valid keys, as digests. Without any, the server is open to everyone.
 #[derive(Clone, Default)]
 pub struct Keys(Vec<[u8; 32]>);
 
 impl Keys {
-    /// Takes the keys; empty ones are left out.
+    /// Empty keys are left out.
     pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>) -> Self {
         Self(keys.into_iter().map(str::trim).filter(|key| !key.is_empty()).map(digest).collect())
     }
@@ -26,7 +26,7 @@ impl Keys {
         self.0.is_empty()
     }
 
-    /// Compares digests, every one of them, in constant time.
+    /// Compares with every digest, in constant time.
     fn contains(&self, key: &str) -> bool {
         let offered = digest(key);
         let hit = self.0.iter().fold(Choice::from(0), |hit, known| hit | known.ct_eq(&offered));
@@ -44,23 +44,33 @@ fn digest(key: &str) -> [u8; 32] {
     Sha256::digest(key.as_bytes()).into()
 }
 
-/// Lets a request pass when the server is open or the request carries one of its keys.
+/// Refuses a request without a valid key, unless the server is open.
 pub(super) async fn require_key(
     State(app): State<Arc<App>>,
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
     let allowed = app.keys.is_open() || offered_key(request.headers()).is_some_and(|key| app.keys.contains(key));
-    if allowed { Ok(next.run(request).await) } else { Err(ApiError::unauthorized()) }
+    if allowed {
+        return Ok(next.run(request).await);
+    }
+    let (parts, body) = request.into_parts();
+    app.memory.drain(&parts.headers, body);
+    Err(ApiError::unauthorized().closing_connection())
 }
 
-/// The one key that the headers offer: `Authorization: Bearer KEY`, the key alone in that header, or `x-api-key`.
+/// The one key that the headers offer: `Authorization: Bearer KEY`, the key alone in that header, or `x-api-key`. The same key in
+/// several headers is one key; different keys are none, since it is unclear which should count.
 fn offered_key(headers: &HeaderMap) -> Option<&str> {
-    let mut offers = headers.get_all(header::AUTHORIZATION).iter().chain(headers.get_all("x-api-key"));
-    let offer = offers.next()?.to_str().ok()?.trim();
-    if offers.next().is_some() {
-        return None; // which one would count is anybody's guess
-    }
+    let bearer = headers.get_all(header::AUTHORIZATION).iter().map(bearer_key);
+    let plain = headers.get_all("x-api-key").iter().map(|value| value.to_str().ok().map(str::trim));
+    let mut keys = bearer.chain(plain);
+    let first = keys.next()??;
+    keys.all(|key| key == Some(first)).then_some(first)
+}
+
+fn bearer_key(value: &HeaderValue) -> Option<&str> {
+    let offer = value.to_str().ok()?.trim();
     match offer.split_once(' ') {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => Some(key.trim()),
         Some(_) => None,
@@ -88,7 +98,14 @@ mod tests {
             assert_eq!(offered(&[("authorization", value)]).as_deref(), Some("k"), "{value:?}");
         }
         assert_eq!(offered(&[("x-api-key", "k")]).as_deref(), Some("k"));
-        for wrong in [&[("authorization", "Basic k")][..], &[("authorization", "k"), ("authorization", "k")], &[]] {
+        let twice = [("authorization", "Bearer k"), ("x-api-key", "k")];
+        assert_eq!(offered(&twice).as_deref(), Some("k"), "Continue.dev sends the key in both headers");
+        for wrong in [
+            &[("authorization", "Basic k")][..],
+            &[("authorization", "Bearer k"), ("x-api-key", "other")],
+            &[("authorization", "Basic k"), ("x-api-key", "k")],
+            &[],
+        ] {
             assert_eq!(offered(wrong), None, "{wrong:?}");
         }
     }

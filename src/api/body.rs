@@ -1,76 +1,209 @@
-//! Reading bodies with bounded memory and patience.
+//! Request bodies: memory is reserved as bytes arrive, not as they are announced, and a client must keep sending.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use axum::body::Bytes;
-use axum::extract::Request;
+use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, StatusCode, header};
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use axum::response::Response;
+use http_body_util::BodyExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::ApiError;
 use crate::error::RerankError;
 
-/// The server's limits on requests, beside those of their text.
+/// The server's limits on requests, beside those on their text.
 #[derive(Debug, Clone, Copy)]
 pub struct ApiLimits {
+    /// Open connections.
+    pub max_connections: usize,
     /// Documents of one request.
     pub max_documents: usize,
     /// Bytes of one body.
     pub max_body_bytes: usize,
-    /// Bytes of all bodies that are being read or answered.
+    /// Bytes of all requests in memory.
     pub max_inflight_bytes: usize,
     /// From a request's header to its last byte.
     pub body_timeout: Duration,
-    /// From a request's body to its answer.
+    /// From a request's body to its answer, in seconds.
     pub request_timeout_s: u64,
 }
 
-/// The memory that all bodies share, counted in KiB.
-#[derive(Debug)]
-pub(super) struct BodyBudget(Arc<Semaphore>);
+/// A body's buffer starts with this capacity and doubles.
+const INITIAL_CAPACITY: usize = 4096;
+/// A body must arrive at this rate at least, measured over [`RATE_WINDOW`].
+const MIN_BYTES_PER_WINDOW: usize = 1024;
+const RATE_WINDOW: Duration = Duration::from_secs(5);
 
-/// A body, and its share of the memory for as long as it lives.
-pub(super) struct ReadBody {
-    pub(super) bytes: Bytes,
-    _share: OwnedSemaphorePermit,
+/// What is read of a body that was refused: a client that is still sending sees the answer only if its bytes are taken.
+const MAX_DRAINED_BYTES: usize = 64 << 20;
+const MAX_DRAIN_TIME: Duration = Duration::from_secs(10);
+/// Refused bodies that are drained at the same time; further ones are cut off.
+const MAX_DRAINS: usize = 64;
+
+/// The memory that all requests share, counted in KiB.
+#[derive(Debug)]
+pub(super) struct MemoryBudget {
+    memory: Arc<Semaphore>,
+    drains: Arc<Semaphore>,
 }
 
-impl BodyBudget {
+/// A share of the memory, for as long as it lives.
+#[derive(Debug)]
+pub(super) struct MemoryShare {
+    budget: Arc<Semaphore>,
+    held: Option<OwnedSemaphorePermit>,
+    kib: usize,
+}
+
+/// A body and its share of the memory.
+pub(super) struct ReadBody {
+    pub(super) bytes: Vec<u8>,
+    pub(super) share: MemoryShare,
+}
+
+impl MemoryBudget {
     pub(super) fn new(bytes: usize) -> Self {
-        Self(Arc::new(Semaphore::new((bytes / 1024).clamp(1, Semaphore::MAX_PERMITS))))
+        let kib = (bytes / 1024).clamp(1, Semaphore::MAX_PERMITS);
+        Self { memory: Arc::new(Semaphore::new(kib)), drains: Arc::new(Semaphore::new(MAX_DRAINS)) }
     }
 
-    /// Reads a whole body. What is declared too long is refused before any of it is read.
-    pub(super) async fn read(&self, request: Request, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
-        let (parts, body) = request.into_parts();
-        if let Some(encoding) = parts.headers.get(header::CONTENT_ENCODING).filter(|value| *value != "identity") {
-            let message = format!("content-encoding {encoding:?} is not supported; send the JSON as it is");
-            return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+    fn share(&self) -> MemoryShare {
+        MemoryShare { budget: Arc::clone(&self.memory), held: None, kib: 0 }
+    }
+
+    /// Reads a whole body.
+    ///
+    /// # Errors
+    /// 413, before any of it is read if it is announced too long; 408 if it stops arriving; 503 if there is no memory for it. The
+    /// rest of a refused body is drained in the background.
+    pub(super) async fn read(
+        &self,
+        headers: &HeaderMap,
+        mut body: Body,
+        limits: &ApiLimits,
+    ) -> Result<ReadBody, ApiError> {
+        let read = async {
+            check_headers(headers, limits)?;
+            self.collect(&mut body, limits).await
+        };
+        let result = read.await;
+        if result.is_err() {
+            self.drain(headers, body);
         }
-        let declared = content_length(&parts.headers);
-        if declared.is_some_and(|length| length > limits.max_body_bytes) {
-            return Err(too_large(limits));
-        }
-        let share = self.share(declared.unwrap_or(limits.max_body_bytes))?;
-        let read = Limited::new(body, limits.max_body_bytes).collect();
-        match tokio::time::timeout(limits.body_timeout, read).await {
-            Ok(Ok(body)) => Ok(ReadBody { bytes: body.to_bytes(), _share: share }),
-            Ok(Err(error)) if error.is::<LengthLimitError>() => Err(too_large(limits)),
-            Ok(Err(error)) => Err(ApiError::bad_request(format!("the body ended early: {error}"))),
-            Err(_) => {
-                let message = format!("the body was not complete after {} s", limits.body_timeout.as_secs());
-                Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, message))
+        result
+    }
+
+    /// Copies the frames of a body into one buffer: keeping them would keep the connection's read buffer for each of them.
+    async fn collect(&self, body: &mut Body, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
+        let mut share = self.share();
+        let mut bytes: Vec<u8> = Vec::new();
+        let deadline = Instant::now() + limits.body_timeout;
+        let mut window = (Instant::now() + RATE_WINDOW, MIN_BYTES_PER_WINDOW);
+        loop {
+            let until = deadline.min(window.0);
+            let frame = match tokio::time::timeout_at(until.into(), body.frame()).await {
+                Ok(Some(Ok(frame))) => frame,
+                Ok(Some(Err(error))) => return Err(ApiError::bad_request(format!("the body ended early: {error}"))),
+                Ok(None) => return Ok(ReadBody { bytes, share }),
+                Err(_) if until < deadline && bytes.len() >= window.1 => {
+                    window = (Instant::now() + RATE_WINDOW, bytes.len() + MIN_BYTES_PER_WINDOW);
+                    continue;
+                }
+                Err(_) => return Err(too_slow(limits)),
+            };
+            let Some(data) = frame.data_ref() else { continue }; // trailers
+            if bytes.len() + data.len() > limits.max_body_bytes {
+                return Err(too_large(limits));
+            }
+            if bytes.len() + data.len() > bytes.capacity() {
+                let capacity = (bytes.len() + data.len()).next_power_of_two().max(INITIAL_CAPACITY);
+                share.grow(capacity.min(limits.max_body_bytes))?;
+                bytes.reserve_exact(capacity.min(limits.max_body_bytes) - bytes.len());
+            }
+            bytes.extend_from_slice(data);
+            if Instant::now() >= window.0 {
+                if bytes.len() < window.1 {
+                    return Err(too_slow(limits));
+                }
+                window = (Instant::now() + RATE_WINDOW, bytes.len() + MIN_BYTES_PER_WINDOW);
             }
         }
     }
 
-    fn share(&self, bytes: usize) -> Result<OwnedSemaphorePermit, ApiError> {
-        let kib = u32::try_from(bytes.div_ceil(1024)).unwrap_or(u32::MAX);
-        let share = Arc::clone(&self.0).try_acquire_many_owned(kib);
-        share.map_err(|_| RerankError::Overloaded { retry_after_s: 1 }.into())
+    /// Reads and discards what is left of a refused body, within bounds, so that a client that is still sending gets to the answer.
+    pub(super) fn drain(&self, headers: &HeaderMap, mut body: Body) {
+        // A client that waits for 100-continue must not be told to go on.
+        if headers.contains_key(header::EXPECT) {
+            return;
+        }
+        let Ok(slot) = Arc::clone(&self.drains).try_acquire_owned() else { return };
+        tokio::spawn(async move {
+            let discard = async {
+                let mut left = MAX_DRAINED_BYTES;
+                while let Some(Ok(frame)) = body.frame().await {
+                    let Some(rest) = left.checked_sub(frame.data_ref().map_or(1, Bytes::len)) else { break };
+                    left = rest;
+                }
+            };
+            tokio::time::timeout(MAX_DRAIN_TIME, discard).await.ok();
+            drop(slot);
+        });
     }
+}
+
+impl MemoryShare {
+    /// Grows the share to `bytes` bytes.
+    ///
+    /// # Errors
+    /// 503 if the budget is used up.
+    pub(super) fn grow(&mut self, bytes: usize) -> Result<(), ApiError> {
+        let more = bytes.div_ceil(1024).saturating_sub(self.kib);
+        if more == 0 {
+            return Ok(());
+        }
+        let count = u32::try_from(more).unwrap_or(u32::MAX);
+        let new = Arc::clone(&self.budget).try_acquire_many_owned(count);
+        let new = new.map_err(|_| ApiError::from(RerankError::Overloaded { retry_after_s: 1 }))?;
+        match &mut self.held {
+            Some(held) => held.merge(new),
+            None => self.held = Some(new),
+        }
+        self.kib += more;
+        Ok(())
+    }
+
+    /// Ties the share to the response's bytes: it is given back when the client has taken them, or is gone.
+    ///
+    /// # Errors
+    /// 503 if the budget has no room for the response.
+    pub(super) async fn attach(mut self, response: Response) -> Result<Response, ApiError> {
+        struct Held {
+            bytes: Bytes,
+            _share: MemoryShare,
+        }
+        impl AsRef<[u8]> for Held {
+            fn as_ref(&self) -> &[u8] {
+                &self.bytes
+            }
+        }
+        let (parts, body) = response.into_parts();
+        let collected = body.collect().await.map_err(|error| RerankError::Internal(error.into()))?;
+        let bytes = collected.to_bytes();
+        self.grow(bytes.len())?;
+        Ok(Response::from_parts(parts, Body::from(Bytes::from_owner(Held { bytes, _share: self }))))
+    }
+}
+
+fn check_headers(headers: &HeaderMap, limits: &ApiLimits) -> Result<(), ApiError> {
+    if let Some(encoding) = headers.get(header::CONTENT_ENCODING).filter(|value| *value != "identity") {
+        let message = format!("content-encoding {encoding:?} is not supported; send the JSON uncompressed");
+        return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+    }
+    if content_length(headers).is_some_and(|length| length > limits.max_body_bytes) {
+        return Err(too_large(limits));
+    }
+    Ok(())
 }
 
 fn content_length(headers: &HeaderMap) -> Option<usize> {
@@ -80,4 +213,13 @@ fn content_length(headers: &HeaderMap) -> Option<usize> {
 fn too_large(limits: &ApiLimits) -> ApiError {
     let message = format!("the body has more than {} bytes; send fewer documents at a time", limits.max_body_bytes);
     ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+}
+
+fn too_slow(limits: &ApiLimits) -> ApiError {
+    let (seconds, window) = (limits.body_timeout.as_secs(), RATE_WINDOW.as_secs());
+    let message = format!(
+        "the body did not arrive in time: it must be complete within {seconds} s, at {MIN_BYTES_PER_WINDOW} bytes per {window} s \
+         or more"
+    );
+    ApiError::new(StatusCode::REQUEST_TIMEOUT, message)
 }

@@ -11,6 +11,7 @@ use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::observe::RefusalReason;
 use crate::error::RerankError;
 
 /// An answer that is not a ranking.
@@ -21,6 +22,7 @@ pub struct ApiError {
     code: u16,
     message: String,
     retry_after_s: Option<u64>,
+    closes_connection: bool,
     cause: Option<anyhow::Error>,
 }
 
@@ -53,7 +55,14 @@ pub(super) struct ErrorDetail {
 impl ApiError {
     /// An error with the status as its code.
     pub fn new(status: StatusCode, message: impl Into<String>) -> Self {
-        Self { status, code: status.as_u16(), message: message.into(), retry_after_s: None, cause: None }
+        Self {
+            status,
+            code: status.as_u16(),
+            message: message.into(),
+            retry_after_s: None,
+            closes_connection: false,
+            cause: None,
+        }
     }
 
     /// A bad parameter.
@@ -64,6 +73,11 @@ impl ApiError {
     /// No key, or a wrong one.
     pub(super) fn unauthorized() -> Self {
         Self::new(StatusCode::UNAUTHORIZED, "Invalid token")
+    }
+
+    /// Tells the client to use another connection: the body of this request is not read to its end.
+    pub(super) fn closing_connection(self) -> Self {
+        Self { closes_connection: true, ..self }
     }
 
     /// The HTTP status.
@@ -96,13 +110,15 @@ impl From<RerankError> for ApiError {
         match error {
             RerankError::UnknownModel { .. } => Self { code: 20012, ..Self::new(StatusCode::BAD_REQUEST, message) },
             RerankError::Invalid { .. } => Self::bad_request(message),
-            RerankError::TooMuchWork { .. } => Self::new(StatusCode::PAYLOAD_TOO_LARGE, message),
+            RerankError::TooMuchWork { .. } | RerankError::CannotFinish { .. } => {
+                Self::new(StatusCode::PAYLOAD_TOO_LARGE, message)
+            }
             RerankError::Overloaded { retry_after_s } => Self {
                 code: 50505,
                 retry_after_s: Some(retry_after_s),
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
             },
-            RerankError::OutOfMemory | RerankError::ShuttingDown => {
+            RerankError::OutOfMemory | RerankError::Loading | RerankError::ShuttingDown => {
                 Self { code: 50505, retry_after_s: Some(1), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
             }
             RerankError::Deadline { .. } => Self::new(StatusCode::GATEWAY_TIMEOUT, message),
@@ -119,12 +135,17 @@ impl IntoResponse for ApiError {
         if let Some(cause) = &self.cause {
             tracing::error!("internal error: {cause:#}");
         }
+        let reason = self.message.clone();
         let error = ErrorDetail { message: self.message.clone(), kind: self.kind(), code: self.code };
         let body = ErrorBody { code: self.code, detail: self.message.clone(), message: self.message, data: (), error };
         let mut response = (self.status, Json(body)).into_response();
         if let Some(seconds) = self.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
+        if self.closes_connection {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response.extensions_mut().insert(RefusalReason(reason));
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }

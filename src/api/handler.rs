@@ -1,4 +1,4 @@
-//! The handler of every rerank path: body -> dialect -> ranking -> dialect.
+//! The handler of every rerank path: body, dialect, ranking, dialect.
 
 use std::sync::Arc;
 
@@ -7,47 +7,81 @@ use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
 
 use super::App;
+use super::body::ReadBody;
 use super::dialect::{Dialect, ParsedRequest};
 use super::observe::{RequestId, RequestStats};
 use crate::error::RerankError;
 use crate::rerank::{Ranking, rerank as rank};
 use crate::scheduler::Deadline;
 
+/// Bodies and answers larger than this are parsed and written off the async threads, in bytes.
+const LARGE_BYTES: usize = 64 * 1024;
+
 /// Ranks documents by their relevance to a query, in the caller's dialect.
 pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Response {
     let id = request.extensions().get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
-    let body = match app.bodies.read(request, &app.limits).await {
+    let (parts, body) = request.into_parts();
+    let ReadBody { bytes, share } = match app.memory.read(&parts.headers, body, &app.limits).await {
         Ok(body) => body,
-        Err(error) => return error.into_response(),
+        Err(error) => return error.closing_connection().into_response(),
     };
-    let dialect = Dialect::of(&body.bytes);
-    match answer(&app, dialect, &body.bytes, id).await {
-        Ok(response) => response,
-        Err(error) => dialect.refuse(error.into()),
-    }
+    let (response, dialect) = answer(&app, bytes, id).await;
+    let response = match response {
+        Ok(response) => share.attach(response).await,
+        Err(error) => Err(error.into()),
+    };
+    response.unwrap_or_else(|error| dialect.error(error))
 }
 
-async fn answer(app: &App, dialect: Dialect, body: &[u8], id: String) -> Result<Response, RerankError> {
+async fn answer(app: &App, body: Vec<u8>, id: String) -> (Result<Response, RerankError>, Dialect) {
     let deadline = Deadline::after(app.limits.request_timeout_s);
-    let ParsedRequest { mut request, write } = dialect.parse(body, app.limits.max_documents)?;
-    request.deadline = Some(deadline);
-    let documents = request.documents.len();
-    let ranked = tokio::time::timeout_at(deadline.at.into(), rank(&app.models, request)).await;
-    let ranking = ranked.unwrap_or(Err(RerankError::Deadline { seconds: deadline.seconds }))?;
-    count(&ranking, documents);
-    let mut response = write(&ranking, id);
-    response.extensions_mut().insert(RequestStats { documents, tokens: ranking.tokens });
-    add_headers(&mut response, &ranking);
-    Ok(response)
+    let (is_large, max_documents) = (body.len() > LARGE_BYTES, app.limits.max_documents);
+    let parse = move || {
+        let dialect = Dialect::of(&body);
+        (dialect.parse(&body, max_documents), dialect)
+    };
+    let (parsed, dialect) = match off_async_threads(is_large, parse).await {
+        Ok(parsed) => parsed,
+        Err(error) => return (Err(error), Dialect::Documents),
+    };
+    let ranked = async {
+        let ParsedRequest { mut request, write } = parsed?;
+        request.deadline = Some(deadline);
+        let documents = request.documents.len();
+        let ranked = tokio::time::timeout_at(deadline.at.into(), rank(app.models()?, request)).await;
+        let ranking = ranked.unwrap_or(Err(RerankError::Deadline { seconds: deadline.seconds }))?;
+        count(&ranking, documents);
+        let stats = RequestStats { documents, tokens: ranking.tokens };
+        let mut response = off_async_threads(is_large, move || {
+            let mut response = write(&ranking, id);
+            add_headers(&mut response, &ranking);
+            response
+        })
+        .await?;
+        response.extensions_mut().insert(stats);
+        Ok(response)
+    };
+    (ranked.await, dialect)
 }
 
-/// Where the time went, and what was left out.
+/// Runs `work` on a blocking thread if it is large, so that other connections are served meanwhile.
+async fn off_async_threads<T: Send + 'static>(
+    is_large: bool,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, RerankError> {
+    if !is_large {
+        return Ok(work());
+    }
+    tokio::task::spawn_blocking(work).await.map_err(|error| RerankError::Internal(error.into()))
+}
+
+/// Headers: time by stage, and what was truncated.
 fn add_headers(response: &mut Response, ranking: &Ranking) {
     let ms = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
     let (timings, truncation) = (ranking.timings, ranking.truncation);
     let timing = format!(
-        "tokenise;dur={:.1}, queue;dur={:.1}, inference;dur={:.1}",
-        ms(timings.tokenise),
+        "tokenize;dur={:.1}, queue;dur={:.1}, inference;dur={:.1}",
+        ms(timings.tokenize),
         ms(timings.queue),
         ms(timings.inference)
     );
@@ -64,7 +98,9 @@ fn add_headers(response: &mut Response, ranking: &Ranking) {
 
 fn count(ranking: &Ranking, documents: usize) {
     metrics::counter!("rerankd_documents_total").increment(documents as u64);
-    metrics::counter!("rerankd_queries_cut_total").increment(u64::from(ranking.truncation.query));
-    metrics::counter!("rerankd_documents_cut_total").increment(ranking.truncation.documents as u64);
+    metrics::counter!("rerankd_queries_truncated_total").increment(u64::from(ranking.truncation.query));
+    metrics::counter!("rerankd_documents_truncated_total").increment(ranking.truncation.documents as u64);
     metrics::counter!("rerankd_chunks_dropped_total").increment(ranking.truncation.chunks as u64);
+    metrics::histogram!("rerankd_tokenize_seconds").record(ranking.timings.tokenize.as_secs_f64());
+    metrics::histogram!("rerankd_queue_seconds").record(ranking.timings.queue.as_secs_f64());
 }

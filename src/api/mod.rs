@@ -2,16 +2,18 @@
 
 mod auth;
 mod body;
+mod connection;
 mod dialect;
 mod error;
 mod handler;
+mod host;
 mod observe;
 mod openapi;
 mod ops;
 mod server;
 
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, OnceLock};
 
 use axum::Router;
 use axum::extract::Request;
@@ -24,10 +26,12 @@ use tower_http::catch_panic::CatchPanicLayer;
 pub use auth::Keys;
 pub use body::ApiLimits;
 pub use error::ApiError;
+pub use host::HostList;
 pub use server::{Server, ServerTimeouts, serve};
 
+use crate::error::RerankError;
 use crate::served::Models;
-use body::BodyBudget;
+use body::MemoryBudget;
 
 /// Paths that rank. Each takes every dialect; SDKs that are given a base with a version in it double that.
 const RERANK_PATHS: [&str; 14] = [
@@ -47,26 +51,42 @@ const RERANK_PATHS: [&str; 14] = [
     "/v1/retrieval/{*model}",
 ];
 
-/// What every handler sees.
+/// The state that every handler sees.
 #[derive(Debug)]
 pub struct App {
-    models: Models,
+    /// Empty while models are loading.
+    models: OnceLock<Models>,
     keys: Keys,
     limits: ApiLimits,
-    bodies: BodyBudget,
+    /// Hosts that requests may name; `None` allows every host.
+    hosts: Option<HostList>,
+    memory: MemoryBudget,
     draining: AtomicBool,
 }
 
 impl App {
-    /// The state of a server of `models`.
-    pub fn new(models: Models, keys: Keys, limits: ApiLimits) -> Arc<Self> {
-        let bodies = BodyBudget::new(limits.max_inflight_bytes);
-        Arc::new(Self { models, keys, limits, bodies, draining: AtomicBool::new(false) })
+    /// The state of a server whose models are still to be loaded: see [`App::set_models`].
+    pub fn new(keys: Keys, limits: ApiLimits, hosts: Option<HostList>) -> Arc<Self> {
+        let memory = MemoryBudget::new(limits.max_inflight_bytes);
+        Arc::new(Self { models: OnceLock::new(), keys, limits, hosts, memory, draining: AtomicBool::new(false) })
+    }
+
+    /// Serves these models from now on. A second call changes nothing.
+    pub fn set_models(&self, models: Models) {
+        self.models.set(models).ok();
     }
 
     /// The served models.
-    pub fn models(&self) -> &Models {
-        &self.models
+    ///
+    /// # Errors
+    /// [`RerankError::Loading`]
+    pub fn models(&self) -> Result<&Models, RerankError> {
+        self.models.get().ok_or(RerankError::Loading)
+    }
+
+    /// Answers every request that waits for scores with an error, now and later.
+    fn refuse_all(&self) {
+        self.models.get().into_iter().flat_map(Models::iter).for_each(|model| model.scheduler.refuse_all());
     }
 }
 
@@ -94,9 +114,24 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/", get(openapi::front))
         .route("/openapi.json", get(openapi::document))
         .method_not_allowed_fallback(ops::wrong_method);
-    let routes = closed
-        .merge(open)
-        .merge(openapi::page())
+    finish(app, closed.merge(open).merge(openapi::page()))
+}
+
+/// The routes of a connection beyond the cap: health checks and metrics; 503 for everything else.
+pub(crate) fn overloaded_router(app: &Arc<App>) -> Router {
+    let metrics = get(ops::metrics).layer(middleware::from_fn_with_state(Arc::clone(app), auth::require_key));
+    let open = Router::new()
+        .route("/health", get(ops::health))
+        .route("/ready", get(ops::ready))
+        .route("/metrics", metrics)
+        .fallback(ops::too_many_connections);
+    finish(app, open)
+}
+
+/// Adds what every route has: the host check, panics as errors, the log line and the request id.
+fn finish(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
+    let routes = routes
+        .layer(middleware::from_fn_with_state(Arc::clone(app), host::require_known_host))
         .layer(CatchPanicLayer::custom(error::from_panic))
         .layer(middleware::from_fn(observe::observe))
         .with_state(Arc::clone(app));

@@ -3,54 +3,102 @@
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request};
-use axum::http::{HeaderMap, HeaderName, HeaderValue};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method};
 use axum::middleware::Next;
 use axum::response::Response;
 use tracing::Instrument;
 use uuid::Uuid;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// Characters of a client's request id at most.
+const MAX_ID_CHARS: usize = 128;
+/// Characters of a refusal's reason in the log.
+const MAX_REASON_CHARS: usize = 200;
 
-/// A request's id, from its client or ours.
+/// A request's id: the client's own, or a new one.
 #[derive(Debug, Clone)]
 pub(super) struct RequestId(pub(super) String);
 
-/// What a handler has to say for the log line.
+/// What a handler adds to the log line of an answer.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct RequestStats {
     pub(super) documents: usize,
     pub(super) tokens: usize,
 }
 
+/// Why a request was refused, for the log line.
+#[derive(Debug, Clone)]
+pub(super) struct RefusalReason(pub(super) String);
+
+/// A request while it is handled. Dropping it before [`InFlight::answered`] means that the client has gone.
+struct InFlight {
+    method: Method,
+    route: String,
+    start: Instant,
+    span: tracing::Span,
+    answered: bool,
+}
+
+impl InFlight {
+    fn answered(&mut self, response: &Response) {
+        self.answered = true;
+        let status = response.status().as_u16();
+        let RequestStats { documents, tokens } = response.extensions().get().copied().unwrap_or_default();
+        let (method, route, ms) = (&self.method, self.route.as_str(), self.ms());
+        let _entered = self.span.enter();
+        if matches!(route, "/health" | "/ready" | "/metrics") {
+            tracing::debug!(%method, route, status, "probe");
+        } else if let Some(RefusalReason(reason)) = response.extensions().get() {
+            let reason: String = reason.chars().take(MAX_REASON_CHARS).collect();
+            tracing::info!(%method, route, status, reason, ms, "refused");
+        } else {
+            tracing::info!(%method, route, status, documents, tokens, ms, "answered");
+        }
+        self.count(&status.to_string());
+    }
+
+    fn ms(&self) -> f64 {
+        (self.start.elapsed().as_secs_f64() * 1e4).round() / 10.0
+    }
+
+    fn count(&self, status: &str) {
+        let labels = [("route", self.route.clone()), ("status", status.to_owned())];
+        metrics::counter!("rerankd_requests_total", &labels).increment(1);
+        metrics::histogram!("rerankd_request_seconds", "route" => self.route.clone())
+            .record(self.start.elapsed().as_secs_f64());
+    }
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        if !self.answered {
+            let _entered = self.span.enter();
+            tracing::info!(method = %self.method, route = self.route, ms = self.ms(), "cancelled by the client");
+            self.count("cancelled");
+        }
+    }
+}
+
 pub(super) async fn observe(mut request: Request, next: Next) -> Response {
-    let start = Instant::now();
     let id = request_id(request.headers());
     let route =
         request.extensions().get::<MatchedPath>().map_or_else(|| "unknown".to_owned(), |path| path.as_str().to_owned());
-    let method = request.method().clone();
     let span = tracing::info_span!("request", id = %id);
+    let mut in_flight =
+        InFlight { method: request.method().clone(), route, start: Instant::now(), span, answered: false };
     request.extensions_mut().insert(RequestId(id.clone()));
-    let mut response = next.run(request).instrument(span.clone()).await;
+    let mut response = next.run(request).instrument(in_flight.span.clone()).await;
     if let Ok(value) = HeaderValue::from_str(&id) {
         response.headers_mut().insert(REQUEST_ID, value);
     }
-    let (status, took) = (response.status().as_u16(), start.elapsed());
-    let RequestStats { documents, tokens } = response.extensions().get().copied().unwrap_or_default();
-    let _entered = span.entered();
-    if matches!(route.as_str(), "/health" | "/ready" | "/metrics") {
-        tracing::debug!(%method, route, status, "probe");
-    } else {
-        let ms = took.as_secs_f64() * 1e3;
-        tracing::info!(%method, route, status, documents, tokens, ms = (ms * 10.0).round() / 10.0, "answered");
-    }
-    metrics::counter!("rerankd_requests_total", "route" => route.clone(), "status" => status.to_string()).increment(1);
-    metrics::histogram!("rerankd_request_seconds", "route" => route).record(took.as_secs_f64());
+    in_flight.answered(&response);
     response
 }
 
-/// The client's own id where it is short and plain, else a new one that sorts by time.
+/// The client's own id if it is short and cannot be taken for other parts of a log line, else a new one that sorts by time.
 fn request_id(headers: &HeaderMap) -> String {
-    let plain = |id: &&str| (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic());
+    let is_plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.' | b':' | b'/' | b'+');
+    let plain = |id: &&str| (1..=MAX_ID_CHARS).contains(&id.len()) && id.bytes().all(is_plain);
     let given = headers.get(REQUEST_ID).and_then(|value| value.to_str().ok()).filter(plain);
     given.map_or_else(|| Uuid::now_v7().to_string(), str::to_owned)
 }

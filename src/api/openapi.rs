@@ -58,9 +58,9 @@ pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
 #[schema(as = AnyRerankBody)]
 #[serde(untagged)]
 #[allow(dead_code, reason = "describes the wire, is never built")]
-enum AnyBody {
-    Documents(documents::RerankBody),
-    Texts(texts::TextsBody),
+enum AnyBody<'a> {
+    Documents(documents::RerankBody<'a>),
+    Texts(texts::TextsBody<'a>),
 }
 
 /// What it answers.
@@ -111,7 +111,7 @@ rerank_path!(
     v1_rerank,
     "/v1/rerank",
     "Ranks documents: SiliconFlow, Cohere, Jina, Voyage and most others.",
-    AnyBody,
+    AnyBody<'_>,
     AnyAnswer,
     AnyError
 );
@@ -119,7 +119,7 @@ rerank_path!(
     rerank,
     "/rerank",
     "Ranks texts as text-embeddings-inference does, or documents as /v1/rerank.",
-    AnyBody,
+    AnyBody<'_>,
     AnyAnswer,
     AnyError
 );
@@ -127,7 +127,7 @@ rerank_path!(
     v1_reranking,
     "/v1/reranking",
     "Ranks an input list as Mixedbread does.",
-    input::InputBody,
+    input::InputBody<'_>,
     input::InputAnswer,
     ErrorBody
 );
@@ -135,7 +135,7 @@ rerank_path!(
     v1_ranking,
     "/v1/ranking",
     "Ranks passages as NVIDIA NIM does.",
-    passages::PassagesBody,
+    passages::PassagesBody<'_>,
     passages::PassagesAnswer,
     ErrorBody
 );

@@ -13,6 +13,7 @@ use serde_json::json;
 use utoipa::ToSchema;
 
 use super::{ApiError, App, RERANK_PATHS};
+use crate::error::RerankError;
 use crate::served::Model;
 use crate::telemetry;
 
@@ -22,7 +23,7 @@ const RECENT: Duration = Duration::from_secs(30);
 /// How long a health check waits for an inference of its own.
 const PATIENCE_S: u64 = 10;
 
-/// A served model, in OpenAI's words.
+/// A served model, in OpenAI's shape.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ModelCard {
     id: String,
@@ -64,8 +65,8 @@ impl From<&Model> for ModelCard {
 
 /// Every served model.
 #[utoipa::path(get, path = "/v1/models", responses((status = 200, body = ModelList), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
-pub(super) async fn models(State(app): State<Arc<App>>) -> Json<ModelList> {
-    Json(ModelList { object: "list", data: app.models.iter().map(ModelCard::from).collect() })
+pub(super) async fn models(State(app): State<Arc<App>>) -> Result<Json<ModelList>, ApiError> {
+    Ok(Json(ModelList { object: "list", data: app.models()?.iter().map(ModelCard::from).collect() }))
 }
 
 /// One served model; its id may contain slashes.
@@ -73,13 +74,13 @@ pub(super) async fn models(State(app): State<Arc<App>>) -> Json<ModelList> {
     responses((status = 200, body = ModelCard), (status = 401, body = super::error::ErrorBody), (status = 404, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
     let unknown = |_| ApiError::new(StatusCode::NOT_FOUND, "Model does not exist. GET /v1/models lists those that do.");
-    app.models.find(&id).map(|model| Json(model.into())).map_err(unknown)
+    app.models()?.find(&id).map(|model| Json(model.into())).map_err(unknown)
 }
 
 /// Alive: a real inference has just succeeded, or does so now, on every model.
 #[utoipa::path(get, path = "/health", responses((status = 200, description = "Every model infers"), (status = 503, description = "One does not", body = super::error::ErrorBody)))]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
-    for model in app.models.iter() {
+    for model in app.models()?.iter() {
         if let Err(error) = model.check(RECENT, PATIENCE_S).await {
             let message = format!("{}: no inference succeeds: {error}", model.name);
             return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message));
@@ -92,32 +93,37 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiE
 #[utoipa::path(get, path = "/ready", responses((status = 200, description = "Send requests"), (status = 503, description = "Shutting down", body = super::error::ErrorBody)))]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     if app.draining.load(Relaxed) {
-        return Err(crate::error::RerankError::ShuttingDown.into());
+        return Err(RerankError::ShuttingDown.into());
+    }
+    for model in app.models()?.iter() {
+        if !model.scheduler.is_accepting() {
+            return Err(RerankError::ShuttingDown.into());
+        }
     }
     Ok(Json(json!({"status": "ready"})).into_response())
 }
 
 /// What text-embeddings-inference's clients ask before they send texts: the first model and the limits.
 #[utoipa::path(get, path = "/info", responses((status = 200, description = "The first model and the limits", content_type = "application/json"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
-pub(super) async fn info(State(app): State<Arc<App>>) -> Json<serde_json::Value> {
-    let model = app.models.iter().next();
+pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<serde_json::Value>, ApiError> {
+    let model = app.models()?.iter().next();
     let labels = json!({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}});
-    Json(json!({
+    Ok(Json(json!({
         "model_id": model.map(|model| &model.name),
         "model_sha": null,
-        "model_dtype": "float32",
+        "model_dtype": model.map(|model| model.dtype),
         "model_type": {"reranker": labels},
-        "max_concurrent_requests": app.limits.max_inflight_bytes / 1024,
+        "max_concurrent_requests": app.limits.max_connections,
         "max_input_length": model.map(|model| model.text.window()),
         "max_batch_tokens": model.map(|model| model.scheduler.max_batch_tokens()),
         "max_batch_requests": null,
         "max_client_batch_size": app.limits.max_documents,
         "auto_truncate": true,
-        "tokenization_workers": std::thread::available_parallelism().map_or(1, usize::from),
+        "tokenization_workers": model.map(|model| model.text.threads()),
         "version": env!("CARGO_PKG_VERSION"),
         "sha": null,
         "docker_label": null,
-    }))
+    })))
 }
 
 /// Whether keys are asked for: Xinference's client sends its key only where this says so.
@@ -141,7 +147,12 @@ pub(super) async fn unknown_path(request: Request) -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, format!("{path:?} does not exist; these do: {exist}"))
 }
 
-/// A path that exists, asked in the wrong way.
+/// The answer on a connection beyond the cap.
+pub(super) async fn too_many_connections() -> ApiError {
+    ApiError::from(RerankError::Overloaded { retry_after_s: 1 }).closing_connection()
+}
+
+/// A path that exists, with another method.
 pub(super) async fn wrong_method(request: Request) -> ApiError {
     let message = format!("{} is not for this path; rerank paths take POST, all others GET", request.method());
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)

@@ -13,6 +13,7 @@ use super::output::{print, table};
 use super::start::start_models;
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
+use crate::config::resolve::QueueSettings;
 use crate::eval::bm25::Bm25;
 use crate::eval::{Measures, Topic, TopicOptions, topics};
 use crate::rerank::{RerankRequest, rerank};
@@ -66,7 +67,7 @@ struct TopicResult {
 }
 
 pub(super) fn run(args: &EvalArgs) -> Result<(), Failure> {
-    let settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
+    let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     let options = TopicOptions {
         run: args.run.clone(),
         candidates: args.candidates,

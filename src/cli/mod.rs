@@ -79,7 +79,7 @@ fn parse_from(arguments: Vec<OsString>) -> Result<Cli, Failure> {
 /// # Errors
 /// The command's failure, with its exit code.
 pub fn run(cli: Cli) -> Result<(), Failure> {
-    telemetry::init_logs(cli.common.log_format, &cli.common.log);
+    let _logs = telemetry::init_logs(cli.common.log_format, &cli.common.log);
     match cli.command {
         CliCommand::Serve(args) => serve::run(&args),
         CliCommand::Rank(args) => rank::run(&args),

@@ -11,6 +11,7 @@ use super::output::{print, table};
 use super::start::start_models;
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
+use crate::config::resolve::QueueSettings;
 use crate::rerank::{Ranking, RerankRequest, rerank};
 use crate::telemetry;
 use crate::text::DocumentOptions;
@@ -45,7 +46,7 @@ struct NamedDocuments {
 }
 
 pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
-    let settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
+    let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     if settings.sources.len() > 1 {
         return Err(Failure::Config(anyhow!(
             "`rerankd rank` takes one --model; `rerankd eval` compares several models"

@@ -1,9 +1,8 @@
-//! `rerankd serve`: loads the models, listens, and drains when a signal stops the server.
+//! `rerankd serve`: listens, loads the models, answers requests, and drains when a signal stops the server.
 
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -25,27 +24,38 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
         .build()
         .context("cannot start the async runtime")
         .map_err(Failure::Other)?;
-    let outcome = runtime.block_on(serve(&settings));
+    let outcome = runtime.block_on(serve(Arc::new(settings)));
     runtime.shutdown_background();
     outcome
 }
 
-async fn serve(settings: &ServeSettings) -> Result<(), Failure> {
-    // Handlers are installed first, so that a signal while a model loads ends the process at once.
-    let listening = Arc::new(AtomicBool::new(false));
-    let stop = stop_signal(Arc::clone(&listening)).map_err(Failure::Other)?;
-    tokio::spawn(run_metrics_upkeep());
+async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
+    let stop = stop_signal().map_err(Failure::Other)?;
+    tokio::spawn(run_upkeep());
     let server = Server::bind(settings.address).map_err(Failure::Config)?;
     let address = server.address();
-    let load = || start_models(&settings.models, |name, about| tracing::info!(model = name, "{about}"));
-    let models = tokio::task::block_in_place(load).map_err(Failure::Config)?;
     let listener = server.listen().map_err(Failure::Config)?;
-    log_startup(settings, address, &models.iter().next().map(|model| model.name.clone()).unwrap_or_default());
-    let app = App::new(models, settings.keys.clone(), settings.limits);
+    tracing::info!(
+        "accepting connections on http://{address}; requests are answered with 503 until the models are loaded"
+    );
+    let app = App::new(settings.keys.clone(), settings.limits, settings.hosts.clone());
     // Leaked, so that the exit does not wait for a worker whose batch outlasts the drain.
     std::mem::forget(Arc::clone(&app));
-    listening.store(true, Ordering::Release);
-    api::serve(listener, app, settings.max_connections, settings.timeouts, stop).await;
+    let mut serving = std::pin::pin!(api::serve(listener, Arc::clone(&app), settings.timeouts, stop));
+    let loading = tokio::task::spawn_blocking({
+        let settings = Arc::clone(&settings);
+        move || start_models(&settings.models, |name, about| tracing::info!(model = name, "{about}"))
+    });
+    tokio::select! {
+        () = &mut serving => return Ok(()), // stopped while loading
+        loaded = loading => {
+            let models = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::Config)?;
+            let first = models.iter().next().map(|model| model.name.clone()).unwrap_or_default();
+            app.set_models(models);
+            log_startup(&settings, address, &first);
+        }
+    }
+    serving.await;
     Ok(())
 }
 
@@ -76,22 +86,20 @@ fn log_startup(settings: &ServeSettings, address: SocketAddr, model: &str) {
     tracing::info!("try it: curl http://{shown}/v1/rerank{key} -d '{body}'");
 }
 
-/// Moves recorded values into the histogram buckets every 5 s. Otherwise that happens only when /metrics is read, and until then
-/// the values accumulate in memory.
-async fn run_metrics_upkeep() {
+/// Runs [`telemetry::upkeep`] every 5 s.
+async fn run_upkeep() {
     let mut interval = tokio::time::interval(Duration::from_secs(5));
     loop {
         interval.tick().await;
-        telemetry::prometheus().run_upkeep();
+        telemetry::upkeep();
     }
 }
 
-/// Returns a future that resolves at the first SIGTERM or SIGINT after `listening` is set. A signal before that, and a second
-/// signal, end the process with exit code 130.
+/// Returns a future that resolves at the first SIGTERM or SIGINT. The second ends the process with exit code 130.
 ///
 /// # Errors
 /// A signal handler cannot be installed.
-fn stop_signal(listening: Arc<AtomicBool>) -> anyhow::Result<impl Future<Output = ()>> {
+fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let (send, receive) = tokio::sync::oneshot::channel();
@@ -100,9 +108,8 @@ fn stop_signal(listening: Arc<AtomicBool>) -> anyhow::Result<impl Future<Output 
             tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
         };
         next().await;
-        if listening.load(Ordering::Acquire) && send.send(()).is_ok() {
-            next().await;
-        }
+        send.send(()).ok();
+        next().await;
         std::process::exit(130);
     });
     Ok(async move {

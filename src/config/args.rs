@@ -153,6 +153,20 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", env = "RERANKD_API_KEY_FILE", help_heading = "Server")]
     pub api_key_file: Option<PathBuf>,
 
+    /// Host name that requests may use besides localhost; repeat it for several [default: none]
+    ///
+    /// Applies to a server without API keys on a loopback address. Such a server refuses other names in the Host and Origin
+    /// headers, so that web pages in the user's browser cannot use it.
+    #[arg(
+        long = "allowed-host",
+        id = "allowed-host",
+        value_name = "HOST",
+        env = "RERANKD_ALLOWED_HOST",
+        value_delimiter = ',',
+        help_heading = "Server"
+    )]
+    pub allowed_hosts: Vec<String>,
+
     /// Maximum documents of one request; requests with more documents are refused
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000), env = "RERANKD_MAX_DOCUMENTS", help_heading = "Limits")]
     pub max_documents: u32,
@@ -189,7 +203,17 @@ pub struct ServeArgs {
     )]
     pub max_queue_tokens: usize,
 
-    /// Maximum open connections; further connections wait until one closes
+    /// Maximum estimated wait in a model's queue; above the limit, requests are answered with 503 and Retry-After
+    ///
+    /// The server estimates the wait from its measured speed. The limit keeps the latency of admitted requests low under overload.
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = parse_seconds, env = "RERANKD_MAX_QUEUE_WAIT", help_heading = "Limits")]
+    pub max_queue_wait: f64,
+
+    /// Time limit for one batch; afterwards the device counts as hung and the process ends with exit code 70
+    #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BATCH_TIMEOUT", help_heading = "Limits")]
+    pub batch_timeout: u64,
+
+    /// Maximum open connections
     #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000), env = "RERANKD_MAX_CONNECTIONS", help_heading = "Limits")]
     pub max_connections: u32,
 
@@ -203,19 +227,44 @@ pub struct ServeArgs {
     )]
     pub request_timeout: u64,
 
-    /// Time limit for a request's headers to arrive; also how long an idle connection stays open
+    /// Time limit for a request's headers to arrive
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_HEADER_TIMEOUT", help_heading = "Limits")]
     pub header_timeout: u64,
+
+    /// Time limit for an idle connection between requests
+    ///
+    /// Choose it longer than the idle timeout of proxies and of clients' connection pools, so that they close connections first: a
+    /// request sent while the server closes its connection fails.
+    #[arg(long, value_name = "SECONDS", default_value_t = 75, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_IDLE_TIMEOUT", help_heading = "Limits")]
+    pub idle_timeout: u64,
+
+    /// Time limit without progress in sending a response; afterwards the connection is closed
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_WRITE_TIMEOUT", help_heading = "Limits")]
+    pub write_timeout: u64,
 
     /// Time limit for a request's body to arrive; afterwards it is answered with 408
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BODY_TIMEOUT", help_heading = "Limits")]
     pub body_timeout: u64,
+
+    /// Time after SIGTERM during which connections are still accepted, while /ready already fails
+    ///
+    /// Behind a load balancer, choose it longer than its health checks need to notice.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.2, value_parser = parse_seconds, env = "RERANKD_SHUTDOWN_GRACE", help_heading = "Limits")]
+    pub shutdown_grace: f64,
 
     /// Time limit for running requests to finish after SIGTERM or SIGINT
     ///
     /// After the limit the remaining connections are closed. A second signal ends the process at once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_DRAIN_TIMEOUT", help_heading = "Limits")]
     pub drain_timeout: u64,
+}
+
+/// Seconds, with decimals.
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.01..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("expected 0.01 to 86400".to_owned()),
+    }
 }
 
 /// Settings of every command.

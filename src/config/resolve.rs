@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use super::args::{CudaArgs, CudaAttentionArg, CudaGemmArg};
 use super::args::{DtypeArg, ModelArgs, ServeArgs, TailArg};
 use super::machine::{CudaAvailability, Machine};
-use crate::api::{ApiLimits, Keys, ServerTimeouts};
+use crate::api::{ApiLimits, HostList, Keys, ServerTimeouts};
 use crate::backend::cpu::CpuDtype;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{CudaDtype, CudaOptions, GemmChoice};
@@ -53,9 +53,24 @@ pub struct ServeSettings {
     pub models: ModelSettings,
     pub address: SocketAddr,
     pub keys: Keys,
+    /// Hosts that requests may name; `None` allows every host.
+    pub hosts: Option<HostList>,
     pub limits: ApiLimits,
-    pub max_connections: usize,
     pub timeouts: ServerTimeouts,
+}
+
+/// Limits of a model's queue.
+#[derive(Debug, Clone, Copy)]
+pub struct QueueSettings {
+    pub max_tokens: usize,
+    pub max_wait: Duration,
+    pub batch_timeout: Duration,
+}
+
+impl QueueSettings {
+    /// No limits, for commands that fill the queue themselves.
+    pub const UNBOUNDED: Self =
+        Self { max_tokens: usize::MAX, max_wait: Duration::MAX, batch_timeout: Duration::from_secs(86_400) };
 }
 
 impl Notice {
@@ -74,7 +89,7 @@ impl ModelArgs {
     /// # Errors
     /// A model that is neither a folder nor a known name, a device or precision that this build or device does not have, or a
     /// limit of 0. The message names the flag.
-    pub fn resolve(&self, machine: &Machine, max_queue_tokens: usize) -> Result<ModelSettings> {
+    pub fn resolve(&self, machine: &Machine, queue: QueueSettings) -> Result<ModelSettings> {
         refuse_zero(&[
             ("--window", self.window),
             ("--threads", self.threads),
@@ -102,6 +117,7 @@ impl ModelArgs {
                 TailArg::Short => Tail::Short,
             },
             threads,
+            max_tokenizer_wait: queue.max_wait,
         };
         let device = self.device(machine, threads, &mut notices)?;
         let max_batch_tokens = self.max_batch_tokens.unwrap_or(match &device {
@@ -112,7 +128,12 @@ impl ModelArgs {
         Ok(ModelSettings {
             sources,
             load: LoadOptions { device, window: self.window, limits, profile: None },
-            scheduler: SchedulerLimits { max_batch_tokens, max_queue_tokens },
+            scheduler: SchedulerLimits {
+                max_batch_tokens,
+                max_queue_tokens: queue.max_tokens,
+                max_queue_wait: queue.max_wait,
+                batch_timeout: queue.batch_timeout,
+            },
             notices,
         })
     }
@@ -239,20 +260,31 @@ impl ServeArgs {
             self.api_key_file.is_none() || !keys.is_open(),
             "--api-key-file contains no key; add one per line, or leave the flag out"
         );
+        let is_private = keys.is_open() && self.host.is_loopback();
+        let hosts = is_private.then(|| HostList::new(self.allowed_hosts.iter().cloned()));
+        let queue = QueueSettings {
+            max_tokens: self.max_queue_tokens,
+            max_wait: Duration::from_secs_f64(self.max_queue_wait),
+            batch_timeout: Duration::from_secs(self.batch_timeout),
+        };
         Ok(ServeSettings {
-            models: self.models.resolve(machine, self.max_queue_tokens)?,
+            models: self.models.resolve(machine, queue)?,
             address: SocketAddr::new(self.host, self.port),
             keys,
+            hosts,
             limits: ApiLimits {
+                max_connections: self.max_connections as usize,
                 max_documents: self.max_documents as usize,
                 max_body_bytes: self.max_body_bytes,
                 max_inflight_bytes: self.max_inflight_bytes.max(self.max_body_bytes),
                 body_timeout: Duration::from_secs(self.body_timeout),
                 request_timeout_s: self.request_timeout,
             },
-            max_connections: self.max_connections as usize,
             timeouts: ServerTimeouts {
                 header: Duration::from_secs(self.header_timeout),
+                idle: Duration::from_secs(self.idle_timeout),
+                write: Duration::from_secs(self.write_timeout),
+                shutdown_grace: Duration::from_secs_f64(self.shutdown_grace),
                 drain: Duration::from_secs(self.drain_timeout),
             },
         })

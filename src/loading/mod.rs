@@ -27,7 +27,7 @@ use crate::checkpoint::weights::Weights;
 use crate::encoder::Replicas;
 use crate::encoder::{self, CrossEncoder};
 use crate::telemetry;
-use crate::text::{TextEncoder, TextLimits};
+use crate::text::{EmbeddingRows, TextEncoder, TextLimits};
 use download::Hub;
 use source::{ModelSource, WeightsFile};
 
@@ -141,7 +141,8 @@ impl<'a> Loader<'a> {
         let config = ModelConfig::parse(config_json).with_context(|| config_file.clone())?;
         let window = window(source, &config, self.options.window)?;
         let (tokenizer_json, tokenizer_file) = &files.tokenizer;
-        let text = TextEncoder::new(tokenizer_json, config.vocab_size, window, self.options.limits)
+        let rows = EmbeddingRows { vocabulary: config.vocab_size, token_types: config.type_vocab_size };
+        let text = TextEncoder::new(tokenizer_json, rows, window, self.options.limits)
             .with_context(|| tokenizer_file.clone())?;
         check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
         let encoder = self.encoder(&config, &files.weights, &source.name)?;

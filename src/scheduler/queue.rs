@@ -1,4 +1,4 @@
-//! The waiting requests of one model and the slots of their scores. Callers push, workers take batches and deliver.
+//! The waiting requests of one model and the slots of their scores. Callers push, workers take batches and deliver logits.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,7 +7,8 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 
 use super::plan::{self, Slice, Waiting};
-use super::{Deadline, Permit, Scores};
+use super::{Deadline, Scores};
+use crate::admission::Permit;
 use crate::batch::Pair;
 use crate::error::RerankError;
 
@@ -20,17 +21,14 @@ pub(super) struct NewJob {
     pub(super) reply: oneshot::Sender<Result<Scores, RerankError>>,
 }
 
-/// A batch that a worker has taken: pairs of one request or several, to be delivered or failed.
+/// A batch that a worker has taken: pairs of one or several requests. Dropping it without delivering its logits, as a panicking
+/// worker does, fails its requests.
 #[derive(Debug)]
 pub(super) struct BatchJob {
     number: u64,
     parts: Vec<(Slice, Arc<[Pair]>)>,
-}
-
-impl BatchJob {
-    pub(super) fn pairs(&self) -> impl Iterator<Item = &Pair> {
-        self.parts.iter().flat_map(|(slice, all)| &all[slice.pairs.clone()])
-    }
+    queue: Arc<Queue>,
+    finished: bool,
 }
 
 /// One model's queue.
@@ -43,14 +41,15 @@ pub(super) struct Queue {
 
 #[derive(Debug, Default)]
 struct State {
+    /// In order of arrival.
     waiting: VecDeque<Waiting>,
     jobs: HashMap<u64, Job>,
     next_id: u64,
     closed: bool,
     last_success: Option<Instant>,
-    /// When each batch that is being computed was begun, by its number: the first is the oldest.
+    /// Start of each batch that is being computed, by its number: the first is the oldest.
     running: BTreeMap<u64, Instant>,
-    taken: u64,
+    batches_taken: u64,
 }
 
 /// A request in the queue or in batches, until its last score is there.
@@ -61,6 +60,33 @@ struct Job {
     missing: usize,
     arrived: Instant,
     started: Option<Instant>,
+}
+
+impl BatchJob {
+    pub(super) fn pairs(&self) -> impl Iterator<Item = &Pair> {
+        self.parts.iter().flat_map(|(slice, all)| &all[slice.pairs.clone()])
+    }
+
+    /// Stores the logits, in the order of the pairs; `None` is a pair that the device has no memory for. Requests whose last
+    /// logit this is are answered.
+    pub(super) fn deliver(mut self, logits: &[Option<f32>]) {
+        self.finished = true;
+        self.queue.deliver(&self, logits);
+    }
+
+    /// Answers every request that has pairs in this batch with an error.
+    pub(super) fn fail(mut self, error: impl Fn() -> RerankError) {
+        self.finished = true;
+        self.queue.fail(&self, error);
+    }
+}
+
+impl Drop for BatchJob {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.queue.fail(self, || RerankError::Internal(anyhow::anyhow!("the worker panicked")));
+        }
+    }
 }
 
 impl Queue {
@@ -79,26 +105,21 @@ impl Queue {
             return Err(RerankError::ShuttingDown);
         }
         let missing = new.pairs.len();
-        let now = Instant::now();
-        let job = Job { logits: vec![0.0; missing], missing, arrived: now, started: None, new };
+        let job = Job { logits: vec![0.0; missing], missing, arrived: Instant::now(), started: None, new };
         if missing == 0 {
             job.finish();
             return Ok(());
         }
         let id = state.next_id;
         state.next_id += 1;
-        state.waiting.push_back(Waiting {
-            job: id,
-            lengths: job.new.pairs.iter().map(Pair::tokens).collect(),
-            next: 0,
-        });
+        state.waiting.push_back(Waiting::new(id, job.new.pairs.iter().map(Pair::tokens).collect()));
         state.jobs.insert(id, job);
         self.arrived.notify_one();
         Ok(())
     }
 
-    /// The next batch's pairs, waiting for some to come. `None` when the queue is closed and empty.
-    pub(super) fn take(&self) -> Option<BatchJob> {
+    /// The next batch, waiting until there is one. `None` when the queue is closed and empty.
+    pub(super) fn take(self: &Arc<Self>) -> Option<BatchJob> {
         let mut state = self.lock();
         loop {
             state.reap_cancelled();
@@ -107,7 +128,8 @@ impl Queue {
                 if !state.waiting.is_empty() {
                     self.arrived.notify_one(); // there is a batch for another worker too
                 }
-                return Some(state.begin(batch));
+                let (number, parts) = state.begin(batch);
+                return Some(BatchJob { number, parts, queue: Arc::clone(self), finished: false });
             }
             if state.closed {
                 return None;
@@ -116,22 +138,28 @@ impl Queue {
         }
     }
 
-    /// Puts a batch's logits, in the order of its pairs, into their requests' slots. Complete requests are answered.
-    pub(super) fn deliver(&self, work: &BatchJob, logits: &[f32]) {
+    fn deliver(&self, batch: &BatchJob, logits: &[Option<f32>]) {
         let mut state = self.lock();
-        if logits.iter().all(|logit| logit.is_finite()) {
+        if logits.iter().any(|logit| logit.is_some_and(f32::is_finite)) {
             state.last_success = Some(Instant::now());
         }
-        state.running.remove(&work.number);
-        let mut logits = logits.iter();
-        for (slice, _) in &work.parts {
-            let new: Vec<f32> = logits.by_ref().take(slice.pairs.len()).copied().collect();
-            if new.iter().any(|logit| !logit.is_finite()) {
+        state.running.remove(&batch.number);
+        let mut rest = logits;
+        for (slice, _) in &batch.parts {
+            let (new, after) = rest.split_at(slice.pairs.len());
+            rest = after;
+            if new.iter().any(Option::is_none) {
+                state.fail(slice.job, RerankError::OutOfMemory);
+                continue;
+            }
+            if new.iter().flatten().any(|logit| !logit.is_finite()) {
                 state.fail(slice.job, RerankError::NonFiniteScore);
                 continue;
             }
-            let Some(job) = state.jobs.get_mut(&slice.job) else { continue }; // given up meanwhile
-            job.logits[slice.pairs.clone()].copy_from_slice(&new);
+            let Some(job) = state.jobs.get_mut(&slice.job) else { continue }; // cancelled meanwhile
+            for (slot, &logit) in job.logits[slice.pairs.clone()].iter_mut().zip(new.iter().flatten()) {
+                *slot = logit;
+            }
             job.missing -= new.len();
             if job.missing == 0
                 && let Some(job) = state.jobs.remove(&slice.job)
@@ -141,71 +169,89 @@ impl Queue {
         }
     }
 
-    /// Answers every request that had pairs in a failed batch.
-    pub(super) fn fail(&self, work: &BatchJob, error: impl Fn() -> RerankError) {
+    fn fail(&self, batch: &BatchJob, error: impl Fn() -> RerankError) {
         let mut state = self.lock();
-        state.running.remove(&work.number);
-        for (slice, _) in &work.parts {
+        state.running.remove(&batch.number);
+        for (slice, _) in &batch.parts {
             state.fail(slice.job, error());
         }
     }
 
-    /// Refuses new requests; `take` ends when those that wait are done.
+    /// Answers every request with an error, computed, waiting and to come.
+    pub(super) fn fail_all(&self, error: impl Fn() -> RerankError) {
+        let mut state = self.lock();
+        state.closed = true;
+        for id in state.jobs.keys().copied().collect::<Vec<_>>() {
+            state.fail(id, error());
+        }
+        self.arrived.notify_all();
+    }
+
+    /// Refuses new requests; [`Queue::take`] ends when those that wait are done.
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.arrived.notify_all();
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        !self.lock().closed
     }
 
     pub(super) fn last_success(&self) -> Option<Instant> {
         self.lock().last_success
     }
 
+    /// Start of the oldest batch that is being computed.
     pub(super) fn running_since(&self) -> Option<Instant> {
         self.lock().running.values().next().copied()
     }
 
-    /// The state stays coherent at every point where a panic could leave the lock, so a poisoned one is used on.
+    /// Every update of the state is complete before anything that may panic, so a poisoned lock is safe to use.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    /// Forgets requests whose client has gone or whose deadline has passed.
+    /// Removes requests whose client has gone or whose deadline has passed.
     fn reap_cancelled(&mut self) {
         let now = Instant::now();
         let expired = |job: &Job| job.new.deadline.filter(|deadline| deadline.at <= now);
-        let departed = |job: &Job| job.new.reply.is_closed() || expired(job).is_some();
-        let given_up: Vec<u64> = self.jobs.iter().filter(|(_, job)| departed(job)).map(|(&id, _)| id).collect();
-        for id in given_up {
-            metrics::counter!("rerankd_requests_given_up_total").increment(1);
-            let Some(job) = self.forget(id) else { continue };
+        let cancelled: Vec<u64> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| job.new.reply.is_closed() || expired(job).is_some())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in cancelled {
+            metrics::counter!("rerankd_requests_cancelled_total").increment(1);
+            let Some(job) = self.remove(id) else { continue };
             if let Some(Deadline { seconds, .. }) = expired(&job) {
                 job.new.reply.send(Err(RerankError::Deadline { seconds })).ok(); // the client may have gone too
             }
         }
     }
 
-    fn begin(&mut self, batch: Vec<Slice>) -> BatchJob {
+    fn begin(&mut self, batch: Vec<Slice>) -> (u64, Vec<(Slice, Arc<[Pair]>)>) {
         let now = Instant::now();
-        let number = self.taken;
-        self.taken += 1;
+        let number = self.batches_taken;
+        self.batches_taken += 1;
         self.running.insert(number, now);
         let part = |slice: Slice| {
             let job = self.jobs.get_mut(&slice.job)?;
             job.started.get_or_insert(now);
             Some((slice, Arc::clone(&job.new.pairs)))
         };
-        BatchJob { number, parts: batch.into_iter().filter_map(part).collect() }
+        (number, batch.into_iter().filter_map(part).collect())
     }
 
     fn fail(&mut self, id: u64, error: RerankError) {
-        if let Some(job) = self.forget(id) {
+        if let Some(job) = self.remove(id) {
             job.new.reply.send(Err(error)).ok(); // the client may have gone
         }
     }
 
-    fn forget(&mut self, id: u64) -> Option<Job> {
+    fn remove(&mut self, id: u64) -> Option<Job> {
         self.waiting.retain(|waiting| waiting.job != id);
         self.jobs.remove(&id)
     }
@@ -223,55 +269,106 @@ impl Job {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::scheduler::admission::Admission;
+    use std::time::Duration;
 
-    fn job(pairs: usize) -> (NewJob, oneshot::Receiver<Result<Scores, RerankError>>) {
+    use super::*;
+    use crate::admission::{Admission, AdmissionLimits};
+
+    type Answer = oneshot::Receiver<Result<Scores, RerankError>>;
+
+    fn job(pairs: usize) -> (NewJob, Answer) {
         let (reply, answer) = oneshot::channel();
-        let permit = Arc::new(Admission::new("m", 1000, 1)).admit(pairs).unwrap();
+        let limits = AdmissionLimits { units: 1000, wait: Duration::MAX };
+        let permit = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(pairs, None).unwrap();
         (NewJob { pairs: vec![Pair::new(vec![1], vec![0]); pairs].into(), permit, deadline: None, reply }, answer)
     }
 
-    #[test]
-    fn workers_deliver_one_request_out_of_order() {
-        let queue = Queue::new(2);
-        let (new, mut answer) = job(3);
+    fn queue(max_batch_tokens: usize) -> Arc<Queue> {
+        Arc::new(Queue::new(max_batch_tokens))
+    }
+
+    fn pushed(queue: &Queue, pairs: usize) -> Answer {
+        let (new, answer) = job(pairs);
         queue.push(new).unwrap();
+        answer
+    }
+
+    #[test]
+    fn batches_of_one_request_may_finish_in_any_order() {
+        let queue = queue(2);
+        let mut answer = pushed(&queue, 3);
         let (first, second) = (queue.take().unwrap(), queue.take().unwrap());
         let oldest = queue.running_since().unwrap();
-        queue.deliver(&second, &[2.0]);
-        assert_eq!(queue.running_since(), Some(oldest), "the end of a younger batch does not hide an older one");
+        second.deliver(&[Some(2.0)]);
+        assert_eq!(queue.running_since(), Some(oldest), "the older batch still runs");
         assert!(answer.try_recv().is_err());
-        queue.deliver(&first, &[0.0, 1.0]);
+        first.deliver(&[Some(0.0), Some(1.0)]);
         assert_eq!(answer.try_recv().unwrap().unwrap().logits, [0.0, 1.0, 2.0]);
         assert_eq!(queue.running_since(), None);
     }
 
     #[test]
     fn a_failed_batch_fails_its_requests_and_no_other() {
-        let queue = Queue::new(2);
-        let ((split, mut failed), (other, mut answered)) = (job(3), job(1));
-        queue.push(split).unwrap();
+        let queue = queue(2);
+        let mut failed = pushed(&queue, 3);
         let first = queue.take().unwrap();
-        queue.push(other).unwrap();
+        let mut answered = pushed(&queue, 1);
         let rest = queue.take().unwrap();
-        queue.fail(&first, || RerankError::OutOfMemory);
+        first.fail(|| RerankError::OutOfMemory);
         assert!(matches!(failed.try_recv().unwrap(), Err(RerankError::OutOfMemory)));
-        queue.deliver(&rest, &[2.0, 7.0]);
+        rest.deliver(&[Some(2.0), Some(7.0)]);
         assert_eq!(answered.try_recv().unwrap().unwrap().logits, [7.0]);
     }
 
     #[test]
-    fn what_a_worker_leaves_wakes_another() {
-        let queue = Arc::new(Queue::new(1));
+    fn only_the_request_whose_pair_does_not_fit_fails() {
+        let queue = queue(3);
+        let (mut too_large, mut fits) = (pushed(&queue, 2), pushed(&queue, 1));
+        queue.take().unwrap().deliver(&[Some(0.5), None, Some(7.0)]);
+        assert!(matches!(too_large.try_recv().unwrap(), Err(RerankError::OutOfMemory)));
+        assert_eq!(fits.try_recv().unwrap().unwrap().logits, [7.0]);
+    }
+
+    #[test]
+    fn a_worker_that_panics_fails_the_requests_of_its_batch() {
+        let queue = queue(8);
+        let mut answer = pushed(&queue, 2);
+        let batch = queue.take().unwrap();
+        std::thread::spawn(move || {
+            let _batch = batch;
+            panic!("as a worker might");
+        })
+        .join()
+        .unwrap_err();
+        assert!(matches!(answer.try_recv().unwrap(), Err(RerankError::Internal(_))));
+        assert_eq!(queue.running_since(), None);
+    }
+
+    #[test]
+    fn one_push_wakes_as_many_workers_as_there_are_batches() {
+        let queue = queue(1);
         let takers: Vec<_> = (0..2)
             .map(|_| {
                 let queue = Arc::clone(&queue);
-                std::thread::spawn(move || queue.take().map(|work| work.pairs().count()))
+                std::thread::spawn(move || queue.take().map(|batch| batch.pairs().count()))
             })
             .collect();
-        let (new, _answer) = job(2);
-        queue.push(new).unwrap();
+        let _answer = pushed(&queue, 2);
         assert!(takers.into_iter().all(|taker| taker.join().unwrap() == Some(1)));
+    }
+
+    #[test]
+    fn failing_all_answers_waiting_and_running_requests() {
+        let queue = queue(1);
+        let (mut running, mut waiting) = (pushed(&queue, 1), pushed(&queue, 1));
+        let batch = queue.take().unwrap();
+        queue.fail_all(|| RerankError::ShuttingDown);
+        for answer in [&mut running, &mut waiting] {
+            assert!(matches!(answer.try_recv().unwrap(), Err(RerankError::ShuttingDown)));
+        }
+        batch.deliver(&[Some(1.0)]);
+        let (late, _) = job(1);
+        assert!(matches!(queue.push(late), Err(RerankError::ShuttingDown)));
+        assert!(queue.take().is_none());
     }
 }

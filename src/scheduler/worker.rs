@@ -1,85 +1,146 @@
-//! A worker thread drives one lane of a model: take a batch, run it, deliver.
+//! A worker thread: take a batch, run it, deliver its logits.
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::admission::Admission;
 use super::queue::{BatchJob, Queue};
+use super::supervisor::{EndProcess, RestartBudget};
+use crate::admission::Admission;
 use crate::backend::BackendError;
-use crate::batch::Batch;
+use crate::batch::{Batch, Pair};
 use crate::encoder::CrossEncoder;
 use crate::error::RerankError;
 
-/// EX_SOFTWARE: the device is lost, and only a new process gets it back.
-const DEVICE_LOST: i32 = 70;
-/// For the answers that tell of it to leave the process.
-const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
-/// How long the process may take to end in good order.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Everything that a worker needs. Workers of one model share it.
+pub(super) struct Worker {
+    pub(super) model: String,
+    pub(super) encoder: Arc<dyn CrossEncoder>,
+    pub(super) queue: Arc<Queue>,
+    pub(super) admission: Arc<Admission>,
+    pub(super) end_process: EndProcess,
+}
 
-/// Starts a worker. It ends when the queue is closed and empty.
-pub(super) fn spawn(
-    model: &str,
-    encoder: Arc<dyn CrossEncoder>,
-    queue: Arc<Queue>,
-    admission: Arc<Admission>,
-) -> std::io::Result<JoinHandle<()>> {
-    let model = model.to_owned();
+/// Starts a worker thread. It ends when the queue is closed and empty. A worker that panics is restarted, and ends the process if
+/// that happens too often.
+pub(super) fn spawn(worker: Arc<Worker>) -> std::io::Result<JoinHandle<()>> {
     thread::Builder::new().name("worker".to_owned()).spawn(move || {
-        let tokens_total = metrics::counter!("rerankd_tokens_total", "model" => model.clone());
-        let batch_tokens = metrics::histogram!("rerankd_batch_tokens", "model" => model.clone());
-        let batch_seconds = metrics::histogram!("rerankd_batch_seconds", "model" => model.clone());
-        while let Some(work) = queue.take() {
-            let batch = Batch::pack(work.pairs());
-            let start = Instant::now();
-            match run(encoder.as_ref(), &batch) {
-                Ok(logits) => queue.deliver(&work, &logits),
-                Err(error) => {
-                    tracing::error!(%model, tokens = batch.tokens(), pairs = batch.sequences(), %error, "a batch failed");
-                    metrics::counter!("rerankd_batches_failed_total", "model" => model.clone()).increment(1);
-                    fail(&queue, &work, &error);
-                }
+        let mut restarts = RestartBudget::default();
+        while let Err(panic) = catch_unwind(AssertUnwindSafe(|| worker.run())) {
+            tracing::error!(model = worker.model, "a worker panicked and is restarted: {}", message(panic.as_ref()));
+            metrics::counter!("rerankd_worker_restarts_total", "model" => worker.model.clone()).increment(1);
+            if !restarts.allows(Instant::now()) {
+                (worker.end_process)("a worker panics again and again");
             }
-            let took = start.elapsed();
-            admission.computed(batch.tokens(), took);
-            tokens_total.increment(batch.tokens() as u64);
-            batch_tokens.record(batch.tokens() as f64);
-            batch_seconds.record(took.as_secs_f64());
         }
     })
 }
 
-/// A failure, or a panic, is the batch's own: the worker goes on with the next. A lost device is the end of the process,
-/// which would otherwise stay up and answer nothing but errors.
-fn fail(queue: &Queue, work: &BatchJob, error: &BackendError) {
-    let cause = error.to_string();
-    match error {
-        BackendError::OutOfMemory(_) => queue.fail(work, || RerankError::OutOfMemory),
-        _ => queue.fail(work, || RerankError::Internal(anyhow::anyhow!("{cause}"))),
+impl Worker {
+    fn run(&self) {
+        let model = &self.model;
+        let tokens_total = metrics::counter!("rerankd_tokens_total", "model" => model.clone());
+        let batch_tokens = metrics::histogram!("rerankd_batch_tokens", "model" => model.clone());
+        let batch_seconds = metrics::histogram!("rerankd_batch_seconds", "model" => model.clone());
+        while let Some(job) = self.queue.take() {
+            let pairs: Vec<&Pair> = job.pairs().collect();
+            let tokens: usize = pairs.iter().map(|pair| pair.tokens()).sum();
+            let start = Instant::now();
+            match score(self.encoder.as_ref(), &pairs) {
+                Ok(logits) => {
+                    let took = start.elapsed();
+                    if tokens * 4 >= self.queue.max_batch_tokens() {
+                        self.admission.done(tokens, took);
+                    }
+                    tokens_total.increment(tokens as u64);
+                    batch_tokens.record(tokens as f64);
+                    batch_seconds.record(took.as_secs_f64());
+                    job.deliver(&logits);
+                }
+                Err(error) => {
+                    tracing::error!(model, tokens, pairs = pairs.len(), %error, "a batch failed");
+                    metrics::counter!("rerankd_batches_failed_total", "model" => model.clone()).increment(1);
+                    self.fail(job, &error);
+                }
+            }
+        }
     }
-    if let BackendError::DeviceLost(_) = error {
-        thread::sleep(RESPONSE_FLUSH_GRACE);
-        tracing::error!("the device is lost: ending with code {DEVICE_LOST}, to be started again");
-        // The driver's own exit handlers run now, and may wait for a card that never answers.
-        thread::spawn(|| {
-            thread::sleep(EXIT_TIMEOUT);
-            std::process::abort();
-        });
-        std::process::exit(DEVICE_LOST);
+
+    /// A failed batch fails its requests, and the worker goes on. A lost device ends the process.
+    fn fail(&self, job: BatchJob, error: &BackendError) {
+        let cause = error.to_string();
+        job.fail(|| RerankError::Internal(anyhow::anyhow!("{cause}")));
+        if let BackendError::DeviceLost(_) = error {
+            (self.end_process)("the device is lost");
+        }
+    }
+}
+
+/// One logit for each pair; `None` if the device has no memory for that pair alone. A batch that does not fit is halved and
+/// retried.
+fn score(encoder: &dyn CrossEncoder, pairs: &[&Pair]) -> Result<Vec<Option<f32>>, BackendError> {
+    let batch = Batch::pack(pairs.iter().copied());
+    match run(encoder, &batch) {
+        Ok(logits) => Ok(logits.into_iter().map(Some).collect()),
+        Err(BackendError::OutOfMemory(_)) if pairs.len() > 1 => {
+            let (first, second) = pairs.split_at(pairs.len() / 2);
+            let mut logits = score(encoder, first)?;
+            logits.extend(score(encoder, second)?);
+            Ok(logits)
+        }
+        Err(BackendError::OutOfMemory(error)) => {
+            tracing::warn!(tokens = batch.tokens(), %error, "the device has no memory for one pair");
+            Ok(vec![None])
+        }
+        Err(error) => Err(error),
     }
 }
 
 fn run(encoder: &dyn CrossEncoder, batch: &Batch) -> Result<Vec<f32>, BackendError> {
-    let logits = catch_unwind(AssertUnwindSafe(|| encoder.score(batch))).unwrap_or_else(|panic| {
-        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
-        Err(BackendError::Failed(format!("panic: {}", text.unwrap_or("without a message")).into()))
-    })?;
+    let logits = catch_unwind(AssertUnwindSafe(|| encoder.score(batch)))
+        .unwrap_or_else(|panic| Err(BackendError::Failed(format!("panic: {}", message(panic.as_ref())).into())))?;
     if logits.len() == batch.sequences() {
         Ok(logits)
     } else {
         let cause = format!("the model gave {} logits for {} pairs", logits.len(), batch.sequences());
         Err(BackendError::Failed(cause.into()))
+    }
+}
+
+/// The text of a panic.
+fn message(panic: &(dyn Any + Send)) -> &str {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("without a message")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Has memory for `tokens` tokens at a time; the logit of a pair is its first token id.
+    struct Small {
+        tokens: usize,
+    }
+
+    impl CrossEncoder for Small {
+        fn score(&self, batch: &Batch) -> Result<Vec<f32>, BackendError> {
+            if batch.tokens() > self.tokens {
+                return Err(BackendError::OutOfMemory("small".into()));
+            }
+            Ok(batch.ranges().map(|rows| batch.ids()[rows.start] as f32).collect())
+        }
+
+        fn describe(&self) -> String {
+            "small".to_owned()
+        }
+    }
+
+    #[test]
+    fn a_batch_beyond_the_memory_is_split_until_only_the_pair_that_cannot_fit_fails() {
+        let pairs: Vec<Pair> = [3, 9, 2, 4, 1].iter().map(|&n| Pair::new(vec![n as u32; n], vec![0; n])).collect();
+        let logits = score(&Small { tokens: 6 }, &pairs.iter().collect::<Vec<_>>()).unwrap();
+        assert_eq!(logits, [Some(3.0), None, Some(2.0), Some(4.0), Some(1.0)]);
     }
 }

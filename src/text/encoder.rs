@@ -1,13 +1,15 @@
-//! Text -> pairs of token ids: the query once, documents in slices off the async threads, chunks with overlap, equal pairs
-//! folded into one.
+//! A model's tokenizer and pair template: requests in, pairs of token ids out.
 //!
-//! Ids are those of the model's own tokenizer, special tokens in the text included: a document that contains `</s>` gets the
-//! special id, as with every other server of these models.
+//! Tokenization runs on blocking threads, a unit of about 16 KiB at a time, so that requests take turns. Its cost is admitted
+//! before it is spent, and a document is tokenized only as far as its chunks reach.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use futures_util::{StreamExt, stream};
@@ -16,13 +18,22 @@ use tokio::sync::Semaphore;
 
 use super::chunk::{Chunking, Tail};
 use super::slice::{self, SLICE_CHARS};
-use super::template::{self, PairTemplate};
-
+use super::template::{self, EmbeddingRows, PairTemplate};
+use crate::admission::{Admission, AdmissionLimits};
 use crate::batch::Pair;
 use crate::error::RerankError;
 
-/// The smallest window that leaves room for a query and a document beside the special tokens.
+/// The smallest window: room for a query and a document beside the special tokens.
 const MIN_WINDOW: usize = 16;
+
+/// Requests of at most this many bytes have tokenizer threads of their own, so they do not wait behind large ones.
+const SMALL_REQUEST_BYTES: usize = 64 * 1024;
+
+/// Bytes per token at most, for estimating the cost of a document that is read only in part.
+const MAX_BYTES_PER_TOKEN: usize = 16;
+
+/// Bytes that may wait for the tokenizer, whatever its speed.
+const MAX_TOKENIZER_BYTES: usize = 256 << 20;
 
 /// Chunks of a document that are scored unless the request says otherwise.
 pub const DEFAULT_MAX_CHUNKS: usize = 1024;
@@ -30,25 +41,27 @@ pub const DEFAULT_MAX_CHUNKS: usize = 1024;
 /// The most, and the default, that neighbouring chunks can be asked to share.
 pub const MAX_OVERLAP_TOKENS: usize = 80;
 
-/// What bounds a request's text.
+/// Limits on the text of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct TextLimits {
     /// Tokens of the query at most; `None` is half the window without the special tokens.
     pub max_query_tokens: Option<usize>,
-    /// Characters of one document; the rest is cut before it is tokenised.
+    /// Characters of one document; the rest is truncated before tokenization.
     pub max_document_chars: usize,
     /// Tokens of all pairs of one request.
     pub max_request_tokens: usize,
-    /// Where a long document's last chunk lies.
+    /// Position of a long document's last chunk.
     pub tail: Tail,
-    /// Texts tokenised at a time, over all requests.
+    /// Units tokenized at the same time, over all requests.
     pub threads: usize,
+    /// Time that tokenizing all waiting texts may take.
+    pub max_tokenizer_wait: Duration,
 }
 
-/// How one request wants its documents cut.
+/// How one request wants its documents split.
 #[derive(Debug, Clone, Copy)]
 pub struct DocumentOptions {
-    /// Tokens that neighbouring chunks share.
+    /// Tokens that neighboring chunks share.
     pub overlap_tokens: usize,
     /// Chunks of a document that are scored.
     pub max_chunks_per_doc: usize,
@@ -88,7 +101,12 @@ pub struct Truncation {
 #[derive(Debug, Clone)]
 pub struct TextEncoder {
     inner: Arc<Inner>,
-    slots: Arc<Semaphore>,
+    /// Units of small requests that may be tokenized at the same time.
+    small_slots: Arc<Semaphore>,
+    /// The same of all other requests.
+    large_slots: Arc<Semaphore>,
+    /// Bytes that wait for the tokenizer.
+    admission: Arc<Admission>,
 }
 
 #[derive(Debug)]
@@ -101,25 +119,36 @@ struct Inner {
 }
 
 impl TextEncoder {
-    /// Reads a `tokenizer.json` for a model whose embedding has `vocab_size` rows.
+    /// Reads a `tokenizer.json` for a model with the given embedding tables.
     ///
     /// # Errors
-    /// Not a tokenizer, ids beyond the embedding, pairs without a fixed template, a window too small to hold a pair.
-    pub fn new(tokenizer_json: &[u8], vocab_size: usize, window: usize, limits: TextLimits) -> Result<Self> {
-        let mut tokenizer = Tokenizer::from_bytes(tokenizer_json).map_err(|e| anyhow!("not a tokenizer.json: {e}"))?;
-        // Published files carry their own (MiniLM's pads every pair to 512); both are ours to decide.
+    /// Not a tokenizer; ids, special tokens or token types beyond the embedding tables; pairs without a fixed template; a window
+    /// too small to hold a pair.
+    pub fn new(tokenizer_json: &[u8], rows: EmbeddingRows, window: usize, limits: TextLimits) -> Result<Self> {
+        // Some damaged files make the deserializer panic.
+        let read = catch_unwind(AssertUnwindSafe(|| Tokenizer::from_bytes(tokenizer_json)));
+        let mut tokenizer = read
+            .map_err(|_| anyhow!("not a tokenizer.json: reading it panics"))?
+            .map_err(|e| anyhow!("not a tokenizer.json: {e}"))?;
+        // Published files carry their own padding and truncation (MiniLM's pads every pair to 512).
         tokenizer.with_padding(None);
         tokenizer.with_truncation(None).map_err(|e| anyhow!("{e}"))?;
         let highest = tokenizer.get_vocab(true).into_values().max().context("the vocabulary is empty")?;
         ensure!(
-            (highest as usize) < vocab_size,
-            "the tokenizer's highest id is {highest}, the model's embedding has {vocab_size} rows; these files do not belong together"
+            (highest as usize) < rows.vocabulary,
+            "the tokenizer's highest id is {highest}, the model's embedding has {} rows; these files do not belong together",
+            rows.vocabulary
         );
-        let template = PairTemplate::of(&tokenizer)?;
+        let template = PairTemplate::of(&tokenizer, rows)?;
         let least = MIN_WINDOW.max(template.special_tokens() + 4);
         ensure!(window >= least, "a window of {window} tokens is too small; the minimum is {least}");
-        let slots = Arc::new(Semaphore::new(limits.threads.max(1)));
-        Ok(Self { inner: Arc::new(Inner { tokenizer, template, window, limits }), slots })
+        let threads = limits.threads.max(1);
+        let slots = || Arc::new(Semaphore::new(threads));
+        let gauge = metrics::gauge!("rerankd_tokenizer_bytes");
+        let admission_limits = AdmissionLimits { units: MAX_TOKENIZER_BYTES, wait: limits.max_tokenizer_wait };
+        let admission = Arc::new(Admission::new(gauge, admission_limits, threads));
+        let inner = Arc::new(Inner { tokenizer, template, window, limits });
+        Ok(Self { inner, small_slots: slots(), large_slots: slots(), admission })
     }
 
     /// The pair template in words: `<s> query </s> </s> document </s>`.
@@ -130,6 +159,11 @@ impl TextEncoder {
     /// Tokens of a pair at most.
     pub fn window(&self) -> usize {
         self.inner.window
+    }
+
+    /// Units tokenized at the same time.
+    pub fn threads(&self) -> usize {
+        self.inner.limits.threads
     }
 
     /// Tokens of a query at most: its share of the window.
@@ -168,25 +202,33 @@ impl TextEncoder {
     /// The pairs of a query with each document.
     ///
     /// # Errors
-    /// More work than one request may ask for; a failure of the tokenizer.
+    /// [`RerankError::Overloaded`] if too many bytes wait for the tokenizer; [`RerankError::TooMuchWork`] for more tokens than one
+    /// request may have; failures of the tokenizer.
     pub async fn encode(
         &self,
         query: &str,
         documents: Arc<[String]>,
         options: DocumentOptions,
     ) -> Result<EncodedRequest, RerankError> {
-        let (query, query_truncated) = self.query_ids(query).await?;
+        let reach = self.chunking(0, options).reach().min(options.max_tokens_per_doc.unwrap_or(usize::MAX));
+        let cost = |text: &String| text.len().min(reach.saturating_mul(MAX_BYTES_PER_TOKEN));
+        let bytes =
+            query.len().min(self.max_query_tokens() * MAX_BYTES_PER_TOKEN) + documents.iter().map(cost).sum::<usize>();
+        let _permit = self.admission.admit(bytes, None)?;
+        let slots = if bytes <= SMALL_REQUEST_BYTES { &self.small_slots } else { &self.large_slots };
+
+        let (query, query_truncated) = self.query_ids(query, slots).await?;
         let chunking = self.chunking(query.len(), options);
         let reach = chunking.reach().min(options.max_tokens_per_doc.unwrap_or(usize::MAX));
-        let texts = self.document_ids(documents, reach).await?;
+        let texts = self.document_ids(documents, reach, slots).await?;
         let inner = Arc::clone(&self.inner);
         let truncation = Truncation { query: query_truncated, ..Truncation::default() };
         let pairs = move || inner.pairs(&query, &texts, chunking, options.max_tokens_per_doc, truncation);
         tokio::task::spawn_blocking(pairs).await.map_err(|e| RerankError::Internal(e.into()))?
     }
 
-    /// The query's ids, cut to its share, and whether it had more.
-    async fn query_ids(&self, query: &str) -> Result<(Vec<u32>, bool), RerankError> {
+    /// The query's ids, truncated to its share of the window, and whether there were more.
+    async fn query_ids(&self, query: &str, slots: &Arc<Semaphore>) -> Result<(Vec<u32>, bool), RerankError> {
         let limit = self.max_query_tokens();
         let text: Arc<[String]> = [query.to_owned()].into();
         let mut ids = Vec::new();
@@ -195,46 +237,83 @@ impl TextEncoder {
                 break;
             }
             let unit = vec![(0, range)];
-            ids.extend(self.tokenize(Arc::clone(&text), unit).await?.into_iter().flat_map(|(_, ids)| ids));
+            ids.extend(self.tokenize(Arc::clone(&text), unit, slots).await?.into_iter().flat_map(|(_, ids)| ids));
         }
         let truncated = ids.len() > limit;
         ids.truncate(limit);
         Ok((ids, truncated))
     }
 
-    /// Every document's tokens, its ids kept as far as its chunks reach.
-    async fn document_ids(&self, documents: Arc<[String]>, reach: usize) -> Result<Vec<DocumentIds>, RerankError> {
+    /// Every document's ids as far as its chunks reach: `reach` tokens. What lies beyond is not tokenized.
+    async fn document_ids(
+        &self,
+        documents: Arc<[String]>,
+        reach: usize,
+        slots: &Arc<Semaphore>,
+    ) -> Result<Vec<DocumentIds>, RerankError> {
         let limits = &self.inner.limits;
         let (units, mut texts) = units(&documents, limits.max_document_chars);
-        let mut total = 0;
-        // A few units at a time: requests share the slots in turn, so a long one delays a short one by its units in flight.
-        let jobs = units.into_iter().map(|unit| self.tokenize(Arc::clone(&documents), unit));
+        let tokens_so_far: Vec<AtomicUsize> = texts.iter().map(|_| AtomicUsize::new(0)).collect();
+        let bytes_skipped: Vec<AtomicUsize> = texts.iter().map(|_| AtomicUsize::new(0)).collect();
+        let needed = |(document, range): &(usize, Range<usize>)| {
+            let needed = tokens_so_far[*document].load(Relaxed) <= reach;
+            if !needed {
+                bytes_skipped[*document].fetch_add(range.len(), Relaxed);
+            }
+            needed
+        };
+        // The stream pulls a unit only when one before it is done, so units of documents that are long enough are dropped here.
+        let jobs = units.into_iter().filter_map(|mut unit| {
+            unit.retain(&needed);
+            (!unit.is_empty()).then(|| self.tokenize(Arc::clone(&documents), unit, slots))
+        });
         let mut results = stream::iter(jobs).buffered(limits.threads.max(1));
+        let mut total = 0;
         while let Some(unit) = results.next().await {
             for (document, new) in unit? {
                 let text = &mut texts[document];
                 let kept = new.len().min(reach.saturating_sub(text.ids.len()));
                 text.ids.extend_from_slice(&new[..kept]);
                 text.tokens += new.len();
+                tokens_so_far[document].store(text.tokens, Relaxed);
                 total += kept;
             }
             if total > limits.max_request_tokens {
                 return Err(RerankError::TooMuchWork { tokens: total, limit: limits.max_request_tokens });
             }
         }
+        drop(results);
+        for ((text, skipped), document) in texts.iter_mut().zip(&bytes_skipped).zip(documents.iter()) {
+            let skipped = skipped.load(Relaxed);
+            if skipped > 0 {
+                let read = document.len().saturating_sub(skipped).max(1);
+                text.tokens += (text.tokens as f64 * skipped as f64 / read as f64).ceil() as usize;
+            }
+        }
         Ok(texts)
     }
 
-    /// Tokenises one unit of work on a blocking thread, in turn with everyone else's.
-    async fn tokenize(&self, texts: Arc<[String]>, unit: Unit) -> Result<Vec<(usize, Vec<u32>)>, RerankError> {
-        let slot = Arc::clone(&self.slots).acquire_owned().await.map_err(|e| RerankError::Internal(e.into()))?;
-        let inner = Arc::clone(&self.inner);
+    /// Tokenizes one unit of work on a blocking thread, in turn with other requests.
+    async fn tokenize(
+        &self,
+        texts: Arc<[String]>,
+        unit: Unit,
+        slots: &Arc<Semaphore>,
+    ) -> Result<Vec<(usize, Vec<u32>)>, RerankError> {
+        let slot = Arc::clone(slots).acquire_owned().await.map_err(|e| RerankError::Internal(e.into()))?;
+        let (inner, admission) = (Arc::clone(&self.inner), Arc::clone(&self.admission));
         let work = move || {
             let _slot = slot;
+            let bytes: usize = unit.iter().map(|(_, range)| range.len()).sum();
+            let start = Instant::now();
             let ids = |(text, range): (usize, Range<usize>)| {
                 Ok((text, template::encode(&inner.tokenizer, &texts[text][range])?))
             };
-            unit.into_iter().map(ids).collect::<Result<Vec<_>>>().map_err(RerankError::Internal)
+            let ids = unit.into_iter().map(ids).collect::<Result<Vec<_>>>().map_err(RerankError::Internal);
+            if bytes >= SLICE_CHARS / 2 {
+                admission.done(bytes, start.elapsed());
+            }
+            ids
         };
         tokio::task::spawn_blocking(work).await.map_err(|e| RerankError::Internal(e.into()))?
     }
@@ -284,18 +363,18 @@ impl EncodedRequest {
     }
 }
 
-/// A document, tokenised.
+/// A tokenized document.
 #[derive(Debug, Default)]
 struct DocumentIds {
-    /// As far as its chunks reach.
+    /// Token ids as far as the document's chunks reach.
     ids: Vec<u32>,
-    /// All of them, kept or not.
+    /// Tokens of the whole document; estimated from its first part if the rest was not tokenized.
     tokens: usize,
-    /// Whether its text was cut before it was tokenised.
+    /// Whether its text was truncated before tokenization.
     truncated: bool,
 }
 
-/// Slices that are tokenised in one go: a piece of one long document, or several short documents.
+/// Slices that are tokenized by one call: part of a long document, or several short documents.
 type Unit = Vec<(usize, Range<usize>)>;
 
 fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<DocumentIds>) {

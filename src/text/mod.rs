@@ -12,3 +12,4 @@ pub use chunk::{Chunking, Tail};
 pub use encoder::{
     DEFAULT_MAX_CHUNKS, DocumentOptions, EncodedRequest, MAX_OVERLAP_TOKENS, TextEncoder, TextLimits, Truncation,
 };
+pub use template::EmbeddingRows;

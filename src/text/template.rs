@@ -1,9 +1,16 @@
-//! How a model lays out a query and a document, learnt from its own tokenizer.
+//! The layout of a query and a document in one sequence, read off the model's tokenizer.
 
 use anyhow::{Context, Result, anyhow, ensure};
 use tokenizers::Tokenizer;
 
 use crate::batch::Pair;
+
+/// Rows of a model's embedding tables: every id that the tokenizer can produce must be below them.
+#[derive(Debug, Clone, Copy)]
+pub struct EmbeddingRows {
+    pub vocabulary: usize,
+    pub token_types: usize,
+}
 
 /// The special tokens before, between and after a pair's two texts, with everyone's segment ids:
 /// `[CLS] query [SEP] document [SEP]`, `<s> query </s> </s> document </s>`.
@@ -21,10 +28,10 @@ type Segment = Vec<(u32, u8)>;
 
 impl PairTemplate {
     /// Reads the template off what the tokenizer itself does with a pair, then holds it against a second pair.
-    pub(crate) fn of(tokenizer: &Tokenizer) -> Result<Self> {
+    pub(crate) fn of(tokenizer: &Tokenizer, rows: EmbeddingRows) -> Result<Self> {
         let ids = |text: &str| encode(tokenizer, text);
         let (query, document) = (ids("query")?, ids("document")?);
-        let whole = encode_pair(tokenizer, "query", "document")?;
+        let whole = encode_pair(tokenizer, "query", "document", rows)?;
         let q = find(&whole, &query, 0).context("the tokenizer's pair does not contain the query as it is alone")?;
         let d = find(&whole, &document, q + query.len())
             .context("the tokenizer's pair does not contain the document as it is alone")?;
@@ -41,7 +48,7 @@ impl PairTemplate {
             "the tokenizer puts no special tokens around a pair; it is not a cross-encoder's"
         );
         for (query, document) in [("two words", ""), ("a", "some longer text, with 3 marks")] {
-            let expected = encode_pair(tokenizer, query, document)?;
+            let expected = encode_pair(tokenizer, query, document, rows)?;
             let built = template.pair(&ids(query)?, &ids(document)?);
             let same = built.ids().iter().zip(built.type_ids()).map(|(&id, &t)| (id, t)).eq(expected.iter().copied());
             ensure!(same, "the tokenizer's pairs follow no fixed template of special tokens");
@@ -93,10 +100,24 @@ pub(crate) fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     Ok(encoding.get_ids().to_vec())
 }
 
-/// The tokenizer's own encoding of a pair.
-fn encode_pair(tokenizer: &Tokenizer, query: &str, document: &str) -> Result<Vec<(u32, u8)>> {
+/// The tokenizer's own encoding of a pair: ids and token types, each held against the embedding tables. The post-processor may add
+/// ids that the vocabulary does not have.
+fn encode_pair(tokenizer: &Tokenizer, query: &str, document: &str, rows: EmbeddingRows) -> Result<Vec<(u32, u8)>> {
     let encoding = tokenizer.encode_fast((query, document), true).map_err(|e| anyhow!("the tokenizer failed: {e}"))?;
-    Ok(encoding.get_ids().iter().zip(encoding.get_type_ids()).map(|(&id, &t)| (id, t as u8)).collect())
+    let checked = |(&id, &token_type): (&u32, &u32)| {
+        ensure!(
+            (id as usize) < rows.vocabulary,
+            "the pair template has the token id {id}, the model's embedding has {} rows",
+            rows.vocabulary
+        );
+        ensure!(
+            (token_type as usize) < rows.token_types,
+            "the pair template has the token type {token_type}, the model has {} (type_vocab_size)",
+            rows.token_types
+        );
+        Ok((id, u8::try_from(token_type)?))
+    };
+    encoding.get_ids().iter().zip(encoding.get_type_ids()).map(checked).collect()
 }
 
 /// Where `needle` first occurs in `haystack`, from `start` on. An empty needle occurs nowhere: the probe would say nothing.

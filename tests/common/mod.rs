@@ -43,6 +43,7 @@ pub(crate) fn limits() -> TextLimits {
         max_request_tokens: 1 << 22,
         tail: Tail::Short,
         threads: 2,
+        max_tokenizer_wait: std::time::Duration::MAX,
     }
 }
 

@@ -21,7 +21,7 @@ use rerankd::encoder::CrossEncoder;
 use rerankd::loading::LoadedModel;
 use rerankd::scheduler::SchedulerLimits;
 use rerankd::served::{Model, Models};
-use rerankd::text::{Tail, TextEncoder, TextLimits};
+use rerankd::text::{EmbeddingRows, Tail, TextEncoder, TextLimits};
 use serde_json::{Value, json};
 use tower::ServiceExt;
 
@@ -35,7 +35,12 @@ pub const LIMITS: ApiLimits = ApiLimits {
     request_timeout_s: 20,
 };
 
-pub const QUEUE: SchedulerLimits = SchedulerLimits { max_batch_tokens: 256, max_queue_tokens: 50_000 };
+pub const QUEUE: SchedulerLimits = SchedulerLimits {
+    max_batch_tokens: 256,
+    max_queue_tokens: 50_000,
+    max_queue_wait: Duration::from_secs(3600),
+    batch_timeout: Duration::from_secs(3600),
+};
 
 /// What the stub saw, and a gate that holds its batches until the test lets them go.
 #[derive(Default)]
@@ -121,8 +126,10 @@ pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch
         max_request_tokens: 20_000,
         tail: Tail::Aligned,
         threads: 2,
+        max_tokenizer_wait: std::time::Duration::MAX,
     };
-    let text = TextEncoder::new(tokenizer_json().as_bytes(), 3 + WORDS.len(), 64, limits).unwrap();
+    let rows = EmbeddingRows { vocabulary: 3 + WORDS.len(), token_types: 2 };
+    let text = TextEncoder::new(tokenizer_json().as_bytes(), rows, 64, limits).unwrap();
     let watch = Arc::new(Watch::default());
     let encoder = Arc::new(Stub { watch: Arc::clone(&watch), bias });
     let (vocabulary, description) = (3 + WORDS.len(), String::new());

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::ParsedRequest;
-use super::fields::{self, Documents, flag, in_range, whole};
+use super::fields::{self, Documents, RankFields, flag, in_range, whole};
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
@@ -20,17 +20,19 @@ use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
 #[schema(example = json!({
     "model": "rerankd-mini", "query": "Apple", "documents": ["apple", "banana", "fruit", "vegetable"], "top_n": 4
 }))]
-pub(crate) struct RerankBody {
+pub(crate) struct RerankBody<'a> {
     /// A served model's name or alias.
     model: String,
     /// What the documents are ranked for; not empty. Longer than its share of the window, it is truncation.
     query: String,
     /// Texts, or objects with a `text`; at least one. A long one is cut into chunks, and its best chunk counts.
     #[schema(schema_with = fields::documents_schema)]
-    documents: Documents,
+    #[serde(borrow)]
+    documents: Documents<'a>,
     /// For documents that are objects: the fields that make up their text, in this order; `text` without it.
     #[serde(default)]
-    rank_fields: Option<Vec<String>>,
+    #[schema(value_type = Option<Vec<String>>, max_items = 64)]
+    rank_fields: Option<RankFields>,
     /// Results wanted, best first; all without it.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
@@ -63,7 +65,7 @@ pub(crate) struct RerankBody {
 
 /// Reads and checks a body.
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
-    let body: RerankBody = fields::json(body)?;
+    let body: RerankBody<'_> = fields::json(body)?;
     let defaults = DocumentOptions::default();
     let options = DocumentOptions {
         overlap_tokens: in_range("overlap_tokens", body.overlap_tokens, 0, MAX_OVERLAP_TOKENS as i64)?
@@ -77,7 +79,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     let request = RerankRequest {
         model: Some(body.model),
         query: fields::query(body.query)?,
-        documents: body.documents.texts("documents", body.rank_fields.as_deref(), max_documents)?,
+        documents: body.documents.texts("documents", body.rank_fields.as_ref(), max_documents)?,
         top_n: top_n.or(top_k),
         options,
         deadline: None,

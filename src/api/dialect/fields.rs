@@ -1,36 +1,43 @@
 //! Fields as clients really write them: one text for a list, objects for texts, `"true"` for true, `3.0` for 3.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
+use serde_json::value::RawValue;
 use utoipa::openapi::schema::{
     AnyOfBuilder, ArrayBuilder, ArrayItems, Object, ObjectBuilder, Schema, SchemaType, Type,
 };
 
 use crate::error::RerankError;
 
-/// Beyond any setting: where the list of documents stops growing while it is parsed.
+/// The list of documents stops growing here while it is parsed, whatever the settings say.
 const MAX_PARSED_DOCUMENTS: usize = 100_000;
 
+/// Names in `rank_fields` at most, and bytes of each.
+const MAX_RANK_FIELDS: usize = 64;
+const MAX_RANK_FIELD_BYTES: usize = 256;
+
 /// Reads a body, naming the field that is wrong.
-pub(super) fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, RerankError> {
+pub(super) fn json<'de, T: Deserialize<'de>>(body: &'de [u8]) -> Result<T, RerankError> {
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body); // a UTF-8 byte order mark
     // serde would read an array as the fields in their order.
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(RerankError::invalid("body", "expected a JSON object with model, query and documents"));
     }
     let mut json = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let path = short(&error.path().to_string());
-        RerankError::invalid(if path == "." { "body".to_owned() } else { path }, short(&error.inner().to_string()))
+        let path = shorten(&error.path().to_string());
+        RerankError::invalid(if path == "." { "body".to_owned() } else { path }, shorten(&error.inner().to_string()))
     })?;
     json.end().map_err(|error| RerankError::invalid("body", error.to_string()))?;
     Ok(value)
 }
 
 /// Enough to see what is meant: a wrong value may be megabytes long, and serde quotes it whole.
-fn short(message: &str) -> String {
+fn shorten(message: &str) -> String {
     const CHARS: usize = 300;
     message.char_indices().nth(CHARS).map_or_else(|| message.to_owned(), |(end, _)| format!("{}…", &message[..end]))
 }
@@ -53,25 +60,22 @@ pub(super) fn in_range(field: &str, value: Option<i64>, min: i64, max: i64) -> R
     Err(RerankError::invalid(field, format!("is {value}; expected {allowed}")))
 }
 
-/// A list of texts; also one text; an element may also be an object.
-///
-/// Written by hand: serde's untagged enums hold a whole element in memory in a form sixteen times its size first.
+/// A list of texts; also one text; an element may also be an object. Elements stay JSON text, borrowed from the body, until
+/// [`Documents::texts`]: parsing a body takes 16 bytes of memory per document.
 #[derive(Debug)]
-pub(super) struct Documents(Vec<Document>);
+pub(super) struct Documents<'a>(Vec<Document<'a>>);
 
-/// A text, or an object's texts by their names.
-#[derive(Debug)]
-pub(super) enum Document {
-    Text(String),
-    Fields(Vec<(String, String)>),
-}
+/// A text, or an object with texts, as JSON.
+#[derive(Debug, Deserialize)]
+#[serde(transparent)]
+pub(super) struct Document<'a>(#[serde(borrow)] &'a RawValue);
 
-impl Documents {
+impl Documents<'_> {
     /// Every document's text, at least one and at most `max`. `field` is the list's name, for errors.
     pub(super) fn texts(
-        self,
+        &self,
         field: &str,
-        rank_fields: Option<&[String]>,
+        rank_fields: Option<&RankFields>,
         max: usize,
     ) -> Result<Arc<[String]>, RerankError> {
         if self.0.is_empty() {
@@ -81,50 +85,58 @@ impl Documents {
             let problem = format!("has {} texts, the limit is {max}; send several requests", self.0.len());
             return Err(RerankError::invalid(field, problem));
         }
-        let text = |(i, document): (usize, Document)| document.text(&format!("{field}[{i}]"), rank_fields);
-        self.0.into_iter().enumerate().map(text).collect()
+        let text = |(i, document): (usize, &Document<'_>)| document.text(&format!("{field}[{i}]"), rank_fields);
+        self.0.iter().enumerate().map(text).collect()
     }
 }
 
-impl Document {
-    /// Its text: an object's `text`, or its `rank_fields` one a line.
-    pub(super) fn text(self, field: &str, rank_fields: Option<&[String]>) -> Result<String, RerankError> {
-        let fields = match self {
-            Self::Text(text) => return Ok(text),
-            Self::Fields(fields) => fields,
-        };
-        let named = |name: &str| fields.iter().find(|(own, _)| own == name).map(|(_, text)| text.as_str());
-        let wanted = rank_fields.filter(|names| !names.is_empty());
-        let texts: Vec<&str> = match wanted {
-            Some(names) => names.iter().filter_map(|name| named(name)).collect(),
-            None => named("text").into_iter().collect(),
-        };
-        if texts.is_empty() {
-            let problem = match wanted {
-                Some(names) => format!("has none of the rank_fields {} as a text", short(&names.join(", "))),
-                None => "has no text; an object needs a field text, or name its fields in rank_fields".to_owned(),
-            };
-            return Err(RerankError::invalid(field, problem));
+impl Document<'_> {
+    /// The text; of an object its `text`, or its `rank_fields` joined by newlines.
+    pub(super) fn text(&self, field: &str, rank_fields: Option<&RankFields>) -> Result<String, RerankError> {
+        let json = self.0.get();
+        let wrong = |error: serde_json::Error| RerankError::invalid(field, plain(&error));
+        match json.as_bytes().first() {
+            Some(b'"') => serde_json::from_str(json).map_err(wrong),
+            Some(b'{') => {
+                let default = ["text".to_owned()];
+                let names = rank_fields.map(|fields| fields.0.as_slice()).filter(|names| !names.is_empty());
+                let mut json = serde_json::Deserializer::from_str(json);
+                let wanted = WantedTexts(names.unwrap_or(&default));
+                let texts: Vec<String> = wanted.deserialize(&mut json).map_err(wrong)?.into_iter().flatten().collect();
+                if !texts.is_empty() {
+                    return Ok(texts.join("\n"));
+                }
+                let problem = match names {
+                    Some(names) => format!("has none of the rank_fields {} as a text", shorten(&names.join(", "))),
+                    None => "has no text; an object needs a field text, or name its fields in rank_fields".to_owned(),
+                };
+                Err(RerankError::invalid(field, problem))
+            }
+            _ => Err(RerankError::invalid(
+                field,
+                format!("is {}; expected a text, or an object with a text", shorten(json)),
+            )),
         }
-        Ok(texts.join("\n"))
     }
 }
 
-impl<'de> Deserialize<'de> for Documents {
+/// The message of an error in a part of the body, without the position in that part.
+fn plain(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    shorten(message.split(" at line ").next().unwrap_or(&message))
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Documents<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct ListVisitor;
         impl<'de> Visitor<'de> for ListVisitor {
-            type Value = Documents;
+            type Value = Vec<Document<'de>>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a list of texts")
             }
 
-            fn visit_str<E: Error>(self, text: &str) -> Result<Documents, E> {
-                Ok(Documents(vec![Document::Text(text.to_owned())]))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Documents, A::Error> {
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
                 let mut documents = Vec::new();
                 while let Some(document) = list.next_element()? {
                     if documents.len() == MAX_PARSED_DOCUMENTS {
@@ -132,93 +144,84 @@ impl<'de> Deserialize<'de> for Documents {
                     }
                     documents.push(document);
                 }
-                Ok(Documents(documents))
+                Ok(documents)
             }
         }
-        deserializer.deserialize_any(ListVisitor)
+        let value = <&'de RawValue>::deserialize(deserializer)?;
+        if value.get().starts_with('"') {
+            return Ok(Self(vec![Document(value)]));
+        }
+        let mut list = serde_json::Deserializer::from_str(value.get());
+        let documents = list.deserialize_any(ListVisitor).map_err(|error| D::Error::custom(plain(&error)))?;
+        Ok(Self(documents))
     }
 }
 
-impl<'de> Deserialize<'de> for Document {
+/// The names in `rank_fields`: for documents that are objects, the fields that make up the text.
+#[derive(Debug)]
+pub(super) struct RankFields(Vec<String>);
+
+impl<'de> Deserialize<'de> for RankFields {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct DocumentVisitor;
-        impl<'de> Visitor<'de> for DocumentVisitor {
-            type Value = Document;
+        struct NamesVisitor;
+        impl<'de> Visitor<'de> for NamesVisitor {
+            type Value = RankFields;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a text, or an object with a text")
+                f.write_str("a list of field names")
             }
 
-            fn visit_str<E: Error>(self, text: &str) -> Result<Document, E> {
-                Ok(Document::Text(text.to_owned()))
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RankFields, A::Error> {
+                let mut names = Vec::new();
+                while let Some(name) = list.next_element::<String>()? {
+                    if names.len() == MAX_RANK_FIELDS {
+                        return Err(A::Error::custom(format_args!("more than {MAX_RANK_FIELDS} names")));
+                    }
+                    if name.len() > MAX_RANK_FIELD_BYTES {
+                        return Err(A::Error::custom(format_args!("a name of more than {MAX_RANK_FIELD_BYTES} bytes")));
+                    }
+                    names.push(name);
+                }
+                Ok(RankFields(names))
             }
+        }
+        deserializer.deserialize_seq(NamesVisitor)
+    }
+}
 
-            fn visit_string<E: Error>(self, text: String) -> Result<Document, E> {
-                Ok(Document::Text(text))
-            }
+/// Reads the texts of an object's fields of these names, in the order of the names; skips everything else.
+struct WantedTexts<'a>(&'a [String]);
 
-            fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Document, A::Error> {
-                let mut fields = Vec::new();
-                while let Some(name) = object.next_key::<String>()? {
-                    if let MaybeText(Some(text)) = object.next_value()? {
-                        fields.push((name, text));
+impl<'de> DeserializeSeed<'de> for WantedTexts<'_> {
+    type Value = Vec<Option<String>>;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for WantedTexts<'_> {
+    type Value = Vec<Option<String>>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object with a text")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Self::Value, A::Error> {
+        let mut texts = vec![None; self.0.len()];
+        while let Some(name) = object.next_key::<Cow<'_, str>>()? {
+            let wanted = self.0.iter().position(|wanted| *wanted == name);
+            match wanted {
+                Some(i) if texts[i].is_none() => {
+                    let value: &RawValue = object.next_value()?;
+                    if value.get().starts_with('"') {
+                        texts[i] = Some(serde_json::from_str(value.get()).map_err(A::Error::custom)?);
                     }
                 }
-                Ok(Document::Fields(fields))
+                _ => drop(object.next_value::<IgnoredAny>()?),
             }
         }
-        deserializer.deserialize_any(DocumentVisitor)
-    }
-}
-
-/// The value of an object's field where it is a text; anything else is skipped unread.
-struct MaybeText(Option<String>);
-
-impl<'de> Deserialize<'de> for MaybeText {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct TextVisitor;
-        impl<'de> Visitor<'de> for TextVisitor {
-            type Value = MaybeText;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("anything")
-            }
-
-            fn visit_str<E: Error>(self, text: &str) -> Result<MaybeText, E> {
-                Ok(MaybeText(Some(text.to_owned())))
-            }
-
-            fn visit_unit<E: Error>(self) -> Result<MaybeText, E> {
-                Ok(MaybeText(None))
-            }
-
-            fn visit_bool<E: Error>(self, _: bool) -> Result<MaybeText, E> {
-                Ok(MaybeText(None))
-            }
-
-            fn visit_i64<E: Error>(self, _: i64) -> Result<MaybeText, E> {
-                Ok(MaybeText(None))
-            }
-
-            fn visit_u64<E: Error>(self, _: u64) -> Result<MaybeText, E> {
-                Ok(MaybeText(None))
-            }
-
-            fn visit_f64<E: Error>(self, _: f64) -> Result<MaybeText, E> {
-                Ok(MaybeText(None))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<MaybeText, A::Error> {
-                while list.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(MaybeText(None))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<MaybeText, A::Error> {
-                while object.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
-                Ok(MaybeText(None))
-            }
-        }
-        deserializer.deserialize_any(TextVisitor)
+        Ok(texts)
     }
 }
 

@@ -7,7 +7,7 @@ use utoipa::ToSchema;
 
 use super::ParsedRequest;
 use super::documents::Usage;
-use super::fields::{self, Documents, flag, in_range, whole};
+use super::fields::{self, Documents, RankFields, flag, in_range, whole};
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;
@@ -15,7 +15,7 @@ use crate::text::DocumentOptions;
 /// A request.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "rerankd-mini", "query": "Apple", "input": ["apple", "banana"], "top_k": 1}))]
-pub(crate) struct InputBody {
+pub(crate) struct InputBody<'a> {
     /// A served model's name; the first one without it.
     #[serde(default)]
     model: Option<String>,
@@ -23,10 +23,12 @@ pub(crate) struct InputBody {
     query: String,
     /// Texts, or objects; at least one.
     #[schema(schema_with = fields::documents_schema)]
-    input: Documents,
+    #[serde(borrow)]
+    input: Documents<'a>,
     /// For objects: the fields that make up their text, in this order; `text` without it.
     #[serde(default)]
-    rank_fields: Option<Vec<String>>,
+    #[schema(value_type = Option<Vec<String>>, max_items = 64)]
+    rank_fields: Option<RankFields>,
     /// Results wanted; all without it.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
@@ -68,11 +70,11 @@ pub(crate) struct InputResult {
 }
 
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
-    let body: InputBody = fields::json(body)?;
+    let body: InputBody<'_> = fields::json(body)?;
     let request = RerankRequest {
         model: body.model,
         query: fields::query(body.query)?,
-        documents: body.input.texts("input", body.rank_fields.as_deref(), max_documents)?,
+        documents: body.input.texts("input", body.rank_fields.as_ref(), max_documents)?,
         top_n: in_range("top_k", body.top_k, 1, i64::MAX)?,
         options: DocumentOptions::default(),
         deadline: None,

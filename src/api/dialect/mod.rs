@@ -70,9 +70,9 @@ impl Dialect {
     }
 
     /// An error, in the shape that the dialect's clients read.
-    pub(super) fn refuse(self, error: ApiError) -> Response {
+    pub(super) fn error(self, error: ApiError) -> Response {
         match self {
-            Self::Texts => texts::refuse(error),
+            Self::Texts => texts::error(error),
             Self::Documents | Self::Input | Self::Passages => error.into_response(),
         }
     }

@@ -15,16 +15,18 @@ use crate::text::DocumentOptions;
 /// A request. `truncate` is ignored: a long passage is cut into chunks, and its best chunk counts.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "rerankd-mini", "query": {"text": "Apple"}, "passages": [{"text": "apple"}, {"text": "banana"}]}))]
-pub(crate) struct PassagesBody {
+pub(crate) struct PassagesBody<'a> {
     /// A served model's name; the first one without it.
     #[serde(default)]
     model: Option<String>,
     /// What the passages are ranked for; not empty.
     #[schema(schema_with = fields::document_schema)]
-    query: Document,
+    #[serde(borrow)]
+    query: Document<'a>,
     /// At least one.
     #[schema(schema_with = fields::documents_schema)]
-    passages: Documents,
+    #[serde(borrow)]
+    passages: Documents<'a>,
     /// Results wanted; all without it.
     #[serde(default, deserialize_with = "whole", alias = "top_n")]
     #[schema(minimum = 1)]
@@ -49,7 +51,7 @@ pub(crate) struct PassageRank {
 }
 
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
-    let body: PassagesBody = fields::json(body)?;
+    let body: PassagesBody<'_> = fields::json(body)?;
     let request = RerankRequest {
         model: body.model,
         query: fields::query(body.query.text("query", None)?)?,

@@ -15,12 +15,13 @@ use crate::text::DocumentOptions;
 /// A request. `truncate` and `truncation_direction` are ignored: a long text is cut into chunks, and its best chunk counts.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"query": "Apple", "texts": ["apple", "banana", "fruit", "vegetable"]}))]
-pub(crate) struct TextsBody {
+pub(crate) struct TextsBody<'a> {
     /// What the texts are ranked for; not empty.
     query: String,
     /// At least one.
     #[schema(schema_with = fields::documents_schema)]
-    texts: Documents,
+    #[serde(borrow)]
+    texts: Documents<'a>,
     /// A served model's name; the first one without it.
     #[serde(default)]
     model: Option<String>,
@@ -59,7 +60,7 @@ pub(crate) struct TextsError {
 }
 
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
-    let body: TextsBody = fields::json(body)?;
+    let body: TextsBody<'_> = fields::json(body)?;
     let request = RerankRequest {
         model: body.model,
         query: fields::query(body.query)?,
@@ -81,7 +82,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     Ok(ParsedRequest { request, write: Box::new(write) })
 }
 
-pub(super) fn refuse(error: ApiError) -> Response {
+pub(super) fn error(error: ApiError) -> Response {
     let error_type = match error.status().as_u16() {
         429 | 503 => "Overloaded",
         500.. => "Backend",

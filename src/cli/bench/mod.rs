@@ -15,7 +15,7 @@ use crate::batch::Batch;
 use crate::config::args::ModelArgs;
 use crate::config::hub::hub_options_from_env;
 use crate::config::machine::Machine;
-use crate::config::resolve::Notice;
+use crate::config::resolve::{Notice, QueueSettings};
 use crate::loading::download::Hub;
 use crate::loading::{LoadedModel, Loader};
 use crate::telemetry;
@@ -49,7 +49,7 @@ pub(super) struct BenchArgs {
 }
 
 pub(super) fn run(args: &BenchArgs) -> Result<(), Failure> {
-    let mut settings = args.models.resolve(&Machine::detect(), usize::MAX).map_err(Failure::Config)?;
+    let mut settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     let profile = args.profile.then(Arc::<Profile>::default);
     settings.load.profile = profile.clone();
     settings.notices.iter().for_each(Notice::log);

@@ -1,0 +1,115 @@
+//! What happens when a worker or a device fails: restart, or end the process with a code that tells a process manager to start it
+//! again. A process that stays up and answers nothing but errors is worse than one that ends.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::queue::Queue;
+use crate::error::RerankError;
+
+/// Exit code for a device that is lost or does not answer (EX_SOFTWARE in sysexits.h): only a new process gets it back.
+pub const EXIT_DEVICE_LOST: i32 = 70;
+
+/// Time for responses about the failure to leave the process.
+const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
+/// Time for the process to end in good order. The driver's exit handlers run then, and may wait for a device that never answers.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How often the watchdog looks.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// More restarts than this within [`RESTART_WINDOW`] end the process.
+const MAX_RESTARTS: usize = 3;
+const RESTART_WINDOW: Duration = Duration::from_secs(60);
+
+/// Ends the process: called with the reason.
+pub(super) type EndProcess = fn(&str) -> !;
+
+/// Logs the reason and ends the process with [`EXIT_DEVICE_LOST`], by force if exit handlers hang.
+pub(super) fn end_process(reason: &str) -> ! {
+    tracing::error!("{reason}; ending with exit code {EXIT_DEVICE_LOST} so that the process can be started again");
+    thread::sleep(RESPONSE_FLUSH_GRACE);
+    thread::spawn(|| {
+        thread::sleep(EXIT_TIMEOUT);
+        std::process::abort();
+    });
+    std::process::exit(EXIT_DEVICE_LOST);
+}
+
+/// How often a worker may be restarted.
+#[derive(Debug, Default)]
+pub(super) struct RestartBudget(VecDeque<Instant>);
+
+impl RestartBudget {
+    /// Counts a restart at `now`; false if there were too many lately.
+    pub(super) fn allows(&mut self, now: Instant) -> bool {
+        while self.0.front().is_some_and(|&at| now.duration_since(at) > RESTART_WINDOW) {
+            self.0.pop_front();
+        }
+        self.0.push_back(now);
+        self.0.len() <= MAX_RESTARTS
+    }
+}
+
+/// Starts a thread that ends the process when a batch takes longer than `timeout`: the device hangs, and so would every request
+/// after it. The thread ends with the queue.
+pub(super) fn watch(queue: &Arc<Queue>, timeout: Duration, end: EndProcess) -> std::io::Result<()> {
+    let queue = Arc::downgrade(queue);
+    thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
+        while let Some(overdue) = check(&queue, timeout, Instant::now()) {
+            if overdue {
+                let seconds = timeout.as_secs();
+                end(&format!("a batch has been running for more than {seconds} s (--batch-timeout)"));
+            }
+            thread::sleep(WATCH_INTERVAL);
+        }
+    })?;
+    Ok(())
+}
+
+/// Whether a batch is overdue, in which case every request of the queue is failed; `None` when the queue is gone.
+fn check(queue: &Weak<Queue>, timeout: Duration, now: Instant) -> Option<bool> {
+    let queue = queue.upgrade()?;
+    let overdue = queue.running_since().is_some_and(|since| now.duration_since(since) > timeout);
+    if overdue {
+        queue.fail_all(|| RerankError::Internal(anyhow::anyhow!("the device does not answer")));
+    }
+    Some(overdue)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::admission::{Admission, AdmissionLimits};
+    use crate::batch::Pair;
+    use crate::scheduler::queue::NewJob;
+
+    #[test]
+    fn the_fourth_restart_within_a_minute_is_one_too_many() {
+        let (mut budget, start) = (RestartBudget::default(), Instant::now());
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert!([0, 1, 2].into_iter().all(|second| budget.allows(at(second))));
+        assert!(!budget.allows(at(3)));
+        let mut budget = RestartBudget::default();
+        assert!((0..10).all(|i| budget.allows(at(30 * i))), "one in 30 s is allowed for ever");
+    }
+
+    #[test]
+    fn a_batch_beyond_its_timeout_fails_every_request() {
+        let queue = Arc::new(Queue::new(1));
+        let limits = AdmissionLimits { units: 10, wait: Duration::MAX };
+        let permit = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(1, None).unwrap();
+        let (reply, mut answer) = tokio::sync::oneshot::channel();
+        let pairs = Arc::new([Pair::new(vec![1], vec![0])]);
+        queue.push(NewJob { pairs, permit, deadline: None, reply }).unwrap();
+        let weak = Arc::downgrade(&queue);
+        let timeout = Duration::from_secs(60);
+        assert_eq!(check(&weak, timeout, Instant::now() + 2 * timeout), Some(false), "a waiting request does not hang");
+        let batch = queue.take().unwrap();
+        assert_eq!(check(&weak, timeout, Instant::now()), Some(false));
+        assert_eq!(check(&weak, timeout, Instant::now() + 2 * timeout), Some(true));
+        assert!(matches!(answer.try_recv().unwrap(), Err(RerankError::Internal(_))));
+        drop((batch, queue));
+        assert_eq!(check(&weak, timeout, Instant::now()), None);
+    }
+}
