@@ -158,7 +158,7 @@ fn hub_files(hub: &Hub, at: &Revision, known_weights: Option<&str>) -> Result<Mo
             let why = if hub.is_offline() {
                 "not in the cache, and HF_HUB_OFFLINE disables downloads"
             } else {
-                "cannot be downloaded"
+                "not available"
             };
             format!("{file} of {at}: {why} (cache folder: {})", hub.cache_folder().display())
         })
@@ -169,7 +169,7 @@ fn hub_files(hub: &Hub, at: &Revision, known_weights: Option<&str>) -> Result<Mo
         None => {
             let mut found = None;
             for file in WEIGHT_FILES {
-                found = hub.fetch_if_there(at, file)?;
+                found = hub.fetch_optional(at, file)?;
                 if found.is_some() {
                     break;
                 }
