@@ -89,24 +89,23 @@ struct JsonlTopic {
 }
 
 fn jsonl(path: &Path) -> Result<Vec<Topic>> {
-    let lines: Vec<JsonlTopic> = json_lines(path)?;
     let topic = |(number, line): (usize, JsonlTopic)| {
         let JsonlTopic { id, query, mut documents, mut relevance, positive, negative } = line;
         ensure!(
             documents.len() == relevance.len(),
             "{}: line {}: {} documents but {} relevance values",
             path.display(),
-            number + 1,
+            number,
             documents.len(),
             relevance.len()
         );
         relevance.extend(positive.iter().map(|_| 1).chain(negative.iter().map(|_| 0)));
         documents.extend(positive.into_iter().chain(negative));
-        ensure!(!documents.is_empty(), "{}: line {}: the topic has no documents", path.display(), number + 1);
+        ensure!(!documents.is_empty(), "{}: line {number}: the topic has no documents", path.display());
         let relevant = relevance.iter().copied().filter(|&relevance| relevance > 0).collect();
-        Ok(Topic { id: id.unwrap_or_else(|| (number + 1).to_string()), query, documents, relevance, relevant })
+        Ok(Topic { id: id.unwrap_or_else(|| number.to_string()), query, documents, relevance, relevant })
     };
-    lines.into_iter().enumerate().map(topic).collect()
+    json_lines(path)?.into_iter().map(topic).collect()
 }
 
 #[derive(Deserialize)]
@@ -119,8 +118,10 @@ struct BeirText {
 }
 
 fn beir(folder: &Path, options: &TopicOptions) -> Result<Vec<Topic>> {
-    let corpus: Vec<BeirText> = json_lines(&folder.join("corpus.jsonl"))?;
-    let queries: Vec<BeirText> = json_lines(&folder.join("queries.jsonl"))?;
+    let texts_of = |file: &str| -> Result<Vec<BeirText>> {
+        Ok(json_lines(&folder.join(file))?.into_iter().map(|(_, text)| text).collect())
+    };
+    let (corpus, queries) = (texts_of("corpus.jsonl")?, texts_of("queries.jsonl")?);
     let qrels = qrels(&folder.join("qrels/test.tsv"))?;
     let texts: Vec<String> =
         corpus.iter().map(|text| format!("{} {}", text.title, text.text).trim().to_owned()).collect();
@@ -272,11 +273,13 @@ fn lines(path: &Path) -> Result<Vec<String>> {
         .with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))
 }
 
-fn json_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+/// Parses each line that is not blank. Each value comes with its line number, from 1.
+fn json_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<(usize, T)>> {
     let parse = |(number, line): (usize, String)| {
-        serde_json::from_str(&line).with_context(|| format!("{}: line {}", path.display(), number + 1))
+        let value = serde_json::from_str(&line).with_context(|| format!("{}: line {number}", path.display()))?;
+        Ok((number, value))
     };
-    lines(path)?.into_iter().enumerate().filter(|(_, line)| !line.trim().is_empty()).map(parse).collect()
+    (1..).zip(lines(path)?).filter(|(_, line)| !line.trim().is_empty()).map(parse).collect()
 }
 
 #[cfg(test)]
@@ -300,7 +303,7 @@ mod tests {
     #[test]
     fn jsonl_topics_in_both_forms() {
         let text = "{\"query\":\"q\",\"documents\":[\"a\",\"b\"],\"relevance\":[0,2]}\n\n{\"id\":\"x\",\"query\":\"r\",\"positive\":[\"c\"],\"negative\":[\"d\",\"e\"]}\n";
-        let folder = written(&[("t.jsonl", text), ("bad.jsonl", "{\"query\":\"q\",\"documents\":[\"a\"]}\n")]);
+        let folder = written(&[("t.jsonl", text), ("bad.jsonl", "\n\n{\"query\":\"q\",\"documents\":[\"a\"]}\n")]);
         let topics = read(&folder.path().join("t.jsonl"), &options()).unwrap();
         assert_eq!((topics[0].relevance.clone(), topics[0].relevant.clone()), (vec![0, 2], vec![2]));
         assert_eq!(
@@ -308,7 +311,7 @@ mod tests {
             ("x", 3, vec![1, 0, 0])
         );
         let error = read(&folder.path().join("bad.jsonl"), &options()).unwrap_err().to_string();
-        assert!(error.contains("line 1: 1 documents but 0 relevance values"), "{error}");
+        assert!(error.contains("line 3: 1 documents but 0 relevance values"), "{error}");
     }
 
     #[test]
