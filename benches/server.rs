@@ -113,7 +113,7 @@ fn end_to_end(criterion: &mut Criterion) {
     let tokens = encoded.pairs.iter().map(Pair::tokens).sum::<usize>();
 
     let max_batch_tokens = std::env::var("RERANKD_BENCH_BATCH_TOKENS")
-        .map_or(rerankd::config::MAX_BATCH_TOKENS, |n| n.parse().expect("a number"));
+        .map_or(rerankd::config::resolve::CPU_BATCH_TOKENS, |n| n.parse().expect("a number"));
     let queue = SchedulerLimits { max_batch_tokens, max_queue_tokens: 1 << 20 };
     let model = Model::start(base(threads), queue).expect("a thread");
     let app = App::new(Models::new(vec![model]).expect("one model"), Keys::new([]), stub::LIMITS);
