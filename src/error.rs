@@ -3,12 +3,12 @@
 /// Why a request could not be answered with a ranking.
 #[derive(Debug, thiserror::Error)]
 pub enum RerankError {
-    /// No served model has this name or alias.
+    /// No served model has this name or alias. The message begins with the sentence of SiliconFlow's API.
     #[error(
         "Model does not exist. Please check it carefully. The request asked for {model:?}; this server has {served}."
     )]
     UnknownModel {
-        /// As the request gave it, shortened.
+        /// The name in the request, shortened.
         model: String,
         /// Names of the served models.
         served: String,
@@ -38,18 +38,18 @@ pub enum RerankError {
         /// Seconds until the queue is expected to have room.
         retry_after_s: u64,
     },
-    /// The work alone takes longer than the deadline allows.
+    /// The request's own computation would take longer than its deadline allows.
     #[error(
         "the request would take about {needed_s} s to compute, the deadline is {patience_s} s; send fewer or shorter documents, or \
          lower max_chunks_per_doc"
     )]
     CannotFinish {
-        /// Seconds of computing, at the measured speed.
+        /// Estimated seconds of computation, at the measured speed.
         needed_s: u64,
         /// Seconds until the deadline.
         patience_s: u64,
     },
-    /// The deadline passed before the scores were there.
+    /// The deadline passed before the scores were computed.
     #[error(
         "the deadline of {seconds} s passed before the request was computed; send fewer documents or try again when the server is less busy"
     )]
@@ -60,10 +60,10 @@ pub enum RerankError {
     /// The device's memory does not suffice for one of the request's pairs, even in a batch alone.
     #[error("the device's memory is exhausted; send shorter documents, or try again later")]
     OutOfMemory,
-    /// Models are being loaded.
+    /// The server is still loading its models.
     #[error("the server is loading its models; try again in a moment")]
     Loading,
-    /// The server is on its way down.
+    /// The server drains and accepts no new requests.
     #[error("the server is shutting down")]
     ShuttingDown,
     /// The model returned NaN or infinity: the weights are damaged, or the precision (`--dtype`) overflows.

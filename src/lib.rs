@@ -7,7 +7,8 @@
 //! - [`rerank`]: a request from text to ranking, in one short function.
 //! - [`served`]: the served models by name.
 //! - [`text`]: from text to pairs of token ids; long documents are split into overlapping chunks.
-//! - [`scheduler`]: admission, the queue, batch composition, and the workers that run batches.
+//! - [`admission`]: work is admitted whole or refused at once, by size and by estimated wait.
+//! - [`scheduler`]: the queue, batch composition, the workers that run batches, and their supervision.
 //! - [`encoder`]: the graph of each model architecture, generic over [`backend::Backend`].
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`checkpoint`]: a model's configuration and weights, checked against each other.

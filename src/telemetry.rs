@@ -42,19 +42,19 @@ pub fn parse_log_filter(text: &str) -> Result<String, String> {
     }
 }
 
-/// Writes the last log lines when it is dropped.
+/// Writes the remaining log lines when it is dropped.
 #[must_use]
 pub struct LogGuard(Option<WorkerGuard>);
 
-/// Log lines that wait for standard error at most; further ones are dropped, so that a reader that stalls stops nothing.
+/// Maximum log lines that wait for standard error. Further lines are dropped, so that a stalled reader does not stall the server.
 const MAX_WAITING_LINES: usize = 16_384;
 
 static DROPPED_LINES: OnceLock<ErrorCounter> = OnceLock::new();
 
-/// Starts logging to standard error, from a thread of its own. A second call changes nothing.
+/// Starts logging to standard error, on a separate thread. A second call has no effect.
 ///
 /// # Panics
-/// With a filter that [`parse_log_filter`] refuses.
+/// When [`parse_log_filter`] refuses `filter`.
 pub fn init_logs(format: LogFormat, filter: &str) -> LogGuard {
     let filter = EnvFilter::try_new(filter).expect("checked by parse_log_filter");
     let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(MAX_WAITING_LINES);
@@ -79,7 +79,8 @@ impl Drop for LogGuard {
     }
 }
 
-/// Work that is to be done every few seconds: folds recorded values into their buckets, and counts dropped log lines.
+/// Moves recorded values into the histogram buckets and counts dropped log lines. To be called every few seconds: otherwise values
+/// accumulate in memory until /metrics is read.
 pub fn upkeep() {
     if let Some(dropped) = DROPPED_LINES.get() {
         metrics::counter!("rerankd_log_lines_dropped_total").absolute(dropped.dropped_lines() as u64);
@@ -119,25 +120,21 @@ fn describe_metrics() {
     describe_counter!("rerankd_batches_failed_total", "Batches that failed in the backend, by model");
     describe_counter!(
         "rerankd_requests_cancelled_total",
-        "Requests removed from the queue: client gone or deadline passed"
+        "Requests removed from the queue because the client disconnected or the deadline passed"
     );
     describe_counter!("rerankd_documents_total", "Documents ranked");
-    describe_counter!("rerankd_queries_truncated_total", "Queries longer than their share of the window");
-    describe_counter!("rerankd_documents_truncated_total", "Documents of which some text was not read");
-    describe_histogram!("rerankd_tokenize_seconds", Unit::Seconds, "Tokenizing time of a request");
-    describe_histogram!(
-        "rerankd_queue_seconds",
-        Unit::Seconds,
-        "Time of a request in the queue, until its first batch"
-    );
-    describe_gauge!("rerankd_tokenizer_bytes", Unit::Bytes, "Text admitted and not yet tokenized");
+    describe_counter!("rerankd_queries_truncated_total", "Queries truncated to the maximum query length");
+    describe_counter!("rerankd_documents_truncated_total", "Documents of which a part was not scored");
+    describe_histogram!("rerankd_tokenize_seconds", Unit::Seconds, "Tokenization time per request");
+    describe_histogram!("rerankd_queue_seconds", Unit::Seconds, "Time from a request's admission to its first batch");
+    describe_gauge!("rerankd_tokenizer_bytes", Unit::Bytes, "Text admitted but not yet tokenized");
     describe_counter!("rerankd_worker_restarts_total", "Workers restarted after a panic, by model");
     describe_counter!(
         "rerankd_connections_refused_total",
-        "Connections closed at once: more than the cap and its reserve"
+        "Connections closed on arrival because --max-connections was reached"
     );
-    describe_counter!("rerankd_log_lines_dropped_total", "Log lines dropped because standard error does not take them");
-    describe_counter!("rerankd_chunks_dropped_total", "Chunks beyond max_chunks_per_doc");
+    describe_counter!("rerankd_log_lines_dropped_total", "Log lines dropped because standard error was too slow");
+    describe_counter!("rerankd_chunks_dropped_total", "Chunks not scored because of max_chunks_per_doc");
 }
 
 /// A progress bar that counts bytes, on standard error. It is hidden when standard error is not a terminal.

@@ -11,9 +11,9 @@ use std::process::ExitCode;
 /// | 1 | any other failure | |
 /// | 2 | the command line, an environment variable or a value in the config file is not valid | no |
 /// | 69 | reserved for a temporary failure at start | yes, later |
-/// | 70 | the device is lost; the scheduler's worker ends the process | yes |
+/// | 70 | the device is lost or hangs; the scheduler ends the process | yes |
 /// | 78 | the settings do not fit this machine, or a model's files are missing or damaged | no |
-/// | 130 | a signal before the server listens, or a second signal during the drain | |
+/// | 130 | a second SIGTERM or SIGINT during the drain | |
 #[derive(Debug)]
 pub enum Failure {
     /// The command line is not valid, or asks for help: clap's message and exit code (2, or 0 for `--help`).

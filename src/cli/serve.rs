@@ -1,4 +1,4 @@
-//! `rerankd serve`: listen, load, answer, drain.
+//! `rerankd serve`: listens, loads the models, answers requests, and drains when a signal stops the server.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -31,13 +31,15 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
 
 async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
     let stop = stop_signal().map_err(Failure::Other)?;
-    tokio::spawn(upkeep());
+    tokio::spawn(run_upkeep());
     let server = Server::bind(settings.address).map_err(Failure::Config)?;
     let address = server.address();
     let listener = server.listen().map_err(Failure::Config)?;
-    tracing::info!("accepting connections on {address}; requests are answered with 503 until the models are loaded");
+    tracing::info!(
+        "accepting connections on http://{address}; requests are answered with 503 until the models are loaded"
+    );
     let app = App::new(settings.keys.clone(), settings.limits, settings.hosts.clone());
-    // A batch that outlives the drain ends with the process: nothing joins its worker.
+    // Leaked, so that the exit does not wait for a worker whose batch outlasts the drain.
     std::mem::forget(Arc::clone(&app));
     let mut serving = std::pin::pin!(api::serve(listener, Arc::clone(&app), settings.timeouts, stop));
     let loading = tokio::task::spawn_blocking({
@@ -57,7 +59,7 @@ async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Logs the limits, the address and a command to try.
+/// Logs the limits, the address and an example request for `model`.
 fn log_startup(settings: &ServeSettings, address: SocketAddr, model: &str) {
     let (limits, models) = (&settings.limits, &settings.models);
     tracing::info!(
@@ -84,7 +86,8 @@ fn log_startup(settings: &ServeSettings, address: SocketAddr, model: &str) {
     tracing::info!("try it: curl http://{shown}/v1/rerank{key} -d '{body}'");
 }
 
-async fn upkeep() {
+/// Runs [`telemetry::upkeep`] every 5 s.
+async fn run_upkeep() {
     let mut interval = tokio::time::interval(Duration::from_secs(5));
     loop {
         interval.tick().await;
@@ -92,7 +95,10 @@ async fn upkeep() {
     }
 }
 
-/// Resolves at the first SIGTERM or SIGINT. The second ends the process at once.
+/// Returns a future that resolves at the first SIGTERM or SIGINT. The second ends the process with exit code 130.
+///
+/// # Errors
+/// A signal handler cannot be installed.
 fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -153,9 +153,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "FILE", env = "RERANKD_API_KEY_FILE", help_heading = "Server")]
     pub api_key_file: Option<PathBuf>,
 
-    /// Host name that requests may use, beside localhost; repeat for several. Only for a server without keys on a loopback address
+    /// Host name that requests may use besides localhost; repeat it for several [default: none]
     ///
-    /// Such a server refuses other names in the Host and Origin headers, so that web pages in the user's browser cannot reach it.
+    /// Applies to a server without API keys on a loopback address. Such a server refuses other names in the Host and Origin
+    /// headers, so that web pages in the user's browser cannot use it.
     #[arg(
         long = "allowed-host",
         id = "allowed-host",
@@ -166,7 +167,7 @@ pub struct ServeArgs {
     )]
     pub allowed_hosts: Vec<String>,
 
-    /// Maximum documents of one request
+    /// Maximum documents of one request; requests with more documents are refused
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000), env = "RERANKD_MAX_DOCUMENTS", help_heading = "Limits")]
     pub max_documents: u32,
 
@@ -202,14 +203,13 @@ pub struct ServeArgs {
     )]
     pub max_queue_tokens: usize,
 
-    /// Time that waiting requests may take to compute, per model; beyond it the answer is 503 with Retry-After
+    /// Maximum estimated wait in a model's queue; above the limit, requests are answered with 503 and Retry-After
     ///
-    /// The server measures its speed and refuses what would wait longer than this, so that admitted requests are answered soon
-    /// also under overload.
+    /// The server estimates the wait from its measured speed. The limit keeps the latency of admitted requests low under overload.
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = parse_seconds, env = "RERANKD_MAX_QUEUE_WAIT", help_heading = "Limits")]
     pub max_queue_wait: f64,
 
-    /// Time for one batch; after it the process ends with exit code 70, because the device hangs
+    /// Time limit for one batch; afterwards the device counts as hung and the process ends with exit code 70
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BATCH_TIMEOUT", help_heading = "Limits")]
     pub batch_timeout: u64,
 
@@ -227,31 +227,34 @@ pub struct ServeArgs {
     )]
     pub request_timeout: u64,
 
-    /// Time for a request's header to arrive
+    /// Time limit for a request's headers to arrive
     #[arg(long, value_name = "SECONDS", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_HEADER_TIMEOUT", help_heading = "Limits")]
     pub header_timeout: u64,
 
-    /// Time that a connection may be idle between requests
+    /// Time limit for an idle connection between requests
     ///
-    /// Longer than the idle timeout of the proxies and client pools in front, so that they close connections and not the server.
+    /// Choose it longer than the idle timeout of proxies and of clients' connection pools, so that they close connections first: a
+    /// request sent while the server closes its connection fails.
     #[arg(long, value_name = "SECONDS", default_value_t = 75, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_IDLE_TIMEOUT", help_heading = "Limits")]
     pub idle_timeout: u64,
 
-    /// Time without progress in sending an answer, after which the connection is closed
+    /// Time limit without progress in sending a response; afterwards the connection is closed
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_WRITE_TIMEOUT", help_heading = "Limits")]
     pub write_timeout: u64,
 
-    /// Time for a request's body to arrive
+    /// Time limit for a request's body to arrive; afterwards it is answered with 408
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BODY_TIMEOUT", help_heading = "Limits")]
     pub body_timeout: u64,
 
-    /// Time after SIGTERM in which connections are still accepted, while /ready already fails
+    /// Time after SIGTERM during which connections are still accepted, while /ready already fails
     ///
-    /// Behind a load balancer, longer than its health check takes to notice.
+    /// Behind a load balancer, choose it longer than its health checks need to notice.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.2, value_parser = parse_seconds, env = "RERANKD_SHUTDOWN_GRACE", help_heading = "Limits")]
     pub shutdown_grace: f64,
 
-    /// Time for running requests to finish after SIGTERM; a second signal ends the process at once
+    /// Time limit for running requests to finish after SIGTERM or SIGINT
+    ///
+    /// After the limit the remaining connections are closed. A second signal ends the process at once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_DRAIN_TIMEOUT", help_heading = "Limits")]
     pub drain_timeout: u64,
 }

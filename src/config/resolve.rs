@@ -68,7 +68,7 @@ pub struct QueueSettings {
 }
 
 impl QueueSettings {
-    /// For commands that feed the queue themselves.
+    /// No limits, for commands that fill the queue themselves.
     pub const UNBOUNDED: Self =
         Self { max_tokens: usize::MAX, max_wait: Duration::MAX, batch_timeout: Duration::from_secs(86_400) };
 }
