@@ -249,9 +249,13 @@ async fn an_expired_deadline_is_a_504_and_its_queued_pairs_are_dropped() {
     for late in [first, second] {
         check_error(&late.await.unwrap(), 504, 504, "timeout_error", "20 s");
     }
-    tokio::time::resume();
     drop(gate);
-    assert_eq!(rerank(&app, body(json!(["x", "apple"]))).await.order(), [1, 0]);
+    // A runtime of its own, because the clock of this one has jumped.
+    let last = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(rerank(&app, body(json!(["x", "apple"]))))
+    });
+    assert_eq!(last.join().unwrap().order(), [1, 0]);
     assert_eq!(watch.pairs.load(Ordering::SeqCst), 3, "the first request's pair and the third's two");
 }
 
