@@ -62,8 +62,8 @@ constexpr double BOUND = 2e-5;
 #endif
 // The head's outputs are f32 sums of C terms for every element type. Measured: 1.4e-7.
 constexpr double HEAD_BOUND = 1e-6;
-// A score of 1e5 is known to 2^-24 of identity, 6e-3, in f32, and to a few times that as a sum of D products; times 1 / sqrt(D)
-// this is the error of an exponent. Measured: 3.9e-3.
+// In f32 a score of 1e5 has an error of 2^-24 of itself, 6e-3, and a few times that as a sum of D terms; multiplied by 1 / sqrt(D),
+// this is the error of the exponent. Measured: 3.9e-3.
 constexpr double HUGE_SCORES_BOUND = 2e-2;
 
 // ---------------------------------------------------------------------------------------------------------------------
