@@ -364,7 +364,7 @@ inline void check_warpgroups() {
     for (unsigned warp = 0; warp < block.threads / WARP; ++warp) {
         const Warp& own = block.warp[warp];
         if (own.started != block.warp[warp / 4 * 4].started) fail("wgmma: warp %u starts others than its warpgroup", warp);
-        if (!own.wgmma_sums.empty()) fail("wgmma: warp %u ends before its products", warp);
+        if (!own.wgmma_sums.empty()) fail("wgmma: warp %u ends before its wgmmas complete", warp);
     }
 }
 
@@ -815,7 +815,7 @@ inline void finish_wgmmas(unsigned newest) {
             WgmmaSums& sums = warp.wgmma_sums.at(wgmma.sums);
             if (--sums.pending > 0) continue;
             for (unsigned value : wgmma.sums->held()) {
-                if (value != 0xffffffff) fail("wgmma: its sums were written while it was under way");
+                if (value != 0xffffffff) fail("wgmma: its sums were written while it was pending");
             }
             wgmma.sums->hold(sums.values);
             wgmma.sums->shown = sums.values;

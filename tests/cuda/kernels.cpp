@@ -734,7 +734,7 @@ int main() {
     check_gelu_of_every_value();
 #endif
 #ifdef ELEMENT_FP8
-    for (float scale : {1.0f, 0.125f, 4096.0f}) check_quantize(3, "as it is", identity, scale);
+    for (float scale : {1.0f, 0.125f, 4096.0f}) check_quantize(3, "identity", identity, scale);
     check_quantize(0, "gelu by erf", gelu_erf, 8);
     check_quantize(1, "gelu by tanh", gelu_tanh, 8);
     check_quantize(2, "relu", relu, 8);
