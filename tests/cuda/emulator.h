@@ -1,28 +1,26 @@
-// Runs the CUDA backend's kernels on a CPU: the very text of kernels.cu, compiled by g++ with this header before it.
+// Runs the CUDA backend's kernels on a CPU: kernels.cu and its headers, compiled by g++ with this header before them.
 //
 //     g++ -std=c++17 -O2 -DEMULATED -DELEMENT_F16 -DHIDDEN_SIZE=256 -DHEAD_SIZE=64 -include emulator.h -x c++ kernels.cu
 //
-// A CUDA thread is a fiber. Blocks run one after the other; within a block a warp runs until all its lanes wait, then the
-// next warp, in an order drawn anew after each barrier. A warp's shuffles, ldmatrix and mma, and the block's __syncthreads,
-// are rendezvous of fibers.
+// A CUDA thread is a fiber. Blocks run one after the other. Within a block, a warp runs until all its lanes wait, then the next
+// warp, in a random order that changes at each barrier. Warp collectives (shuffles, ldmatrix, mma) and __syncthreads are
+// rendezvous of fibers.
 //
-// It looks for what a plain run on a CPU would hide:
-// - Shared memory is NaN bytes when a block starts, and ends at a page that cannot be touched.
-// - Asynchronous copies land as late as they may or as early as they may (`Copies`). wgmma does the opposite: it reads its
-//   operands, registers too, at once where copies are late, and at the wait where they are early. Its sums are NaN until then.
-// - wgmma finds no copy that its thread has not shown to it with a proxy fence, and no register changed since a wgmma.fence.
-// - Warps are as far apart as the barriers let them, so a missing barrier shows.
-// - Lanes of a warp that meet in different operations, barriers that are never complete, and addresses outside the block's
-//   shared memory end the process with a message.
+// It detects errors that a plain run on a CPU would hide:
+// - Shared memory is NaN bytes when a block starts, and ends at a guard page.
+// - Asynchronous copies complete as late or as early as PTX allows (`Copies`). wgmma does the opposite: it reads its operands,
+//   including registers, at once if copies are late, and at the wait if they are early. Until the wait, its sums are NaN.
+// - wgmma fails on bytes whose copy was not followed by a proxy fence, and on registers modified since the last wgmma.fence.
+// - Warps run as far apart as the barriers allow, so a missing barrier shows.
+// - Lanes of a warp that meet in different operations, barriers that never complete, and addresses outside the block's shared
+//   memory end the process with a message.
+// - TMA copies complete as late or as early as other copies. An mbarrier fails on more arrivals or bytes than it expects.
 //
-// - A box that the copy engine copies lands as a copy does, where its barrier's arrivals are all there and somebody asks; a barrier
-//   takes no more arrivals and bytes than it was started for.
+// Not modeled: lanes of a warp that run ahead of each other between two collectives (so a missing __syncwarp is not found), the
+// operands of the inline PTX (NVRTC checks those), the memory model beyond barriers and the fences above, the summation order of
+// tensor cores, and speed. Launches must come from one host thread at a time.
 //
-// It does not model: lanes of a warp that run ahead of each other between two rendezvous (so no missing __syncwarp is found), the
-// operands written in the inline assembler (NVRTC checks those), the memory model beyond barriers and
-// those fences, the tensor cores' own order of sums, or speed. Launches come from one host thread at a time.
-//
-// -DEMULATED_WGMMA_WRONG and -DEMULATED_WGMMA_SLOW make wgmma what it may turn out to be on a card, for tests of who copes.
+// -DEMULATED_WGMMA_WRONG makes wgmma give wrong results, to test the backend's numerical cross-checks.
 #pragma once
 
 #include <sys/mman.h>
@@ -42,7 +40,7 @@
 #include <utility>
 #include <vector>
 
-// Elsewhere, or with -DEMULATED_UCONTEXT, the C library switches between fibers: slower, as it saves the signal mask.
+// On other architectures, or with -DEMULATED_UCONTEXT, ucontext switches between fibers; it is slower, as it saves the signal mask.
 #if !defined(__x86_64__) && !defined(EMULATED_UCONTEXT)
 #define EMULATED_UCONTEXT
 #endif
@@ -50,16 +48,16 @@
 #include <ucontext.h>
 #endif
 
-// As in kernels.cu.
+// As in config.cuh.
 #if defined(ELEMENT_FP8) && !defined(ELEMENT_F16)
 #define ELEMENT_F16
 #endif
 
-// Nothing is exported but the kernels, so that shared objects of several configurations can live in one process.
+// Only the kernels are exported, so that a process can load shared objects of several configurations.
 #pragma GCC visibility push(hidden)
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The words of CUDA C++
+// Keywords and types of CUDA C++
 // ---------------------------------------------------------------------------------------------------------------------
 
 #define __device__ __attribute__((visibility("hidden")))
@@ -67,7 +65,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-// One block runs at a time, so its static shared memory is static; the section is poisoned when a block starts.
+// One block runs at a time, so static shared memory is a static variable. The section is filled with NaN when a block starts.
 #define __shared__ static __attribute__((section("emulated_shared")))
 #define DYNAMIC_SHARED(name) unsigned char* const name = emulated::block.shared
 
@@ -96,7 +94,7 @@ namespace emulated {
 // ---------------------------------------------------------------------------------------------------------------------
 
 #ifndef EMULATED_UCONTEXT
-// Saves the registers that a call keeps and the stack pointer at `*save`, and goes on where `resume` was saved.
+// Saves the callee-saved registers and the stack pointer at `*save`, and continues where `resume` was saved.
 extern "C" void emulated_switch(void** save, void* resume);
 asm(R"(
     .text
@@ -126,7 +124,7 @@ public:
     void prepare(unsigned char* bottom, unsigned char* top, void (*entry)()) {
         (void)bottom;
         void** stack = reinterpret_cast<void**>(top);
-        *--stack = nullptr; // where a caller's return address would be: the stack's alignment is that of a call
+        *--stack = nullptr; // in place of a return address, which gives the stack the alignment of a call
         *--stack = reinterpret_cast<void*>(entry);
         for (int saved = 0; saved < 6; ++saved) *--stack = nullptr;
         pointer = stack;
@@ -155,7 +153,7 @@ private:
 
 constexpr size_t PAGE = 4096;
 
-// Memory between two pages that cannot be touched. Lives as long as the process.
+// Memory between two guard pages. Never freed.
 inline unsigned char* map_guarded(size_t bytes) {
     void* mapped = mmap(nullptr, bytes + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (mapped == MAP_FAILED) {
@@ -171,7 +169,7 @@ inline unsigned char* map_guarded(size_t bytes) {
 // A block's state
 // ---------------------------------------------------------------------------------------------------------------------
 
-// When the bytes of an asynchronous copy arrive.
+// When asynchronous copies complete.
 enum class Copies {
     LATE, // at the wait that covers them; until then the destination is NaN bytes
     EARLY, // at once
@@ -191,11 +189,11 @@ struct Thread {
     State state = State::FINISHED;
     std::vector<Copy> open_group;
     std::vector<std::vector<Copy>> groups; // oldest first
-    std::vector<Copy> unshown; // landed, and not fenced for wgmma since
-    unsigned awaited = 0, awaited_parity = 0; // the barrier and phase of State::AT_PHASE
+    std::vector<Copy> unfenced; // completed, without a proxy fence since
+    unsigned awaited = 0, awaited_parity = 0; // the mbarrier and parity of State::AT_PHASE
 };
 
-// A copy of a box of a matrix by the copy engine: rows of 128 bytes, swizzled.
+// A TMA copy of a box of a matrix: rows of 128 bytes, swizzled.
 struct BoxCopy {
     unsigned char* to;
     const unsigned char* from;
@@ -203,23 +201,22 @@ struct BoxCopy {
     size_t stride;
 };
 
-// A barrier in shared memory with phases, and the box copies that it waits for.
+// An mbarrier, and the TMA copies that it waits for.
 struct PhaseBarrier {
     unsigned arrivals = 0, missing = 0, phase = 0;
-    long announced = 0, landed = 0; // bytes of this phase
-    std::vector<BoxCopy> under_way;
+    long expected = 0, landed = 0; // bytes of this phase
+    std::vector<BoxCopy> pending;
 };
 
 constexpr unsigned WARP = 32;
 constexpr unsigned SLOT_WORDS = 12;
 
-// What lanes bring to a collective, and take from it.
+// Inputs and outputs of a warp's lanes in a collective.
 struct Slots {
     unsigned words[WARP][SLOT_WORDS];
 };
 
-// Registers that a wgmma of this warp was given, an array in each lane, and what they held at the last wgmma.fence or as a
-// wgmma left them.
+// Registers of a wgmma operand, an array in each lane, and their values at the last wgmma.fence or after the last wgmma.
 struct Registers {
     unsigned* at[WARP];
     unsigned count;
@@ -235,39 +232,39 @@ struct Registers {
     }
 };
 
-// This warp's part of a wgmma: 16 rows of sums.
+// A warp's part of a wgmma: 16 rows of sums.
 struct Wgmma {
-    Registers *sums, *a; // without `a` it is in shared memory
+    Registers *sums, *a; // `a` is null if that operand is in shared memory
     uint64_t a_rows, b_rows;
     unsigned columns;
     bool adds, done;
 };
 
-// Sums of wgmmas that nobody has waited for: how many, and the sums. The registers hold NaN bytes.
+// Sums of pending wgmmas: the number of wgmmas, and the values. The registers hold NaN bytes meanwhile.
 struct WgmmaSums {
-    unsigned under_way;
+    unsigned pending;
     std::vector<unsigned> values;
 };
 
 struct Warp {
-    const char* collective = nullptr; // the one that lanes are gathering for
+    const char* collective = nullptr; // the collective that lanes have entered
     unsigned arrived = 0;
-    // Two by turns: a lane can be one collective ahead of another that has not read its result yet, and never two.
+    // Alternating: a lane can be at most one collective ahead of another that has not read its result yet.
     unsigned turn = 0;
     Slots slots[2];
 
     std::vector<Wgmma> open_wgmmas;
     std::vector<std::vector<Wgmma>> wgmma_groups; // oldest first
     std::map<Registers*, WgmmaSums> wgmma_sums;
-    std::map<unsigned*, Registers> registers; // by lane 0's
+    std::map<unsigned*, Registers> registers; // by lane 0's address
     bool fenced = false;
-    std::vector<uint64_t> started; // the operands of all wgmmas: the warps of a warpgroup have to start the same
+    std::vector<uint64_t> started; // the operands of all wgmmas: the warps of a warpgroup must execute the same
 };
 
 constexpr unsigned MOST_THREADS = 1024;
 constexpr size_t STACK_BYTES = 256 * 1024;
-constexpr size_t MOST_SHARED = 57 * PAGE; // 228 KiB, more than any block may have
-// Shared memory's first address, as kernels see it. Not zero, so that an offset taken for an address is found.
+constexpr size_t MOST_SHARED = 57 * PAGE; // 228 KiB, more than a block can have
+// The first shared address. Not zero, so that an offset used as an address is detected.
 constexpr unsigned SHARED_BASE = 0x400;
 
 struct Block {
@@ -280,8 +277,8 @@ struct Block {
     unsigned char* shared = nullptr;
     size_t shared_bytes = 0;
     std::map<unsigned, PhaseBarrier> barriers; // by their addresses in shared memory
-    bool barriers_shown = false; // to the copy engine
-    std::vector<bool> unshown; // 16 bytes of shared memory each: copied, and not fenced for wgmma since
+    bool barriers_fenced = false; // to TMA
+    std::vector<bool> unfenced; // per 16 bytes of shared memory: copied, without a proxy fence since
     void (*body)(void**) = nullptr;
     void** arguments = nullptr;
     FiberContext scheduler;
@@ -297,7 +294,7 @@ inline Copies copies_from_environment() {
 
 inline Copies copies = copies_from_environment();
 
-// Overrules the environment variable EMULATED_COPIES (`late`, the default, or `early`).
+// Overrides the environment variable EMULATED_COPIES (`late`, the default, or `early`).
 inline void set_copies(Copies when) { copies = when; }
 
 [[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
@@ -317,7 +314,7 @@ inline void set_copies(Copies when) { copies = when; }
 
 inline Thread& this_thread() { return block.thread[block.current]; }
 
-// Gives the processor up until the thread is ready again.
+// Yields to the scheduler until the thread is ready again.
 inline void wait_as(State state) {
     Thread& thread = this_thread();
     thread.state = state;
@@ -367,11 +364,11 @@ inline void check_warpgroups() {
     for (unsigned warp = 0; warp < block.threads / WARP; ++warp) {
         const Warp& own = block.warp[warp];
         if (own.started != block.warp[warp / 4 * 4].started) fail("wgmma: warp %u starts others than its warpgroup", warp);
-        if (!own.wgmma_sums.empty()) fail("wgmma: warp %u ends before its products", warp);
+        if (!own.wgmma_sums.empty()) fail("wgmma: warp %u ends before its wgmmas complete", warp);
     }
 }
 
-inline void land(const BoxCopy& copy) {
+inline void complete(const BoxCopy& copy) {
     for (unsigned row = 0; row < copy.rows; ++row)
         for (unsigned chunk = 0; chunk < 8; ++chunk) {
             unsigned char* to = copy.to + row * 128 + (chunk ^ row % 8) * 16;
@@ -383,28 +380,28 @@ inline void land(const BoxCopy& copy) {
         }
 }
 
-// Whether the phase of that parity is over. It ends no sooner than somebody asks.
+// Whether the phase of this parity is complete. Phases complete only when asked for.
 inline bool phase_is_over(unsigned address, unsigned parity) {
     const auto found = block.barriers.find(address);
     if (found == block.barriers.end()) fail("mbarrier: there is none at shared address %#x", address);
     PhaseBarrier& barrier = found->second;
     if (barrier.missing == 0) {
-        for (const BoxCopy& copy : barrier.under_way) {
-            if (copies == Copies::LATE) land(copy);
+        for (const BoxCopy& copy : barrier.pending) {
+            if (copies == Copies::LATE) complete(copy);
             barrier.landed += copy.rows * 128;
         }
-        barrier.under_way.clear();
-        if (barrier.landed > barrier.announced) fail("mbarrier: more bytes came than were announced");
-        if (barrier.landed == barrier.announced) {
+        barrier.pending.clear();
+        if (barrier.landed > barrier.expected) fail("mbarrier: more bytes came than were announced");
+        if (barrier.landed == barrier.expected) {
             barrier.missing = barrier.arrivals;
-            barrier.landed = barrier.announced = 0;
+            barrier.landed = barrier.expected = 0;
             ++barrier.phase;
         }
     }
     return (barrier.phase & 1) != parity;
 }
 
-// Whether any thread that awaited the end of a phase can go on.
+// Readies the threads whose phase is complete. Returns whether there were any.
 inline bool wake_at_phases() {
     bool any = false;
     for (unsigned index = 0; index < block.threads; ++index) {
@@ -419,8 +416,8 @@ inline bool wake_at_phases() {
 inline void run_block() {
     memset(block.shared, 0xff, block.shared_bytes);
     block.barriers.clear();
-    block.barriers_shown = false;
-    block.unshown.assign((block.shared_bytes + 15) / 16, false);
+    block.barriers_fenced = false;
+    block.unfenced.assign((block.shared_bytes + 15) / 16, false);
     if (__start_emulated_shared) memset(__start_emulated_shared, 0xff, __stop_emulated_shared - __start_emulated_shared);
     block.finished = block.at_barrier = 0;
     for (unsigned index = 0; index < block.threads; ++index) {
@@ -430,7 +427,7 @@ inline void run_block() {
         thread.state = State::READY;
         thread.open_group.clear();
         thread.groups.clear();
-        thread.unshown.clear();
+        thread.unfenced.clear();
     }
     std::vector<unsigned> warps(block.threads / WARP);
     for (unsigned warp = 0; warp < warps.size(); ++warp) {
@@ -460,7 +457,7 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(vo
         fail("cannot run blocks of %u threads: at most %u, in whole warps", block.threads, MOST_THREADS);
     }
     if (shared_bytes > MOST_SHARED) fail("no block has %zu bytes of shared memory", shared_bytes);
-    // It ends where the guard begins, as nearly as its alignment allows.
+    // It ends at the guard page, up to its alignment.
     block.shared_bytes = shared_bytes;
     block.shared = shared_memory + MOST_SHARED - (shared_bytes + 127) / 128 * 128;
     block.body = body;
@@ -477,8 +474,8 @@ inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, void (*body)(vo
 // Collectives
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Brings `input` of every lane of this warp together. The lane that comes last has `operation` turn the inputs into the
-// outputs, in place; each lane takes its own.
+// A warp collective. Collects `input` of every lane; the last lane runs `operation`, which replaces inputs by outputs in place. Returns
+// the lane's output.
 template <typename Output, typename Input, typename Operation>
 inline Output collective(const char* name, const Input& input, Operation operation) {
     static_assert(sizeof(Input) <= sizeof(unsigned[SLOT_WORDS]) && sizeof(Output) <= sizeof(unsigned[SLOT_WORDS]), "");
@@ -542,7 +539,7 @@ inline float __shfl_xor_sync(unsigned mask, float value, unsigned distance) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The section "The machine" of kernels.cu
+// Replacements for ptx.cuh
 // ---------------------------------------------------------------------------------------------------------------------
 
 struct alignas(64) TensorMap {
@@ -620,7 +617,7 @@ inline unsigned shared_address(const void* at) {
 
 namespace emulated {
 
-// The 16 bytes at a shared address.
+// The 16 bytes at a shared address, with checks.
 inline unsigned char* shared_chunk(unsigned address, const char* who) {
     if (address % 16 != 0) fail("%s: shared address %#x is no multiple of 16", who, address);
     if (address < SHARED_BASE || address - SHARED_BASE + 16 > block.shared_bytes) {
@@ -629,10 +626,10 @@ inline unsigned char* shared_chunk(unsigned address, const char* who) {
     return block.shared + (address - SHARED_BASE);
 }
 
-inline void land(const Copy& copy) {
+inline void complete(const Copy& copy) {
     memset(copy.to, 0, 16);
     memcpy(copy.to, copy.from, copy.bytes);
-    block.unshown[(copy.to - block.shared) / 16] = true;
+    block.unfenced[(copy.to - block.shared) / 16] = true;
 }
 
 struct FourWords {
@@ -673,7 +670,7 @@ struct Operands {
 inline float low_half(unsigned pair) { return to_float(static_cast<uint16_t>(pair)); }
 inline float high_half(unsigned pair) { return to_float(static_cast<uint16_t>(pair >> 16)); }
 
-// m16n8k16 by the fragment layouts of the PTX manual.
+// mma.m16n8k16, with the fragment layouts of the PTX manual.
 inline void mma_m16n8k16_warp(Slots& slots) {
     float a[16][16], b[16][8], sums[16][8];
     for (unsigned lane = 0; lane < WARP; ++lane) {
@@ -699,20 +696,20 @@ inline void mma_m16n8k16_warp(Slots& slots) {
         }
 }
 
-// An element of shared memory, as wgmma reads it: swizzled over 128 bytes, bits 4 to 6 of its address are XORed with 7 to 9.
+// An element of shared memory as wgmma reads it, with the 128-byte swizzle: address bits 4 to 6 are XORed with bits 7 to 9.
 inline float wgmma_element(unsigned address) {
     const unsigned swizzled = address ^ (address >> 7 & 7) << 4;
     const unsigned char* chunk = shared_chunk(swizzled & ~15u, "wgmma");
-    if (block.unshown[(chunk - block.shared) / 16]) {
-        fail("wgmma: what was copied to shared address %#x was not shown to it: no fence.proxy.async since", swizzled);
+    if (block.unfenced[(chunk - block.shared) / 16]) {
+        fail("wgmma: reads shared address %#x, which was copied without a fence.proxy.async since", swizzled);
     }
     uint16_t value;
     memcpy(&value, chunk + (swizzled & 15), sizeof value);
     return to_float(value);
 }
 
-// What a descriptor of PTX ISA 9.0, 9.7.15.5.1, says of shared memory, by the canonical layouts of an operand whose rows are of K, or
-// of M or N. Either way a row of 128 bytes is followed by the next up to the eighth.
+// An operand given by a matrix descriptor (PTX ISA 9.0, 9.7.15.5.1), in the canonical K-major or MN-major layout. In both, eight rows of
+// 128 bytes are contiguous.
 struct WgmmaOperand {
     unsigned start, stride;
 
@@ -727,7 +724,7 @@ struct WgmmaOperand {
     }
 };
 
-// By the register fragments of m64nNk16: a warp's 16 rows are laid out as in mma's m16n8k16, N / 8 times.
+// Register fragments of m64nNk16: a warp's 16 rows are laid out as in mma.m16n8k16, N / 8 times.
 inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
     static float b[16][256], a[16][16], sums[16][256];
     const unsigned columns = wgmma.columns, held = columns / 2;
@@ -758,9 +755,6 @@ inline void run_wgmma(Warp& warp, Wgmma& wgmma) {
 #ifdef EMULATED_WGMMA_WRONG
     for (float& sum : sums[5]) sum *= 1.1f;
 #endif
-#ifdef EMULATED_WGMMA_SLOW
-    usleep(100);
-#endif
     for (unsigned lane = 0; lane < WARP; ++lane)
         for (unsigned i = 0; i < held; ++i) {
             values[lane * held + i] = as_bits(sums[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i / 4 * 8 + i % 2]);
@@ -774,7 +768,7 @@ struct WgmmaOperands {
     unsigned adds, columns;
 };
 
-// The registers that the lanes name, which are as they were at the last fence.
+// The registers that the lanes pass; fails if they were modified since the last fence.
 inline Registers* given_registers(Warp& warp, const Slots& slots, unsigned* WgmmaOperands::*which, unsigned count) {
     Registers given = {{}, count, {}};
     for (unsigned lane = 0; lane < WARP; ++lane) {
@@ -783,7 +777,7 @@ inline Registers* given_registers(Warp& warp, const Slots& slots, unsigned* Wgmm
         given.at[lane] = operands.*which;
     }
     Registers& known = warp.registers.emplace(given.at[0], given).first->second;
-    if (known.count != count) known = given; // where these lie now, the compiler had others before
+    if (known.count != count) known = given; // the compiler placed other registers at this address before
     const bool in_hand = warp.wgmma_sums.count(&known) != 0;
     if (known.shown.empty()) known.shown = known.held();
     if (!in_hand && known.shown != known.held()) fail("wgmma: its registers have changed since the last wgmma.fence");
@@ -804,7 +798,7 @@ inline void start_wgmma(Slots& slots) {
                    operands.a ? given_registers(warp, slots, &WgmmaOperands::a, 4) : nullptr,
                    operands.a_rows, operands.b_rows, operands.columns, operands.adds != 0, false};
     WgmmaSums& sums = warp.wgmma_sums[wgmma.sums];
-    if (sums.under_way++ == 0) {
+    if (sums.pending++ == 0) {
         sums.values = wgmma.sums->held();
         wgmma.sums->hold(std::vector<unsigned>(sums.values.size(), 0xffffffff));
     }
@@ -819,9 +813,9 @@ inline void finish_wgmmas(unsigned newest) {
         for (Wgmma& wgmma : warp.wgmma_groups.front()) {
             if (!wgmma.done) run_wgmma(warp, wgmma);
             WgmmaSums& sums = warp.wgmma_sums.at(wgmma.sums);
-            if (--sums.under_way > 0) continue;
+            if (--sums.pending > 0) continue;
             for (unsigned value : wgmma.sums->held()) {
-                if (value != 0xffffffff) fail("wgmma: its sums were written while it was under way");
+                if (value != 0xffffffff) fail("wgmma: its sums were written while it was pending");
             }
             wgmma.sums->hold(sums.values);
             wgmma.sums->shown = sums.values;
@@ -835,8 +829,8 @@ inline void finish_wgmmas(unsigned newest) {
 
 inline void fence_proxy_async() {
     emulated::Thread& thread = emulated::this_thread();
-    for (const emulated::Copy& copy : thread.unshown) emulated::block.unshown[(copy.to - emulated::block.shared) / 16] = false;
-    thread.unshown.clear();
+    for (const emulated::Copy& copy : thread.unfenced) emulated::block.unfenced[(copy.to - emulated::block.shared) / 16] = false;
+    thread.unfenced.clear();
 }
 
 inline void wgmma_fence() {
@@ -889,14 +883,14 @@ inline void mbarrier_init(unsigned barrier, unsigned arrivals) {
     emulated::block.barriers[barrier].arrivals = emulated::block.barriers[barrier].missing = arrivals;
 }
 
-inline void fence_mbarrier_init() { emulated::block.barriers_shown = true; }
+inline void fence_mbarrier_init() { emulated::block.barriers_fenced = true; }
 
 inline void mbarrier_arrive_expect_tx(unsigned barrier, unsigned bytes) {
-    emulated::phase_is_over(barrier, 0); // ends a phase that nobody has asked about yet
+    emulated::phase_is_over(barrier, 0); // completes a pending phase first
     emulated::PhaseBarrier& its = emulated::block.barriers.at(barrier);
     if (its.missing == 0) emulated::fail("mbarrier: more arrivals than it was started for");
     --its.missing;
-    its.announced += bytes;
+    its.expected += bytes;
 }
 
 inline void mbarrier_arrive(unsigned barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
@@ -909,11 +903,11 @@ inline void mbarrier_wait_parity(unsigned barrier, unsigned parity) {
     }
 }
 
-// What the words of a TensorMap are here: the matrix's address, columns, rows and bytes a row, and the box's columns and rows.
+// Words of an emulated TensorMap: address, columns, rows and bytes per row of the matrix, then columns and rows of the box.
 inline void tma_load_2d(unsigned to, const TensorMap& map, unsigned row, unsigned column, unsigned barrier) {
     const auto [address, columns, rows, stride, box_columns, box_rows] =
         std::array<unsigned long long, 6>{map.words[0], map.words[1], map.words[2], map.words[3], map.words[4], map.words[5]};
-    if (!emulated::block.barriers_shown) emulated::fail("the copy engine was not shown the barriers");
+    if (!emulated::block.barriers_fenced) emulated::fail("TMA: no fence.mbarrier_init before the first copy");
     if (box_columns != 64 || to % 1024 != 0) emulated::fail("only boxes of rows of 128 bytes at multiples of 1024 are emulated");
     if (column + box_columns > columns || row >= rows) emulated::fail("a box at (%u, %u) is not in its matrix", row, column);
     emulated::shared_chunk(to + box_rows * 128 - 16, "cp.async.bulk.tensor");
@@ -922,11 +916,11 @@ inline void tma_load_2d(unsigned to, const TensorMap& map, unsigned row, unsigne
                                     static_cast<unsigned>(box_rows),
                                     static_cast<unsigned>(std::min(box_rows, rows - row)), static_cast<size_t>(stride)};
     if (emulated::copies == emulated::Copies::EARLY) {
-        emulated::land(copy);
+        emulated::complete(copy);
     } else {
         memset(copy.to, 0xff, copy.rows * 128);
     }
-    emulated::block.barriers.at(barrier).under_way.push_back(copy);
+    emulated::block.barriers.at(barrier).pending.push_back(copy);
 }
 
 template <unsigned REGISTERS>
@@ -943,7 +937,7 @@ inline void cp_async_16(unsigned to, const void* from, unsigned bytes) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) emulated::fail("cp.async: %p is no multiple of 16", from);
     const emulated::Copy copy = {emulated::shared_chunk(to, "cp.async"), from, bytes};
     if (emulated::copies == emulated::Copies::EARLY) {
-        emulated::land(copy);
+        emulated::complete(copy);
     } else {
         memset(copy.to, 0xff, 16);
     }
@@ -961,8 +955,8 @@ inline void cp_async_wait_group() {
     auto& groups = emulated::this_thread().groups;
     while (groups.size() > NEWEST) {
         for (const emulated::Copy& copy : groups.front()) {
-            if (emulated::copies == emulated::Copies::LATE) emulated::land(copy);
-            emulated::this_thread().unshown.push_back(copy);
+            if (emulated::copies == emulated::Copies::LATE) emulated::complete(copy);
+            emulated::this_thread().unfenced.push_back(copy);
         }
         groups.erase(groups.begin());
     }
@@ -986,7 +980,7 @@ inline void mma_m16n8k16(float (&sums)[4], const unsigned (&a)[4], unsigned b_up
 
 namespace emulated {
 
-// Calls a kernel with arguments as cuLaunchKernel takes them: each entry points at one.
+// Calls a kernel with arguments in the form of cuLaunchKernel: an array of pointers to them.
 template <auto kernel>
 struct Unpacked;
 
@@ -1003,7 +997,7 @@ private:
 
 } // namespace emulated
 
-// Exports `emulated_kernel_<name>`, to be found by dlsym.
+// Exports `emulated_kernel_<name>` for dlsym.
 #define EMULATED_KERNEL(name)                                                                                            \
     extern "C" __attribute__((visibility("default"))) void emulated_kernel_##name(                                       \
         const unsigned grid[3], const unsigned block[3], size_t shared_bytes, void** arguments) {                         \

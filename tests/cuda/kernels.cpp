@@ -1,10 +1,10 @@
-// Checks every kernel of kernels.cu on the emulator against a plain reference in double precision.
+// Checks every kernel on the emulator against a reference in double precision.
 //
 //     g++ -std=c++17 -O2 -DEMULATED -DELEMENT_F16 -DHIDDEN_SIZE=256 -DHEAD_SIZE=64 kernels.cpp && EMULATED_COPIES=late ./a.out
 //
-// One line a check. Exits 1 if a result is outside its bound, and otherwise dies where a kernel touches memory that is not
-// its own: inputs can only be read and end at a page that cannot be touched; outputs hold NaN before the launch.
-// -DKERNELS_CU='"..."' takes the kernels from another file (check.sh: from a mutated one).
+// Prints a line per check. Exits 1 if an error exceeds its bound, and 3 on an access outside a buffer: inputs are read-only and end
+// at a guard page; outputs are NaN before the launch.
+// -DKERNELS_CU='"..."' uses another kernels.cu (check.sh: one with a planted bug).
 
 #define __CUDA_ARCH_FEAT_SM90_ALL // for attention_wgmma
 
@@ -45,14 +45,13 @@ namespace {
 // Bounds
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Errors are of a row: |result - reference| / |reference|. The reference starts from the same rounded inputs, so what is left
-// is the rounding of the stored result, at most half a unit in the last place of each element (f16 4.9e-4, bf16 3.9e-3, f32
-// 6e-8); the same of attention's weights before they meet V, though averaged over the keys; and f32 arithmetic. That is
-// seen in f32 alone, and most where scores are some tens: an exponent of 50 is known to 3e-6. A wrong element of a row is
-// worth 1 / sqrt(row), 3e-2 or more. The worst of all configurations were f16 4.8e-4, bf16 4.4e-3 and f32 6.3e-6, so the
-// bounds leave a factor of two to three for another compiler's order.
+// The error of a row is |result - reference| / |reference|. The reference uses the same rounded inputs, so the error comes from
+// rounding the stored result, at most half an ulp per element (f16 4.9e-4, bf16 3.9e-3, f32 6e-8); from rounding attention's
+// weights, averaged over the keys; and from f32 arithmetic. The last matters only in f32, most for scores of some tens: an
+// exponent of 50 has an error of 3e-6. A single wrong element causes an error of 1 / sqrt(row), 3e-2 or more. The largest
+// measured errors are f16 4.8e-4, bf16 4.4e-3 and f32 6.3e-6; the bounds allow a factor of two to three for other compilers.
 #if defined(ELEMENT_F16)
-const char* const ELEMENT_NAME = FP8_GEMM ? "f16, products of e4m3" : "f16";
+const char* const ELEMENT_NAME = FP8_GEMM ? "f16, fp8 GEMMs" : "f16";
 constexpr double BOUND = 1e-3;
 #elif defined(ELEMENT_BF16)
 const char* const ELEMENT_NAME = "bf16";
@@ -61,18 +60,18 @@ constexpr double BOUND = 8e-3;
 const char* const ELEMENT_NAME = "f32";
 constexpr double BOUND = 2e-5;
 #endif
-// The head's outputs are f32 sums of C products whatever the element is, measured at 1.4e-7.
+// The head's outputs are f32 sums of C terms for every element type. Measured: 1.4e-7.
 constexpr double HEAD_BOUND = 1e-6;
-// A score of 1e5 is known to 2^-24 of identity, 6e-3, in f32, and to a few times that as a sum of D products; times 1 / sqrt(D)
-// this is the error of an exponent. Measured: 3.9e-3.
+// In f32 a score of 1e5 has an error of 2^-24 of itself, 6e-3, and a few times that as a sum of D terms; multiplied by 1 / sqrt(D),
+// this is the error of the exponent. Measured: 3.9e-3.
 constexpr double HUGE_SCORES_BOUND = 2e-2;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Buffers
 // ---------------------------------------------------------------------------------------------------------------------
 
-// `size` values that end, up to their alignment of 16 bytes, at a page that cannot be touched. All NaN bytes at first, as is
-// what lies before them. Never unmapped: a run needs little.
+// `size` values that end at a guard page, up to an alignment of 16 bytes. They and the bytes before them start as NaN bytes. Never
+// unmapped, as a run needs little memory.
 template <typename T>
 class Buffer {
 public:
@@ -90,7 +89,7 @@ public:
     bool same_bits(const Buffer& other, size_t from, size_t other_from, size_t length) const {
         return memcmp(values + from, other.values + other_from, length * sizeof(T)) == 0;
     }
-    // Whether the bytes around the values are still what they were.
+    // Whether the bytes around the values are unmodified.
     bool kept_within() const {
         const auto* first = reinterpret_cast<const unsigned char*>(values);
         const auto* last = reinterpret_cast<const unsigned char*>(values + count);
@@ -120,7 +119,7 @@ struct Grid {
     unsigned x, y;
 };
 
-// Launches as a driver would: with pointers to the arguments.
+// Launches with pointers to the arguments, like the driver.
 template <typename... Arguments>
 void launch(Kernel kernel, Grid grid, unsigned threads, size_t shared_bytes, Arguments... arguments) {
     void* pointers[] = {&arguments...};
@@ -129,7 +128,7 @@ void launch(Kernel kernel, Grid grid, unsigned threads, size_t shared_bytes, Arg
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Numbers and verdicts
+// Random values and checks
 // ---------------------------------------------------------------------------------------------------------------------
 
 std::mt19937 random_bits(7);
@@ -173,12 +172,12 @@ double as_double(float x) { return x; }
 double as_double(element x) { return value_of(x); }
 #endif
 
-void verdict(const std::string& name, bool good, const std::string& what) {
+void report(const std::string& name, bool good, const std::string& what) {
     printf("%-6s %-58s %s\n", good ? "ok" : "BREACH", name.c_str(), what.c_str());
     if (!good) ++breaches;
 }
 
-// The worst row's error against its bound. `reference` and `result` are [rows, columns].
+// Checks the worst row's error. `reference` and `result` are [rows, columns].
 template <typename T>
 void check(const std::string& name, Buffer<T>& result, const std::vector<double>& reference, size_t columns, double bound) {
     double worst = 0;
@@ -189,11 +188,11 @@ void check(const std::string& name, Buffer<T>& result, const std::vector<double>
             norm += reference[i] * reference[i];
         }
         const double relative = error == 0 ? 0 : std::sqrt(error / norm);
-        worst = relative <= worst ? worst : relative; // a NaN stays
+        worst = relative <= worst ? worst : relative; // NaN stays
     }
     char text[80];
     snprintf(text, sizeof text, "error %.1e, bound %.0e%s", worst, bound, result.kept_within() ? "" : ", WROTE BEYOND");
-    verdict(name, worst <= bound && result.kept_within(), text);
+    report(name, worst <= bound && result.kept_within(), text);
 }
 
 double value_of_e4m3(e4m3 x) {
@@ -202,8 +201,8 @@ double value_of_e4m3(e4m3 x) {
     return (x & 0x7f) == 0x7f ? NAN : x & 0x80 ? -magnitude : magnitude;
 }
 
-// An operand against `reference` times `scale`, each value by itself: half a step away at most, and 448 beyond. The twentieth
-// is for f32, which may come to the other side of a tie, and near zero is known to 1e-5 of its row's mean.
+// Checks an fp8 operand against `reference` times `scale`, value by value: an error of at most half a step, with saturation at 448. The
+// extra 5 % is for f32 errors near ties, and near zero, where the error is 1e-5 of the row's mean.
 void check_fp8_operand(const std::string& name, Buffer<e4m3>& result, const std::vector<double>& reference, double scale) {
     double worst = 0;
     for (size_t i = 0; i < reference.size(); ++i) {
@@ -214,10 +213,10 @@ void check_fp8_operand(const std::string& name, Buffer<e4m3>& result, const std:
     }
     char text[80];
     snprintf(text, sizeof text, "%.4f half steps%s", worst, result.kept_within() ? "" : ", WROTE BEYOND");
-    verdict(name, worst <= 1.05 && result.kept_within(), text);
+    report(name, worst <= 1.05 && result.kept_within(), text);
 }
 
-void check_same(const std::string& name, bool same) { verdict(name, same, same ? "same bits" : "OTHER BITS"); }
+void check_same(const std::string& name, bool same) { report(name, same, same ? "same bits" : "OTHER BITS"); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Batches
@@ -247,7 +246,7 @@ std::string lengths_text(const std::vector<u32>& lengths) {
     return std::to_string(lengths.size()) + " sequences";
 }
 
-// softmax(q k^T / sqrt(D)) v of one query and head, into `out` [D]. Rows of k and v are `stride` elements apart.
+// Adds softmax(q k^T / sqrt(D)) v of one query and head to `out` [D]. `stride` is the row stride of k and v in elements.
 void attend(const element* q, const element* k, const element* v, u32 length, size_t stride, double* out) {
     std::vector<double> weights(length), query(D);
     for (u32 i = 0; i < D; ++i) query[i] = value_of(q[i]);
@@ -271,12 +270,12 @@ constexpr u32 H = C / D;
 // Attention
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Values of Q and K, by the token's place in its sequence, 0 to 1.
+// Generates values of Q and K, given the token's relative position in its sequence, 0 to 1.
 using Values = double (*)(double place);
 double spread(double) { return normal(); }
-// The last keys score highest, by far: the maximum moves at nearly every step.
+// Scores rise along the sequence: the maximum changes at nearly every step.
 double rising(double place) { return normal() * (1 + 2 * place); }
-// Scores of about 1e5, beyond f16, that differ by some hundreds.
+// Scores of about 1e5, outside the range of f16, that differ by some hundreds.
 double huge(double) { return 40 * std::sqrt(64.0 / D) + normal(); }
 
 std::vector<element> attention_input(const Batch& batch, Values values) {
@@ -294,7 +293,7 @@ std::vector<element> attention_input(const Batch& batch, Values values) {
 struct Attention {
     const char* name;
     Kernel kernel;
-    unsigned blocks_a_tile;
+    unsigned blocks_per_tile;
     size_t shared_bytes;
 };
 
@@ -309,7 +308,7 @@ void run_attention(const Attention& attention, const Batch& batch, Buffer<elemen
     auto counts = Buffer<u32>::of(batch.counts());
     auto offsets = Buffer<u32>::of(batch.offsets);
     auto tiles = Buffer<uint2>::of(batch.tiles);
-    const auto blocks = static_cast<unsigned>((batch.tiles.size() + 2) * attention.blocks_a_tile); // two tiles too many
+    const auto blocks = static_cast<unsigned>((batch.tiles.size() + 2) * attention.blocks_per_tile); // two more tiles than needed
     launch(attention.kernel, {blocks, H}, ATTENTION_THREADS, attention.shared_bytes, counts.data(), offsets.data(), tiles.data(),
            qkv.data(), out.data(), SCALE);
 }
@@ -336,7 +335,7 @@ void check_attention_of(const char* name, const std::vector<u32>& lengths, Value
     }
 }
 
-// A sequence alone is the same bits as in company.
+// A sequence gives the same bits alone and in a batch.
 void check_attention_alone(const Attention& attention) {
     const Batch batch(MIXED_LENGTHS);
     const std::vector<element> host = attention_input(batch, spread);
@@ -352,7 +351,7 @@ void check_attention_alone(const Attention& attention) {
         run_attention(attention, alone, own, own_out);
         same = same && out.same_bits(own_out, first * C, 0, own_out.size());
     }
-    check_same(std::string(attention.name) + ", each sequence alone and in company", same);
+    check_same(std::string(attention.name) + ", each sequence alone and in a batch", same);
 }
 
 void check_attention() {
@@ -361,7 +360,7 @@ void check_attention() {
     check_attention_of("rising scores", MIXED_LENGTHS, rising, BOUND);
     check_attention_of("huge scores", {1, 130, 65}, huge, HUGE_SCORES_BOUND);
     for (const Attention& attention : ATTENTIONS) check_attention_alone(attention);
-    // Long ones, and tiles of which a warpgroup has no row.
+    // Long sequences, and tiles whose second warpgroup has no rows.
     if (D == 64 && C == 256) check_attention_of("spread scores", {1000, 192, 17}, spread, BOUND);
 }
 
@@ -435,10 +434,10 @@ void check_gather_cls() {
 // ---------------------------------------------------------------------------------------------------------------------
 
 constexpr float EPS = 1e-5f;
-// What normal numbers are multiplied by on their way to e4m3: some come to more than 448, some to steps of 2^-9.
+// Scale of fp8 operands: some of the normally distributed values exceed 448, some are subnormal.
 constexpr float OPERAND_SCALE = 128;
 
-// In place: the norm of each row of C.
+// Normalizes each row of C values in place.
 void norm_rows(std::vector<double>& rows, const std::vector<float>& weight, const std::vector<float>& bias) {
     for (size_t row = 0; row < rows.size() / C; ++row) {
         double* x = &rows[row * C];
@@ -484,7 +483,7 @@ void check_embed_norm(u32 tokens, unsigned blocks) {
     if (FP8_GEMM) check_fp8_operand(name + ", operand", operand, reference, OPERAND_SCALE);
 }
 
-// Rows with a mean far from zero, which an accumulated sum of squares would not survive; one row is constant.
+// Rows with a mean far from zero, for which a one-pass variance would cancel; one row is constant.
 void check_layer_norm(u32 rows, unsigned blocks) {
     const std::vector<float> weight = normal_floats(C, 1, 0.2), bias = normal_floats(C, 0, 0.2);
     const std::vector<element> host = filled<element>(static_cast<size_t>(rows) * C, [](size_t i) {
@@ -529,7 +528,7 @@ void check_activate(u32 function, const char* name, double (*reference_of)(doubl
         const double far[] = {0, -0.0, 30, -30, 6e4, -6e4, 1e-7, -1e-7};
         return i < 8 ? far[i] : 2 * normal();
     });
-    // The first row holds the far values, whose norm hides that row's others; the rows after it are ordinary.
+    // The first row has extreme values, which dominate its norm; the other rows are ordinary.
     std::vector<double> reference;
     for (element x : host) reference.push_back(reference_of(value_of(x)));
     auto rows_in = Buffer<u32>::of({rows});
@@ -542,7 +541,7 @@ void check_activate(u32 function, const char* name, double (*reference_of)(doubl
 #ifdef HAS_GEMM_WGMMA
 double identity_or_gelu(u32 function, double x) { return function == 0 ? gelu_erf(x) : x; }
 
-// Tiles of several kinds of place, more of them than blocks and fewer, and products deeper than the stages.
+// Covers more and fewer tiles than blocks, and more depth steps than pipeline stages.
 void check_gemm(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_residual, unsigned blocks) {
     const auto spread = [](double size) { return [size](size_t) { return size * normal(); }; };
     const auto x = filled<element>(size_t(rows) * inputs, spread(1));
@@ -573,7 +572,7 @@ void check_gemm(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_resid
 #endif
 
 #ifndef ELEMENT_F32
-// Every finite value that an element has: gelu by erf is off by its result's rounding and by what its formula is, no more.
+// Erf GELU of every finite value: the error is at most rounding plus the approximation's error.
 void check_gelu_of_every_value() {
 #ifdef ELEMENT_BF16
     const double rounding = 0x1p-8;
@@ -588,27 +587,27 @@ void check_gelu_of_every_value() {
     auto x = Buffer<element>::unset(host.size());
     std::copy(host.begin(), host.end(), x.data());
     launch(emulated_kernel_activate, {8, 1}, 256, 0, rows_in.data(), 8u, 0u, x.data());
-    bool near = true;
+    bool within_bound = true;
     for (size_t i = 0; i < host.size(); ++i) {
         const double wanted = gelu_erf(value_of(host[i])), size = std::fabs(wanted);
-        near = near && std::fabs(value_of(x[i]) - wanted) <= size * rounding + std::min(1e-5, 1.4e-4 * size + 4e-6) + 0x1p-25;
+        within_bound = within_bound && std::fabs(value_of(x[i]) - wanted) <= size * rounding + std::min(1e-5, 1.4e-4 * size + 4e-6) + 0x1p-25;
     }
-    near = near && x.kept_within();
-    verdict("activate, gelu by erf of every value", near, near ? "within its bound" : "TOO FAR");
+    within_bound = within_bound && x.kept_within();
+    report("activate, gelu by erf of every value", within_bound, within_bound ? "within its bound" : "TOO FAR");
 }
 #endif
 
 #ifdef ELEMENT_FP8
 double identity(double x) { return x; }
 
-// Every finite f16 is among the values, and so every tie of e4m3 and all that lies beyond it.
+// The values include every finite f16, so every tie of e4m3 and values that saturate.
 void check_quantize(u32 function, const char* name, double (*reference_of)(double), float scale) {
     const u32 rows = 8, columns = 2 * 31 * 256;
     const std::vector<element> host =
         filled<element>(rows * columns, [](size_t i) { return value_of(static_cast<u16>(i % 0x7c00 | i / 0x7c00 << 15)); });
     std::vector<double> reference;
     for (element x : host) reference.push_back(reference_of(value_of(x)));
-    auto rows_in = Buffer<u32>::of({rows / 2}); // half of the rows are there: all magnitudes, of both signs
+    auto rows_in = Buffer<u32>::of({rows / 2}); // only half of the rows: all magnitudes, of both signs
     auto x = Buffer<element>::of(host);
     auto out = Buffer<e4m3>::unset(host.size() / 2);
     reference.resize(out.size());
@@ -616,7 +615,7 @@ void check_quantize(u32 function, const char* name, double (*reference_of)(doubl
     const std::string what = std::string("quantize, ") + name + ", scale " + std::to_string(scale);
     check_fp8_operand(what, out, reference, scale);
     if (function != 3) return;
-    // Nothing is rounded before e4m3 here, so a tie goes to the even neighbour: half a step exactly, and an even number.
+    // With identity nothing is rounded before e4m3, so an error of exactly half a step must come with an even result.
     bool even = true;
     for (size_t i = 0; i < reference.size(); ++i) {
         const double wanted = reference[i] * scale, step = std::fabs(value_of_e4m3(out[i] ^ 1) - value_of_e4m3(out[i]));
@@ -650,8 +649,8 @@ void check_head(u32 rows, unsigned blocks) {
     const std::string of = ", " + std::to_string(rows) + " rows, grid " + std::to_string(blocks);
     check("head_dense" + of, out, dense, C, HEAD_BOUND);
 
-    // The second product is held against the first one's own floats, and its error against the sum of magnitudes: a logit
-    // may be near zero.
+    // The reference of the second layer uses the first layer's actual output. The error is relative to the sum of magnitudes, because a
+    // logit can be near zero.
     auto logit_weight = Buffer<float>::of(out_weight);
     auto logit_bias = Buffer<float>::of({0.25f});
     auto logits = Buffer<float>::unset(rows);
@@ -670,7 +669,7 @@ void check_head(u32 rows, unsigned blocks) {
     }
     char text[80];
     snprintf(text, sizeof text, "error %.1e, bound %.0e", worst, HEAD_BOUND);
-    verdict("head_out" + of, worst <= HEAD_BOUND && logits.kept_within(), text);
+    report("head_out" + of, worst <= HEAD_BOUND && logits.kept_within(), text);
 }
 
 void check_to_f32(u32 rows, u32 columns) {
@@ -686,7 +685,7 @@ void check_to_f32(u32 rows, u32 columns) {
 
 void report_bad_access(int, siginfo_t* info, void*) {
     fflush(stdout);
-    fprintf(stderr, "emulator: block (%u, %u), thread %u touched %p, which is not its own\n", blockIdx.x, blockIdx.y,
+    fprintf(stderr, "emulator: block (%u, %u), thread %u accessed %p outside its buffers\n", blockIdx.x, blockIdx.y,
             emulated::block.current, info->si_addr);
     _exit(3);
 }
@@ -694,7 +693,7 @@ void report_bad_access(int, siginfo_t* info, void*) {
 } // namespace
 
 int main() {
-    // On a stack of its own: a fiber that overran its stack has none left.
+    // On its own stack, as a fiber may have overflowed its stack.
     static unsigned char signal_stack[64 * 1024];
     stack_t stack = {};
     stack.ss_sp = signal_stack;
@@ -706,7 +705,7 @@ int main() {
     sigaction(SIGSEGV, &action, nullptr);
     sigaction(SIGBUS, &action, nullptr);
 
-    printf("kernels, %s, C = %u, D = %u, copies land %s\n", ELEMENT_NAME, C, D,
+    printf("kernels, %s, C = %u, D = %u, copies complete %s\n", ELEMENT_NAME, C, D,
            emulated::copies == emulated::Copies::LATE ? "late" : "early");
     for (u32 rows : {1, 7, 8, 9, 37}) {
         check_embed_norm(rows, rows % 3 + 1);
@@ -725,7 +724,7 @@ int main() {
         check_gemm(256, 512, 320, 0, false, 3);
         check_gemm(384, 256, 192, 3, true, 2);
         check_gemm(128, 512, 128, 0, false, 5);
-        check_gemm(384, 512, 64, 0, false, 2); // three tiles a block: every barrier's parity comes back
+        check_gemm(384, 512, 64, 0, false, 2); // three tiles per block: every mbarrier's parity repeats
     }
 #endif
     check_activate(0, "gelu by erf", gelu_erf);
@@ -735,7 +734,7 @@ int main() {
     check_gelu_of_every_value();
 #endif
 #ifdef ELEMENT_FP8
-    for (float scale : {1.0f, 0.125f, 4096.0f}) check_quantize(3, "as it is", identity, scale);
+    for (float scale : {1.0f, 0.125f, 4096.0f}) check_quantize(3, "identity", identity, scale);
     check_quantize(0, "gelu by erf", gelu_erf, 8);
     check_quantize(1, "gelu by tanh", gelu_tanh, 8);
     check_quantize(2, "relu", relu, 8);

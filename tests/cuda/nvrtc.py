@@ -1,9 +1,9 @@
 """Compiles the CUDA backend's kernels with NVRTC for every architecture, element and head size; needs no GPU.
 
 Usage: nvrtc.py FOLDER_OF_LIBNVRTC FOLDER_OF_KERNELS
-Prints a line a program, and for sm_90a what ptxas says of each kernel. Exits 1 if anything does not compile, if an attention
-kernel spills registers to memory anywhere, or if ptxas makes wgmmas wait for each other. Where there is a disassembler
-(cuobjdump, of CUDA or of Triton's wheel), also if an instruction touches registers that a wgmma under way reads or writes.
+Prints a line per program, and for sm_90a ptxas's statistics of each kernel. Exits 1 if anything does not compile, if an attention
+or GEMM kernel spills registers, or if ptxas serializes wgmmas. With a disassembler (cuobjdump, from CUDA or Triton's wheel) also
+if an instruction touches registers that a wgmma in flight reads or writes.
 """
 
 import ctypes
@@ -17,19 +17,19 @@ import tempfile
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
 ELEMENTS = ["F16", "BF16", "F32", "FP8"]
-# Numbers of eight bits came with sm_89.
-ABSENT = [("sm_80", "FP8")]
-# (C, D): the sizes of the models served, and for every architecture; then shapes that deal rows to lanes unevenly.
+# fp8 needs sm_89.
+UNSUPPORTED = [("sm_80", "FP8")]
+# (C, D). SHAPES, of served models, are compiled for every architecture; MORE_SHAPES, some with uneven rows per lane, for DETAILED.
 SHAPES = [(1024, 64), (384, 32)]
 MORE_SHAPES = [(256, 32), (256, 64), (384, 64), (768, 64), (768, 32), (1024, 32), (96, 32), (72, 32)]
 DETAILED = "sm_90a"
-# Kernels whose registers are counted and whose machine code is looked at.
-INTRICATE = ("attention", "attention_wgmma", "gemm_wgmma")
+# Kernels whose registers and machine code are checked.
+CHECKED_KERNELS = ("attention", "attention_wgmma", "gemm_wgmma")
 
 
 class Nvrtc:
     def __init__(self, folder):
-        # libnvrtc looks its builtins up by name when it compiles: they must be loaded before it.
+        # libnvrtc looks up its builtins by name when it compiles, so they must be loaded first.
         for name in ["libnvrtc-builtins.so.*", "libnvrtc.so.*"]:
             found = [path for path in sorted(glob.glob(os.path.join(folder, name))) if ".alt." not in path]
             if not found:
@@ -69,8 +69,8 @@ class Nvrtc:
             self.library.nvrtcDestroyProgram(ctypes.byref(program))
 
 
-def kernel_facts(log):
-    """What `ptxas -v` said: {kernel: (registers, spilled bytes stored, loaded, static shared bytes)}"""
+def kernel_statistics(log):
+    """Parses `ptxas -v`: {kernel: (registers, spill store bytes, spill load bytes, static shared bytes)}."""
     facts = {}
     kernel, spills = None, (0, 0)
     for line in log.splitlines():
@@ -109,13 +109,13 @@ def machine_code(cuobjdump, cubin):
     return kernels
 
 
-def touched_under_way(code):
-    """Instructions that touch a wgmma's sums, or write its first operand, before a wait for it, along every path of a kernel. ptxas
-    takes the operand's registers for free as soon as the product has started, and it has no say when that has read them."""
+def touched_in_flight(code):
+    """Instructions that touch the sums of a wgmma, or write its first operand, before the wait for it, along every path of a kernel.
+    ptxas may reuse the operand's registers as soon as the wgmma has started, although it may not have read them yet."""
     place = {address: i for i, (address, *_) in enumerate(code)}
     found, seen, todo = set(), set(), [(0, (), ())]
     while todo:
-        i, started, groups = todo.pop()  # products in no group yet, and groups, each as first registers of sums and operand
+        i, started, groups = todo.pop()  # uncommitted wgmmas, and groups; each wgmma as first registers of sums and operand
         while i < len(code) and (i, started, groups) not in seen:
             seen.add((i, started, groups))
             address, predicate, operation, rest = code[i]
@@ -144,10 +144,10 @@ def touched_under_way(code):
                 width = 4 if ".128" in operation or ".M88.4" in operation else 2 if "WIDE" in operation or ".64" in operation else 1
                 stores = operation.startswith(("ST", "LDGSTS", "RED"))
                 written = set(range(int(target[1]), int(target[1]) + width)) if target and not stores else set()
-                for sums, count, operand in (product for group in (*groups, started) for product in group):
-                    its_sums = set(range(sums, sums + count))
-                    its_operand = set() if operand is None else set(range(operand, operand + 4))
-                    if (named | written) & its_sums or written & its_operand:
+                for sums, count, operand in (wgmma for group in (*groups, started) for wgmma in group):
+                    sum_registers = set(range(sums, sums + count))
+                    operand_registers = set() if operand is None else set(range(operand, operand + 4))
+                    if (named | written) & sum_registers or written & operand_registers:
                         found.add(f"{address:04x} {operation} {rest}")
     return sorted(found)
 
@@ -162,19 +162,19 @@ def main():
     cuobjdump = disassembler()
     print(f"NVRTC {nvrtc.version()}")
     if cuobjdump is None:
-        print("SKIPPED: no cuobjdump, so the machine code is not looked at")
+        print("SKIPPED: no cuobjdump, so the machine code is not checked")
 
     failures = 0
     details = []
     for architecture in ARCHITECTURES:
         for hidden, head in SHAPES + (MORE_SHAPES if architecture == DETAILED else []):
             for element in ELEMENTS:
-                if (architecture, element) in ABSENT:
+                if (architecture, element) in UNSUPPORTED:
                     continue
                 options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
                 options += [f"-DELEMENT_{element}", f"-DHIDDEN_SIZE={hidden}", f"-DHEAD_SIZE={head}"]
                 compiled, cubin, log = nvrtc.compile(sources, options)
-                facts = kernel_facts(log)
+                facts = kernel_statistics(log)
                 name = f"{architecture:7} {element:4} C={hidden:<4} D={head}"
                 warnings = [line for line in log.splitlines() if "warning" in line or "serialized" in line]
                 kernels = ["attention"]
@@ -184,13 +184,13 @@ def main():
                     kernels.append("gemm_wgmma")
                 if cuobjdump and len(kernels) > 1:
                     code = machine_code(cuobjdump, cubin)
-                    warnings += [line for kernel in kernels[1:] for line in touched_under_way(code[kernel])[:3]]
+                    warnings += [line for kernel in kernels[1:] for line in touched_in_flight(code[kernel])[:3]]
                 if not compiled:
                     failures += 1
                     print(f"{name}  FAILED\n{log}")
-                elif [kernel for kernel in INTRICATE if kernel in facts] != kernels:
+                elif [kernel for kernel in CHECKED_KERNELS if kernel in facts] != kernels:
                     failures += 1
-                    print(f"{name}  FAILED: ptxas said nothing of {kernels}, or of more\n{log}")
+                    print(f"{name}  FAILED: ptxas did not report exactly {kernels}\n{log}")
                 elif any(any(facts[kernel][1:3]) for kernel in kernels) or warnings:
                     failures += 1
                     print(f"{name}  FAILED: {[(k, facts[k]) for k in kernels]} (registers, spills, shared) {warnings}")

@@ -20,10 +20,10 @@ constexpr u32 WARPGROUP_SUMS_BYTES = WARPGROUP_ROWS * SUMS_ROW_BYTES;
 
 // Layout of shared memory, as offsets: the tiles of x and W of each stage, the sums of each warpgroup, and the mbarriers.
 constexpr u32 SUMS_START = GEMM_STAGES * GEMM_STAGE_BYTES;
-constexpr u32 FULL_BARRIERS = SUMS_START + 2 * WARPGROUP_SUMS_BYTES;      // per stage: its tiles are complete
-constexpr u32 EMPTY_BARRIERS = FULL_BARRIERS + 8 * GEMM_STAGES; // per stage: its tiles may be overwritten
-constexpr u32 SUMS_READY_BARRIERS = EMPTY_BARRIERS + 8 * GEMM_STAGES; // per warpgroup: its sums are complete
-constexpr u32 SUMS_FREE_BARRIERS = SUMS_READY_BARRIERS + 8 * 2;              // per warpgroup: its sums may be overwritten
+constexpr u32 FULL_BARRIERS = SUMS_START + 2 * WARPGROUP_SUMS_BYTES;            // per stage: its tiles are complete
+constexpr u32 EMPTY_BARRIERS = FULL_BARRIERS + 8 * GEMM_STAGES;                 // per stage: its tiles may be overwritten
+constexpr u32 SUMS_READY_BARRIERS = EMPTY_BARRIERS + 8 * GEMM_STAGES;           // per warpgroup: its sums are complete
+constexpr u32 SUMS_FREE_BARRIERS = SUMS_READY_BARRIERS + 8 * 2;                 // per warpgroup: its sums may be overwritten
 // Dynamic shared memory of a launch.
 constexpr u32 GEMM_SHARED_BYTES = SUMS_FREE_BARRIERS + 8 * 2;
 static_assert(GEMM_SHARED_BYTES <= 227 * 1024, "");
