@@ -45,8 +45,8 @@ pub(super) struct Args {
     json: bool,
     /// Show where the time goes, operation by operation, a batch at a time
     ///
-    /// "least" is what an operation would take at the device's own limits, which are measured first: of its multipliers, and
-    /// on a card of its memory.
+    /// "roofline ms" is the least possible time of an operation at the device's peak rates, which are measured first: compute,
+    /// and on a GPU also memory bandwidth.
     #[arg(long, conflicts_with = "json")]
     profile: bool,
     #[command(flatten)]
@@ -164,9 +164,9 @@ fn explain(
 ) -> Result<(), Failure> {
     let bar = telemetry::progress_count(u64::from(runs + 1) * workloads.len() as u64, "measuring");
     let mut text = String::new();
-    if let Some(Roofline { gemms: products, attention, memory }) = profile.roofline() {
+    if let Some(Roofline { gemms, attention, memory }) = profile.roofline() {
         let tera = |operations: f64| format!("{:.2} Top/s", operations / 1e12);
-        text += &format!("This device does at most {} in products, {} in attention", tera(products), tera(attention));
+        text += &format!("Measured peak of this device: {} in GEMMs, {} in attention", tera(gemms), tera(attention));
         text += &memory.map_or(String::new(), |memory| format!(", {:.0} GB/s", memory.bytes / 1e9));
         text += ".\n";
     }
