@@ -1,7 +1,9 @@
-//! Throughput of the encoder without HTTP, tokenizer and scheduler, in tokens per second, for model shapes and workloads.
+//! Throughput of the encoder without HTTP, tokenizer and scheduler, in tokens per second, for model shapes and
+//! workloads.
 //!
 //! Run with `cargo bench --bench encoder`. `RERANKD_BENCH_SHAPES=minilm,base,large` selects shapes (default minilm) and
-//! `RERANKD_BENCH_ENGINES=f32,bf16,int8,candle` engines (default all). Weights are random: speed does not depend on them.
+//! `RERANKD_BENCH_ENGINES=f32,bf16,int8,candle` engines (default all). Weights are random: speed does not depend on
+//! them.
 
 #![allow(missing_docs, reason = "criterion writes the functions")]
 

@@ -1,7 +1,7 @@
 //! A pair of token id sequences, and a packed batch of pairs.
 //!
-//! Letters for shapes, in the whole crate: T tokens in a batch, S sequences, C hidden size, H heads, D head size (C = H * D),
-//! F feed-forward size. Batches are packed, not padded: T ids, and S + 1 offsets that divide them into sequences.
+//! Letters for shapes, in the whole crate: T tokens in a batch, S sequences, C hidden size, H heads, D head size (C = H
+//! * D), F feed-forward size. Batches are packed, not padded: T ids, and S + 1 offsets that divide them into sequences.
 
 use std::ops::Range;
 

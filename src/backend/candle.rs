@@ -17,16 +17,17 @@ use super::{
 };
 use crate::batch::Batch;
 
-/// Query rows per block of attention. The scores of a block are `[H, 256, L]` f32 for a sequence of L tokens: 128 MiB at 16
-/// heads and 8192 tokens, where the whole matrix would be 4 GiB. Blocks start at the sequence's first row, so results do not
-/// depend on the batch.
+/// Query rows per block of attention. The scores of a block are `[H, 256, L]` f32 for a sequence of L tokens: 128 MiB
+/// at 16 heads and 8192 tokens, where the whole matrix would be 4 GiB. Blocks start at the sequence's first row, so
+/// results do not depend on the batch.
 const ATTENTION_ROWS: usize = 256;
 
 /// The candle backend on one device.
 #[derive(Debug, Clone)]
 pub struct CandleBackend {
     device: Device,
-    /// The threads of candle's GEMMs. By default, candle would start one per core of the host and ignore the container's quota.
+    /// The threads of candle's GEMMs. By default, candle would start one per core of the host and ignore the
+    /// container's quota.
     pool: Arc<ThreadPool>,
 }
 
@@ -220,8 +221,9 @@ impl Timed for CandleBackend {
 
 /// `x weight`, batch-invariant: each row of the result is bitwise the same whatever the other rows are.
 ///
-/// The crate gemm, which candle uses, has separate kernels for a single row and for a single column, which sum in another
-/// order. So a single row is duplicated first, and a single column is computed as a sum of element-wise products.
+/// The crate gemm, which candle uses, has separate kernels for a single row and for a single column, which sum in
+/// another order. So a single row is duplicated first, and a single column is computed as a sum of element-wise
+/// products.
 fn matmul(x: &Tensor, weight: &Tensor) -> candle_core::Result<Tensor> {
     if weight.dim(1)? == 1 {
         return x.broadcast_mul(&weight.t()?)?.sum_keepdim(D::Minus1);

@@ -1,13 +1,13 @@
-//! The trait [`Backend`]: some ten fused operations over packed buffers. All computation is behind it, and no model is known
-//! here.
+//! The trait [`Backend`]: some ten fused operations over packed buffers. All computation is behind it, and no model is
+//! known here.
 //!
-//! An architecture is a graph over these operations (`encoder`); a device is an implementation of them. [`candle`] is the
-//! portable backend and the reference: the same property tests compare every other backend with it. [`profile`] wraps a
-//! backend and times its operations.
+//! An architecture is a graph over these operations (`encoder`); a device is an implementation of them. [`candle`] is
+//! the portable backend and the reference: the same property tests compare every other backend with it. [`profile`]
+//! wraps a backend and times its operations.
 //!
-//! A backend decides how to parallelize. [`Backend::run`] may split a batch between sequences and run the graph on several
-//! parts at the same time. Each run of the graph has its own [`Backend::ExecContext`] (a thread, or a stream and workspace),
-//! which the graph passes to every operation.
+//! A backend decides how to parallelize. [`Backend::run`] may split a batch between sequences and run the graph on
+//! several parts at the same time. Each run of the graph has its own [`Backend::ExecContext`] (a thread, or a stream
+//! and workspace), which the graph passes to every operation.
 
 pub mod candle;
 pub mod cpu;
@@ -33,7 +33,8 @@ pub struct HostTensor {
 pub struct EmbeddingTables {
     /// `[vocabulary, C]`
     pub words: HostTensor,
-    /// `[positions, C]`. Row 0 is for a sequence's first token: the unused first rows of a RoBERTa checkpoint are removed at load.
+    /// `[positions, C]`. Row 0 is for a sequence's first token: the unused first rows of a RoBERTa checkpoint are
+    /// removed at load.
     pub positions: HostTensor,
     /// `[types, C]`
     pub types: HostTensor,
@@ -163,9 +164,11 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Loads a layer norm to the device.
     fn norm(&self, weights: NormWeights) -> Result<Self::Norm, BackendError>;
 
-    /// Runs `graph` over `batch`, as a whole or in parts split between sequences. Returns the logits `[S]` in the batch's order.
+    /// Runs `graph` over `batch`, as a whole or in parts split between sequences. Returns the logits `[S]` in the
+    /// batch's order.
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError>;
-    /// As [`Backend::run`], but always calls `graph`. `run` may instead replay a recorded launch sequence (a CUDA graph).
+    /// As [`Backend::run`], but always calls `graph`. `run` may instead replay a recorded launch sequence (a CUDA
+    /// graph).
     fn run_observed(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         self.run(batch, graph)
     }
@@ -177,7 +180,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
         weights: &Self::Embeddings,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
-    /// A linear layer, `epilogue(x W^T)`, for the rows `outputs` of W. `x` is `[rows, inputs]`; returns `[rows, outputs.len()]`.
+    /// A linear layer, `epilogue(x W^T)`, for the rows `outputs` of W. `x` is `[rows, inputs]`; returns `[rows,
+    /// outputs.len()]`.
     fn apply(
         &self,
         ctx: &Self::ExecContext,
@@ -201,8 +205,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
         qkv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Attention of each sequence's first token (CLS) to all tokens of its sequence. `q` is `[S, C]`, `kv` is `[T, 2C]`; returns
-    /// `[S, C]`.
+    /// Attention of each sequence's first token (CLS) to all tokens of its sequence. `q` is `[S, C]`, `kv` is `[T,
+    /// 2C]`; returns `[S, C]`.
     fn cls_attention(
         &self,
         ctx: &Self::ExecContext,
@@ -232,8 +236,8 @@ pub trait Timed: Backend {
     /// # Errors
     /// The device fails.
     fn record_event(&self, ctx: &Self::ExecContext) -> Result<Self::Event, BackendError>;
-    /// Seconds of the whole device between two events of one execution context. Called after the run that recorded them: if the
-    /// context uses 1 of N threads, this is 1/N of the elapsed time.
+    /// Seconds of the whole device between two events of one execution context. Called after the run that recorded
+    /// them: if the context uses 1 of N threads, this is 1/N of the elapsed time.
     ///
     /// # Errors
     /// The device fails.

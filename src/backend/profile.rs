@@ -88,8 +88,8 @@ impl Profile {
     }
 }
 
-/// A backend whose operations are timed. Runs must not overlap: their operations would share the device, and each time would
-/// include the other's.
+/// A backend whose operations are timed. Runs must not overlap: their operations would share the device, and each time
+/// would include the other's.
 pub struct Profiled<B: Timed> {
     inner: B,
     profile: Arc<Profile>,

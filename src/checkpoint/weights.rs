@@ -1,8 +1,8 @@
 //! Checkpoint files -> [`HostTensor`]s, one at a time, each checked against the shape that the graph expects before
 //! memory is reserved for it.
 //!
-//! safetensors (one file, or shards with an index) are read, not memory-mapped: a file that is truncated or replaced while
-//! it is read is an error, not a SIGBUS. pytorch_model.bin is read by candle's pickle reader, which runs no code.
+//! safetensors (one file, or shards with an index) are read, not memory-mapped: a file that is truncated or replaced
+//! while it is read is an error, not a SIGBUS. pytorch_model.bin is read by candle's pickle reader, which runs no code.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -29,15 +29,16 @@ const MAX_INDEX_BYTES: u64 = MAX_HEADER_BYTES;
 /// Bytes per read. A multiple of every float type's width.
 const BLOCK_BYTES: usize = 1 << 20;
 
-/// The largest magnitude of a weight. Trained weights stay below some hundreds; a flipped high exponent bit multiplies a
-/// weight by 2^128, which is often still finite.
+/// The largest magnitude of a weight. Trained weights stay below some hundreds; a flipped high exponent bit multiplies
+/// a weight by 2^128, which is often still finite.
 const MAX_MAGNITUDE: f32 = 1e9;
 
 /// Where a checkpoint is read from: a file, or bytes embedded in the binary.
 trait ReadSeek: Read + Seek + Send {}
 impl<T: Read + Seek + Send> ReadSeek for T {}
 
-/// An open checkpoint. The graph takes its tensors by name; [`Weights::finish`] then reports tensors that were not taken.
+/// An open checkpoint. The graph takes its tensors by name; [`Weights::finish`] then reports tensors that were not
+/// taken.
 pub struct Weights {
     files: Vec<CheckpointFile>,
     index: HashMap<String, usize>,
@@ -302,14 +303,15 @@ impl CheckpointFile {
     }
 }
 
-/// Turns a panic of candle's pickle reader into an error. The reader runs no code of the file, but some damaged files make
-/// it panic.
+/// Turns a panic of candle's pickle reader into an error. The reader runs no code of the file, but some damaged files
+/// make it panic.
 fn without_panic<T>(read: impl FnOnce() -> candle_core::Result<T>) -> Result<T> {
     let outcome = catch_unwind(AssertUnwindSafe(read));
     Ok(outcome.map_err(|_| anyhow!("its pickle is damaged"))??)
 }
 
-/// Rejects tensors that are larger than their file, before memory is reserved for them. PyTorch stores data uncompressed.
+/// Rejects tensors that are larger than their file, before memory is reserved for them. PyTorch stores data
+/// uncompressed.
 fn check_pickle_sizes(tensors: &PthTensors, file_bytes: u64) -> Result<()> {
     for (name, info) in tensors.tensor_infos() {
         let mut sizes = info.layout.dims().iter().map(|&size| size as u64);
@@ -345,7 +347,8 @@ fn read_header(source: &mut Box<dyn ReadSeek>) -> Result<(u64, Metadata)> {
     Ok((data_start, metadata))
 }
 
-/// Reads `bytes` bytes of little-endian floats as f32, a block at a time, so that only the f32 values are in memory whole.
+/// Reads `bytes` bytes of little-endian floats as f32, a block at a time, so that only the f32 values are in memory
+/// whole.
 fn read_floats(source: &mut dyn ReadSeek, dtype: Dtype, bytes: usize) -> Result<Vec<f32>> {
     type Convert = fn(&[u8], &mut Vec<f32>);
     let (width, convert): (usize, Convert) = match dtype {

@@ -177,8 +177,8 @@ impl<B: Backend> Layer<B> {
         self.after_attention(backend, ctx, &context, hidden)
     }
 
-    /// The layer for first tokens (CLS) only, which is all that the head reads: `[T, C]` to `[S, C]`. Keys and values are still
-    /// those of every token.
+    /// The layer for first tokens (CLS) only, which is all that the head reads: `[T, C]` to `[S, C]`. Keys and values
+    /// are still those of every token.
     fn forward_cls(
         &self,
         backend: &B,
@@ -223,7 +223,8 @@ fn embedding_tables(config: &ModelConfig, weights: &mut Weights, prefix: &str) -
     let words = table("word", config.vocab_size)?;
     let stored = table("position", config.position_rows)?;
     let types = table("token_type", config.type_vocab_size)?;
-    // RoBERTa's positions start at pad_token_id + 1. The rows before are removed, so that positions start at 0 everywhere.
+    // RoBERTa's positions start at pad_token_id + 1. The rows before are removed, so that positions start at 0
+    // everywhere.
     let positions =
         HostTensor { shape: vec![config.max_window(), c], data: stored.data[config.position_offset * c..].to_vec() };
     Ok(EmbeddingTables {

@@ -6,8 +6,8 @@ use crate::backend::{Activation, Backend, BackendError, Epilogue, LayerRole};
 use crate::checkpoint::config::{Architecture, ModelConfig};
 use crate::checkpoint::weights::Weights;
 
-/// `out(tanh(dense(cls)))`. The layers are named pooler and classifier in BERT, and classifier.dense and classifier.out_proj in
-/// RoBERTa.
+/// `out(tanh(dense(cls)))`. The layers are named pooler and classifier in BERT, and classifier.dense and
+/// classifier.out_proj in RoBERTa.
 pub(super) struct Head<B: Backend> {
     dense: B::Linear,
     out: B::Linear,

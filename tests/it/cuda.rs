@@ -121,10 +121,10 @@ fn a_profile_lists_every_operation_with_its_time() {
     let Some(output) = on_standin(&[&arguments[..], &["--max-batch-tokens", "64"]].concat(), &[], "") else { return };
     let table = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    assert!(table.starts_with("This device does at most ") && table.contains(" GB/s."), "{table}");
-    // One batch: three layers with full attention and a last layer that computes first tokens only.
+    assert!(table.starts_with("Measured device maximum: ") && table.contains(" GB/s of memory bandwidth."), "{table}");
+    // One batch: three layers with full attention, and a last layer that computes CLS tokens only.
     let two = table.split("\ntwo: 2 pairs, 129 tokens").nth(1).unwrap();
-    for (name, calls) in [("attention", 3), ("layer norm", 6), ("first tokens: attention", 1), ("embeddings", 1)] {
+    for (name, calls) in [("attention", 3), ("layer norm", 6), ("CLS: attention", 1), ("embeddings", 1)] {
         let row: Vec<&str> = two.lines().find_map(|line| line.strip_prefix(name)).unwrap().split_whitespace().collect();
         assert_eq!(row[0], calls.to_string(), "{table}");
         let [milliseconds, least] = [row[1], row[3]].map(|cell| cell.parse::<f64>().unwrap());

@@ -3,8 +3,8 @@
 use super::simd::{Accuracy, Isa, exp2};
 use crate::backend::Activation;
 
-/// Applies an activation to a vector. `Tanh` returns `x` unchanged: only heads use it, on a few rows, and the caller applies
-/// the library's `tanh` to the stored result.
+/// Applies an activation to a vector. `Tanh` returns `x` unchanged: only heads use it, on a few rows, and the caller
+/// applies the library's `tanh` to the stored result.
 #[inline(always)]
 pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::Floats, accuracy: Accuracy) -> I::Floats {
     match activation {
@@ -20,8 +20,8 @@ pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::Floats, acc
 
 /// `x / 2 * (1 + erf(x / sqrt 2))`.
 ///
-/// erf is a ratio of polynomials with the coefficients of Eigen's `generic_fast_erf_float` (MPL-2.0). Its error is a few units
-/// in the last place of f32.
+/// erf is a ratio of polynomials with the coefficients of Eigen's `generic_fast_erf_float` (MPL-2.0). Its error is a
+/// few units in the last place of f32.
 #[inline(always)]
 fn gelu<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     let z = isa.mul(x, isa.splat(std::f32::consts::FRAC_1_SQRT_2));
@@ -40,8 +40,9 @@ fn gelu<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     isa.fma(half, erf, half)
 }
 
-/// [`gelu`] for results that are rounded to bf16: `x / (1 + 2^-u)`, where u is x times a polynomial of x^2, fitted to the log
-/// odds of the normal distribution. The error is at most 7.5e-5, or 6.5e-4 of the value. Below x = -20 the result is `4e-6 x`.
+/// [`gelu`] for results that are rounded to bf16: `x / (1 + 2^-u)`, where u is x times a polynomial of x^2, fitted to
+/// the log odds of the normal distribution. The error is at most 7.5e-5, or 6.5e-4 of the value. Below x = -20 the
+/// result is `4e-6 x`.
 #[inline(always)]
 fn gelu_for_bf16<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     let y = isa.max(isa.min(x, isa.splat(4.5)), isa.splat(-4.5));

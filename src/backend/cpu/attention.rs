@@ -1,4 +1,5 @@
-//! Attention of a sequence's queries to its keys, one head at a time, in blocks: the matrix of all scores is never in memory.
+//! Attention of a sequence's queries to its keys, one head at a time, in blocks: the matrix of all scores is never in
+//! memory.
 //!
 //! ```text
 //! pack K^T and V of the head as panels
@@ -11,8 +12,9 @@
 //! ```
 //!
 //! The online softmax is Milakov and Gimelshein's ("Online normalizer calculation for softmax", 2018), in blocks as in
-//! FlashAttention (Dao et al. 2022). Each query's row is computed independently, and blocks of keys start at the sequence's
-//! first key. So a result does not depend on the batch composition or on how queries are split among threads.
+//! FlashAttention (Dao et al. 2022). Each query's row is computed independently, and blocks of keys start at the
+//! sequence's first key. So a result does not depend on the batch composition or on how queries are split among
+//! threads.
 
 use std::ops::Range;
 
@@ -186,8 +188,8 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
             };
             for first_key in (0..keys).step_by(BLOCK_KEYS) {
                 let n = BLOCK_KEYS.min(keys - first_key);
-                // SAFETY: all matrices were acquired above with a row for each query of a block and a column for each key of it.
-                // Packed keys and values have a panel for every key and column.
+                // SAFETY: all matrices were acquired above with a row for each query of a block and a column for each
+                // key of it. Packed keys and values have a panel for every key and column.
                 unsafe {
                     for panel in 0..n.div_ceil(I::PANEL_COLUMNS) {
                         let vectors = panel_vectors::<I>(n - panel * I::PANEL_COLUMNS);
@@ -265,8 +267,8 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
     }
 }
 
-/// Unnormalized softmax of one query's scores for a block of keys: `weight = 2^((score - max) factor)`, where `max` includes
-/// `old_max`, the maximum of earlier blocks. Returns `max` and the sum of the block's weights.
+/// Unnormalized softmax of one query's scores for a block of keys: `weight = 2^((score - max) factor)`, where `max`
+/// includes `old_max`, the maximum of earlier blocks. Returns `max` and the sum of the block's weights.
 ///
 /// # Safety
 /// `scores` has n values. It is valid for reads, and `to` for writes, up to the end of the last vector.
@@ -334,8 +336,8 @@ fn panel_vectors<I: Isa>(keys: usize) -> usize {
     keys.div_ceil(I::LANES).next_power_of_two().min(I::PANEL_VECTORS)
 }
 
-/// Packs keys as operand B: panels of `[k_groups, PANEL_COLUMNS]` words, the last one narrower. Columns beyond the last key
-/// are unspecified; their scores are not read. `rows` is scratch for one vector's keys.
+/// Packs keys as operand B: panels of `[k_groups, PANEL_COLUMNS]` words, the last one narrower. Columns beyond the last
+/// key are unspecified; their scores are not read. `rows` is scratch for one vector's keys.
 #[inline(always)]
 fn pack_keys<I: Isa, E: AttentionFormat>(
     isa: I,

@@ -25,8 +25,8 @@ pub(super) struct VectorPosition {
 /// Stores a vector of values: the GEMM's sums after scale and bias.
 pub(super) trait StoreEpilogue: Copy {
     /// # Safety
-    /// The result has a whole vector of columns at `at` ([`StoreClipped`] excepted), and no other thread accesses them at the
-    /// same time.
+    /// The result has a whole vector of columns at `at` ([`StoreClipped`] excepted), and no other thread accesses them
+    /// at the same time.
     unsafe fn store<I: Isa>(self, isa: I, at: VectorPosition, value: I::Floats);
 }
 
@@ -38,7 +38,8 @@ pub(super) struct StoreBf16<'a>(pub(super) SharedMatrix<'a, u16>);
 #[derive(Clone, Copy)]
 pub(super) struct StoreGeluBf16<'a>(pub(super) SharedMatrix<'a, u16>);
 
-/// Adds the residual (first field) and stores f32. For the attention's output projection and the second feed-forward layer.
+/// Adds the residual (first field) and stores f32. For the attention's output projection and the second feed-forward
+/// layer.
 #[derive(Clone, Copy)]
 pub(super) struct StoreResidual<'a>(pub(super) &'a Matrix<f32>, pub(super) SharedMatrix<'a, f32>);
 
@@ -105,8 +106,8 @@ impl StoreEpilogue for StoreClipped<'_> {
     #[inline(always)]
     unsafe fn store<I: Isa>(self, isa: I, at: VectorPosition, value: I::Floats) {
         let mut values = [0f32; MAX_LANES];
-        // SAFETY: the array has room for the widest vector. Only values of outputs in `start..end` are stored, each in its own
-        // column.
+        // SAFETY: the array has room for the widest vector. Only values of outputs in `start..end` are stored, each in
+        // its own column.
         unsafe {
             isa.store(values.as_mut_ptr(), self.inner.activated(isa, value));
             for (output, &value) in (at.output..).zip(&values[..I::LANES]) {

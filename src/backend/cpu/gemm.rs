@@ -1,7 +1,7 @@
 //! GEMM with a fused epilogue, `epilogue(x W^T)`: nearly all of a model's work.
 //!
-//! The microkernel sums a tile of up to six rows by one panel in registers over the k-groups and writes the sums to the stack,
-//! where the epilogue reads them. A panel of W stays in the L2 cache while all rows are multiplied by it:
+//! The microkernel sums a tile of up to six rows by one panel in registers over the k-groups and writes the sums to the
+//! stack, where the epilogue reads them. A panel of W stays in the L2 cache while all rows are multiplied by it:
 //!
 //! ```text
 //! for each panel of W:                         32 to 400 KB
@@ -12,11 +12,11 @@
 //!     epilogue: scales, bias, activation, residual, rounding
 //! ```
 //!
-//! Each element is summed in the order of the k-groups, whatever tile it is in. So a row's result does not depend on the batch
-//! composition, the row's index or the number of threads.
+//! Each element is summed in the order of the k-groups, whatever tile it is in. So a row's result does not depend on
+//! the batch composition, the row's index or the number of threads.
 //!
-//! The blocking is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), except that x is
-//! not packed: its rows are short enough.
+//! The blocking is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), except
+//! that x is not packed: its rows are short enough.
 
 use std::ops::Range;
 
@@ -28,7 +28,8 @@ use super::simd::{Isa, SimdOp, SimdPath};
 use super::workspace::Matrix;
 use crate::backend::Activation;
 
-/// Rows of a tile. Six rows by a panel's vectors are as many accumulators as fit into the registers beside the operands.
+/// Rows of a tile. Six rows by a panel's vectors are as many accumulators as fit into the registers beside the
+/// operands.
 const TILE_ROWS: usize = 6;
 
 /// K-groups of a block: 256 KB of a panel of 64 columns.
@@ -164,8 +165,8 @@ impl Dot for Int8 {
     fn dot<I: Isa>(self, isa: I, acc: I::Bits, a: I::Bits, b: I::Bits) -> I::Bits {
         isa.dot_int8(acc, a, b)
     }
-    /// `sum (min + scale_x byte) (scale_w q) = scale_x scale_w (sum byte q) + min (sum scale_w q)`. With signed bytes, the sum
-    /// is of `byte - 128`, and `min + 128 scale_x` takes the place of `min`.
+    /// `sum (min + scale_x byte) (scale_w q) = scale_x scale_w (sum byte q) + min (sum scale_w q)`. With signed bytes,
+    /// the sum is of `byte - 128`, and `min + 128 scale_x` takes the place of `min`.
     #[inline(always)]
     fn value<I: Isa>(self, isa: I, sums: I::Bits, columns: &ColumnParams<I>, params: QuantParams) -> I::Floats {
         let scale = isa.mul(columns.scale, isa.splat(params.scale));
@@ -355,7 +356,8 @@ pub(super) struct Operands {
     pub(super) prefetch_stride: usize,
 }
 
-/// `sums[row][column] (+)= sum over k of a[row][k] * b[k][column]`, for one to six rows and one, two or four vectors of columns.
+/// `sums[row][column] (+)= sum over k of a[row][k] * b[k][column]`, for one to six rows and one, two or four vectors of
+/// columns.
 ///
 /// # Safety
 /// The pointers are valid for the shapes in [`Operands`], with `rows` rows and `vectors` vectors of columns.

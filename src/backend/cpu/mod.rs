@@ -1,17 +1,18 @@
 //! The fast CPU backend: packed weights, SIMD kernels selected at run time, and a thread pool.
 //!
-//! Modules in reading order: `simd` (instruction sets), `packed` (layout of weights), `gemm` and its `epilogue`, `attention`,
-//! `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others), `partition` (how a batch is split
-//! for the threads), `thread_pool`, `workspace` (scratch memory). [`roofline`] and [`gemm_benchmark`] are for benchmarks. This
-//! file implements [`Backend`].
+//! Modules in reading order: `simd` (instruction sets), `packed` (layout of weights), `gemm` and its `epilogue`,
+//! `attention`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others), `partition`
+//! (how a batch is split for the threads), `thread_pool`, `workspace` (scratch memory). [`roofline`] and
+//! [`gemm_benchmark`] are for benchmarks. This file implements [`Backend`].
 //!
-//! Large batches are split into partitions of about 512 tokens. Each thread runs the whole graph on its own partition, without
-//! barriers. For a single short request, each operation is split over the threads instead. Either way, each value is computed
-//! by the same instructions in the same order: scores are bitwise identical for any batch composition, batch order and number
-//! of threads.
+//! Large batches are split into partitions of about 512 tokens. Each thread runs the whole graph on its own partition,
+//! without barriers. For a single short request, each operation is split over the threads instead. Either way, each
+//! value is computed by the same instructions in the same order: scores are bitwise identical for any batch
+//! composition, batch order and number of threads.
 //!
-//! The residual stream, norms and heads are f32 in every precision. With bf16, GEMMs and attention multiply bf16 and sum in
-//! f32. With int8, GEMMs multiply bytes (quantized per token, weights per output) and sum in i32; attention is bf16.
+//! The residual stream, norms and heads are f32 in every precision. With bf16, GEMMs and attention multiply bf16 and
+//! sum in f32. With int8, GEMMs multiply bytes (quantized per token, weights per output) and sum in i32; attention is
+//! bf16.
 
 #![allow(
     unsafe_code,
@@ -82,7 +83,8 @@ pub struct Buffer {
     quantized: Option<QuantizedRows>,
 }
 
-/// Embedding tables: f32 if GEMMs are f32, otherwise f16, which has three more mantissa bits than bf16 and sufficient range.
+/// Embedding tables: f32 if GEMMs are f32, otherwise f16, which has three more mantissa bits than bf16 and sufficient
+/// range.
 #[derive(Debug)]
 pub struct Embeddings {
     words: Table,
@@ -174,7 +176,8 @@ impl CpuBackend {
         ctx.split(rows, |rows| self.path.enter(QuantizeRows { from, columns, to, rows }));
     }
 
-    /// Attention with queries from `q`, `[queries, C or more]`, and keys and values from `kv`, whose columns start at `starts`.
+    /// Attention with queries from `q`, `[queries, C or more]`, and keys and values from `kv`, whose columns start at
+    /// `starts`.
     fn attend(
         &self,
         ctx: &ExecContext,
@@ -211,7 +214,8 @@ impl CpuBackend {
         }
     }
 
-    /// Computes every head of every sequence, split over the context's threads. Where heads are few, queries are split too.
+    /// Computes every head of every sequence, split over the context's threads. Where heads are few, queries are split
+    /// too.
     fn attend_heads<E: AttentionFormat<Value: Send + Sync>>(
         &self,
         ctx: &ExecContext,
@@ -227,7 +231,8 @@ impl CpuBackend {
                 let n = attention.sequences[sequence].queries.len();
                 let queries = n * part / parts..n * (part + 1) / parts;
                 if !queries.is_empty() {
-                    // SAFETY: each unit is computed by one thread, and units are disjoint heads or queries of the output.
+                    // SAFETY: each unit is computed by one thread, and units are disjoint heads or queries of the
+                    // output.
                     unsafe { attention.compute::<E>(self.path, sequence, head, queries) };
                 }
             }

@@ -1,7 +1,9 @@
-//! A linear layer's weights (the GEMM's operand B), packed once at load in the order in which the microkernel reads them.
+//! A linear layer's weights (the GEMM's operand B), packed once at load in the order in which the microkernel reads
+//! them.
 //!
-//! All storage formats have one layout. A *k-group* is one 32-bit word of values along the inputs: one f32, two bf16 or four
-//! int8. A *panel* is `[k_groups, width]` words, one column for each output. One microkernel then serves all formats.
+//! All storage formats have one layout. A *k-group* is one 32-bit word of values along the inputs: one f32, two bf16 or
+//! four int8. A *panel* is `[k_groups, width]` words, one column for each output. One microkernel then serves all
+//! formats.
 
 use bytemuck::cast_slice_mut;
 use half::bf16;
@@ -17,8 +19,8 @@ pub(super) enum StorageFormat {
     F32,
     /// bf16 times bf16, summed in f32.
     Bf16,
-    /// Unsigned activations times signed weights, summed in i32. A weight is `q * scale[output]` with q from -127 to 127,
-    /// where `scale[output]` is the largest magnitude of the output's weights, divided by 127.
+    /// Unsigned activations times signed weights, summed in i32. A weight is `q * scale[output]` with q from -127 to
+    /// 127, where `scale[output]` is the largest magnitude of the output's weights, divided by 127.
     Int8,
 }
 
@@ -107,8 +109,8 @@ fn int8_scale(weights: &[f32]) -> f32 {
     weights.iter().fold(0f32, |largest, weight| largest.max(weight.abs())).max(f32::MIN_POSITIVE) / 127.0
 }
 
-/// `weight / scale` rounded to the nearest integer, ties to even. The library's `round` would be a function call for each
-/// weight.
+/// `weight / scale` rounded to the nearest integer, ties to even. The library's `round` would be a function call for
+/// each weight.
 fn quantize_int8(weight: f32, scale: f32) -> i8 {
     /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits of the sum.
     const ROUNDING: f32 = 12_582_912.0;

@@ -20,8 +20,8 @@ pub(super) struct Partitioning {
 
 /// Splits a batch of sequences of the given lengths, in tokens.
 ///
-/// Sequences are assigned longest first, each to the thread with the fewest tokens (longest-processing-time scheduling).
-/// While a thread exceeds the mean by more than [`MAX_IMBALANCE`], one of its sequences becomes shared.
+/// Sequences are assigned longest first, each to the thread with the fewest tokens (longest-processing-time
+/// scheduling). While a thread exceeds the mean by more than [`MAX_IMBALANCE`], one of its sequences becomes shared.
 pub(super) fn partition_batch(lengths: &[usize], threads: usize) -> Partitioning {
     let mut partitioning = Partitioning::default();
     let mut remaining: Vec<usize> = (0..lengths.len()).collect();
@@ -52,7 +52,8 @@ pub(super) fn partition_batch(lengths: &[usize], threads: usize) -> Partitioning
     partitioning
 }
 
-/// Assigns each sequence, in the given order, to the thread with the fewest tokens. Returns the sequences of each thread.
+/// Assigns each sequence, in the given order, to the thread with the fewest tokens. Returns the sequences of each
+/// thread.
 fn assign(sequences: &[usize], lengths: &[usize], threads: usize) -> Vec<Vec<usize>> {
     let mut assigned = vec![(0, Vec::new()); threads];
     for &sequence in sequences {

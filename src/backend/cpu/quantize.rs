@@ -66,8 +66,8 @@ pub(super) fn shared(quantized: &mut Option<QuantizedRows>) -> SharedQuantizedRo
     quantized.as_mut().map_or(SharedQuantizedRows::Unused, QuantizedRows::shared)
 }
 
-/// Acquires rows of bf16. With an odd number of columns, the second half of the last k-group is set to zero: the weights are
-/// zero there, but zero times NaN is NaN.
+/// Acquires rows of bf16. With an odd number of columns, the second half of the last k-group is set to zero: the
+/// weights are zero there, but zero times NaN is NaN.
 pub(super) fn acquire_bf16(rows: usize, columns: usize) -> Matrix<u16> {
     let mut matrix = Matrix::acquire(rows, columns);
     if !columns.is_multiple_of(2) {
@@ -148,8 +148,8 @@ impl SimdOp for QuantizeRows<'_> {
     }
 }
 
-/// Rounds `x`, `[c]`, into row `row` of `to`. int8: `value = min + scale * byte`, from the row's own smallest to its largest
-/// value, so the bytes use the whole range 0 to 255.
+/// Rounds `x`, `[c]`, into row `row` of `to`. int8: `value = min + scale * byte`, from the row's own smallest to its
+/// largest value, so the bytes use the whole range 0 to 255.
 ///
 /// # Safety
 /// `x` has c values. The row is this thread's and has c columns.

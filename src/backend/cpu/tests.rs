@@ -1,5 +1,5 @@
-//! Compares every operation, on every instruction set of this machine and at awkward sizes, with candle; and results on a
-//! single thread with results on all threads, bit for bit.
+//! Compares every operation, on every instruction set of this machine and at awkward sizes, with candle; and results on
+//! a single thread with results on all threads, bit for bit.
 
 use candle_core::{Device, Tensor};
 
@@ -33,8 +33,8 @@ fn on_every_path(test: &str, check: impl Fn(&CpuBackend, &Tolerance)) {
 /// How far results of a precision may be from those of f32.
 ///
 /// Operands here are exact in bf16. So a GEMM's error is that of the order of f32 summation (some 1e-7 of the sum of
-/// magnitudes) and of rounding its result, which is 2^-9 of the value in bf16. int8 rounds each operand to within 1/254 of its
-/// row's range or 1/127 of its column's largest magnitude; these errors add up like a random walk.
+/// magnitudes) and of rounding its result, which is 2^-9 of the value in bf16. int8 rounds each operand to within 1/254
+/// of its row's range or 1/127 of its column's largest magnitude; these errors add up like a random walk.
 struct Tolerance {
     dtype: CpuDtype,
     /// Test, path and precision, for messages.
@@ -254,7 +254,8 @@ fn layer_norms_match_the_definition() {
                 let ours =
                     backend.layer_norm(ctx, &backend.norm(weights()).unwrap(), backend.buffer(rows, &x)).unwrap();
                 let what = format!("{rows} x {c}");
-                // A number near 30 has an error of 2e-6, and so has the mean. Their difference is divided by the deviation.
+                // A number near 30 has an error of 2e-6, and so has the mean. Their difference is divided by the
+                // deviation.
                 let exact = Tolerance { dtype: CpuDtype::F32, label: tolerance.label.clone() };
                 exact.check(&backend.download(ctx, &ours).unwrap(), &theirs, 10.0, 1, &what);
                 let exact = backend.download(ctx, &ours).unwrap();
@@ -317,8 +318,8 @@ fn attention_matches_the_reference() {
                 "{}: {what}",
                 tolerance.label
             );
-            // A weighted mean of values up to 4, with weights that bf16 rounds too. In f32, the absolute error of a score, a sum
-            // of d terms up to 16, is the relative error of its weight.
+            // A weighted mean of values up to 4, with weights that bf16 rounds too. In f32, the absolute error of a
+            // score, a sum of d terms up to 16, is the relative error of its weight.
             let terms = if tolerance.dtype == CpuDtype::F32 { 16 * d } else { 1 };
             tolerance.check(&result, &reference.download(&(), &theirs).unwrap(), 4.0, terms, &what);
             tolerance.check(

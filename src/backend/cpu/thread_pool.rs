@@ -1,7 +1,8 @@
 //! The compute threads: the caller's thread and its helpers.
 //!
-//! [`ThreadPool::broadcast`] runs a function of the thread's number on every thread and returns when all have finished. After
-//! a task, helpers spin for [`SPIN`], because the next operation of a small batch follows at once. Then they sleep.
+//! [`ThreadPool::broadcast`] runs a function of the thread's number on every thread and returns when all have finished.
+//! After a task, helpers spin for [`SPIN`], because the next operation of a small batch follows at once. Then they
+//! sleep.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -86,7 +87,8 @@ impl PoolState {
 }
 
 impl ThreadPool {
-    /// Starts `threads - 1` helpers beside the caller's thread. If `pinned`, each thread is pinned to a core of its own.
+    /// Starts `threads - 1` helpers beside the caller's thread. If `pinned`, each thread is pinned to a core of its
+    /// own.
     ///
     /// # Errors
     /// The operating system cannot create the threads.
@@ -121,8 +123,8 @@ impl ThreadPool {
         ThreadsGuard(&self.ticket_lock)
     }
 
-    /// Runs `task(0)` on this thread and `task(1)`, `task(2)` ... on the helpers, and returns when all have finished. The
-    /// caller holds [`Self::lock_threads`]. Tasks must not call `broadcast`.
+    /// Runs `task(0)` on this thread and `task(1)`, `task(2)` ... on the helpers, and returns when all have finished.
+    /// The caller holds [`Self::lock_threads`]. Tasks must not call `broadcast`.
     ///
     /// # Panics
     /// If a task panicked, on any thread, its panic is resumed here.

@@ -1,7 +1,7 @@
 //! Matrices in scratch memory, which is acquired and released thousands of times a second without growing.
 //!
-//! Each thread has its own free list of blocks. If no free block is large enough, the largest one is replaced by a new one.
-//! So the blocks of a thread converge to the number and the sizes that its work needs at the same time.
+//! Each thread has its own free list of blocks. If no free block is large enough, the largest one is replaced by a new
+//! one. So the blocks of a thread converge to the number and the sizes that its work needs at the same time.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -118,8 +118,8 @@ impl<T> Clone for SharedMatrix<'_, T> {
 }
 impl<T> Copy for SharedMatrix<'_, T> {}
 
-// SAFETY: a pointer into a matrix that outlives it and that is mutably borrowed meanwhile. Callers of `row` guarantee that
-// threads do not write the same elements.
+// SAFETY: a pointer into a matrix that outlives it and that is mutably borrowed meanwhile. Callers of `row` guarantee
+// that threads do not write the same elements.
 unsafe impl<T: Send> Send for SharedMatrix<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for SharedMatrix<'_, T> {}

@@ -40,7 +40,7 @@ pub(super) struct BenchArgs {
     json: bool,
     /// Show the time of each operation of the forward pass [default: false]
     ///
-    /// "least ms" is the operation's minimum time by the roofline model: at the device's arithmetic throughput, and on a GPU its
+    /// "roofline ms" is the operation's minimum time by the roofline model: at the device's arithmetic throughput, and on a GPU its
     /// memory bandwidth, both measured first. "% reached" is the minimum time divided by the measured time.
     #[arg(long, conflicts_with = "json")]
     profile: bool,

@@ -26,8 +26,8 @@ fn enter_base<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
-// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers of the
-// pointer methods guarantee valid pointers. All loads and stores are unaligned.
+// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers
+// of the pointer methods guarantee valid pointers. All loads and stores are unaligned.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every one-line method")]
 unsafe impl<const VNNI: bool> Isa for Avx2<VNNI> {
     type Floats = __m256;

@@ -38,8 +38,8 @@ fn enter_base<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
-// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers of the
-// pointer methods guarantee valid pointers. All loads and stores are unaligned.
+// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers
+// of the pointer methods guarantee valid pointers. All loads and stores are unaligned.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every one-line method")]
 unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
     type Floats = __m512;
@@ -153,8 +153,8 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
     fn round(self, x: __m512) -> __m512 {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
     }
-    /// `vreduceps` computes x - floor(x), and `vscalefps` multiplies by 2^floor(x), down to zero. No clamping or rounding is
-    /// needed.
+    /// `vreduceps` computes x - floor(x), and `vscalefps` multiplies by 2^floor(x), down to zero. No clamping or
+    /// rounding is needed.
     #[inline(always)]
     fn exp2_for_bf16(self, x: __m512) -> __m512 {
         unsafe {

@@ -6,15 +6,16 @@ pub(in crate::backend::cpu) const MAX_LANES: usize = 16;
 /// A computation that is written once for all instruction sets.
 pub(in crate::backend::cpu) trait SimdOp {
     type Output;
-    /// Computes it. Implementations are `#[inline(always)]` and do not use vectors in closures, which are not inlined always.
+    /// Computes it. Implementations are `#[inline(always)]` and do not use vectors in closures, which are not inlined
+    /// always.
     fn run<I: Isa>(self, isa: I) -> Self::Output;
 }
 
 /// The vector operations that the kernels use.
 ///
 /// # Safety
-/// A value of an implementing type exists only on a machine that has its instructions. The pointer methods access as many
-/// elements as they say; the caller guarantees that these are valid.
+/// A value of an implementing type exists only on a machine that has its instructions. The pointer methods access as
+/// many elements as they say; the caller guarantees that these are valid.
 pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     /// A vector of `LANES` f32.
     type Floats: Copy;
@@ -95,12 +96,12 @@ pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     fn dot_f32(self, acc: Self::Bits, a: Self::Bits, b: Self::Bits) -> Self::Bits;
     /// `acc + a0 * b0 + a1 * b1` in f32 lanes of two bf16 each.
     fn dot_bf16(self, acc: Self::Bits, a: Self::Bits, b: Self::Bits) -> Self::Bits;
-    /// `acc + sum of a_i * b_i` in i32 lanes of four bytes each. a is unsigned (but see [`Self::SIGNED_BYTES`]), b is from -127 to
-    /// 127.
+    /// `acc + sum of a_i * b_i` in i32 lanes of four bytes each. a is unsigned (but see [`Self::SIGNED_BYTES`]), b is
+    /// from -127 to 127.
     fn dot_int8(self, acc: Self::Bits, a: Self::Bits, b: Self::Bits) -> Self::Bits;
 
-    /// Transposes `[LANES, words]` to `[words, LANES]`: `to[w * to_stride + i] = from[i * from_stride + w]` for i below `LANES`
-    /// and w below `words`.
+    /// Transposes `[LANES, words]` to `[words, LANES]`: `to[w * to_stride + i] = from[i * from_stride + w]` for i below
+    /// `LANES` and w below `words`.
     unsafe fn transpose(self, from: *const u32, from_stride: usize, words: usize, to: *mut u32, to_stride: usize) {
         for w in 0..words {
             for i in 0..Self::LANES {
@@ -120,7 +121,8 @@ pub(in crate::backend::cpu) enum Accuracy {
 
 /// `2^x` for x up to 127; below -126 it is `2^-126`.
 ///
-/// x = n + f with f in [-1/2, 1/2]. 2^f is a minimax polynomial (Remez) with a relative error of 2e-9 (f32) or 7.5e-5 (bf16).
+/// x = n + f with f in [-1/2, 1/2]. 2^f is a minimax polynomial (Remez) with a relative error of 2e-9 (f32) or 7.5e-5
+/// (bf16).
 #[inline(always)]
 pub(in crate::backend::cpu) fn exp2<I: Isa>(isa: I, x: I::Floats, accuracy: Accuracy) -> I::Floats {
     let x = isa.max(x, isa.splat(-126.0));

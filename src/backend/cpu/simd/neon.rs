@@ -44,9 +44,9 @@ macro_rules! accumulate {
     }};
 }
 
-// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers of the
-// pointer methods guarantee valid pointers. All loads and stores are unaligned. The assembly accesses
-// only the registers that it names.
+// SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers
+// of the pointer methods guarantee valid pointers. All loads and stores are unaligned. The assembly accesses only the
+// registers that it names.
 #[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every one-line method")]
 unsafe impl<const BF16_I8MM: bool, const DOT: bool> Isa for Neon<BF16_I8MM, DOT> {
     type Floats = float32x4_t;

@@ -1,4 +1,5 @@
-//! Plain Rust over arrays of lanes: the path of machines without a supported instruction set, and the reference for the others.
+//! Plain Rust over arrays of lanes: the path of machines without a supported instruction set, and the reference for the
+//! others.
 //!
 //! The compiler turns the loops into the target's baseline vectors (SSE2 on x86-64).
 
