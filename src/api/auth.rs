@@ -6,44 +6,9 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::Next;
 use axum::response::Response;
-use sha2::{Digest, Sha256};
-use subtle::{Choice, ConstantTimeEq};
 
 use super::error::ApiError;
 use super::state::App;
-
-/// The valid keys, as digests. Without any, the server is open to everyone.
-#[derive(Clone, Default)]
-pub struct Keys(Vec<[u8; 32]>);
-
-impl Keys {
-    /// Empty keys are left out.
-    pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>) -> Self {
-        Self(keys.into_iter().map(str::trim).filter(|key| !key.is_empty()).map(digest).collect())
-    }
-
-    /// Whether requests need no key.
-    pub fn is_open(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    /// Compares with every digest, in constant time.
-    fn contains(&self, key: &str) -> bool {
-        let offered = digest(key);
-        let hit = self.0.iter().fold(Choice::from(0), |hit, known| hit | known.ct_eq(&offered));
-        hit.into()
-    }
-}
-
-impl std::fmt::Debug for Keys {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} keys", self.0.len())
-    }
-}
-
-fn digest(key: &str) -> [u8; 32] {
-    Sha256::digest(key.as_bytes()).into()
-}
 
 /// Refuses a request without a valid key, unless the server is open.
 pub(super) async fn require_key(
@@ -108,15 +73,6 @@ mod tests {
             &[],
         ] {
             assert_eq!(offered(wrong), None, "{wrong:?}");
-        }
-    }
-
-    #[test]
-    fn only_whole_keys_match() {
-        let keys = Keys::new(["secret", " ", ""]);
-        assert!(!keys.is_open() && keys.contains("secret"));
-        for wrong in ["", "secre", "secret2", "Secret"] {
-            assert!(!keys.contains(wrong), "{wrong:?}");
         }
     }
 }

@@ -1,7 +1,6 @@
 //! The Host and Origin check of a server without keys: a page in the user's browser must not reach it under another name (DNS
 //! rebinding) or from another site.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
@@ -11,30 +10,6 @@ use axum::response::Response;
 
 use super::error::ApiError;
 use super::state::App;
-
-/// Hosts that requests may name beside this machine's own loopback names.
-#[derive(Debug, Clone, Default)]
-pub struct HostList(Vec<String>);
-
-impl HostList {
-    pub fn new(hosts: impl IntoIterator<Item = String>) -> Self {
-        Self(hosts.into_iter().map(|host| host.to_ascii_lowercase()).collect())
-    }
-
-    /// Whether `host`, with or without a port, is localhost, a loopback address or on the list.
-    fn allows(&self, host: &str) -> bool {
-        let name = without_port(host).to_ascii_lowercase();
-        let is_loopback = name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
-        name == "localhost" || is_loopback || self.0.iter().any(|allowed| *allowed == name)
-    }
-}
-
-fn without_port(host: &str) -> &str {
-    match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !name.ends_with(':') => name,
-        _ => host,
-    }
-}
 
 /// Refuses a request whose Host or Origin is not on the server's list, if it has one.
 pub(super) async fn require_known_host(
@@ -62,23 +37,4 @@ pub(super) async fn require_known_host(
 
 fn header<'a>(headers: &'a HeaderMap, name: &axum::http::HeaderName) -> Option<&'a str> {
     headers.get(name)?.to_str().ok()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn loopback_names_and_listed_hosts_are_allowed() {
-        let hosts = HostList::new(["Rerank.example".to_owned()]);
-        for allowed in
-            ["localhost", "LOCALHOST:8080", "127.0.0.1:80", "127.1.2.3", "[::1]:8080", "::1", "rerank.example:443"]
-        {
-            assert!(hosts.allows(allowed), "{allowed}");
-        }
-        for refused in ["evil.example", "localhost.evil.example", "10.0.0.1", "null", "", "[::2]:80", "127.0.0.1.evil"]
-        {
-            assert!(!hosts.allows(refused), "{refused}");
-        }
-    }
 }

@@ -3,9 +3,9 @@
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
 
-use super::auth::Keys;
 use super::body::{ApiLimits, MemoryBudget};
-use super::host::HostList;
+use super::hosts::HostList;
+use super::keys::Keys;
 use crate::error::RerankError;
 use crate::served::Models;
 

@@ -55,6 +55,15 @@ pub struct Norm {
     eps: f32,
 }
 
+/// Erf GELU of each value, on the CPU: the reference for kernels that apply it in their epilogue.
+///
+/// # Errors
+/// candle's.
+#[cfg(feature = "cuda")]
+pub(in crate::backend) fn gelu_erf(values: Vec<f32>) -> Result<Vec<f32>, BackendError> {
+    Ok(Tensor::new(values, &Device::Cpu)?.gelu_erf()?.to_vec1()?)
+}
+
 impl CandleBackend {
     /// f32 on the CPU, on `threads` threads.
     ///

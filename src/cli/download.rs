@@ -21,8 +21,10 @@ pub(super) fn run(args: &DownloadArgs) -> Result<(), Failure> {
     let hub = Hub::new(hub_options_from_env().map_err(Failure::Config)?);
     for model in &args.models {
         let source = ModelSource::parse(model).map_err(Failure::Config)?;
-        let files =
-            source.files(&hub).with_context(|| format!("cannot download {}", source.name)).map_err(Failure::Other)?;
+        let files = source
+            .files(&hub)
+            .with_context(|| format!("cannot download {}", source.name))
+            .map_err(Failure::of_loading)?;
         if let WeightsFile::Path(path) = files.weights {
             print(&format!("{}: {}\n", source.name, path.display()))?;
         }

@@ -78,7 +78,7 @@ pub(super) fn run(args: &EvalArgs) -> Result<(), Failure> {
     };
     let topics = topics::read(&args.topics, &options).map_err(Failure::Other)?;
     let models =
-        start_models(&settings, |name, about| tracing::info!(model = name, "{about}")).map_err(Failure::Config)?;
+        start_models(&settings, |name, about| tracing::info!(model = name, "{about}")).map_err(Failure::of_loading)?;
     let mut rankers = vec![("BM25".to_owned(), bm25(&topics, &args.recall_at))];
     for model in models.iter() {
         rankers.push((model.name.clone(), evaluate(&models, &model.name, &topics, args).map_err(Failure::Other)?));

@@ -3,6 +3,8 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use crate::loading::download::HubError;
+
 /// A failure of a command. The exit codes follow `sysexits.h`, so that a process manager can tell apart what a restart may cure:
 ///
 /// | code | meaning | restart? |
@@ -10,7 +12,7 @@ use std::process::ExitCode;
 /// | 0 | success, `--help`, or a server that drained after SIGTERM or SIGINT | |
 /// | 1 | any other failure | |
 /// | 2 | the command line, an environment variable or a value in the config file is not valid | no |
-/// | 69 | reserved for a temporary failure at start | yes, later |
+/// | 69 | the model hub cannot be reached or is busy | yes, later |
 /// | 70 | the device is lost or hangs; the scheduler ends the process | yes |
 /// | 78 | the settings do not fit this machine, or a model's files are missing or damaged | no |
 /// | 130 | a second SIGTERM or SIGINT during the drain | |
@@ -20,14 +22,27 @@ pub enum Failure {
     Usage(clap::Error),
     /// Settings or a model's files are wrong: 78. A restart does not help.
     Config(anyhow::Error),
+    /// The hub cannot be reached or is busy: 69. A later start may succeed.
+    Temporary(anyhow::Error),
     /// Any other failure: 1.
     Other(anyhow::Error),
 }
 
+/// `EX_UNAVAILABLE` of `sysexits.h`.
+const EX_UNAVAILABLE: u8 = 69;
 /// `EX_CONFIG` of `sysexits.h`.
 const EX_CONFIG: u8 = 78;
 
 impl Failure {
+    /// The failure of loading or downloading a model.
+    pub(super) fn of_loading(error: anyhow::Error) -> Self {
+        if error.downcast_ref::<HubError>().is_some_and(HubError::is_temporary) {
+            Self::Temporary(error)
+        } else {
+            Self::Config(error)
+        }
+    }
+
     /// Writes the reason to standard error and returns the exit code.
     pub fn report(self) -> ExitCode {
         let (error, code) = match self {
@@ -36,6 +51,7 @@ impl Failure {
                 return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
             }
             Self::Config(error) => (error, ExitCode::from(EX_CONFIG)),
+            Self::Temporary(error) => (error, ExitCode::from(EX_UNAVAILABLE)),
             Self::Other(error) => (error, ExitCode::FAILURE),
         };
         writeln!(std::io::stderr(), "rerankd: {error:#}").ok();

@@ -54,7 +54,7 @@ pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
     }
     let documents = read_documents(args).map_err(Failure::Other)?;
     let models =
-        start_models(&settings, |name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::Config)?;
+        start_models(&settings, |name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::of_loading)?;
     let request = RerankRequest {
         model: None,
         query: args.query.clone(),

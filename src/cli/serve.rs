@@ -49,7 +49,7 @@ async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
     tokio::select! {
         () = &mut serving => return Ok(()), // stopped while loading
         loaded = loading => {
-            let models = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::Config)?;
+            let models = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::of_loading)?;
             let first = models.iter().next().map(|model| model.name.clone()).unwrap_or_default();
             app.set_models(models);
             log_startup(&settings, address, &first);

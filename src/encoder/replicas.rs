@@ -39,9 +39,9 @@ impl Replicas {
 }
 
 /// Decreases the count of batches in flight when dropped, also after an error or a panic.
-struct InFlight<'a>(&'a AtomicUsize);
+struct BusyGuard<'a>(&'a AtomicUsize);
 
-impl Drop for InFlight<'_> {
+impl Drop for BusyGuard<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Relaxed);
     }
@@ -52,7 +52,7 @@ impl CrossEncoder for Replicas {
         let Some(replica) = self.choose() else {
             return Err(BackendError::Failed("there are no devices".into()));
         };
-        let _in_flight = InFlight(&replica.batches);
+        let _in_flight = BusyGuard(&replica.batches);
         replica.encoder.score(batch)
     }
 

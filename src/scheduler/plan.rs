@@ -52,7 +52,7 @@ impl Waiting {
 pub(super) fn next_batch(waiting: &mut VecDeque<Waiting>, max_tokens: usize) -> Vec<Slice> {
     let has_second_level = waiting.iter().any(|request| !request.is_in_first_level());
     let reserved = if has_second_level { max_tokens / SECOND_LEVEL_SHARE } else { 0 };
-    let mut batch = Batch { slices: Vec::new(), room: max_tokens };
+    let mut batch = BatchPlan { slices: Vec::new(), room: max_tokens };
     batch.fill(waiting, true, reserved);
     batch.fill(waiting, false, 0);
     batch.fill(waiting, true, 0);
@@ -61,13 +61,13 @@ pub(super) fn next_batch(waiting: &mut VecDeque<Waiting>, max_tokens: usize) -> 
 }
 
 /// A batch while it is filled.
-struct Batch {
+struct BatchPlan {
     slices: Vec<Slice>,
     /// Tokens that still fit.
     room: usize,
 }
 
-impl Batch {
+impl BatchPlan {
     /// Adds pairs of one level's requests in order of arrival, until less than `reserved` tokens of room would be left or the next
     /// pair does not fit.
     fn fill(&mut self, waiting: &mut VecDeque<Waiting>, first_level: bool, reserved: usize) {

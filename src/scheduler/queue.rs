@@ -7,7 +7,7 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 
 use super::plan::{self, Slice, Waiting};
-use super::{Deadline, Scores};
+use super::types::{Deadline, Scores};
 use crate::admission::Permit;
 use crate::batch::Pair;
 use crate::error::RerankError;

@@ -222,7 +222,7 @@ fn a_process_that_hangs_at_exit_is_killed() {
     let ask = r#"{"model":"rerankd-mini","query":"Apple","documents":["apple","banana"]}"#;
     assert!((0..20).any(|_| server.rerank(ask).starts_with("HTTP/1.1 500")));
     assert_eq!(server.exit_code(), None, "killed by a signal, so there is no exit code");
-    assert!(server.rest_of_log().contains("ending with code 70"));
+    assert!(server.rest_of_log().contains("ending with exit code 70"));
 }
 
 /// Hosts with a GPU but without CUDA libraries, with an old GPU, or with libraries that are newer than the driver.

@@ -535,7 +535,7 @@ fn is_published(cache: &Path, content: &[u8]) -> bool {
 }
 
 #[test]
-fn a_signal_while_a_model_is_downloaded_ends_the_process() {
+fn a_signal_while_a_model_is_downloaded_stops_the_server() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let home = tempfile::tempdir().unwrap();
     let mut child = rerankd()
@@ -548,7 +548,7 @@ fn a_signal_while_a_model_is_downloaded_ends_the_process() {
         .unwrap();
     let _asked = silent.accept().unwrap();
     assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
-    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(child.wait().unwrap().code(), Some(0), "stopped on request");
 }
 
 // The library: faults that a download survives.

@@ -50,7 +50,7 @@ pub struct Buffer {
     pub(super) at: u64,
     pub(super) rows: Rows,
     pub(super) columns: usize,
-    pub(super) format: StorageFormat,
+    pub(super) format: BufferFormat,
     /// Bound of the values, if GEMMs are fp8 and it is known.
     pub(super) bound: Option<ValueBound>,
     /// The same rows as an fp8 GEMM operand, if the kernel that computed these also stored them.
@@ -60,7 +60,7 @@ pub struct Buffer {
 
 /// Storage format of a buffer's values.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) enum StorageFormat {
+pub(super) enum BufferFormat {
     /// The dtype of activations.
     Native,
     /// f32.
@@ -104,7 +104,7 @@ impl Buffer {
     /// # Errors
     /// The buffer has another format.
     pub(super) fn native_address(&self) -> Result<u64, BackendError> {
-        if self.format == StorageFormat::Native {
+        if self.format == BufferFormat::Native {
             return Ok(self.at);
         }
         Err(BackendError::Failed(format!("a kernel expects native activations, not {:?}", self.format).into()))
@@ -182,12 +182,12 @@ impl ExecContext {
         rows: Rows,
         columns: usize,
         dtype: CudaDtype,
-        format: StorageFormat,
+        format: BufferFormat,
     ) -> Result<Buffer, BackendError> {
         let size = match format {
-            StorageFormat::Native => dtype.bytes(),
-            StorageFormat::F32 => 4,
-            StorageFormat::E4m3 { .. } => 1,
+            BufferFormat::Native => dtype.bytes(),
+            BufferFormat::F32 => 4,
+            BufferFormat::E4m3 { .. } => 1,
         };
         let bytes = self.staged().rows(rows) * columns * size;
         let region = self.memory.workspace.allocate(bytes).ok_or_else(|| {

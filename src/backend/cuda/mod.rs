@@ -50,7 +50,7 @@ use cudarc::driver::{CudaEvent, CudaStream, PushKernelArg};
 use self::attention::Attention;
 use self::cache::Cache;
 pub use self::context::{Buffer, ExecContext};
-use self::context::{Rows, StagedBatch, StorageFormat};
+use self::context::{BufferFormat, Rows, StagedBatch};
 use self::contexts::ContextPool;
 use self::device::Device;
 pub use self::device::find_device;
@@ -59,7 +59,7 @@ use self::fp8::{LayerGain, ValueBound};
 use self::gemm::{GemmEpilogue, GemmOperands, GemmShape};
 use self::launch::{GELU_ERF, GELU_TANH, IDENTITY, RELU, ROW_THREADS, device_address, launch, push};
 pub use self::options::{CudaOptions, GemmChoice};
-use self::weights::{DeviceTensor, Fp8Weight, GemmInput};
+use self::weights::{DeviceTensor, Fp8Weight, GemmOperand};
 pub use self::weights::{Embeddings, Linear, Norm};
 use super::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
@@ -142,7 +142,7 @@ impl CudaBackend {
             return Err(unsupported("an fp8 GEMM of activations without a bound"));
         };
         let scale = bound.scale();
-        let mut out = ctx.buffer(x.rows, x.columns, self.options.dtype, StorageFormat::E4m3 { scale })?;
+        let mut out = ctx.buffer(x.rows, x.columns, self.options.dtype, BufferFormat::E4m3 { scale })?;
         out.bound = x.bound;
         let staged = ctx.staged();
         let (count, columns, from) = (staged.count(x.rows), x.columns as u32, x.native_address()?);
@@ -160,18 +160,18 @@ impl CudaBackend {
     }
 
     /// The layer's GEMM input: `x` itself, or for fp8 its quantized form.
-    fn gemm_input(&self, ctx: &ExecContext, weights: &Linear, x: &Buffer) -> Result<GemmInput, BackendError> {
+    fn gemm_input(&self, ctx: &ExecContext, weights: &Linear, x: &Buffer) -> Result<GemmOperand, BackendError> {
         let Some(fp8) = &weights.fp8 else {
-            return Ok(GemmInput { at: x.native_address()?, alpha: 1.0, _quantized: None });
+            return Ok(GemmOperand { at: x.native_address()?, alpha: 1.0, _quantized: None });
         };
         let quantized = match (x.format, &x.operand) {
-            (StorageFormat::E4m3 { .. }, _) | (_, Some(_)) => None,
+            (BufferFormat::E4m3 { .. }, _) | (_, Some(_)) => None,
             // Outputs of attention and of gather_cls; their kernels store no operand.
             _ => Some(self.quantize(ctx, x, IDENTITY)?),
         };
         let operand = quantized.as_ref().or(x.operand.as_deref()).unwrap_or(x);
-        let StorageFormat::E4m3 { scale } = operand.format else { return Err(unsupported("this GEMM operand")) };
-        Ok(GemmInput { at: operand.at, alpha: 1.0 / (scale * fp8.scale), _quantized: quantized })
+        let BufferFormat::E4m3 { scale } = operand.format else { return Err(unsupported("this GEMM operand")) };
+        Ok(GemmOperand { at: operand.at, alpha: 1.0 / (scale * fp8.scale), _quantized: quantized })
     }
 
     /// A buffer for a norm's output as operand of the next GEMM; only with fp8.
@@ -180,7 +180,7 @@ impl CudaBackend {
             return Ok(None);
         }
         let c = self.shape.heads * self.shape.head_size;
-        let mut operand = ctx.buffer(rows, c, CudaDtype::Fp8, StorageFormat::E4m3 { scale: norm.bound.scale() })?;
+        let mut operand = ctx.buffer(rows, c, CudaDtype::Fp8, BufferFormat::E4m3 { scale: norm.bound.scale() })?;
         operand.bound = Some(norm.bound);
         Ok(Some(operand))
     }
@@ -205,11 +205,11 @@ impl CudaBackend {
         let c = self.shape.heads * self.shape.head_size;
         let kernels = &self.device.kernels;
         let (kernel, outputs) = match (tanh, weights.outputs, x.format) {
-            (true, outputs, StorageFormat::Native) if outputs == c && weights.inputs == c => (&kernels.head_dense, c),
-            (false, 1, StorageFormat::F32) if weights.inputs == c => (&kernels.head_out, 1),
+            (true, outputs, BufferFormat::Native) if outputs == c && weights.inputs == c => (&kernels.head_dense, c),
+            (false, 1, BufferFormat::F32) if weights.inputs == c => (&kernels.head_out, 1),
             _ => return Err(unsupported("this classification head")),
         };
-        let out = ctx.buffer(x.rows, outputs, self.options.dtype, StorageFormat::F32)?;
+        let out = ctx.buffer(x.rows, outputs, self.options.dtype, BufferFormat::F32)?;
         let staged = ctx.staged();
         let count = staged.count(x.rows);
         let grid = (staged.rows(x.rows) * outputs).div_ceil(8).min(16 * self.device.multiprocessors as usize);
@@ -299,7 +299,7 @@ impl Backend for CudaBackend {
 
     fn embed(&self, ctx: &ExecContext, weights: &Embeddings, _: &Batch) -> Result<Buffer, BackendError> {
         let c = self.shape.heads * self.shape.head_size;
-        let mut out = ctx.buffer(Rows::Tokens, c, self.options.dtype, StorageFormat::Native)?;
+        let mut out = ctx.buffer(Rows::Tokens, c, self.options.dtype, BufferFormat::Native)?;
         let staged = ctx.staged();
         let layout = staged.layout;
         let [counts, ids, types, positions] =
@@ -340,7 +340,7 @@ impl Backend for CudaBackend {
             };
         }
         let dtype = self.options.dtype;
-        let mut output = ctx.buffer(x.rows, outputs.len(), dtype, StorageFormat::Native)?;
+        let mut output = ctx.buffer(x.rows, outputs.len(), dtype, BufferFormat::Native)?;
         let (epilogue, residual, function) = match epilogue {
             Epilogue::Bias => (GemmEpilogue::Bias, None, None),
             Epilogue::Residual(residual) => (GemmEpilogue::BiasResidual, Some(residual), None),
@@ -412,7 +412,7 @@ impl Backend for CudaBackend {
         _: &Batch,
     ) -> Result<Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
-        let mut out = ctx.buffer(Rows::Tokens, c, self.options.dtype, StorageFormat::Native)?;
+        let mut out = ctx.buffer(Rows::Tokens, c, self.options.dtype, BufferFormat::Native)?;
         // Attention computes weighted means of values.
         out.bound = qkv.bound.map(|bound| bound.with_columns(c));
         let from = qkv.native_address()?;
@@ -432,7 +432,7 @@ impl Backend for CudaBackend {
         _: &Batch,
     ) -> Result<Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
-        let mut out = ctx.buffer(Rows::Sequences, c, self.options.dtype, StorageFormat::Native)?;
+        let mut out = ctx.buffer(Rows::Sequences, c, self.options.dtype, BufferFormat::Native)?;
         out.bound = kv.bound.map(|bound| bound.with_columns(c));
         let (q, kv) = (q.native_address()?, kv.native_address()?);
         let staged = ctx.staged();
@@ -451,7 +451,7 @@ impl Backend for CudaBackend {
     }
 
     fn gather_cls(&self, ctx: &ExecContext, x: &Buffer, _: &Batch) -> Result<Buffer, BackendError> {
-        let mut out = ctx.buffer(Rows::Sequences, x.columns, self.options.dtype, StorageFormat::Native)?;
+        let mut out = ctx.buffer(Rows::Sequences, x.columns, self.options.dtype, BufferFormat::Native)?;
         out.bound = x.bound;
         let from = x.native_address()?;
         let staged = ctx.staged();
@@ -471,11 +471,11 @@ impl Backend for CudaBackend {
     fn download(&self, ctx: &ExecContext, x: &Buffer) -> Result<Vec<f32>, BackendError> {
         let staged = ctx.staged();
         let length = row_count(&staged, x) * x.columns;
-        if x.format == StorageFormat::F32 {
+        if x.format == BufferFormat::F32 {
             return ctx.download(x.at, length);
         }
         let from = x.native_address()?;
-        let converted = ctx.buffer(x.rows, x.columns, self.options.dtype, StorageFormat::F32)?;
+        let converted = ctx.buffer(x.rows, x.columns, self.options.dtype, BufferFormat::F32)?;
         let (count, columns) = (staged.count(x.rows), x.columns as u32);
         // SAFETY: to_f32(rows, columns, x, out).
         unsafe {

@@ -50,7 +50,7 @@ pub struct Norm {
 }
 
 /// The input of a GEMM, and the factor that undoes the scales of input and weight.
-pub(super) struct GemmInput {
+pub(super) struct GemmOperand {
     pub(super) at: u64,
     pub(super) alpha: f32,
     /// Keeps an operand that was quantized for this GEMM allocated until the launch.

@@ -57,7 +57,7 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let hub = Hub::new(hub_options_from_env().map_err(Failure::Config)?);
     let loader = Loader::new(&hub, &settings.load).map_err(Failure::Config)?;
     for source in &settings.sources {
-        let model = loader.load(source).map_err(Failure::Config)?;
+        let model = loader.load(source).map_err(Failure::of_loading)?;
         tracing::info!(model = model.name, "{}", model.description);
         let workloads = match &args.workloads {
             Some(path) => workloads::read(path, &model).map_err(Failure::Config)?,

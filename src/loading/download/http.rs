@@ -24,7 +24,7 @@ pub(super) struct Client {
 }
 
 /// A response with the content of a file, or a part of it.
-pub(super) struct Content {
+pub(super) struct ResponseContent {
     pub(super) headers: ContentHeaders,
     pub(super) body: Box<dyn Read>,
 }
@@ -114,7 +114,7 @@ impl Client {
         commit: &Commit,
         file: &str,
         range: ContentRange<'_>,
-    ) -> Result<Content, HubError> {
+    ) -> Result<ResponseContent, HubError> {
         let mut uri = url::file_url(&self.endpoint, at, commit.as_str(), file)?;
         for _ in 0..=MAX_REDIRECTS {
             let response = self.send(Method::GET, &uri, Some(range))?;
@@ -132,7 +132,7 @@ impl Client {
                 content_range: text(headers, "content-range"),
                 etag: text(headers, "etag"),
             };
-            return Ok(Content { headers, body: Box::new(response.into_body().into_reader()) });
+            return Ok(ResponseContent { headers, body: Box::new(response.into_body().into_reader()) });
         }
         Err(too_many_redirects(&uri))
     }

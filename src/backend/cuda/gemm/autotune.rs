@@ -14,6 +14,7 @@ use super::tuning_store::{TUNED_ROWS, TunedGemm, TuningStore};
 use super::wgmma::{self, WgmmaGemm};
 use super::{GemmEpilogue, GemmOperands, GemmShape};
 use crate::backend::BackendError;
+use crate::backend::candle::gelu_erf;
 use crate::backend::cuda::cross_check::{bound, worst_row};
 use crate::backend::cuda::device;
 use crate::backend::cuda::dtype::CudaDtype;
@@ -273,14 +274,6 @@ fn fastest_index(seconds: &[f64]) -> Option<usize> {
 /// Whether the custom kernel is faster than cuBLASLt followed by a GELU kernel of `gelu_seconds` (0 without GELU).
 fn custom_is_faster(custom_seconds: f64, cublaslt_seconds: f64, gelu_seconds: f64) -> bool {
     custom_seconds < cublaslt_seconds + gelu_seconds
-}
-
-/// Erf GELU of each value, on the CPU.
-fn gelu_erf(values: Vec<f32>) -> Result<Vec<f32>, BackendError> {
-    let applied = candle_core::Tensor::new(values, &candle_core::Device::Cpu)
-        .and_then(|values| values.gelu_erf())
-        .and_then(|values| values.to_vec1());
-    applied.map_err(|error| BackendError::Failed(Box::new(error)))
 }
 
 #[cfg(test)]
