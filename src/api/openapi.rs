@@ -17,13 +17,13 @@ use super::ops;
         v1_rerank, rerank, v1_reranking, v1_ranking,
         ops::models, ops::model, ops::info, ops::cluster_auth, ops::health, ops::ready, ops::metrics
     ),
-    modifiers(&Keys)
+    modifiers(&SecuritySchemes)
 )]
 struct Contract;
 
-struct Keys;
+struct SecuritySchemes;
 
-impl Modify for Keys {
+impl Modify for SecuritySchemes {
     fn modify(&self, contract: &mut utoipa::openapi::OpenApi) {
         let components = contract.components.get_or_insert_default();
         let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();

@@ -26,7 +26,7 @@ const TIMED_LENGTH: usize = 2048;
 
 /// An attention kernel and its launch parameters.
 #[derive(Debug)]
-pub(super) struct Attention {
+pub(super) struct AttentionLauncher {
     pub(super) function: CudaFunction,
     /// Blocks, of `ATTENTION_THREADS` threads, per tile of 128 queries.
     pub(super) blocks_per_tile: usize,
@@ -55,7 +55,7 @@ impl AttentionKernel {
     }
 }
 
-impl Attention {
+impl AttentionLauncher {
     /// Selects the kernel for this device and shape, from the cache of an earlier start or by a trial.
     ///
     /// # Errors
@@ -183,14 +183,14 @@ impl Trial {
         Ok(Self { stream, dtype, shape, timed_heads, qkv, out })
     }
 
-    fn compare(&self, mma: &Attention, wgmma: &Attention) -> Result<TrialResult, BackendError> {
+    fn compare(&self, mma: &AttentionLauncher, wgmma: &AttentionLauncher) -> Result<TrialResult, BackendError> {
         let (expected, got) = (self.outputs(mma)?, self.outputs(wgmma)?);
         let error = worst_row(&expected, &got, self.shape.head_size);
         Ok(TrialResult { error, mma_seconds: self.seconds(mma)?, wgmma_seconds: self.seconds(wgmma)? })
     }
 
     /// The kernel's output for sequences of `CHECKED_LENGTHS`, `[sum of lengths, C]`.
-    fn outputs(&self, attention: &Attention) -> Result<Vec<f32>, BackendError> {
+    fn outputs(&self, attention: &AttentionLauncher) -> Result<Vec<f32>, BackendError> {
         let (layout, upload) = self.upload(&CHECKED_LENGTHS)?;
         self.launch(attention, layout, &upload, self.shape.heads)?;
         let bytes = self.stream.clone_dtoh(&self.out)?;
@@ -199,7 +199,7 @@ impl Trial {
     }
 
     /// Seconds per launch over one sequence of `TIMED_LENGTH` tokens, averaged over at least 2 ms of launches.
-    fn seconds(&self, attention: &Attention) -> Result<f64, BackendError> {
+    fn seconds(&self, attention: &AttentionLauncher) -> Result<f64, BackendError> {
         let (layout, upload) = self.upload(&[TIMED_LENGTH])?;
         let mut launches = 1;
         loop {
@@ -227,7 +227,7 @@ impl Trial {
 
     fn launch(
         &self,
-        attention: &Attention,
+        attention: &AttentionLauncher,
         layout: Layout,
         upload: &CudaSlice<u32>,
         heads: usize,

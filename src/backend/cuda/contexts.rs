@@ -26,12 +26,12 @@ pub(super) struct ContextPool {
     options: CudaOptions,
     /// C
     hidden_size: usize,
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
     returned: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct PoolState {
     /// Outputs of the model's widest linear layer, which determines the memory per token.
     max_outputs: usize,
     created: bool,
@@ -105,13 +105,13 @@ impl ContextPool {
     /// Bytes of activation memory per token. A layer needs 7 C values (its input, Q, K and V, context, the sum after attention, and
     /// its output) and the widest layer's outputs; with fp8, some of them a second time as operands. The rest covers rounding,
     /// fragmentation and buffers with a row per sequence.
-    fn token_bytes(&self, state: &State) -> usize {
+    fn token_bytes(&self, state: &PoolState) -> usize {
         let dtype = self.options.dtype;
         let operand_bytes = if dtype == CudaDtype::Fp8 { dtype.operand_bytes() } else { 0 };
         (10 * self.hidden_size + 2 * state.max_outputs) * (dtype.bytes() + operand_bytes)
     }
 
-    fn create(&self, state: &State) -> Result<Vec<ExecContext>, BackendError> {
+    fn create(&self, state: &PoolState) -> Result<Vec<ExecContext>, BackendError> {
         let CudaOptions { dtype, gemm, .. } = self.options;
         let tuning_store = Arc::new(TuningStore::open(&self.device, dtype, gemm));
         let new = || {
@@ -170,7 +170,7 @@ impl ContextPool {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PoolState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

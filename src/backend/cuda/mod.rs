@@ -47,7 +47,7 @@ use anyhow::Result;
 use cudarc::driver::sys::CUevent_flags;
 use cudarc::driver::{CudaEvent, CudaStream, PushKernelArg};
 
-use self::attention::Attention;
+use self::attention::AttentionLauncher;
 use self::cache::Cache;
 pub use self::context::{Buffer, ExecContext};
 use self::context::{BufferFormat, Rows, StagedBatch};
@@ -71,7 +71,7 @@ use crate::batch::Batch;
 #[derive(Debug)]
 pub struct CudaBackend {
     device: Arc<Device>,
-    attention: Attention,
+    attention: AttentionLauncher,
     options: CudaOptions,
     shape: AttentionShape,
     upload: Arc<CudaStream>,
@@ -90,7 +90,7 @@ impl CudaBackend {
             shape.head_size
         );
         let device = Arc::new(Device::open(ordinal, options.dtype, shape, Cache::new(options.cache.clone()))?);
-        let attention = Attention::choose(&device, &options, shape)?;
+        let attention = AttentionLauncher::choose(&device, &options, shape)?;
         let upload = device.context.new_stream()?;
         let contexts = ContextPool::new(Arc::clone(&device), options.clone(), shape.heads * shape.head_size);
         Ok(Self { device, attention, options, shape, upload, contexts })
