@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
@@ -117,6 +118,8 @@ impl TimedStream {
         let deadline = since + self.timeouts.write;
         if Instant::now() >= deadline {
             if written < self.timeouts.write.as_secs() * MIN_WRITE_RATE {
+                // A reset frees what the kernel still holds of the answer; a normal close would wait for the client.
+                SockRef::from(&self.inner).set_linger(Some(Duration::ZERO)).ok();
                 return Poll::Ready(io::Error::new(io::ErrorKind::TimedOut, "the client does not read its answer"));
             }
             self.blocked = Some((Instant::now(), 0));

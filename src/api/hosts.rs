@@ -15,7 +15,7 @@ impl HostList {
     pub(super) fn allows(&self, host: &str) -> bool {
         let name = without_port(host).to_ascii_lowercase();
         let is_loopback = name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|address| address.is_loopback());
-        name == "localhost" || is_loopback || self.0.iter().any(|allowed| *allowed == name)
+        name == "localhost" || is_loopback || self.0.contains(&name)
     }
 }
 

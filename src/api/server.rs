@@ -31,8 +31,10 @@ use super::state::App;
 const BACKLOG: u32 = 1024;
 /// Pause of the accept loop when the process has no file descriptor left.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Connections beyond the cap that are answered all the same: health checks and metrics, and 503 for everything else.
+/// Connections beyond the cap that are answered all the same.
 const RESERVED_CONNECTIONS: usize = 64;
+/// Those of them that are kept for health checks.
+const HEALTH_CONNECTIONS: usize = 16;
 /// Bytes of a request's header at most. hyper keeps a buffer of this size for each connection that sends a long one.
 const MAX_HEADER_BYTES: usize = 32 * 1024;
 /// TCP keepalive: probes start after this time without traffic.
@@ -114,14 +116,17 @@ impl Slots {
         }
     }
 
-    /// A slot for a new connection. At the cap, the oldest connection without a request is told to close, and the new one gets a
-    /// reserved slot until there is room; if those are gone too, there is none.
+    /// A slot for a new connection. At the cap it is a reserved one, and the oldest connection without a request is told to close
+    /// in its place. If every connection has a request, or hardly any reserved slot is left, the new connection gets health checks
+    /// only; without a reserved slot it gets nothing.
     fn take(&mut self) -> Option<(OwnedSemaphorePermit, Service)> {
         if let Ok(slot) = Arc::clone(&self.regular).try_acquire_owned() {
             return Some((slot, Service::Full));
         }
-        self.close_oldest_idle();
-        Some((Arc::clone(&self.reserved).try_acquire_owned().ok()?, Service::Overloaded))
+        let made_room = self.close_oldest_idle();
+        let for_health_only = self.reserved.available_permits() <= HEALTH_CONNECTIONS;
+        let slot = Arc::clone(&self.reserved).try_acquire_owned().ok()?;
+        Some((slot, if made_room && !for_health_only { Service::Full } else { Service::Overloaded }))
     }
 
     fn add(&mut self, state: &Arc<ConnectionState>) {
@@ -131,12 +136,15 @@ impl Slots {
         self.open.push_back(Arc::downgrade(state));
     }
 
-    fn close_oldest_idle(&mut self) {
+    /// Whether there was one.
+    fn close_oldest_idle(&mut self) -> bool {
         self.open.retain(|state| state.strong_count() > 0);
         let idle = |state: &Weak<ConnectionState>| state.upgrade().is_some_and(|state| state.is_idle());
         if let Some(state) = self.open.iter().position(idle).and_then(|i| self.open.remove(i)?.upgrade()) {
             state.close.notify_one();
+            return true;
         }
+        false
     }
 }
 

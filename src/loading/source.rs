@@ -7,10 +7,15 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::catalogue::{self, Entry};
 use super::download::{Hub, Revision};
+use crate::checkpoint::file::read_text;
 use crate::checkpoint::weights::shard_names;
 
 /// File names of checkpoints, in order of preference.
 const WEIGHT_FILES: [&str; 3] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
+
+/// Longest config.json and tokenizer.json that are read, in bytes. The largest published tokenizers have some 20 MB.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 
 /// A model to load: its name, and where its files are.
 #[derive(Debug, Clone)]
@@ -188,13 +193,9 @@ fn hub_files(hub: &Hub, at: &Revision, known_weights: Option<&str>) -> Result<Mo
 }
 
 fn read_files(config: &Path, tokenizer: &Path, weights: PathBuf) -> Result<ModelFiles> {
-    let cannot = |path: &Path| format!("cannot read {}", path.display());
     Ok(ModelFiles {
-        config: (std::fs::read_to_string(config).with_context(|| cannot(config))?, config.display().to_string()),
-        tokenizer: (
-            std::fs::read(tokenizer).with_context(|| cannot(tokenizer))?.into(),
-            tokenizer.display().to_string(),
-        ),
+        config: (read_text(config, MAX_CONFIG_BYTES)?, config.display().to_string()),
+        tokenizer: (read_text(tokenizer, MAX_TOKENIZER_BYTES)?.into_bytes().into(), tokenizer.display().to_string()),
         weights: WeightsFile::Path(weights),
     })
 }

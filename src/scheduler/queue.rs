@@ -21,12 +21,15 @@ pub(super) struct NewJob {
     pub(super) reply: oneshot::Sender<Result<Scores, RerankError>>,
 }
 
+/// Pairs of one request in a batch: which, and all pairs of the request.
+type Part = (Slice, Arc<[Pair]>);
+
 /// A batch that a worker has taken: pairs of one or several requests. Dropping it without delivering its logits, as a panicking
 /// worker does, fails its requests.
 #[derive(Debug)]
 pub(super) struct BatchJob {
     number: u64,
-    parts: Vec<(Slice, Arc<[Pair]>)>,
+    parts: Vec<Part>,
     queue: Arc<Queue>,
     finished: bool,
 }
@@ -232,7 +235,7 @@ impl State {
         }
     }
 
-    fn begin(&mut self, batch: Vec<Slice>) -> (u64, Vec<(Slice, Arc<[Pair]>)>) {
+    fn begin(&mut self, batch: Vec<Slice>) -> (u64, Vec<Part>) {
         let now = Instant::now();
         let number = self.batches_taken;
         self.batches_taken += 1;

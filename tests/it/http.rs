@@ -412,3 +412,45 @@ async fn very_long_texts_are_answered_or_rejected_by_their_token_count() {
     }
     assert_eq!(get(&app, "/health").await.status, 200);
 }
+
+// Findings B and 1: rank_fields times fields was quadratic, and both lists were bounded by the body alone.
+#[tokio::test]
+async fn rank_fields_are_bounded_and_only_wanted_fields_are_read() {
+    let (app, _) = app();
+    let fields: String = (0..60_000).map(|i| format!(r#""f{i}":"","#)).collect();
+    let document = format!(r#"{{{fields}"title":"red apple","text":"x"}}"#);
+    let names: Vec<String> = (0..65).map(|i| format!("z{i}")).collect();
+    let ask = |names: &[String]| {
+        let names = json!(names);
+        format!(r#"{{"model":"m","query":"red apple","rank_fields":{names},"documents":[{document}]}}"#)
+    };
+    let answer = post(&app, "/v1/rerank", ask(&names)).await;
+    check_error(&answer, 400, 20015, "invalid_request_error", "rank_fields");
+    let answer = post(&app, "/v1/rerank", ask(&["title".to_owned()])).await;
+    assert_eq!(answer.score(0), sigmoid(1.0), "{}", answer.text);
+}
+
+// Finding 17: the sigmoid of large logits is exactly 1, and cannot order them.
+#[tokio::test]
+async fn results_are_ordered_by_logit_also_where_the_score_saturates() {
+    let (model, _) = stub::model("m", 5000.0, QUEUE);
+    let app = serving(vec![model], Keys::default(), LIMITS);
+    let answer = rerank(&app, body(json!(["x", "red apple", "apple"]))).await;
+    assert_eq!(answer.order(), [1, 2, 0]);
+    assert_eq!((answer.score(0), answer.score(1)), (1.0, 1.0));
+}
+
+#[tokio::test]
+async fn an_unknown_model_is_answered_with_the_names_asked_for_and_served() {
+    let (app, _) = app();
+    let answer = rerank(&app, json!({"model": "other", "query": "q", "documents": ["a"]})).await;
+    check_error(&answer, 400, 20012, "invalid_request_error", "Model does not exist. Please check it carefully.");
+    assert!(answer.text.contains("other") && answer.text.contains("this server has m"), "{}", answer.text);
+}
+
+#[tokio::test]
+async fn a_byte_order_mark_before_the_json_is_accepted() {
+    let (app, _) = app();
+    let answer = post(&app, "/v1/rerank", format!("\u{feff}{}", body(json!(["x", "apple"])))).await;
+    assert_eq!(answer.order(), [1, 0]);
+}

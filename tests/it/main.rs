@@ -4,6 +4,7 @@
 //! this machine cannot run it.
 
 mod architecture;
+mod attacks;
 mod cli;
 #[cfg(feature = "cuda")]
 mod cuda;

@@ -259,7 +259,6 @@ mod tests {
         for (body, named) in [
             ("", "body"),
             (r#"["m","q",["a"],null]"#, "body"),
-            ("\u{feff}{}", "body"),
             (r#"{"model":"m","query":"q","documents":["a"]} {}"#, "body"),
             (r#"{"model":"m","query":"q"}"#, "documents"),
             (r#"{"query":"q","documents":["a"]}"#, "model"),

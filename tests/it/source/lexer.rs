@@ -83,7 +83,7 @@ fn tokens(text: &str) -> Vec<Token> {
                         i += 1;
                     }
                     i += close.len();
-                } else if !(["b", "c"].contains(&&*word) && at(i) == '"') && !c.is_numeric() {
+                } else if !(c.is_numeric() || ["b", "c"].contains(&&*word) && at(i) == '"') {
                     tokens.push(Token { text: word, line });
                 }
             }
