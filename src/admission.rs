@@ -1,8 +1,7 @@
-//! Admission control: a request's work is admitted whole, or refused at once.
+//! Admission control: a request's work is admitted as a whole or refused at once.
 //!
-//! Work is measured in units: tokens for the encoder, bytes for the tokenizer. What may wait is bounded in units and in seconds.
-//! Seconds are what a client feels; the number of units that they come to follows from the measured speed, so the same setting
-//! holds on a laptop and on a GPU.
+//! Work is measured in units: tokens for the encoder, bytes for the tokenizer. Admitted work is limited in units and in the
+//! seconds that it takes at the measured speed. A limit in seconds suits a laptop and a GPU alike.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -12,33 +11,33 @@ use crate::error::RerankError;
 
 /// Weight of a new job in the running estimate of the speed.
 const SMOOTHING: f64 = 0.2;
-/// Retry-After is spread over this share of itself, so that refused clients do not all come back at once.
+/// Retry-After is increased by a random share of itself, at most this one, so that refused clients do not all return at once.
 const RETRY_JITTER: f64 = 0.5;
-/// The longest Retry-After, in seconds.
+/// Maximum Retry-After, in seconds.
 const MAX_RETRY_AFTER_S: f64 = 60.0;
 
 /// Limits on admitted work.
 #[derive(Debug, Clone, Copy)]
 pub struct AdmissionLimits {
-    /// Units that may be admitted and not yet done.
+    /// Maximum units that are admitted and not finished.
     pub units: usize,
-    /// Time that the admitted units may take, at the measured speed.
+    /// Maximum time that the admitted units take at the measured speed.
     pub wait: Duration,
 }
 
-/// The budget of one resource.
+/// Admission to one resource: the encoder's queue or the tokenizer.
 #[derive(Debug)]
 pub struct Admission {
     limits: AdmissionLimits,
     waiting: AtomicUsize,
-    /// Jobs that are done at the same time when there is enough work.
+    /// Jobs that run at the same time under full load.
     workers: usize,
-    /// Bits of the estimated units per second (f64); 0 until a job has been measured.
+    /// Estimated units per second, as the bits of an f64; 0 until a job has been measured.
     speed: AtomicU64,
     gauge: metrics::Gauge,
 }
 
-/// Admitted work. Dropping it, done or given up, makes room for other work.
+/// Admitted work. Dropping it, when the work is finished or abandoned, makes room for other work.
 #[derive(Debug)]
 pub struct Permit {
     units: usize,
@@ -46,13 +45,13 @@ pub struct Permit {
 }
 
 impl Admission {
-    /// `gauge` shows the admitted units.
+    /// `gauge` is the metric of admitted units.
     pub fn new(gauge: metrics::Gauge, limits: AdmissionLimits, workers: usize) -> Self {
         Self { limits, waiting: AtomicUsize::new(0), workers, speed: AtomicU64::new(0), gauge }
     }
 
-    /// Admits `units` units or refuses them. If nothing is waiting, any amount is admitted that can finish within `patience`: a
-    /// request's size has its own limit.
+    /// Admits `units` units or refuses them. When nothing is admitted, any amount is accepted that can finish within
+    /// `patience`, the time until the request's deadline: the size of a request has its own limit.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`] if there is no room; [`RerankError::CannotFinish`] if the request alone takes longer than
@@ -80,13 +79,13 @@ impl Admission {
         }
     }
 
-    /// Units admitted and not yet done.
+    /// Units that are admitted and not finished.
     pub fn waiting(&self) -> usize {
         self.waiting.load(Relaxed)
     }
 
-    /// Updates the speed estimate with a job that was done. The caller passes large jobs only: a small one says little about how
-    /// fast a busy resource is.
+    /// Updates the speed estimate with a finished job. Callers pass large jobs only: small ones say little about the speed
+    /// under load.
     pub fn done(&self, units: usize, took: Duration) {
         let new = (units * self.workers) as f64 / took.as_secs_f64().max(1e-6);
         let old = f64::from_bits(self.speed.load(Relaxed));
@@ -94,7 +93,7 @@ impl Admission {
         self.speed.store(speed.to_bits(), Relaxed);
     }
 
-    /// Estimated units per second, once a job has been measured.
+    /// Estimated units per second; `None` until a job has been measured.
     fn speed(&self) -> Option<f64> {
         Some(f64::from_bits(self.speed.load(Relaxed))).filter(|&speed| speed > 0.0)
     }
@@ -103,7 +102,7 @@ impl Admission {
         self.speed().map(|speed| units as f64 / speed)
     }
 
-    /// Units that may wait: the fixed limit, or what can be done within the allowed wait and within the client's patience.
+    /// Maximum admitted units: the fixed limit, or fewer if not all of them finish within the allowed wait and `patience`.
     fn limit(&self, patience: Option<Duration>) -> usize {
         let wait = patience.map_or(self.limits.wait, |patience| patience.min(self.limits.wait));
         let by_time = self.speed().map_or(usize::MAX, |speed| (speed * wait.as_secs_f64()) as usize);
@@ -111,7 +110,7 @@ impl Admission {
     }
 }
 
-/// Whole seconds until there should be room, spread by `random` in [0, 1).
+/// Retry-After in whole seconds: the estimated time until there is room (1 s if unknown), plus jitter from `random` in [0, 1).
 fn retry_after(seconds: Option<f64>, random: f64) -> u64 {
     let seconds = seconds.unwrap_or(1.0).clamp(1.0, MAX_RETRY_AFTER_S);
     (seconds * (1.0 + RETRY_JITTER * random)).ceil().min(MAX_RETRY_AFTER_S) as u64

@@ -1,7 +1,7 @@
 //! A pair of token id sequences, and a packed batch of pairs.
 //!
-//! Letters for shapes, in the whole crate: T tokens in a batch, S sequences, C hidden size, H heads, D head size (C = H
-//! * D), F feed-forward size. Batches are packed, not padded: T ids, and S + 1 offsets that divide them into sequences.
+//! Shapes in this crate: T tokens in a batch, S sequences, C hidden size, H heads, D head size (C = H * D), F feed-forward
+//! size. Batches are packed, not padded: T ids, and S + 1 offsets that divide them into sequences.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ impl Pair {
     /// A pair of `ids`, `[len]`, and the segment (token type) id of each token, `[len]`.
     ///
     /// # Panics
-    /// The lengths differ, or are 0.
+    /// If the lengths differ or are 0.
     pub fn new(ids: Vec<u32>, type_ids: Vec<u8>) -> Self {
         assert!(!ids.is_empty() && ids.len() == type_ids.len(), "a pair has one type id for each token");
         Self { ids: ids.into(), type_ids: type_ids.into() }
@@ -60,7 +60,7 @@ impl Batch {
         batch
     }
 
-    /// A batch of the given sequences, in the given order.
+    /// A new batch of some of the sequences, in the given order.
     pub fn select(&self, sequences: &[usize]) -> Self {
         let mut batch = Self { offsets: vec![0], ..Self::default() };
         for &sequence in sequences {

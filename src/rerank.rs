@@ -1,4 +1,4 @@
-//! A request from text to ranking.
+//! Ranking one request: text to pairs, pairs to logits, logits to a ranking.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -8,10 +8,10 @@ use crate::scheduler::{Deadline, Scores};
 use crate::served::Models;
 use crate::text::{DocumentOptions, EncodedRequest, Truncation};
 
-/// A request whose form has been checked.
+/// A validated request.
 #[derive(Debug, Clone)]
 pub struct RerankRequest {
-    /// A served model's name or alias; the first one without it.
+    /// A served model's name or alias; `None` is the first model.
     pub model: Option<String>,
     /// Not empty.
     pub query: String,
@@ -19,13 +19,13 @@ pub struct RerankRequest {
     pub documents: Arc<[String]>,
     /// Number of results; `None` is all.
     pub top_n: Option<usize>,
-    /// How documents are truncation.
+    /// How documents are split into chunks.
     pub options: DocumentOptions,
-    /// When the answer is no longer useful.
+    /// When the request is given up.
     pub deadline: Option<Deadline>,
 }
 
-/// The answer: documents, best first.
+/// The ranked documents.
 #[derive(Debug)]
 pub struct Ranking {
     /// The served model's name.
@@ -34,7 +34,7 @@ pub struct Ranking {
     pub results: Vec<Ranked>,
     /// Tokens that the model read, over all distinct chunks.
     pub tokens: usize,
-    /// What of the texts the model did not read.
+    /// Which parts of the texts the model did not read.
     pub truncation: Truncation,
     /// Time by stage.
     pub timings: Timings,
@@ -56,9 +56,9 @@ pub struct Ranked {
 pub struct Timings {
     /// Tokenizing, chunking, and merging identical pairs.
     pub tokenize: Duration,
-    /// In the queue, until the first batch.
+    /// Waiting in the queue until the first batch.
     pub queue: Duration,
-    /// From the first batch to the last.
+    /// From the start of the first batch to the end of the last.
     pub inference: Duration,
 }
 
@@ -95,7 +95,7 @@ fn best_first(scores: &Scores, documents: &[Vec<usize>], top_n: Option<usize>) -
     results
 }
 
-/// In f64, so that scores near 1 stay apart.
+/// Computed in f64, so that scores near 1 remain distinct.
 fn sigmoid(logit: f32) -> f64 {
     1.0 / (1.0 + (-f64::from(logit)).exp())
 }

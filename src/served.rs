@@ -9,20 +9,20 @@ use crate::loading::{LoadOptions, LoadedModel, Loader};
 use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
 use crate::text::TextEncoder;
 
-/// The longest that one batch of a large model takes on a small CPU.
+/// Maximum time of one batch, of a large model on a small CPU.
 const LONG_BATCH: Duration = Duration::from_secs(120);
 
-/// Characters of a requested model name that an error message repeats.
+/// Maximum characters of a requested model name in an error message.
 const MAX_NAME_CHARS: usize = 128;
-/// Slashes in a requested model name that are tried as the end of a gateway's prefix.
+/// Maximum slashes in a requested model name that are tried as the end of a gateway's prefix.
 const MAX_NAME_PARTS: usize = 8;
 
-/// A served model: its text side and its queue.
+/// A served model: its text encoder and its scheduler.
 #[derive(Debug)]
 pub struct Model {
-    /// The name that answers carry.
+    /// The name in responses.
     pub name: String,
-    /// Precision of the GEMMs, or the implementation's name.
+    /// Precision of the GEMMs, or the name of the implementation.
     pub dtype: &'static str,
     /// Other names that requests may use.
     pub aliases: Vec<String>,
@@ -37,21 +37,21 @@ pub struct Model {
 pub struct Models(Vec<Model>);
 
 impl Model {
-    /// Starts the worker of a loaded model.
+    /// Starts the workers of a loaded model.
     ///
     /// # Errors
-    /// The operating system has no thread for it.
+    /// The operating system refuses a thread.
     pub fn start(loaded: LoadedModel, limits: SchedulerLimits) -> std::io::Result<Self> {
         let LoadedModel { name, aliases, text, dtype, encoder, .. } = loaded;
         let scheduler = Scheduler::start(&name, encoder, limits)?;
         Ok(Self { name, dtype, aliases, text, scheduler })
     }
 
-    /// Whether a real inference has succeeded within `recent`, or does so now within `patience_s`. A model that has
-    /// succeeded before and has been at one batch for less than two minutes is busy, not dead.
+    /// Checks that an inference has succeeded within `recent`, or succeeds now within `patience_s` seconds. A model that has
+    /// succeeded before and has run its batch for less than two minutes counts as alive too.
     ///
     /// # Errors
-    /// Why it did not.
+    /// Why the inference did not succeed.
     pub async fn check(&self, recent: Duration, patience_s: u64) -> Result<(), RerankError> {
         let last_success = self.scheduler.last_success();
         let busy = self.scheduler.running_since().is_some_and(|since| since.elapsed() < LONG_BATCH);
@@ -79,10 +79,10 @@ impl Model {
 }
 
 impl Models {
-    /// Loads every model and starts its worker. Each one's name and description go to `report`.
+    /// Loads every model and starts its workers. `report` gets each model's name and description.
     ///
     /// # Errors
-    /// Anything wrong with a model's files; two models of one name.
+    /// A model cannot be downloaded or read; two models have the same name.
     pub fn load(
         sources: &[ModelSource],
         hub: &Hub,
@@ -100,10 +100,8 @@ impl Models {
         Self::new(models)
     }
 
-    /// Serves these models.
-    ///
     /// # Errors
-    /// A name that two of them claim.
+    /// Two models have the same name or alias.
     pub fn new(models: Vec<Model>) -> anyhow::Result<Self> {
         for (i, model) in models.iter().enumerate() {
             for other in &models[..i] {
@@ -115,7 +113,7 @@ impl Models {
         Ok(Self(models))
     }
 
-    /// The model that a request names: its name or an alias in any case, or either behind a gateway's prefix
+    /// The model with this name or alias, in upper or lower case. A gateway's prefix is ignored
     /// (`fireworks/BAAI/bge-reranker-v2-m3`).
     ///
     /// # Errors
@@ -129,7 +127,7 @@ impl Models {
         })
     }
 
-    /// The model that a request names, or the first one where its dialect has no place for a name.
+    /// The model with this name or alias, as [`Models::find`]; without a name, the first model.
     ///
     /// # Errors
     /// [`RerankError::UnknownModel`]
@@ -144,12 +142,12 @@ impl Models {
         self.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
-    /// All of them, in the order of the command line.
+    /// The models, in the order of the command line.
     pub fn iter(&self) -> impl Iterator<Item = &Model> {
         self.0.iter()
     }
 
-    /// Waits until nothing is queued, at most until `until`.
+    /// Waits until nothing is queued or computed, or until `until`.
     pub async fn drained(&self, until: Instant) {
         while Instant::now() < until && self.iter().any(|model| model.scheduler.waiting_tokens() > 0) {
             tokio::time::sleep(Duration::from_millis(20)).await;

@@ -128,6 +128,11 @@ fn describe_metrics() {
     describe_histogram!("rerankd_tokenize_seconds", Unit::Seconds, "Tokenization time per request");
     describe_histogram!("rerankd_queue_seconds", Unit::Seconds, "Time from a request's admission to its first batch");
     describe_gauge!("rerankd_tokenizer_bytes", Unit::Bytes, "Text admitted but not yet tokenized");
+    describe_gauge!(
+        "rerankd_queue_first_service_tokens",
+        Unit::Count,
+        "Tokens that a new request waits for, by model: admitted, and not yet planned into a first batch"
+    );
     describe_counter!("rerankd_worker_restarts_total", "Workers restarted after a panic, by model");
     describe_counter!(
         "rerankd_connections_refused_total",

@@ -25,8 +25,8 @@ pub(super) async fn require_key(
     Err(ApiError::unauthorized().closing_connection())
 }
 
-/// The one key that the headers offer: `Authorization: Bearer KEY`, the key alone in that header, or `x-api-key`. The same key in
-/// several headers is one key; different keys are none, since it is unclear which should count.
+/// The key in the headers: `Authorization: Bearer KEY`, `Authorization: KEY` or `x-api-key: KEY`. The same key may occur
+/// several times. Different keys are refused (`None`), because it is unclear which one counts.
 fn offered_key(headers: &HeaderMap) -> Option<&str> {
     let bearer = headers.get_all(header::AUTHORIZATION).iter().map(bearer_key);
     let plain = headers.get_all("x-api-key").iter().map(|value| value.to_str().ok().map(str::trim));

@@ -1,4 +1,5 @@
-//! Request bodies: memory is reserved as bytes arrive, not as they are announced, and a client must keep sending.
+//! Request bodies. Memory is reserved for the bytes that have arrived, not for the announced length; a client must send at a
+//! minimum rate.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,43 +14,44 @@ use tokio::time::Instant;
 use super::error::ApiError;
 use crate::error::RerankError;
 
-/// The server's limits on requests, beside those on their text.
+/// The server's limits on connections and requests; `TextLimits` has those on the text.
 #[derive(Debug, Clone, Copy)]
 pub struct ApiLimits {
-    /// Open connections.
+    /// Maximum open connections.
     pub max_connections: usize,
-    /// Documents of one request.
+    /// Maximum documents of one request.
     pub max_documents: usize,
-    /// Bytes of one body.
+    /// Maximum bytes of one body.
     pub max_body_bytes: usize,
-    /// Bytes of all requests in memory.
+    /// Maximum bytes of all bodies, and of all responses that are not yet written to their sockets.
     pub max_inflight_bytes: usize,
-    /// From a request's header to its last byte.
+    /// Maximum time from the end of a request's header to the end of its body.
     pub body_timeout: Duration,
-    /// From a request's body to its answer, in seconds.
+    /// Maximum time from a complete body to the response, in seconds.
     pub request_timeout_s: u64,
 }
 
-/// A body's buffer starts with this capacity and doubles.
+/// Initial capacity of a body's buffer, in bytes. It doubles when it is full.
 const INITIAL_CAPACITY: usize = 4096;
-/// A body must arrive at this rate at least, measured over [`RATE_WINDOW`].
+/// Minimum bytes of a body that arrive in each [`RATE_WINDOW`].
 const MIN_BYTES_PER_WINDOW: usize = 1024;
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 
-/// What is read of a body that was refused: a client that is still sending sees the answer only if its bytes are taken.
+/// Maximum bytes of a refused body that are read and discarded. A client that is still sending may miss the response if its
+/// bytes are not read.
 const MAX_DRAINED_BYTES: usize = 64 << 20;
 const MAX_DRAIN_TIME: Duration = Duration::from_secs(10);
-/// Refused bodies that are drained at the same time; further ones are cut off.
+/// Maximum refused bodies that are drained at the same time; of further ones, the rest is not read.
 const MAX_DRAINS: usize = 64;
 
-/// The memory that all requests share, counted in KiB.
+/// The memory budget of all requests, in KiB.
 #[derive(Debug)]
 pub(super) struct MemoryBudget {
     memory: Arc<Semaphore>,
     drains: Arc<Semaphore>,
 }
 
-/// A share of the memory, for as long as it lives.
+/// Part of the memory budget. Dropping it returns the memory.
 #[derive(Debug)]
 pub(super) struct MemoryShare {
     budget: Arc<Semaphore>,
@@ -57,7 +59,7 @@ pub(super) struct MemoryShare {
     kib: usize,
 }
 
-/// A body and its share of the memory.
+/// A complete body and its share of the memory budget.
 pub(super) struct ReadBody {
     pub(super) bytes: Vec<u8>,
     pub(super) share: MemoryShare,
@@ -76,8 +78,9 @@ impl MemoryBudget {
     /// Reads a whole body.
     ///
     /// # Errors
-    /// 413, before any of it is read if it is announced too long; 408 if it stops arriving; 503 if there is no memory for it. The
-    /// rest of a refused body is drained in the background.
+    /// 413 if it is too long, without reading it if Content-Length says so; 415 if it is compressed; 408 if it arrives too
+    /// slowly; 400 if it ends early; 503 if the memory budget is used up. The rest of a refused body is drained in the
+    /// background.
     pub(super) async fn read(
         &self,
         headers: &HeaderMap,
@@ -95,7 +98,7 @@ impl MemoryBudget {
         result
     }
 
-    /// Copies the frames of a body into one buffer: keeping them would keep the connection's read buffer for each of them.
+    /// Copies the frames of a body into one buffer. Each frame that is kept would keep a whole read buffer of the connection.
     async fn collect(&self, body: &mut Body, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
         let mut share = self.share();
         let mut bytes: Vec<u8> = Vec::new();
@@ -132,9 +135,9 @@ impl MemoryBudget {
         }
     }
 
-    /// Reads and discards what is left of a refused body, within bounds, so that a client that is still sending gets to the answer.
+    /// Reads and discards the rest of a refused body, within limits, so that a client that is still sending gets the response.
     pub(super) fn drain(&self, headers: &HeaderMap, mut body: Body) {
-        // A client that waits for 100-continue must not be told to go on.
+        // Reading would make hyper send 100 Continue, which asks the client for the body.
         if headers.contains_key(header::EXPECT) {
             return;
         }
@@ -174,7 +177,7 @@ impl MemoryShare {
         Ok(())
     }
 
-    /// Ties the share to the response's bytes: it is given back when the client has taken them, or is gone.
+    /// Attaches the share to the response's bytes. It is returned when they are written to the socket or the connection ends.
     ///
     /// # Errors
     /// 503 if the budget has no room for the response.

@@ -1,10 +1,11 @@
 //! One TCP connection: its timeouts, and whether it may be closed to make room for another.
 //!
-//! hyper's own header timeout covers an idle keep-alive connection too, and it has no write timeout; so the timers are here, in the
-//! stream that hyper reads from and writes to.
+//! hyper's header timeout also applies to idle keep-alive connections, and hyper has no write timeout. The timers are therefore
+//! in the stream that hyper reads and writes.
 
 use std::io;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -15,17 +16,22 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 use tokio::time::{Instant, Sleep};
 
-/// Bytes per second at which a client must take an answer, measured over the write timeout.
+/// Minimum rate at which a client reads a response, in bytes per second, measured over the write timeout.
 const MIN_WRITE_RATE: u64 = 1024;
+
+/// An interim response that requires no action of the client (RFC 9110, 15.2; RFC 2518, 10.1).
+const PROBE: &[u8] = b"HTTP/1.1 102 Processing\r\n\r\n";
+/// How often a half-closed connection is checked for a reset.
+const PROBE_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Time limits of one connection.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct ConnectionTimeouts {
-    /// From the first byte of a request's header to its last.
+    /// Maximum time from the first byte of a request's header to its last; for the first request, from the connection's start.
     pub(super) header: Duration,
-    /// Between requests, and before the first.
+    /// Maximum time between two requests.
     pub(super) idle: Duration,
-    /// Without enough progress in writing an answer.
+    /// Maximum time without enough progress in writing a response.
     pub(super) write: Duration,
 }
 
@@ -33,7 +39,9 @@ pub(super) struct ConnectionTimeouts {
 #[derive(Debug)]
 pub(super) struct ConnectionState {
     phase: Mutex<Phase>,
-    /// Wakes the connection so that it closes.
+    /// Whether part of a response may not be written to the socket yet.
+    is_writing: AtomicBool,
+    /// Tells the connection's task to close it.
     pub(super) close: Notify,
 }
 
@@ -43,28 +51,54 @@ enum Phase {
     Idle(Instant),
     /// Part of a request's header has arrived, the first byte at this time.
     Header(Instant),
+    /// A request's body is arriving.
+    Receiving,
     /// A request is being handled.
     Busy,
 }
 
+impl Phase {
+    fn has_request(self) -> bool {
+        matches!(self, Self::Receiving | Self::Busy)
+    }
+}
+
 impl ConnectionState {
     pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { phase: Mutex::new(Phase::Idle(Instant::now())), close: Notify::new() })
+        // The header timeout of the first request starts with the connection.
+        let phase = Mutex::new(Phase::Header(Instant::now()));
+        Arc::new(Self { phase, is_writing: AtomicBool::new(false), close: Notify::new() })
     }
 
-    /// A request's header is complete.
+    /// A request's header is complete; its body follows.
     pub(super) fn request_started(&self) {
-        *self.phase() = Phase::Busy;
+        self.is_writing.store(true, Relaxed);
+        *self.phase() = Phase::Receiving;
     }
 
-    /// The request is answered; the answer may still be on its way.
+    /// The whole request has arrived.
+    pub(super) fn request_received(&self) {
+        let mut phase = self.phase();
+        if *phase == Phase::Receiving {
+            *phase = Phase::Busy;
+        }
+    }
+
+    /// hyper has the whole response; part of it may not be written to the socket yet.
     pub(super) fn request_finished(&self) {
         *self.phase() = Phase::Idle(Instant::now());
     }
 
-    /// Whether closing the connection interrupts no request.
+    /// Whether closing the connection interrupts neither a request nor a response.
     pub(super) fn is_idle(&self) -> bool {
-        *self.phase() != Phase::Busy
+        !self.phase().has_request() && !self.is_writing.load(Relaxed)
+    }
+
+    /// Everything that hyper has is written to the socket.
+    fn flushed(&self) {
+        if !self.phase().has_request() {
+            self.is_writing.store(false, Relaxed);
+        }
     }
 
     fn phase(&self) -> MutexGuard<'_, Phase> {
@@ -85,12 +119,12 @@ impl ConnectionState {
         }
     }
 
-    /// When reading times out, if nothing happens before.
+    /// Deadline for the next byte, or for the whole header; `None` while a request is handled.
     fn read_deadline(&self, timeouts: &ConnectionTimeouts) -> Option<Instant> {
         match *self.phase() {
             Phase::Idle(since) => Some(since + timeouts.idle),
             Phase::Header(since) => Some(since + timeouts.header),
-            Phase::Busy => None,
+            Phase::Receiving | Phase::Busy => None,
         }
     }
 }
@@ -102,23 +136,58 @@ pub(super) struct TimedStream {
     timeouts: ConnectionTimeouts,
     read_timer: Pin<Box<Sleep>>,
     write_timer: Pin<Box<Sleep>>,
-    /// Since when writing has been blocked, and the bytes written since then.
+    /// Start of the current window of blocked writing, and the bytes written in that window.
     blocked: Option<(Instant, u64)>,
+    /// Whether [`PROBE`] has been sent because the client has closed its sending side.
+    probed: bool,
+    /// When the client's closing of its sending side was first seen.
+    end_seen: Option<Instant>,
 }
 
 impl TimedStream {
     pub(super) fn new(inner: TcpStream, state: Arc<ConnectionState>, timeouts: ConnectionTimeouts) -> Self {
         let timer = || Box::pin(tokio::time::sleep(Duration::ZERO));
-        Self { inner, state, timeouts, read_timer: timer(), write_timer: timer(), blocked: None }
+        Self {
+            inner,
+            state,
+            timeouts,
+            read_timer: timer(),
+            write_timer: timer(),
+            blocked: None,
+            probed: false,
+            end_seen: None,
+        }
     }
 
-    /// Ends the connection if its client does not take the answer at [`MIN_WRITE_RATE`].
+    /// Whether the client closed its sending side at least [`PROBE_INTERVAL`] ago.
+    fn is_end_due(&mut self) -> bool {
+        self.end_seen.get_or_insert_with(Instant::now).elapsed() >= PROBE_INTERVAL
+    }
+
+    /// Called when the client has closed its sending side while its request is handled. Either it waits for the response on a
+    /// half-closed connection, or it has closed the connection. [`PROBE`] distinguishes them: a host that has closed the
+    /// connection replies with a reset, and this returns the error.
+    fn poll_half_closed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        if !self.probed && self.blocked.is_none() {
+            self.probed = true;
+            self.inner.try_write(PROBE).ok();
+        }
+        if let Ok(Some(error)) | Err(error) = self.inner.take_error() {
+            return Poll::Ready(error);
+        }
+        self.read_timer.as_mut().reset(Instant::now() + PROBE_INTERVAL);
+        ready!(self.read_timer.as_mut().poll(cx));
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// An error if the client does not read the response at [`MIN_WRITE_RATE`]; otherwise arms the timer.
     fn poll_write_timeout(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         let (since, written) = *self.blocked.get_or_insert_with(|| (Instant::now(), 0));
         let deadline = since + self.timeouts.write;
         if Instant::now() >= deadline {
             if written < self.timeouts.write.as_secs() * MIN_WRITE_RATE {
-                // A reset frees what the kernel still holds of the answer; a normal close would wait for the client.
+                // With a linger time of 0, closing sends a reset and frees the kernel's send buffer at once.
                 SockRef::from(&self.inner).set_linger(Some(Duration::ZERO)).ok();
                 return Poll::Ready(io::Error::new(io::ErrorKind::TimedOut, "the client does not read its answer"));
             }
@@ -152,6 +221,19 @@ impl AsyncRead for TimedStream {
         if let Poll::Ready(result) = Pin::new(&mut self.inner).poll_read(cx, buffer) {
             if buffer.filled().len() > before {
                 self.state.received_bytes();
+            } else if result.is_ok() {
+                let phase = *self.state.phase();
+                match phase {
+                    Phase::Busy => return self.poll_half_closed(cx).map(Err),
+                    // hyper may hold the rest of the body, and looks for the end of the connection before it hands that on.
+                    Phase::Receiving if !self.is_end_due() => {
+                        self.read_timer.as_mut().reset(Instant::now() + PROBE_INTERVAL);
+                        ready!(self.read_timer.as_mut().poll(cx));
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    _ => {}
+                }
             }
             return Poll::Ready(result);
         }
@@ -193,7 +275,8 @@ impl AsyncWrite for TimedStream {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let result = Pin::new(&mut self.inner).poll_flush(cx);
         if let Poll::Ready(Ok(())) = result {
-            self.blocked = None; // the whole answer is with the kernel
+            self.state.flushed();
+            self.blocked = None; // the kernel has the whole response
         }
         result
     }

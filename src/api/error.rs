@@ -1,7 +1,7 @@
-//! What went wrong, on the wire: the only table from causes to statuses.
+//! Error responses: the only table from errors to HTTP statuses.
 //!
-//! One object satisfies every client at once: `code`, `message` and `data` for the vendor's own, `detail` as a string, and `error`
-//! with the `type` that SDKs map to their exception classes. It never contains `results`.
+//! One body serves every client: `code`, `message` and `data` for SiliconFlow's, `detail` as a string, and `error` with the
+//! `type` that SDKs map to their exception classes. It never contains `results`.
 
 use std::any::Any;
 
@@ -14,29 +14,31 @@ use utoipa::ToSchema;
 use super::observe::RefusalReason;
 use crate::error::RerankError;
 
-/// An answer that is not a ranking.
+/// An error response.
 #[derive(Debug)]
 pub struct ApiError {
     status: StatusCode,
-    /// The vendor's number where it has one, else the status.
+    /// SiliconFlow's error number if it has one, else the status.
     code: u16,
     message: String,
     retry_after_s: Option<u64>,
     closes_connection: bool,
+    /// The reason for the log, if the message may repeat parts of the request's text.
+    log_reason: Option<String>,
     cause: Option<anyhow::Error>,
 }
 
 /// The body of every error.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ErrorBody {
-    /// The vendor's number (20012 unknown model, 20015 bad parameter, 50505 overloaded), else the HTTP status.
+    /// SiliconFlow's number (20012 unknown model, 20015 bad parameter, 50505 overloaded), else the HTTP status.
     code: u16,
-    /// What is wrong, and the way out.
+    /// What is wrong, and how to correct it.
     message: String,
     /// Always null.
     #[schema(value_type = Option<String>)]
     data: (),
-    /// The message again, where some clients look for it.
+    /// The message again, where some clients expect it.
     detail: String,
     error: ErrorDetail,
 }
@@ -61,11 +63,12 @@ impl ApiError {
             message: message.into(),
             retry_after_s: None,
             closes_connection: false,
+            log_reason: None,
             cause: None,
         }
     }
 
-    /// A bad parameter.
+    /// Status 400 with SiliconFlow's number for a bad parameter.
     pub(super) fn bad_request(message: impl Into<String>) -> Self {
         Self { code: 20015, ..Self::new(StatusCode::BAD_REQUEST, message) }
     }
@@ -75,17 +78,15 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "Invalid token")
     }
 
-    /// Tells the client to use another connection: the body of this request is not read to its end.
+    /// Adds `Connection: close`, because the body of this request is not read to its end.
     pub(super) fn closing_connection(self) -> Self {
         Self { closes_connection: true, ..self }
     }
 
-    /// The HTTP status.
     pub(super) fn status(&self) -> StatusCode {
         self.status
     }
 
-    /// What is wrong, and the way out.
     pub(super) fn message(&self) -> &str {
         &self.message
     }
@@ -109,7 +110,9 @@ impl From<RerankError> for ApiError {
         let message = error.to_string();
         match error {
             RerankError::UnknownModel { .. } => Self { code: 20012, ..Self::new(StatusCode::BAD_REQUEST, message) },
-            RerankError::Invalid { .. } => Self::bad_request(message),
+            RerankError::Invalid { field, .. } => {
+                Self { log_reason: Some(format!("{field} is not valid")), ..Self::bad_request(message) }
+            }
             RerankError::TooMuchWork { .. } | RerankError::CannotFinish { .. } => {
                 Self::new(StatusCode::PAYLOAD_TOO_LARGE, message)
             }
@@ -135,7 +138,7 @@ impl IntoResponse for ApiError {
         if let Some(cause) = &self.cause {
             tracing::error!("internal error: {cause:#}");
         }
-        let reason = self.message.clone();
+        let reason = self.log_reason.clone().unwrap_or_else(|| self.message.clone());
         let error = ErrorDetail { message: self.message.clone(), kind: self.kind(), code: self.code };
         let body = ErrorBody { code: self.code, detail: self.message.clone(), message: self.message, data: (), error };
         let mut response = (self.status, Json(body)).into_response();
@@ -153,7 +156,7 @@ impl IntoResponse for ApiError {
     }
 }
 
-/// A handler that panicked is a fault of ours, told in the same shape as any other.
+/// The response of a handler that panicked: status 500 with the usual body; the panic's message is logged.
 pub(super) fn from_panic(panic: Box<dyn Any + Send>) -> Response {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     let cause = anyhow::anyhow!("a handler panicked: {}", text.unwrap_or("without a message"));

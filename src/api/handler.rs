@@ -1,4 +1,4 @@
-//! The handler of every rerank path: body, dialect, ranking, dialect.
+//! The handler of every rerank path: reads the body, parses it in its dialect, ranks, writes the response in that dialect.
 
 use std::sync::Arc;
 
@@ -14,10 +14,10 @@ use crate::error::RerankError;
 use crate::rerank::{Ranking, rerank as rank};
 use crate::scheduler::Deadline;
 
-/// Bodies and answers larger than this are parsed and written off the async threads, in bytes.
+/// Bodies of more bytes are parsed on blocking threads, and their responses are written there.
 const LARGE_BYTES: usize = 64 * 1024;
 
-/// Ranks documents by their relevance to a query, in the caller's dialect.
+/// Ranks documents by their relevance to a query.
 pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Response {
     let id = request.extensions().get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
     let (parts, body) = request.into_parts();
@@ -37,8 +37,9 @@ async fn answer(app: &App, body: Vec<u8>, id: String) -> (Result<Response, Reran
     let deadline = Deadline::after(app.limits.request_timeout_s);
     let (is_large, max_documents) = (body.len() > LARGE_BYTES, app.limits.max_documents);
     let parse = move || {
-        let dialect = Dialect::of(&body);
-        (dialect.parse(&body, max_documents), dialect)
+        let json = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&body); // a UTF-8 byte order mark
+        let dialect = Dialect::of(json);
+        (dialect.parse(json, max_documents), dialect)
     };
     let (parsed, dialect) = match off_async_threads(is_large, parse).await {
         Ok(parsed) => parsed,
@@ -64,7 +65,7 @@ async fn answer(app: &App, body: Vec<u8>, id: String) -> (Result<Response, Reran
     (ranked.await, dialect)
 }
 
-/// Runs `work` on a blocking thread if it is large, so that other connections are served meanwhile.
+/// Runs `work` on a blocking thread if it is large, so that it does not delay other connections.
 async fn off_async_threads<T: Send + 'static>(
     is_large: bool,
     work: impl FnOnce() -> T + Send + 'static,
@@ -75,7 +76,7 @@ async fn off_async_threads<T: Send + 'static>(
     tokio::task::spawn_blocking(work).await.map_err(|error| RerankError::Internal(error.into()))
 }
 
-/// Headers: time by stage, and what was truncated.
+/// Adds `server-timing`, in ms, and `x-rerankd-truncated`.
 fn add_headers(response: &mut Response, ranking: &Ranking) {
     let ms = |duration: std::time::Duration| duration.as_secs_f64() * 1e3;
     let (timings, truncation) = (ranking.timings, ranking.truncation);

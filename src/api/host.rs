@@ -1,5 +1,5 @@
-//! The Host and Origin check of a server without keys: a page in the user's browser must not reach it under another name (DNS
-//! rebinding) or from another site.
+//! The check of Host and Origin on a server without keys. It stops web pages in the user's browser that reach the server under
+//! another host name (DNS rebinding) or from another site.
 
 use std::sync::Arc;
 
@@ -11,14 +11,14 @@ use axum::response::Response;
 use super::error::ApiError;
 use super::state::App;
 
-/// Refuses a request whose Host or Origin is not on the server's list, if it has one.
+/// Refuses a request with a Host or Origin that is not allowed. Without a list, every host is allowed.
 pub(super) async fn require_known_host(
     State(app): State<Arc<App>>,
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
     if let Some(hosts) = &app.hosts {
-        // An absolute-form target beats the header (RFC 9112, 3.2.2).
+        // The host in an absolute-form target replaces the Host header (RFC 9112, section 3.2.2).
         let target = request.uri().authority().map(|authority| authority.as_str());
         let host = target.or_else(|| header(request.headers(), &header::HOST));
         let origin =

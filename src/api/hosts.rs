@@ -1,8 +1,8 @@
-//! The host names that a server without keys answers to.
+//! The host names that requests may use on a server without keys.
 
 use std::net::IpAddr;
 
-/// Hosts that requests may name beside this machine's own loopback names.
+/// Allowed host names in addition to `localhost` and loopback addresses.
 #[derive(Debug, Clone, Default)]
 pub struct HostList(Vec<String>);
 

@@ -1,24 +1,24 @@
-//! The API keys that open the server.
+//! The API keys that the server accepts.
 
 use sha2::{Digest, Sha256};
 use subtle::{Choice, ConstantTimeEq};
 
-/// The valid keys, as digests. Without any, the server is open to everyone.
+/// SHA-256 digests of the valid keys. If there are none, requests need no key.
 #[derive(Clone, Default)]
 pub struct Keys(Vec<[u8; 32]>);
 
 impl Keys {
-    /// Empty keys are left out.
+    /// Trims the keys and ignores empty ones.
     pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>) -> Self {
         Self(keys.into_iter().map(str::trim).filter(|key| !key.is_empty()).map(digest).collect())
     }
 
-    /// Whether requests need no key.
+    /// Whether there are no keys, so that requests need none.
     pub fn is_open(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Compares with every digest, in constant time.
+    /// Compares the key's digest with every valid one in constant time.
     pub(super) fn contains(&self, key: &str) -> bool {
         let offered = digest(key);
         let hit = self.0.iter().fold(Choice::from(0), |hit, known| hit | known.ct_eq(&offered));

@@ -1,4 +1,4 @@
-//! HTTP: paths, keys, limits, request and response shapes, errors, operations.
+//! HTTP: connections, paths, API keys, limits, the dialects' JSON, errors, health checks and metrics.
 
 mod auth;
 mod body;

@@ -1,4 +1,4 @@
-//! Every request leaves a line in the log, a count in the metrics, and its id in the answer. Never its text.
+//! For every request a log line, metrics, and its id in a response header. The text of a request is not logged.
 
 use std::time::Instant;
 
@@ -10,27 +10,27 @@ use tracing::Instrument;
 use uuid::Uuid;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Characters of a client's request id at most.
+/// Maximum characters of a client's request id.
 const MAX_ID_CHARS: usize = 128;
-/// Characters of a refusal's reason in the log.
+/// Maximum characters of a refusal's reason in the log.
 const MAX_REASON_CHARS: usize = 200;
 
-/// A request's id: the client's own, or a new one.
+/// A request's id: the client's `x-request-id`, or a new one.
 #[derive(Debug, Clone)]
 pub(super) struct RequestId(pub(super) String);
 
-/// What a handler adds to the log line of an answer.
+/// What a handler adds to the log line of a response, in the response's extensions.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct RequestStats {
     pub(super) documents: usize,
     pub(super) tokens: usize,
 }
 
-/// Why a request was refused, for the log line.
+/// Why a request was refused, for the log line; in the response's extensions.
 #[derive(Debug, Clone)]
 pub(super) struct RefusalReason(pub(super) String);
 
-/// A request while it is handled. Dropping it before [`InFlight::answered`] means that the client has gone.
+/// A request while it is handled. If it is dropped before [`InFlight::answered`], the connection has ended.
 struct InFlight {
     method: Method,
     route: String,
@@ -95,7 +95,7 @@ pub(super) async fn observe(mut request: Request, next: Next) -> Response {
     response
 }
 
-/// The client's own id if it is short and cannot be taken for other parts of a log line, else a new one that sorts by time.
+/// The client's id if it is short and every character is safe in a log line, else a new UUID (version 7: sorts by time).
 fn request_id(headers: &HeaderMap) -> String {
     let is_plain = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'-' | b'_' | b'.' | b':' | b'/' | b'+');
     let plain = |id: &&str| (1..=MAX_ID_CHARS).contains(&id.len()) && id.bytes().all(is_plain);

@@ -1,4 +1,4 @@
-//! The contract, generated from the types that implement it, and a page that shows it.
+//! The OpenAPI document, generated from the types of requests and responses, and the page that shows it.
 
 use axum::Json;
 use axum::response::Redirect;
@@ -33,27 +33,26 @@ impl Modify for SecuritySchemes {
     }
 }
 
-/// The OpenAPI document.
 pub(super) fn contract() -> utoipa::openapi::OpenApi {
     Contract::openapi()
 }
 
-/// `/docs`: the contract as a page to read and try, from files in the binary.
+/// `/docs`: Swagger UI for the OpenAPI document. Its files are in the binary.
 pub(super) fn page() -> SwaggerUi {
     SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json"))
 }
 
-/// A person who opens the server in a browser wants to read something.
+/// `/` redirects to the documentation, for people who open the server in a browser.
 pub(super) async fn front() -> Redirect {
     Redirect::temporary("/docs")
 }
 
-/// The OpenAPI document, served.
+/// `/openapi.json`.
 pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
     Json(contract())
 }
 
-/// What a rerank path takes; the name of the list tells the dialect.
+/// Body of a rerank path. The name of the list of documents determines the dialect.
 #[derive(ToSchema)]
 #[schema(as = AnyRerankBody)]
 #[serde(untagged)]
@@ -63,7 +62,7 @@ enum AnyBody<'a> {
     Texts(texts::TextsBody<'a>),
 }
 
-/// What it answers.
+/// Response of a rerank path, in the body's dialect.
 #[derive(ToSchema)]
 #[schema(as = AnyRerankAnswer)]
 #[serde(untagged)]
@@ -73,7 +72,7 @@ enum AnyAnswer {
     Texts(Vec<texts::TextsRank>),
 }
 
-/// How it refuses.
+/// Error of a rerank path, in the body's dialect.
 #[derive(ToSchema)]
 #[schema(as = AnyRerankError)]
 #[serde(untagged)]
@@ -83,7 +82,7 @@ enum AnyError {
     Texts(texts::TextsError),
 }
 
-/// Describes one rerank path: its body, its answer and its errors. The handler is `rerank::rerank` for all of them.
+/// Describes one rerank path: its body, its response and its errors. `handler::rerank` handles all of them.
 macro_rules! rerank_path {
     ($name:ident, $path:literal, $summary:literal, $body:ty, $answer:ty, $error:ty) => {
         #[doc = $summary]

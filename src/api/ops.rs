@@ -1,4 +1,4 @@
-//! What operators and SDKs ask beside rankings: is it alive, is it ready, what does it serve, how is it doing.
+//! Paths for operators and SDKs: health, readiness, the list of models, limits and metrics.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -18,7 +18,7 @@ use crate::error::RerankError;
 use crate::served::Model;
 use crate::telemetry;
 
-/// Paths that rank. Each takes every dialect; SDKs that are given a base with a version in it double that.
+/// Paths that rank; each accepts every dialect. Two version prefixes occur when an SDK adds its own to a base URL that has one.
 pub(super) const RERANK_PATHS: [&str; 14] = [
     "/v1/rerank",
     "/v2/rerank",
@@ -36,10 +36,10 @@ pub(super) const RERANK_PATHS: [&str; 14] = [
     "/v1/retrieval/{*model}",
 ];
 
-/// A batch that came back this lately shows that a model is alive, however busy it is.
+/// A model that finished a batch within this time is alive; its health check runs no inference.
 const RECENT: Duration = Duration::from_secs(30);
 
-/// How long a health check waits for an inference of its own.
+/// Seconds that a health check waits for its own inference.
 const PATIENCE_S: u64 = 10;
 
 /// A served model, in OpenAI's shape.
@@ -48,14 +48,14 @@ pub(super) struct ModelCard {
     id: String,
     /// Always `model`.
     object: &'static str,
-    /// Always 0: the model does not say.
+    /// Always 0: model files have no date.
     created: u64,
     owned_by: String,
     /// Always `rerank`.
     model_type: &'static str,
-    /// Other names of it.
+    /// Other names that requests may use.
     aliases: Vec<String>,
-    /// Tokens of a query and a chunk together.
+    /// Maximum tokens of a query and a chunk together, special tokens included.
     max_input_tokens: usize,
 }
 
@@ -82,7 +82,7 @@ impl From<&Model> for ModelCard {
     }
 }
 
-/// Every served model.
+/// The served models.
 #[utoipa::path(get, path = "/v1/models", responses((status = 200, body = ModelList), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn models(State(app): State<Arc<App>>) -> Result<Json<ModelList>, ApiError> {
     Ok(Json(ModelList { object: "list", data: app.models()?.iter().map(ModelCard::from).collect() }))
@@ -96,7 +96,7 @@ pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -
     app.models()?.find(&id).map(|model| Json(model.into())).map_err(unknown)
 }
 
-/// Alive: a real inference has just succeeded, or does so now, on every model.
+/// Liveness: every model has finished a batch in the last 30 s, is running one, or passes an inference now.
 #[utoipa::path(get, path = "/health", responses((status = 200, description = "Every model infers"), (status = 503, description = "One does not", body = super::error::ErrorBody)))]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     for model in app.models()?.iter() {
@@ -108,7 +108,7 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiE
     Ok(Json(json!({"status": "ok"})).into_response())
 }
 
-/// Ready for more: models are loaded and the server is not on its way down.
+/// Readiness: models are loaded, and the server is not shutting down.
 #[utoipa::path(get, path = "/ready", responses((status = 200, description = "Send requests"), (status = 503, description = "Shutting down", body = super::error::ErrorBody)))]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     if app.draining.load(Relaxed) {
@@ -122,7 +122,7 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiEr
     Ok(Json(json!({"status": "ready"})).into_response())
 }
 
-/// What text-embeddings-inference's clients ask before they send texts: the first model and the limits.
+/// The first model and the limits, as text-embeddings-inference describes them.
 #[utoipa::path(get, path = "/info", responses((status = 200, description = "The first model and the limits", content_type = "application/json"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<serde_json::Value>, ApiError> {
     let model = app.models()?.iter().next();
@@ -145,20 +145,20 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<serde_json:
     })))
 }
 
-/// Whether keys are asked for: Xinference's client sends its key only where this says so.
+/// Whether requests need a key: Xinference's client sends its key only if `auth` is true.
 #[utoipa::path(get, path = "/v1/cluster/auth", responses((status = 200, description = "auth: whether keys are asked for", content_type = "application/json")))]
 pub(super) async fn cluster_auth(State(app): State<Arc<App>>) -> Json<serde_json::Value> {
     Json(json!({"auth": !app.keys.is_open()}))
 }
 
-/// Numbers for Prometheus.
+/// Metrics in Prometheus' text format.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, description = "Prometheus text format", content_type = "text/plain"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn metrics() -> Response {
     let text = telemetry::prometheus().render();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
-/// A path that does not exist, with those that do.
+/// 404 with a list of the paths that exist.
 pub(super) async fn unknown_path(request: Request) -> ApiError {
     let path: String = request.uri().path().chars().take(100).collect();
     let exist =
@@ -166,12 +166,12 @@ pub(super) async fn unknown_path(request: Request) -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, format!("{path:?} does not exist; these do: {exist}"))
 }
 
-/// The answer on a connection beyond the cap.
+/// The response on a connection beyond the cap.
 pub(super) async fn too_many_connections() -> ApiError {
     ApiError::from(RerankError::Overloaded { retry_after_s: 1 }).closing_connection()
 }
 
-/// A path that exists, with another method.
+/// 405 with the method that the path accepts.
 pub(super) async fn wrong_method(request: Request) -> ApiError {
     let message = format!("{} is not for this path; rerank paths take POST, all others GET", request.method());
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, message)

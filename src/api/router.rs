@@ -1,4 +1,4 @@
-//! Paths, and what surrounds every handler: keys, the host check, panics as errors, the log line.
+//! Paths, and the middleware around the handlers: API keys, the host check, panics as 500, the log line.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::ops::RERANK_PATHS;
 use super::state::App;
 use super::{auth, error, handler, host, observe, openapi, ops};
 
-/// The service: every path, its keys, its error shape.
+/// All paths.
 pub fn router(app: &Arc<App>) -> Router {
     let mut closed = Router::new()
         .route("/v1/models", get(ops::models))
@@ -27,7 +27,7 @@ pub fn router(app: &Arc<App>) -> Router {
     for path in RERANK_PATHS {
         closed = closed.route(path, post(handler::rerank));
     }
-    // Denied by default: whatever is not merged below asks for a key, unknown paths and wrong methods included.
+    // A key is required by default: for every path that is not merged below, including unknown paths and wrong methods.
     let closed = closed
         .method_not_allowed_fallback(ops::wrong_method)
         .layer(middleware::from_fn_with_state(Arc::clone(app), auth::require_key));
@@ -52,18 +52,18 @@ pub(crate) fn overloaded_router(app: &Arc<App>) -> Router {
     finish(app, open)
 }
 
-/// Adds what every route has: the host check, panics as errors, the log line and the request id.
+/// Adds the middleware of every route: the host check, panics as 500, the log line and the request id.
 fn finish(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
     let routes = routes
         .layer(middleware::from_fn_with_state(Arc::clone(app), host::require_known_host))
         .layer(CatchPanicLayer::custom(error::from_panic))
         .layer(middleware::from_fn(observe::observe))
         .with_state(Arc::clone(app));
-    // Outside the router, which would have matched the path already.
+    // The path is rewritten outside the router, before routes are matched.
     Router::new().fallback_service(routes.map_request(tidy_path))
 }
 
-/// `//v1/rerank/` is `/v1/rerank`: people join base URLs and paths in every way. `/docs/` is a folder of files and stays one.
+/// Removes extra slashes, which come from joining base URLs and paths: `//v1/rerank/` becomes `/v1/rerank`. `/docs/` stays.
 fn tidy_path(mut request: Request) -> Request {
     let path = request.uri().path();
     if path.contains("//") || (path.len() > 1 && path.ends_with('/') && path != "/docs/") {

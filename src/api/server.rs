@@ -1,7 +1,7 @@
-//! The accept loop: timeouts on every connection, a cap on their number, and a drain with a deadline.
+//! The accept loop: timeouts on every connection, a cap on the number of connections, and a drain with a deadline.
 //!
-//! `axum::serve` would be shorter, but it installs no timer, so hyper's header timeout never fires and a silent socket stays open
-//! for ever (axum#2741).
+//! `axum::serve` would be shorter, but it installs no timer: hyper's header timeout never fires, and a silent connection stays
+//! open forever (axum#2741).
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,31 +27,31 @@ use super::connection::{ConnectionState, ConnectionTimeouts, TimedStream};
 use super::router::{overloaded_router, router};
 use super::state::App;
 
-/// Connections that the kernel holds until they are accepted.
+/// Length of the kernel's queue of connections that are not accepted yet.
 const BACKLOG: u32 = 1024;
-/// Pause of the accept loop when the process has no file descriptor left.
+/// Pause of the accept loop after an error, such as running out of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Connections beyond the cap that are answered all the same.
+/// Connections beyond the cap that are still accepted.
 const RESERVED_CONNECTIONS: usize = 64;
-/// Those of them that are kept for health checks.
+/// Reserved connections that only health checks and metrics may use.
 const HEALTH_CONNECTIONS: usize = 16;
-/// Bytes of a request's header at most. hyper keeps a buffer of this size for each connection that sends a long one.
+/// Maximum bytes of a request's header. hyper keeps a buffer of this size for each connection that sends a long header.
 const MAX_HEADER_BYTES: usize = 32 * 1024;
 /// TCP keepalive: probes start after this time without traffic.
 const KEEPALIVE: Duration = Duration::from_secs(60);
 
-/// Time limits of connections and of the end.
+/// Time limits of connections and of the shutdown.
 #[derive(Debug, Clone, Copy)]
 pub struct ServerTimeouts {
-    /// From the first byte of a request's header to its last.
+    /// Maximum time from the first byte of a request's header to its last; for the first request, from the connection's start.
     pub header: Duration,
-    /// Between two requests on one connection, and before the first.
+    /// Maximum time between two requests on one connection.
     pub idle: Duration,
-    /// Without enough progress in writing an answer.
+    /// Maximum time without enough progress in writing a response.
     pub write: Duration,
-    /// From the signal until connections are no longer accepted, while load balancers see /ready fail.
+    /// Time from the signal until connections are no longer accepted. Meanwhile /ready fails, which tells load balancers.
     pub shutdown_grace: Duration,
-    /// From the signal to the end, however much is still running.
+    /// Maximum time from the signal to the end, even if requests are still running.
     pub drain: Duration,
 }
 
@@ -63,7 +63,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Binds the address, so that a port in use is known before anything is loaded.
+    /// Binds the address before anything is loaded, so that a port in use is reported at once.
     ///
     /// # Errors
     /// The address is in use or not available to this process.
@@ -77,12 +77,12 @@ impl Server {
         Ok(Self { socket, address })
     }
 
-    /// The address, with the port that the system chose if 0 was given.
+    /// The bound address. If port 0 was given, it has the port that the system chose.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Listens: from here on connections wait for [`serve`].
+    /// Starts to listen. Connections wait in the kernel's queue until [`serve`] accepts them.
     ///
     /// # Errors
     /// Another process has begun to listen on the address.
@@ -91,15 +91,15 @@ impl Server {
     }
 }
 
-/// The connections below and beyond the cap.
+/// Slots for connections: regular ones up to the cap, reserved ones beyond it.
 struct Slots {
     regular: Arc<Semaphore>,
     reserved: Arc<Semaphore>,
-    /// Regular connections, oldest first, some of them closed meanwhile.
+    /// Connections with the full service, oldest first. Some of them may be closed already.
     open: VecDeque<Weak<ConnectionState>>,
 }
 
-/// Which routes a connection gets.
+/// The routes that a connection is served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Service {
     Full,
@@ -116,9 +116,9 @@ impl Slots {
         }
     }
 
-    /// A slot for a new connection. At the cap it is a reserved one, and the oldest connection without a request is told to close
-    /// in its place. If every connection has a request, or hardly any reserved slot is left, the new connection gets health checks
-    /// only; without a reserved slot it gets nothing.
+    /// A slot for a new connection, and its service. At the cap it is a reserved slot, and the oldest idle connection is told
+    /// to close. The new connection is served health checks and metrics only if no connection was idle or at most
+    /// [`HEALTH_CONNECTIONS`] reserved slots were left. `None` if all reserved slots are taken.
     fn take(&mut self) -> Option<(OwnedSemaphorePermit, Service)> {
         if let Ok(slot) = Arc::clone(&self.regular).try_acquire_owned() {
             return Some((slot, Service::Full));
@@ -136,7 +136,7 @@ impl Slots {
         self.open.push_back(Arc::downgrade(state));
     }
 
-    /// Whether there was one.
+    /// Tells the oldest idle connection to close; false if there was none.
     fn close_oldest_idle(&mut self) -> bool {
         self.open.retain(|state| state.strong_count() > 0);
         let idle = |state: &Weak<ConnectionState>| state.upgrade().is_some_and(|state| state.is_idle());
@@ -148,12 +148,12 @@ impl Slots {
     }
 }
 
-/// Answers until `stop`, then drains: /ready fails at once, connections are accepted for the grace, and requests that were begun
-/// are answered, at most until `timeouts.drain`.
+/// Serves until `stop` resolves, then drains: /ready fails at once, connections are accepted for `timeouts.shutdown_grace`, and
+/// running requests may finish until `timeouts.drain` has passed.
 pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeouts, stop: impl Future<Output = ()>) {
     let routers = [router(&app), overloaded_router(&app)];
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(None).half_close(true).max_buf_size(MAX_HEADER_BYTES);
+    http.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_HEADER_BYTES);
     let graceful = GracefulShutdown::new();
     let mut slots = Slots::new(app.limits.max_connections);
     let connection_timeouts =
@@ -173,7 +173,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
         tokio::spawn(async move {
             tokio::select! {
                 result = connection => {
-                    // The client's errors: a broken header, a timeout, a connection that is gone.
+                    // Errors of the client: an invalid header, a timeout, a lost connection.
                     if let Err(error) = result {
                         tracing::debug!(%error, "connection ended");
                     }
@@ -203,16 +203,16 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
         tracing::info!("drained");
         return;
     }
-    // What is still queued or computed is answered with 503 rather than cut off.
+    // Requests that are queued or being computed are answered with 503 before their connections close.
     tracing::warn!("drain timeout reached: refusing the requests that are still running");
     app.refuse_all();
     tokio::time::sleep(LAST_ANSWERS).await;
 }
 
-/// Time for refusals to reach their clients at the end of a drain.
+/// Time for these last responses to be written before the process ends.
 const LAST_ANSWERS: Duration = Duration::from_millis(250);
 
-/// The router as a hyper service that keeps `state` up to date.
+/// The router as a hyper service that marks `state` as busy while a request is handled.
 fn tracked(
     router: Router,
     state: Arc<ConnectionState>,
@@ -225,8 +225,9 @@ fn tracked(
     hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
         let (router, guard) = (router.clone(), RequestGuard::new(&state));
         async move {
-            let response = router.oneshot(request.map(Body::new)).await?;
-            // The guard goes with the body: the request is finished when the body has been handed to the connection.
+            let request = request.map(|body| Body::new(IncomingBody::new(body, Arc::clone(&guard.0))));
+            let response = router.oneshot(request).await?;
+            // The guard is dropped with the body: the request is finished when hyper has taken the whole body.
             Ok(response.map(|body| Body::new(Guarded { body, _guard: guard })))
         }
     })
@@ -258,6 +259,45 @@ impl hyper::body::Body for Guarded {
     }
 }
 
+/// A request's body that reports its end.
+struct IncomingBody {
+    body: hyper::body::Incoming,
+    state: Arc<ConnectionState>,
+}
+
+impl IncomingBody {
+    fn new(body: hyper::body::Incoming, state: Arc<ConnectionState>) -> Self {
+        if hyper::body::Body::is_end_stream(&body) {
+            state.request_received();
+        }
+        Self { body, state }
+    }
+}
+
+impl hyper::body::Body for IncomingBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut TaskContext<'_>,
+    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, hyper::Error>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if matches!(frame, Poll::Ready(None)) || self.body.is_end_stream() {
+            self.state.request_received();
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> hyper::body::SizeHint {
+        self.body.size_hint()
+    }
+}
+
 /// Marks a connection as busy while it lives.
 struct RequestGuard(Arc<ConnectionState>);
 
@@ -274,7 +314,7 @@ impl Drop for RequestGuard {
     }
 }
 
-/// The next connection. Errors (no descriptors left, a client that has gone) are waited out.
+/// The next connection. Errors of the client are skipped; after other errors (no file descriptors left) it pauses and retries.
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {

@@ -1,4 +1,4 @@
-//! The state that every handler sees.
+//! The state that all handlers share.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, OnceLock};
@@ -9,27 +9,27 @@ use super::keys::Keys;
 use crate::error::RerankError;
 use crate::served::Models;
 
-/// The state that every handler sees.
+/// The state that all handlers share.
 #[derive(Debug)]
 pub struct App {
     /// Empty while models are loading.
     models: OnceLock<Models>,
     pub(super) keys: Keys,
     pub(super) limits: ApiLimits,
-    /// Hosts that requests may name; `None` allows every host.
+    /// Allowed Host and Origin headers; `None` allows every host.
     pub(super) hosts: Option<HostList>,
     pub(super) memory: MemoryBudget,
     pub(super) draining: AtomicBool,
 }
 
 impl App {
-    /// The state of a server whose models are still to be loaded: see [`App::set_models`].
+    /// State without models: requests are refused until [`App::set_models`].
     pub fn new(keys: Keys, limits: ApiLimits, hosts: Option<HostList>) -> Arc<Self> {
         let memory = MemoryBudget::new(limits.max_inflight_bytes);
         Arc::new(Self { models: OnceLock::new(), keys, limits, hosts, memory, draining: AtomicBool::new(false) })
     }
 
-    /// Serves these models from now on. A second call changes nothing.
+    /// Sets the models, once. A second call has no effect.
     pub fn set_models(&self, models: Models) {
         self.models.set(models).ok();
     }
@@ -42,7 +42,7 @@ impl App {
         self.models.get().ok_or(RerankError::Loading)
     }
 
-    /// Answers every request that waits for scores with an error, now and later.
+    /// Refuses every request that waits for scores, and all later ones, with [`RerankError::ShuttingDown`].
     pub(super) fn refuse_all(&self) {
         self.models.get().into_iter().flat_map(Models::iter).for_each(|model| model.scheduler.refuse_all());
     }

@@ -21,7 +21,7 @@ struct ProfileState {
     operations: Vec<Operation>,
 }
 
-/// The calls of one operation, added up.
+/// Totals over all calls of one operation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Operation {
     /// The operation, with inputs and outputs if it is a GEMM: `GEMM 384 -> 1536, GELU`. `CLS` means first tokens only.
@@ -33,7 +33,7 @@ pub struct Operation {
     pub roofline_seconds: f64,
 }
 
-/// The work that an operation needs at least, if every value is read or written once.
+/// The least work of an operation: every value is read or written once.
 #[derive(Debug, Clone, Copy, Default)]
 struct Work {
     /// Operations in GEMMs.
@@ -88,8 +88,8 @@ impl Profile {
     }
 }
 
-/// A backend whose operations are timed. Runs must not overlap: their operations would share the device, and each time
-/// would include the other's.
+/// A backend whose operations are timed. Runs must not overlap: they would share the device, and the times of one would
+/// include operations of the other.
 pub struct Profiled<B: Timed> {
     inner: B,
     profile: Arc<Profile>,

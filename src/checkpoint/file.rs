@@ -9,7 +9,7 @@ use anyhow::{Context, Result, ensure};
 /// Opens a regular file. Opening a FIFO would block forever, and a device such as `/dev/zero` has no end.
 ///
 /// # Errors
-/// The file is missing, not readable, or not a regular file. The error names it.
+/// The file is missing, not readable, or not a regular file. The error names the path.
 pub fn open_regular(path: &Path) -> Result<File> {
     let cannot_open = || format!("cannot open {}", path.display());
     let metadata = std::fs::metadata(path).with_context(cannot_open)?;
@@ -20,7 +20,7 @@ pub fn open_regular(path: &Path) -> Result<File> {
 /// Reads a UTF-8 file of at most `max_bytes` bytes.
 ///
 /// # Errors
-/// As [`open_regular`]; the file is longer than `max_bytes`, or not UTF-8. The error names it.
+/// The errors of [`open_regular`]; the file is longer than `max_bytes` or not UTF-8. The error names the file.
 pub fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
     let mut text = String::new();
     open_regular(path)?

@@ -1,4 +1,5 @@
-//! Checkpoints on disk: `config.json` as validated numbers, and weight files as named host tensors.
+//! Checkpoints on disk: `config` reads `config.json` as validated numbers, `weights` reads weight files as named host tensors,
+//! and `file` opens files and bounds their size.
 
 pub mod config;
 pub mod file;

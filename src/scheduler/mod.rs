@@ -1,7 +1,7 @@
-//! Scheduling: requests are admitted whole, in tokens; wait in order; and run in batches of up to a token budget.
+//! Scheduling. A request is admitted as a whole, by its number of tokens. Its pairs wait in a queue and run in batches with a
+//! token budget.
 //!
-//! There are no timers in the batcher: an idle worker takes what is there. A request may span batches, and a batch may span
-//! requests.
+//! Batching uses no timer: an idle worker takes the pairs that wait. A request may span batches, and a batch may span requests.
 
 mod plan;
 mod queue;
@@ -13,4 +13,4 @@ mod worker;
 
 pub use scheduler::Scheduler;
 pub use supervisor::EXIT_DEVICE_LOST;
-pub use types::{Deadline, SchedulerLimits, Scores};
+pub use types::{Deadline, QueuePermit, SchedulerLimits, Scores};

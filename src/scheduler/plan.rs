@@ -1,14 +1,14 @@
-//! Which waiting pairs make the next batch. Pure: no clock, no lock, no thread.
+//! Selects the waiting pairs of the next batch. Pure: no clock, no lock, no thread.
 //!
-//! The policy is a two-level feedback queue. A request is in the first level until [`FIRST_SERVICE_TOKENS`] of its tokens have been
-//! planned, then in the second. Each level is first come, first served, so requests of like size finish one after another instead
-//! of all finishing late together. A quarter of every batch is kept for the second level, so large requests always advance;
-//! what one level does not use, the other may.
+//! The policy is a two-level feedback queue. A request is in the first level until [`FIRST_SERVICE_TOKENS`] of its tokens have
+//! been planned, then in the second. Each level is first come, first served: requests of similar size finish one after another
+//! instead of all finishing late together. A quarter of every batch is reserved for the second level, so that large requests
+//! advance too. Room that one level does not use is available to the other.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
-/// A request in the queue, as far as planning sees it.
+/// A request in the queue: the part that planning needs.
 #[derive(Debug)]
 pub(super) struct Waiting {
     /// Id of the request's job.
@@ -28,9 +28,9 @@ pub(super) struct Slice {
     pub(super) pairs: Range<usize>,
 }
 
-/// Tokens of a request that are served in the first level: about 30 short documents.
-const FIRST_SERVICE_TOKENS: usize = 4096;
-/// The second level's guaranteed share of a batch is 1 / this.
+/// Tokens of a request that are planned in the first level: about 30 short documents.
+pub(super) const FIRST_SERVICE_TOKENS: usize = 4096;
+/// The second level's guaranteed share of a batch is 1 / `SECOND_LEVEL_SHARE`.
 const SECOND_LEVEL_SHARE: usize = 4;
 
 impl Waiting {
@@ -38,7 +38,7 @@ impl Waiting {
         Self { job, lengths, next: 0, planned: 0 }
     }
 
-    fn is_in_first_level(&self) -> bool {
+    pub(super) fn is_in_first_level(&self) -> bool {
         self.planned < FIRST_SERVICE_TOKENS
     }
 
@@ -47,8 +47,8 @@ impl Waiting {
     }
 }
 
-/// Takes the next batch of at most `max_tokens` tokens out of `waiting`, which is in order of arrival. A pair longer than the
-/// budget makes a batch of its own.
+/// Removes the next batch, of at most `max_tokens` tokens, from `waiting`, which is in order of arrival. A pair longer than the
+/// budget is a batch of its own.
 pub(super) fn next_batch(waiting: &mut VecDeque<Waiting>, max_tokens: usize) -> Vec<Slice> {
     let has_second_level = waiting.iter().any(|request| !request.is_in_first_level());
     let reserved = if has_second_level { max_tokens / SECOND_LEVEL_SHARE } else { 0 };
@@ -68,15 +68,15 @@ struct BatchPlan {
 }
 
 impl BatchPlan {
-    /// Adds pairs of one level's requests in order of arrival, until less than `reserved` tokens of room would be left or the next
-    /// pair does not fit.
+    /// Adds pairs of one level's requests in order of arrival. Stops at the first pair that would leave less than `reserved`
+    /// tokens of room.
     fn fill(&mut self, waiting: &mut VecDeque<Waiting>, first_level: bool, reserved: usize) {
         for request in waiting.iter_mut() {
             let start = request.next;
             while !request.is_done() && request.is_in_first_level() == first_level {
                 let tokens = request.lengths[request.next];
                 let is_first_pair = self.slices.is_empty() && request.next == start;
-                // An empty batch takes any pair, so a pair beyond the budget is not stuck, but the reserve is respected first.
+                // If no room is reserved, an empty batch accepts any pair, so that a pair longer than the budget is planned.
                 let fits = tokens + reserved <= self.room || (is_first_pair && reserved == 0);
                 if !fits {
                     self.push(request.job, start..request.next);
@@ -136,7 +136,7 @@ mod tests {
 
     #[test]
     fn a_small_request_overtakes_what_is_left_of_a_large_one() {
-        // The large request has had its first service after 5 batches: then the small one comes first.
+        // After 5 batches the large request is in the second level, and the small one takes precedence.
         let mut waiting = queue(&[&[1000; 8]]);
         for batch in 0..5 {
             assert_eq!(next_batch(&mut waiting, 1000), [Slice { job: 0, pairs: batch..batch + 1 }]);
@@ -191,7 +191,7 @@ mod tests {
             prop_assert!(seen.iter().zip(&requests).all(|(&n, pairs)| n == pairs.len()));
         }
 
-        /// A request may wait for at most the first service of the requests before it, and for the second level's share.
+        /// A request waits at most for the first-level tokens of the requests before it and for the second level's share.
         #[test]
         fn a_request_waits_for_a_bounded_number_of_tokens(large in prop::collection::vec(50_000usize..200_000, 1..6)) {
             let requests: Vec<Vec<usize>> = large.iter().map(|&tokens| vec![500; tokens / 500]).collect();

@@ -1,4 +1,4 @@
-//! The waiting requests of one model and the slots of their scores. Callers push, workers take batches and deliver logits.
+//! One model's waiting requests and their logits. Callers push requests; workers take batches and deliver logits.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -7,25 +7,24 @@ use std::time::Instant;
 use tokio::sync::oneshot;
 
 use super::plan::{self, Slice, Waiting};
-use super::types::{Deadline, Scores};
-use crate::admission::Permit;
+use super::types::{Deadline, QueuePermit, Scores};
 use crate::batch::Pair;
 use crate::error::RerankError;
 
-/// A request on its way into the queue, with the reply inside.
+/// A request for the queue, with the channel for its reply.
 #[derive(Debug)]
 pub(super) struct NewJob {
     pub(super) pairs: Arc<[Pair]>,
-    pub(super) permit: Permit,
+    pub(super) permit: QueuePermit,
     pub(super) deadline: Option<Deadline>,
     pub(super) reply: oneshot::Sender<Result<Scores, RerankError>>,
 }
 
-/// Pairs of one request in a batch: which, and all pairs of the request.
+/// The pairs of one request that are in a batch: their range, and all pairs of the request.
 type Part = (Slice, Arc<[Pair]>);
 
-/// A batch that a worker has taken: pairs of one or several requests. Dropping it without delivering its logits, as a panicking
-/// worker does, fails its requests.
+/// A batch that a worker has taken: pairs of one or several requests. If it is dropped without logits, as by a worker that
+/// panics, its requests fail.
 #[derive(Debug)]
 pub(super) struct BatchJob {
     number: u64,
@@ -50,12 +49,12 @@ struct State {
     next_id: u64,
     closed: bool,
     last_success: Option<Instant>,
-    /// Start of each batch that is being computed, by its number: the first is the oldest.
+    /// Start of each batch that is being computed, by batch number: the first entry is the oldest batch.
     running: BTreeMap<u64, Instant>,
     batches_taken: u64,
 }
 
-/// A request in the queue or in batches, until its last score is there.
+/// A request in the queue or in batches, until its last logit is delivered.
 #[derive(Debug)]
 struct Job {
     new: NewJob,
@@ -70,14 +69,14 @@ impl BatchJob {
         self.parts.iter().flat_map(|(slice, all)| &all[slice.pairs.clone()])
     }
 
-    /// Stores the logits, in the order of the pairs; `None` is a pair that the device has no memory for. Requests whose last
-    /// logit this is are answered.
+    /// Stores the logits, in the order of [`BatchJob::pairs`]; `None` is a pair for which the device has no memory. Requests
+    /// without missing logits are answered.
     pub(super) fn deliver(mut self, logits: &[Option<f32>]) {
         self.finished = true;
         self.queue.deliver(&self, logits);
     }
 
-    /// Answers every request that has pairs in this batch with an error.
+    /// Answers every request of this batch with an error.
     pub(super) fn fail(mut self, error: impl Fn() -> RerankError) {
         self.finished = true;
         self.queue.fail(&self, error);
@@ -101,7 +100,7 @@ impl Queue {
         self.max_batch_tokens
     }
 
-    /// Puts a request in the queue.
+    /// Adds a request to the queue; [`RerankError::ShuttingDown`] if the queue is closed.
     pub(super) fn push(&self, new: NewJob) -> Result<(), RerankError> {
         let mut state = self.lock();
         if state.closed {
@@ -129,7 +128,7 @@ impl Queue {
             let batch = plan::next_batch(&mut state.waiting, self.max_batch_tokens);
             if !batch.is_empty() {
                 if !state.waiting.is_empty() {
-                    self.arrived.notify_one(); // there is a batch for another worker too
+                    self.arrived.notify_one(); // another worker can take a batch too
                 }
                 let (number, parts) = state.begin(batch);
                 return Some(BatchJob { number, parts, queue: Arc::clone(self), finished: false });
@@ -180,7 +179,7 @@ impl Queue {
         }
     }
 
-    /// Answers every request with an error, computed, waiting and to come.
+    /// Answers all waiting and running requests with an error, and refuses later ones.
     pub(super) fn fail_all(&self, error: impl Fn() -> RerankError) {
         let mut state = self.lock();
         state.closed = true;
@@ -190,7 +189,7 @@ impl Queue {
         self.arrived.notify_all();
     }
 
-    /// Refuses new requests; [`Queue::take`] ends when those that wait are done.
+    /// Refuses new requests. [`Queue::take`] returns `None` once all waiting requests have been taken.
     pub(super) fn close(&self) {
         self.lock().closed = true;
         self.arrived.notify_all();
@@ -209,14 +208,14 @@ impl Queue {
         self.lock().running.values().next().copied()
     }
 
-    /// Every update of the state is complete before anything that may panic, so a poisoned lock is safe to use.
+    /// No update of the state can panic halfway, so the state behind a poisoned lock is consistent.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    /// Removes requests whose client has gone or whose deadline has passed.
+    /// Removes requests whose future was dropped or whose deadline has passed.
     fn reap_cancelled(&mut self) {
         let now = Instant::now();
         let expired = |job: &Job| job.new.deadline.filter(|deadline| deadline.at <= now);
@@ -230,7 +229,7 @@ impl State {
             metrics::counter!("rerankd_requests_cancelled_total").increment(1);
             let Some(job) = self.remove(id) else { continue };
             if let Some(Deadline { seconds, .. }) = expired(&job) {
-                job.new.reply.send(Err(RerankError::Deadline { seconds })).ok(); // the client may have gone too
+                job.new.reply.send(Err(RerankError::Deadline { seconds })).ok(); // the receiver may be dropped too
             }
         }
     }
@@ -243,6 +242,11 @@ impl State {
         let part = |slice: Slice| {
             let job = self.jobs.get_mut(&slice.job)?;
             job.started.get_or_insert(now);
+            let waits_for_first_service =
+                self.waiting.iter().any(|waiting| waiting.job == slice.job && waiting.is_in_first_level());
+            if !waits_for_first_service {
+                job.new.permit.first_service = None;
+            }
             Some((slice, Arc::clone(&job.new.pairs)))
         };
         (number, batch.into_iter().filter_map(part).collect())
@@ -250,7 +254,7 @@ impl State {
 
     fn fail(&mut self, id: u64, error: RerankError) {
         if let Some(job) = self.remove(id) {
-            job.new.reply.send(Err(error)).ok(); // the client may have gone
+            job.new.reply.send(Err(error)).ok(); // the receiver may be dropped
         }
     }
 
@@ -266,7 +270,7 @@ impl Job {
         let started = self.started.unwrap_or(now);
         let scores = Scores { logits: self.logits, queued: started - self.arrived, computed: now - started };
         drop(self.new.permit);
-        self.new.reply.send(Ok(scores)).ok(); // the client may have gone
+        self.new.reply.send(Ok(scores)).ok(); // the receiver may be dropped
     }
 }
 
@@ -282,7 +286,8 @@ mod tests {
     fn job(pairs: usize) -> (NewJob, Answer) {
         let (reply, answer) = oneshot::channel();
         let limits = AdmissionLimits { units: 1000, wait: Duration::MAX };
-        let permit = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(pairs, None).unwrap();
+        let total = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(pairs, None).unwrap();
+        let permit = QueuePermit { _total: total, first_service: None };
         (NewJob { pairs: vec![Pair::new(vec![1], vec![0]); pairs].into(), permit, deadline: None, reply }, answer)
     }
 

@@ -1,68 +1,76 @@
 //! One model's queue, workers and watchdog.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use super::plan::FIRST_SERVICE_TOKENS;
 use super::queue::{NewJob, Queue};
 use super::supervisor;
-use super::types::{Deadline, SchedulerLimits, Scores};
+use super::types::{Deadline, QueuePermit, SchedulerLimits, Scores};
 use super::worker::{self, Worker};
-use crate::admission::{Admission, AdmissionLimits, Permit};
+use crate::admission::{Admission, AdmissionLimits};
 use crate::batch::Pair;
 use crate::encoder::CrossEncoder;
 use crate::error::RerankError;
 
-/// One model's queue and its workers. Dropping it lets them finish their batches and ends them.
+/// One model's queue and its workers. Dropping it waits until the workers have computed everything that is queued.
 #[derive(Debug)]
 pub struct Scheduler {
-    admission: Arc<Admission>,
+    /// All admitted tokens. A request is admitted only if it can be computed after them before its deadline.
+    total: Arc<Admission>,
+    /// The admitted tokens that wait for first service: a new request waits for these.
+    first_service: Arc<Admission>,
     queue: Arc<Queue>,
     workers: Vec<std::thread::JoinHandle<()>>,
 }
 
 impl Scheduler {
-    /// Starts a worker for each batch that `encoder` can compute at the same time, and a watchdog. `model` names it in logs and
-    /// metrics.
+    /// Starts `encoder.max_concurrent_batches()` workers and a watchdog. `model` is the model's name in logs and metrics.
     ///
     /// # Errors
     /// The operating system refuses a thread.
     pub fn start(model: &str, encoder: Arc<dyn CrossEncoder>, limits: SchedulerLimits) -> std::io::Result<Self> {
         let count = encoder.max_concurrent_batches();
-        let admission_limits = AdmissionLimits { units: limits.max_queue_tokens, wait: limits.max_queue_wait };
         let gauge = metrics::gauge!("rerankd_queue_tokens", "model" => model.to_owned());
-        let admission = Arc::new(Admission::new(gauge, admission_limits, count));
+        let total_limits = AdmissionLimits { units: limits.max_queue_tokens, wait: Duration::MAX };
+        let total = Arc::new(Admission::new(gauge, total_limits, count));
+        let gauge = metrics::gauge!("rerankd_queue_first_service_tokens", "model" => model.to_owned());
+        let first_limits = AdmissionLimits { units: usize::MAX, wait: limits.max_queue_wait };
+        let first_service = Arc::new(Admission::new(gauge, first_limits, count));
         let queue = Arc::new(Queue::new(limits.max_batch_tokens));
         supervisor::watch(&queue, limits.batch_timeout, supervisor::end_process)?;
         let worker = Arc::new(Worker {
             model: model.to_owned(),
             encoder,
             queue: Arc::clone(&queue),
-            admission: Arc::clone(&admission),
+            admissions: [Arc::clone(&total), Arc::clone(&first_service)],
             end_process: supervisor::end_process,
         });
-        let mut scheduler = Self { admission, queue, workers: Vec::with_capacity(count) };
+        let mut scheduler = Self { total, first_service, queue, workers: Vec::with_capacity(count) };
         for _ in 0..count {
             scheduler.workers.push(worker::spawn(Arc::clone(&worker))?);
         }
         Ok(scheduler)
     }
 
-    /// Room for `tokens` tokens of work, for as long as the permit lives.
+    /// Admits `tokens` tokens of work. Keep the permit until the work is finished.
     ///
     /// # Errors
-    /// At once: [`RerankError::Overloaded`] if the queue is full, [`RerankError::CannotFinish`] if the deadline cannot be met.
-    pub fn admit(&self, tokens: usize, deadline: Option<Deadline>) -> Result<Permit, RerankError> {
-        self.admission.admit(tokens, deadline.map(|deadline| deadline.remaining()))
+    /// [`RerankError::Overloaded`] if the queue is full; [`RerankError::CannotFinish`] if the deadline cannot be met.
+    pub fn admit(&self, tokens: usize, deadline: Option<Deadline>) -> Result<QueuePermit, RerankError> {
+        let first_service = self.first_service.admit(tokens.min(FIRST_SERVICE_TOKENS), None)?;
+        let total = self.total.admit(tokens, deadline.map(|deadline| deadline.remaining()))?;
+        Ok(QueuePermit { _total: total, first_service: Some(first_service) })
     }
 
-    /// Scores `pairs`. Dropping the future removes the pairs that are not yet computed from the queue.
+    /// Scores `pairs`. If the future is dropped, the pairs that are in no batch yet leave the queue before the next batch.
     ///
     /// # Errors
     /// The deadline passes first; the model fails.
     pub async fn score(
         &self,
         pairs: Vec<Pair>,
-        permit: Permit,
+        permit: QueuePermit,
         deadline: Option<Deadline>,
     ) -> Result<Scores, RerankError> {
         let (reply, answer) = tokio::sync::oneshot::channel();
@@ -85,7 +93,7 @@ impl Scheduler {
         self.queue.running_since()
     }
 
-    /// Whether the queue has any room: a request that will be refused need not be tokenized first.
+    /// Checks that the queue has any room, before a request is tokenized in vain.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`]
@@ -93,19 +101,19 @@ impl Scheduler {
         self.admit(1, None).map(|_| ())
     }
 
-    /// Whether requests are taken at all: not after [`Scheduler::refuse_all`], nor when a device has failed.
+    /// Whether requests are accepted: not after [`Scheduler::refuse_all`] or a batch timeout.
     pub fn is_accepting(&self) -> bool {
         self.queue.is_open()
     }
 
-    /// Answers every request with an error, now and later.
+    /// Refuses all waiting, running and later requests with [`RerankError::ShuttingDown`].
     pub fn refuse_all(&self) {
         self.queue.fail_all(|| RerankError::ShuttingDown);
     }
 
-    /// Tokens admitted and not yet computed.
+    /// Tokens that are admitted and not yet computed.
     pub fn waiting_tokens(&self) -> usize {
-        self.admission.waiting()
+        self.total.waiting()
     }
 }
 

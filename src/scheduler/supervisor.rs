@@ -1,5 +1,5 @@
-//! What happens when a worker or a device fails: restart, or end the process with a code that tells a process manager to start it
-//! again. A process that stays up and answers nothing but errors is worse than one that ends.
+//! Failures of workers and devices. A worker that panics is restarted. A device that is lost or hangs ends the process with an
+//! exit code for the process manager, which starts it again: a process that only answers errors would be worse.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
@@ -9,23 +9,23 @@ use std::time::{Duration, Instant};
 use super::queue::Queue;
 use crate::error::RerankError;
 
-/// Exit code for a device that is lost or does not answer (EX_SOFTWARE in sysexits.h): only a new process gets it back.
+/// Exit code when a device is lost or does not answer (EX_SOFTWARE in sysexits.h). Only a new process can use the device again.
 pub const EXIT_DEVICE_LOST: i32 = 70;
 
-/// Time for responses about the failure to leave the process.
+/// Time for error responses to be written before the process ends.
 const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
-/// Time for the process to end in good order. The driver's exit handlers run then, and may wait for a device that never answers.
+/// Maximum time of an orderly exit, afterwards the process aborts. The driver's exit handlers may wait for a device that hangs.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often the watchdog looks.
+/// Time between two checks of the watchdog.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// More restarts than this within [`RESTART_WINDOW`] end the process.
 const MAX_RESTARTS: usize = 3;
 const RESTART_WINDOW: Duration = Duration::from_secs(60);
 
-/// Ends the process: called with the reason.
+/// A function that ends the process and logs the given reason.
 pub(super) type EndProcess = fn(&str) -> !;
 
-/// Logs the reason and ends the process with [`EXIT_DEVICE_LOST`], by force if exit handlers hang.
+/// Logs the reason and ends the process with [`EXIT_DEVICE_LOST`]; aborts if exit handlers take longer than [`EXIT_TIMEOUT`].
 pub(super) fn end_process(reason: &str) -> ! {
     tracing::error!("{reason}; ending with exit code {EXIT_DEVICE_LOST} so that the process can be started again");
     thread::sleep(RESPONSE_FLUSH_GRACE);
@@ -36,12 +36,12 @@ pub(super) fn end_process(reason: &str) -> ! {
     std::process::exit(EXIT_DEVICE_LOST);
 }
 
-/// How often a worker may be restarted.
+/// Limits how often a worker is restarted; holds the times of recent restarts.
 #[derive(Debug, Default)]
 pub(super) struct RestartBudget(VecDeque<Instant>);
 
 impl RestartBudget {
-    /// Counts a restart at `now`; false if there were too many lately.
+    /// Counts a restart at `now`; false if that is one too many within [`RESTART_WINDOW`].
     pub(super) fn allows(&mut self, now: Instant) -> bool {
         while self.0.front().is_some_and(|&at| now.duration_since(at) > RESTART_WINDOW) {
             self.0.pop_front();
@@ -51,8 +51,8 @@ impl RestartBudget {
     }
 }
 
-/// Starts a thread that ends the process when a batch takes longer than `timeout`: the device hangs, and so would every request
-/// after it. The thread ends with the queue.
+/// Starts a thread that ends the process when a batch runs longer than `timeout`, because the device hangs and all later
+/// batches would hang too. The thread ends when the queue is dropped.
 pub(super) fn watch(queue: &Arc<Queue>, timeout: Duration, end: EndProcess) -> std::io::Result<()> {
     let queue = Arc::downgrade(queue);
     thread::Builder::new().name("watchdog".to_owned()).spawn(move || {
@@ -67,7 +67,7 @@ pub(super) fn watch(queue: &Arc<Queue>, timeout: Duration, end: EndProcess) -> s
     Ok(())
 }
 
-/// Whether a batch is overdue, in which case every request of the queue is failed; `None` when the queue is gone.
+/// Whether a batch runs longer than `timeout`; if so, all requests of the queue fail. `None` if the queue was dropped.
 fn check(queue: &Weak<Queue>, timeout: Duration, now: Instant) -> Option<bool> {
     let queue = queue.upgrade()?;
     let overdue = queue.running_since().is_some_and(|since| now.duration_since(since) > timeout);
@@ -83,6 +83,7 @@ mod tests {
     use crate::admission::{Admission, AdmissionLimits};
     use crate::batch::Pair;
     use crate::scheduler::queue::NewJob;
+    use crate::scheduler::types::QueuePermit;
 
     #[test]
     fn the_fourth_restart_within_a_minute_is_one_too_many() {
@@ -91,14 +92,15 @@ mod tests {
         assert!([0, 1, 2].into_iter().all(|second| budget.allows(at(second))));
         assert!(!budget.allows(at(3)));
         let mut budget = RestartBudget::default();
-        assert!((0..10).all(|i| budget.allows(at(30 * i))), "one in 30 s is allowed for ever");
+        assert!((0..10).all(|i| budget.allows(at(30 * i))), "one restart in 30 s is always allowed");
     }
 
     #[test]
     fn a_batch_beyond_its_timeout_fails_every_request() {
         let queue = Arc::new(Queue::new(1));
         let limits = AdmissionLimits { units: 10, wait: Duration::MAX };
-        let permit = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(1, None).unwrap();
+        let total = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(1, None).unwrap();
+        let permit = QueuePermit { _total: total, first_service: None };
         let (reply, mut answer) = tokio::sync::oneshot::channel();
         let pairs = Arc::new([Pair::new(vec![1], vec![0])]);
         queue.push(NewJob { pairs, permit, deadline: None, reply }).unwrap();

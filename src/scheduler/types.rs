@@ -1,36 +1,38 @@
-//! What callers and workers exchange.
+//! Limits, deadlines and scores: the types that callers of the scheduler see.
 
 use std::time::{Duration, Instant};
+
+use crate::admission::Permit;
 
 /// Limits of one model's queue and batches.
 #[derive(Debug, Clone, Copy)]
 pub struct SchedulerLimits {
-    /// Token budget of one batch. A longer pair runs alone.
+    /// Token budget of one batch. A pair longer than the budget is a batch of its own.
     pub max_batch_tokens: usize,
-    /// Tokens that may be admitted and not yet computed.
+    /// Maximum tokens that are admitted and not yet computed.
     pub max_queue_tokens: usize,
-    /// Time that waiting tokens may take to compute, at the measured speed.
+    /// Maximum time that a new request waits for its first service, at the measured speed.
     pub max_queue_wait: Duration,
-    /// A batch that runs longer than this ends the process: the device hangs.
+    /// Maximum time of one batch. If it runs longer, the device counts as hung and the process ends.
     pub batch_timeout: Duration,
 }
 
-/// The logits of one request's pairs, and where the time went.
+/// The logits of one request's pairs, and its times.
 #[derive(Debug)]
 pub struct Scores {
     /// One for each pair, in the request's order.
     pub logits: Vec<f32>,
     /// From the request's arrival in the queue to its first batch.
     pub queued: Duration,
-    /// From its first batch to its last.
+    /// From the start of its first batch to the end of its last.
     pub computed: Duration,
 }
 
-/// When a request's answer is no longer useful.
+/// When a request is given up.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline {
     pub at: Instant,
-    /// Seconds from the request's arrival, for the message.
+    /// Seconds from the complete body to the deadline, for the error message.
     pub seconds: u64,
 }
 
@@ -43,4 +45,13 @@ impl Deadline {
     pub(super) fn remaining(&self) -> Duration {
         self.at.saturating_duration_since(Instant::now())
     }
+}
+
+/// A request's admission to the queue. Dropping it makes room for other requests.
+#[derive(Debug)]
+pub struct QueuePermit {
+    /// All tokens of the request.
+    pub(super) _total: Permit,
+    /// The tokens of its first service, until they have been planned.
+    pub(super) first_service: Option<Permit>,
 }

@@ -1,4 +1,4 @@
-//! A worker thread: take a batch, run it, deliver its logits.
+//! A worker thread: it takes a batch, runs it and delivers the logits.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,17 +14,18 @@ use crate::batch::{Batch, Pair};
 use crate::encoder::CrossEncoder;
 use crate::error::RerankError;
 
-/// Everything that a worker needs. Workers of one model share it.
+/// What the workers of one model share.
 pub(super) struct Worker {
     pub(super) model: String,
     pub(super) encoder: Arc<dyn CrossEncoder>,
     pub(super) queue: Arc<Queue>,
-    pub(super) admission: Arc<Admission>,
+    /// Learn the speed from every large batch.
+    pub(super) admissions: [Arc<Admission>; 2],
     pub(super) end_process: EndProcess,
 }
 
-/// Starts a worker thread. It ends when the queue is closed and empty. A worker that panics is restarted, and ends the process if
-/// that happens too often.
+/// Starts a worker thread, which ends when the queue is closed and empty. A worker that panics is restarted; if it panics too
+/// often, the process ends.
 pub(super) fn spawn(worker: Arc<Worker>) -> std::io::Result<JoinHandle<()>> {
     thread::Builder::new().name("worker".to_owned()).spawn(move || {
         let mut restarts = RestartBudget::default();
@@ -52,7 +53,7 @@ impl Worker {
                 Ok(logits) => {
                     let took = start.elapsed();
                     if tokens * 4 >= self.queue.max_batch_tokens() {
-                        self.admission.done(tokens, took);
+                        self.admissions.iter().for_each(|admission| admission.done(tokens, took));
                     }
                     tokens_total.increment(tokens as u64);
                     batch_tokens.record(tokens as f64);
@@ -68,7 +69,7 @@ impl Worker {
         }
     }
 
-    /// A failed batch fails its requests, and the worker goes on. A lost device ends the process.
+    /// Fails the requests of the batch. If the device is lost, ends the process; otherwise the worker continues.
     fn fail(&self, job: BatchJob, error: &BackendError) {
         let cause = error.to_string();
         job.fail(|| RerankError::Internal(anyhow::anyhow!("{cause}")));
@@ -78,8 +79,8 @@ impl Worker {
     }
 }
 
-/// One logit for each pair; `None` if the device has no memory for that pair alone. A batch that does not fit is halved and
-/// retried.
+/// One logit per pair; `None` if the device does not have the memory for the pair in a batch of its own. A batch that does not
+/// fit is halved and retried.
 fn score(encoder: &dyn CrossEncoder, pairs: &[&Pair]) -> Result<Vec<Option<f32>>, BackendError> {
     let batch = Batch::pack(pairs.iter().copied());
     match run(encoder, &batch) {
@@ -109,7 +110,7 @@ fn run(encoder: &dyn CrossEncoder, batch: &Batch) -> Result<Vec<f32>, BackendErr
     }
 }
 
-/// The text of a panic.
+/// The message of a panic.
 fn message(panic: &(dyn Any + Send)) -> &str {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     text.unwrap_or("without a message")

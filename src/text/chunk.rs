@@ -1,46 +1,46 @@
-//! Long documents, cut into windows that overlap. Pure arithmetic on token counts: no text, no tokenizer.
+//! Splits long documents into overlapping chunks. Pure arithmetic on token counts: no text, no tokenizer.
 //!
-//! The published family of algorithms behind the vendor's `max_chunks_per_doc` and `overlap_tokens`: every token is in some
-//! chunk, neighbours share `overlap` tokens, and a document's score is its best chunk's.
+//! The usual algorithm behind SiliconFlow's `max_chunks_per_doc` and `overlap_tokens`: every token is in a chunk, adjacent
+//! chunks have `overlap` tokens in common, and a document's score is the maximum over its chunks.
 
 use std::ops::Range;
 
-/// Where the last chunk of a long document lies.
+/// Position of a long document's last chunk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Tail {
-    /// It ends with the document and is as long as the others: the same number of chunks, more context.
+    /// It ends at the document's end and is as long as the others: more context than `Short`, with the same number of chunks.
     #[default]
     Aligned,
-    /// It begins a stride after its neighbour and ends short.
+    /// It begins one stride after the chunk before it and is shorter than the others.
     Short,
 }
 
-/// How a document is cut.
+/// How a document is split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chunking {
-    /// Tokens of the document in one chunk.
+    /// Maximum document tokens in one chunk.
     pub room: usize,
-    /// Tokens that neighbours are asked to share.
+    /// Requested number of tokens that adjacent chunks have in common.
     pub overlap: usize,
-    /// Chunks kept, from the document's start.
+    /// Maximum chunks, counted from the document's start.
     pub max_chunks: usize,
-    /// Where the last chunk lies.
+    /// Position of the last chunk.
     pub tail: Tail,
 }
 
 impl Chunking {
-    /// Tokens between the starts of two neighbours. The overlap is held to a quarter of the room, so that no choice of query
-    /// length and overlap makes many small steps out of one document.
+    /// Tokens between the starts of adjacent chunks. The overlap is limited to a quarter of `room`: a long query (small `room`)
+    /// with a large overlap would otherwise split a document into very many chunks.
     pub fn stride(&self) -> usize {
         self.room - self.overlap.min(self.room / 4)
     }
 
-    /// Chunks that cover `tokens` tokens, before `max_chunks` applies. An empty document has one, empty, chunk.
+    /// Number of chunks that cover `tokens` tokens, without the limit `max_chunks`. An empty document has one empty chunk.
     pub fn count(&self, tokens: usize) -> usize {
         1 + tokens.saturating_sub(self.room).div_ceil(self.stride())
     }
 
-    /// Tokens that the kept chunks can read: what lies after them need not even be tokenised.
+    /// Maximum tokens that `max_chunks` chunks cover. Text after them does not have to be tokenized.
     pub fn reach(&self) -> usize {
         self.room.saturating_add((self.max_chunks - 1).saturating_mul(self.stride()))
     }
@@ -81,7 +81,7 @@ mod tests {
         check(18, 10, 2, &[0..10, 8..18]);
         check(19, 10, 2, &[0..10, 8..18, 9..19]);
         check(20, 10, 0, &[0..10, 10..20]);
-        check(30, 8, 80, &[0..8, 6..14, 12..20, 18..26, 22..30]); // overlap held to room / 4 = 2
+        check(30, 8, 80, &[0..8, 6..14, 12..20, 18..26, 22..30]); // overlap limited to room / 4 = 2
     }
 
     proptest! {
@@ -97,7 +97,7 @@ mod tests {
             prop_assert_eq!(chunks[0].start, 0);
             let promised = overlap.min(room / 4);
             for pair in chunks.windows(2) {
-                // Covered without a gap, moving forward, sharing what was promised (more only where the tail is aligned).
+                // No gaps; starts and ends increase; the overlap is exact, except that an aligned last chunk may overlap more.
                 prop_assert!(pair[1].start > pair[0].start && pair[1].end > pair[0].end);
                 let shared = pair[0].end - pair[1].start;
                 let is_last_of_all = pair[1].end == tokens;

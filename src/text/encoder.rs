@@ -1,7 +1,7 @@
-//! A model's tokenizer and pair template: requests in, pairs of token ids out.
+//! A model's tokenizer and pair template: turns a request into pairs of token ids.
 //!
-//! Tokenization runs on blocking threads, a unit of about 16 KiB at a time, so that requests take turns. Its cost is admitted
-//! before it is spent, and a document is tokenized only as far as its chunks reach.
+//! Tokenization runs on blocking threads in units of about 16 KiB, so that requests take turns. A request is admitted by its
+//! bytes before it is tokenized, and each document is tokenized only as far as its chunks reach.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -23,49 +23,49 @@ use crate::admission::{Admission, AdmissionLimits};
 use crate::batch::Pair;
 use crate::error::RerankError;
 
-/// The smallest window: room for a query and a document beside the special tokens.
+/// Minimum window: space for a query and a document in addition to the special tokens.
 const MIN_WINDOW: usize = 16;
 
-/// Requests of at most this many bytes have tokenizer threads of their own, so they do not wait behind large ones.
+/// Requests of at most this many bytes have their own tokenizer slots, so they do not wait for large requests.
 const SMALL_REQUEST_BYTES: usize = 64 * 1024;
 
-/// Bytes per token at most, for estimating the cost of a document that is read only in part.
+/// Assumed maximum bytes per token, for estimating the cost of a document that is tokenized in part.
 const MAX_BYTES_PER_TOKEN: usize = 16;
 
-/// Bytes that may wait for the tokenizer, whatever its speed.
+/// Maximum bytes that are admitted to the tokenizer, whatever its speed.
 const MAX_TOKENIZER_BYTES: usize = 256 << 20;
 
-/// Chunks of a document that are scored unless the request says otherwise.
+/// Default maximum of chunks per document.
 pub const DEFAULT_MAX_CHUNKS: usize = 1024;
 
-/// The most, and the default, that neighbouring chunks can be asked to share.
+/// Maximum and default of the tokens that adjacent chunks have in common.
 pub const MAX_OVERLAP_TOKENS: usize = 80;
 
 /// Limits on the text of a request.
 #[derive(Debug, Clone, Copy)]
 pub struct TextLimits {
-    /// Tokens of the query at most; `None` is half the window without the special tokens.
+    /// Maximum tokens of the query; `None` is half of the window without the special tokens.
     pub max_query_tokens: Option<usize>,
-    /// Characters of one document; the rest is truncated before tokenization.
+    /// Maximum characters of one document; the rest is dropped before tokenization.
     pub max_document_chars: usize,
-    /// Tokens of all pairs of one request.
+    /// Maximum tokens of one request, over all its pairs.
     pub max_request_tokens: usize,
     /// Position of a long document's last chunk.
     pub tail: Tail,
-    /// Units tokenized at the same time, over all requests.
+    /// Units that are tokenized at the same time: this many of small requests and this many of large ones.
     pub threads: usize,
-    /// Time that tokenizing all waiting texts may take.
+    /// Maximum time that the texts admitted to the tokenizer take at the measured speed.
     pub max_tokenizer_wait: Duration,
 }
 
-/// How one request wants its documents split.
+/// How the documents of one request are split.
 #[derive(Debug, Clone, Copy)]
 pub struct DocumentOptions {
-    /// Tokens that neighboring chunks share.
+    /// Tokens that adjacent chunks have in common.
     pub overlap_tokens: usize,
-    /// Chunks of a document that are scored.
+    /// Maximum chunks of a document that are scored.
     pub max_chunks_per_doc: usize,
-    /// Tokens of a document that are read.
+    /// Maximum tokens of a document that are read; `None` is no limit.
     pub max_tokens_per_doc: Option<usize>,
 }
 
@@ -75,25 +75,25 @@ impl Default for DocumentOptions {
     }
 }
 
-/// A request's work: each distinct pair once, and which pairs each document's score is the maximum of.
+/// A tokenized request: each distinct pair once, and the pairs of each document, whose score is the maximum over them.
 #[derive(Debug, Default)]
 pub struct EncodedRequest {
     /// Distinct pairs.
     pub pairs: Vec<Pair>,
     /// For each document, in the request's order, indices into `pairs`; never empty.
     pub documents: Vec<Vec<usize>>,
-    /// What was left out.
+    /// What the pairs do not contain.
     pub truncation: Truncation,
 }
 
-/// What of a request's text the model did not read.
+/// Which parts of a request's text the model did not read.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Truncation {
-    /// The query was longer than its share.
+    /// The query was longer than its share of the window.
     pub query: bool,
-    /// Documents that were truncated, by any limit.
+    /// Number of documents that were truncated by any limit.
     pub documents: usize,
-    /// Chunks beyond `max_chunks_per_doc`, over all documents.
+    /// Chunks beyond `max_chunks_per_doc`, over all documents; an estimate if a document was tokenized only in part.
     pub chunks: usize,
 }
 
@@ -101,11 +101,11 @@ pub struct Truncation {
 #[derive(Debug, Clone)]
 pub struct TextEncoder {
     inner: Arc<Inner>,
-    /// Units of small requests that may be tokenized at the same time.
+    /// Permits for units of small requests, see [`SMALL_REQUEST_BYTES`].
     small_slots: Arc<Semaphore>,
-    /// The same of all other requests.
+    /// Permits for units of all other requests.
     large_slots: Arc<Semaphore>,
-    /// Bytes that wait for the tokenizer.
+    /// Admission to the tokenizer, in bytes.
     admission: Arc<Admission>,
 }
 
@@ -113,7 +113,7 @@ pub struct TextEncoder {
 struct Inner {
     tokenizer: Tokenizer,
     template: PairTemplate,
-    /// Tokens of a pair at most, special tokens included.
+    /// Maximum tokens of a pair, special tokens included.
     window: usize,
     limits: TextLimits,
 }
@@ -122,8 +122,8 @@ impl TextEncoder {
     /// Reads a `tokenizer.json` for a model with the given embedding tables.
     ///
     /// # Errors
-    /// Not a tokenizer; ids, special tokens or token types beyond the embedding tables; pairs without a fixed template; a window
-    /// too small to hold a pair.
+    /// Not a tokenizer; ids, special tokens or token types beyond the embedding tables; pairs without a fixed template; a
+    /// window that is too small for a pair.
     pub fn new(tokenizer_json: &[u8], rows: EmbeddingRows, window: usize, limits: TextLimits) -> Result<Self> {
         // Some damaged files make the deserializer panic.
         let read = catch_unwind(AssertUnwindSafe(|| Tokenizer::from_bytes(tokenizer_json)));
@@ -151,28 +151,28 @@ impl TextEncoder {
         Ok(Self { inner, small_slots: slots(), large_slots: slots(), admission })
     }
 
-    /// The pair template in words: `<s> query </s> </s> document </s>`.
+    /// The pair template as text: `<s> query </s> </s> document </s>`.
     pub fn pair_format(&self) -> String {
         self.inner.template.format(&self.inner.tokenizer)
     }
 
-    /// Tokens of a pair at most.
+    /// Maximum tokens of a pair, special tokens included.
     pub fn window(&self) -> usize {
         self.inner.window
     }
 
-    /// Units tokenized at the same time.
+    /// Units of large requests that are tokenized at the same time.
     pub fn threads(&self) -> usize {
         self.inner.limits.threads
     }
 
-    /// Tokens of a query at most: its share of the window.
+    /// Maximum tokens of a query: its share of the window.
     pub fn max_query_tokens(&self) -> usize {
         let all = self.inner.window - self.inner.template.special_tokens();
         self.inner.limits.max_query_tokens.unwrap_or(all / 2).clamp(1, all - 1)
     }
 
-    /// How a document is cut beside a query of `query_tokens` tokens.
+    /// How a document is split next to a query of `query_tokens` tokens.
     pub fn chunking(&self, query_tokens: usize, options: DocumentOptions) -> Chunking {
         let limits = &self.inner.limits;
         Chunking {
@@ -183,18 +183,18 @@ impl TextEncoder {
         }
     }
 
-    /// A text's ids without special tokens, tokenised whole. For tests and benches; requests go through [`Self::encode`].
+    /// A text's ids without special tokens, tokenized in one call. For tests and benches; requests use [`Self::encode`].
     ///
     /// # Errors
-    /// The tokenizer's own failures.
+    /// The tokenizer fails.
     pub fn token_ids(&self, text: &str) -> Result<Vec<u32>> {
         template::encode(&self.inner.tokenizer, text)
     }
 
-    /// The pair of one query and one document that are known to fit the window. For tests, benches and self-checks.
+    /// The pair of a query and a document that fit into the window together. For tests, benches and health checks.
     ///
     /// # Errors
-    /// The tokenizer's own failures.
+    /// The tokenizer fails.
     pub fn pair(&self, query: &str, document: &str) -> Result<Pair> {
         Ok(self.inner.template.pair(&self.token_ids(query)?, &self.token_ids(document)?))
     }
@@ -202,8 +202,8 @@ impl TextEncoder {
     /// The pairs of a query with each document.
     ///
     /// # Errors
-    /// [`RerankError::Overloaded`] if too many bytes wait for the tokenizer; [`RerankError::TooMuchWork`] for more tokens than one
-    /// request may have; failures of the tokenizer.
+    /// [`RerankError::Overloaded`] if too many bytes wait for the tokenizer; [`RerankError::TooMuchWork`] if the request has
+    /// too many tokens; [`RerankError::Internal`] if the tokenizer fails.
     pub async fn encode(
         &self,
         query: &str,
@@ -244,7 +244,7 @@ impl TextEncoder {
         Ok((ids, truncated))
     }
 
-    /// Every document's ids as far as its chunks reach: `reach` tokens. What lies beyond is not tokenized.
+    /// The first `reach` ids of every document. Slices that begin after them are not tokenized.
     async fn document_ids(
         &self,
         documents: Arc<[String]>,
@@ -262,7 +262,8 @@ impl TextEncoder {
             }
             needed
         };
-        // The stream pulls a unit only when one before it is done, so units of documents that are long enough are dropped here.
+        // The stream pulls a unit only when an earlier one is done, so slices of documents that already reach far enough are
+        // dropped here.
         let jobs = units.into_iter().filter_map(|mut unit| {
             unit.retain(&needed);
             (!unit.is_empty()).then(|| self.tokenize(Arc::clone(&documents), unit, slots))
@@ -293,7 +294,7 @@ impl TextEncoder {
         Ok(texts)
     }
 
-    /// Tokenizes one unit of work on a blocking thread, in turn with other requests.
+    /// Tokenizes one unit on a blocking thread. Units of different requests take turns, as `slots` is a fair semaphore.
     async fn tokenize(
         &self,
         texts: Arc<[String]>,
@@ -329,7 +330,7 @@ impl Inner {
         mut truncation: Truncation,
     ) -> Result<EncodedRequest, RerankError> {
         let read = |text: &DocumentIds| text.tokens.min(max_tokens.unwrap_or(usize::MAX));
-        // Counted before anything is built: a small request can ask for a great many chunks.
+        // Counted before the pairs are built, because a small request can result in very many chunks.
         let fixed = query.len() + self.template.special_tokens();
         let tokens =
             documents.iter().flat_map(|text| chunking.chunks(read(text))).map(|chunk| fixed + chunk.len()).sum();
@@ -357,7 +358,7 @@ impl Inner {
 }
 
 impl EncodedRequest {
-    /// Tokens of all distinct pairs: what the model reads.
+    /// Tokens of all distinct pairs.
     pub fn tokens(&self) -> usize {
         self.pairs.iter().map(Pair::tokens).sum()
     }
@@ -368,7 +369,7 @@ impl EncodedRequest {
 struct DocumentIds {
     /// Token ids as far as the document's chunks reach.
     ids: Vec<u32>,
-    /// Tokens of the whole document; estimated from its first part if the rest was not tokenized.
+    /// Tokens of the whole document; extrapolated if only its first part was tokenized.
     tokens: usize,
     /// Whether its text was truncated before tokenization.
     truncated: bool,

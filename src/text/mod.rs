@@ -1,7 +1,7 @@
-//! Text to pairs of token ids: tokenization, chunks with overlap, the model's pair template.
+//! Text to pairs of token ids: tokenization, overlapping chunks, the model's pair template.
 //!
-//! Special tokens that occur in a text are kept: a document that contains `</s>` gets that special id, as with other servers of
-//! these models.
+//! Special tokens in a text are not escaped: a document that contains `</s>` gets the id of that special token, as in other
+//! servers of these models.
 
 mod chunk;
 mod encoder;

@@ -1,18 +1,18 @@
-//! Long texts, cut into slices before they are tokenised, so that no single text holds a thread for long.
+//! Splits long texts into slices before they are tokenized, so that no text occupies a thread for long.
 //!
-//! Tokenising costs 1 to 4 microseconds and some 600 bytes of memory a character at worst, and a tokenizer's own truncation
-//! works only afterwards. A slice ends before a run of white space wherever there is one, and the next slice begins with it: the
-//! pre-tokenizers that we know (BERT's, Metaspace, byte-level) never join tokens across such a place, so the ids are those of the whole text.
-//! Where a long text has none (Chinese, a million "!"), it ends after punctuation or a line, and else anywhere: one
-//! word at the seam may then be split otherwise than in the whole text.
+//! Tokenization costs at worst 1 to 4 microseconds and some 600 bytes of memory per character, and a tokenizer truncates
+//! only afterwards. If possible, a slice ends before a run of white space, and the next slice begins with that run. The
+//! pre-tokenizers of the supported models (BERT's, Metaspace, byte-level) never join tokens across such a position, so the ids
+//! are those of the whole text. In a text without white space (Chinese, a million "!") a slice ends after punctuation,
+//! and otherwise anywhere; the word at that position may then get other ids than in the whole text.
 
 use std::ops::Range;
 
-/// Characters of a slice at most. English has some 4,000 tokens in it: 10 ms of tokenising.
+/// Maximum characters of a slice: about 4,000 tokens of English, which take 10 ms.
 pub(crate) const SLICE_CHARS: usize = 16 * 1024;
 
 /// Byte ranges that cover the first `max_chars` characters of `text` in order, each of at most `slice_chars` characters.
-/// The flag says whether characters were left over. An empty text has one empty slice.
+/// The flag says whether the text has more characters. An empty text has one empty slice.
 pub(crate) fn slices(text: &str, slice_chars: usize, max_chars: usize) -> (Vec<Range<usize>>, bool) {
     let kept = text.char_indices().nth(max_chars).map_or(text.len(), |(end, _)| end);
     let mut slices = Vec::new();
@@ -26,7 +26,7 @@ pub(crate) fn slices(text: &str, slice_chars: usize, max_chars: usize) -> (Vec<R
     (slices, kept < text.len())
 }
 
-/// The best place in the second half of `text[..limit]` to end a slice, or `limit`.
+/// The best position in the second half of `text[..limit]` to end a slice, or `limit`.
 fn seam(text: &str, limit: usize) -> usize {
     let from = text.floor_char_boundary(limit / 2).max(1);
     let from = text.ceil_char_boundary(from);
@@ -56,7 +56,7 @@ mod tests {
         let (ranges, cut) = slices("aaa bbb ccc ddd", 8, 1000);
         assert_eq!(ranges, [0..7, 7..15]);
         assert!(!cut);
-        assert_eq!(slices("aaaaa \t\tb", 7, 1000).0, [0..5, 5..9], "a run of it stays whole");
+        assert_eq!(slices("aaaaa \t\tb", 7, 1000).0, [0..5, 5..9], "a run of white space is not split");
     }
 
     #[test]

@@ -1,18 +1,18 @@
-//! The layout of a query and a document in one sequence, read off the model's tokenizer.
+//! How a query and a document are joined to one sequence, derived from the model's tokenizer.
 
 use anyhow::{Context, Result, anyhow, ensure};
 use tokenizers::Tokenizer;
 
 use crate::batch::Pair;
 
-/// Rows of a model's embedding tables: every id that the tokenizer can produce must be below them.
+/// Numbers of rows of a model's embedding tables. Every id that the tokenizer can produce must be less.
 #[derive(Debug, Clone, Copy)]
 pub struct EmbeddingRows {
     pub vocabulary: usize,
     pub token_types: usize,
 }
 
-/// The special tokens before, between and after a pair's two texts, with everyone's segment ids:
+/// The special tokens before, between and after a pair's two texts, with the segment id of each token:
 /// `[CLS] query [SEP] document [SEP]`, `<s> query </s> </s> document </s>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PairTemplate {
@@ -27,7 +27,7 @@ pub(crate) struct PairTemplate {
 type Segment = Vec<(u32, u8)>;
 
 impl PairTemplate {
-    /// Reads the template off what the tokenizer itself does with a pair, then holds it against a second pair.
+    /// Derives the template from the tokenizer's encoding of one pair, then verifies it with two others.
     pub(crate) fn of(tokenizer: &Tokenizer, rows: EmbeddingRows) -> Result<Self> {
         let ids = |text: &str| encode(tokenizer, text);
         let (query, document) = (ids("query")?, ids("document")?);
@@ -56,12 +56,12 @@ impl PairTemplate {
         Ok(template)
     }
 
-    /// Special tokens in every pair.
+    /// Number of special tokens in every pair.
     pub(crate) fn special_tokens(&self) -> usize {
         self.before.len() + self.between.len() + self.after.len()
     }
 
-    /// The pair of two texts' ids.
+    /// The pair of a query and a document, given as ids without special tokens.
     pub(crate) fn pair(&self, query: &[u32], document: &[u32]) -> Pair {
         let tokens = self.special_tokens() + query.len() + document.len();
         let (mut ids, mut types) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
@@ -77,7 +77,7 @@ impl PairTemplate {
         Pair::new(ids, types)
     }
 
-    /// The template in the catalogue's words: `[CLS] query [SEP] document [SEP]`.
+    /// The template as text, as in the model catalogue: `[CLS] query [SEP] document [SEP]`.
     pub(crate) fn format(&self, tokenizer: &Tokenizer) -> String {
         let specials = |segment: &Segment| {
             segment
@@ -100,8 +100,8 @@ pub(crate) fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     Ok(encoding.get_ids().to_vec())
 }
 
-/// The tokenizer's own encoding of a pair: ids and token types, each held against the embedding tables. The post-processor may add
-/// ids that the vocabulary does not have.
+/// The tokenizer's encoding of a pair: ids and token types. Both are checked against the embedding tables, because the
+/// post-processor may add ids that are not in the vocabulary.
 fn encode_pair(tokenizer: &Tokenizer, query: &str, document: &str, rows: EmbeddingRows) -> Result<Vec<(u32, u8)>> {
     let encoding = tokenizer.encode_fast((query, document), true).map_err(|e| anyhow!("the tokenizer failed: {e}"))?;
     let checked = |(&id, &token_type): (&u32, &u32)| {
@@ -120,7 +120,7 @@ fn encode_pair(tokenizer: &Tokenizer, query: &str, document: &str, rows: Embeddi
     encoding.get_ids().iter().zip(encoding.get_type_ids()).map(checked).collect()
 }
 
-/// Where `needle` first occurs in `haystack`, from `start` on. An empty needle occurs nowhere: the probe would say nothing.
+/// Position of the first `needle` in `haystack` from `start` on. `None` for an empty needle, which would match anywhere.
 fn find(haystack: &[(u32, u8)], needle: &[u32], start: usize) -> Option<usize> {
     if needle.is_empty() {
         return None;

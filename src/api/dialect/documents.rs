@@ -1,5 +1,5 @@
-//! The `documents` shape: the vendor's own `/v1/rerank`, and the superset of it that most clients speak (Cohere, Jina, vLLM,
-//! Infinity, Xinference, Together, and Voyage, whose `data` is added when the request has one of Voyage's own fields).
+//! The `documents` dialect: SiliconFlow's `/v1/rerank`, extended so that clients of Cohere, Jina, vLLM, Infinity, Xinference,
+//! Together and Voyage work too. The response has Voyage's `data` if the request has a field that only Voyage defines.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -23,47 +23,47 @@ use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
 pub(crate) struct RerankBody<'a> {
     /// A served model's name or alias.
     model: String,
-    /// What the documents are ranked for; not empty. Longer than its share of the window, it is truncation.
+    /// Text that the documents are ranked against; not empty. Truncated if it is longer than its share of the window.
     query: String,
-    /// Texts, or objects with a `text`; at least one. A long one is cut into chunks, and its best chunk counts.
+    /// Texts, or objects with a `text`; at least one. A long document is split into chunks and has its best chunk's score.
     #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     documents: Documents<'a>,
-    /// For documents that are objects: the fields that make up their text, in this order; `text` without it.
+    /// For documents that are objects: the fields that are joined to their text, in this order. Default: `text`.
     #[serde(default)]
     #[schema(value_type = Option<Vec<String>>, max_items = 64)]
     rank_fields: Option<RankFields>,
-    /// Results wanted, best first; all without it.
+    /// Number of results, best first. Default: all.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     top_n: Option<i64>,
-    /// Voyage's `top_n`.
+    /// Voyage's name for `top_n`; `top_n` takes precedence.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     top_k: Option<i64>,
-    /// Voyage's; long documents are cut into chunks whatever it says.
+    /// Voyage's; ignored: long documents are always split into chunks.
     #[serde(default)]
     #[schema(value_type = serde_json::Value)]
     truncation: Option<IgnoredAny>,
-    /// Whether results carry their document's text.
+    /// Whether results contain the document's text. Default: false.
     #[serde(default, deserialize_with = "flag")]
     #[schema(schema_with = fields::flag_schema)]
     return_documents: Option<bool>,
-    /// Chunks of a document that are scored; 1024 without it.
+    /// Maximum chunks of a document that are scored. Default: 1024.
     #[serde(default, deserialize_with = "whole", alias = "max_chunk_per_doc")]
     #[schema(minimum = 1)]
     max_chunks_per_doc: Option<i64>,
-    /// Tokens that neighbouring chunks share; 80 without it, and at most a quarter of a chunk.
+    /// Tokens that adjacent chunks have in common, limited to a quarter of a chunk. Default: 80.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 0, maximum = 80)]
     overlap_tokens: Option<i64>,
-    /// Tokens of a document that are read, before it is cut into chunks.
+    /// Maximum tokens of a document that are read; the rest is dropped before it is split into chunks. Default: no limit.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     max_tokens_per_doc: Option<i64>,
 }
 
-/// Reads and checks a body.
+/// Parses and validates a body.
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: RerankBody<'_> = fields::json(body)?;
     let defaults = DocumentOptions::default();
@@ -93,14 +93,14 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     Ok(ParsedRequest { request, write: Box::new(write) })
 }
 
-/// The answer.
+/// A response.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct RerankAnswer {
     /// The request's id.
     id: String,
     /// Best first.
     results: Vec<AnswerResult>,
-    /// The results again, in Voyage's words, where the request was in Voyage's words.
+    /// The results again, under Voyage's names; only if the request has `top_k` or `truncation`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     data: Option<Vec<VoyageResult>>,
@@ -108,9 +108,9 @@ pub(crate) struct RerankAnswer {
     meta: Meta,
     /// The served model's name.
     model: String,
-    /// `rerank`, or `list` where the request was in Voyage's words: each one's clients refuse the other.
+    /// `list` if the request has `top_k` or `truncation`, else `rerank`: Voyage's clients refuse `rerank`, others `list`.
     object: &'static str,
-    /// Seconds since 1970.
+    /// Seconds since 1970-01-01 UTC.
     created: u64,
     usage: Usage,
 }
@@ -118,11 +118,11 @@ pub(crate) struct RerankAnswer {
 /// One document.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct AnswerResult {
-    /// Its place in the request.
+    /// Its position in the request, from 0.
     index: usize,
     /// In [0, 1]: the sigmoid of its best chunk's logit.
     relevance_score: f64,
-    /// Its text, where the request asked for it.
+    /// Its text, if the request has `return_documents`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     document: Option<AnswerDocument>,
@@ -134,18 +134,18 @@ pub(crate) struct AnswerDocument {
     text: String,
 }
 
-/// One document, in Voyage's words.
+/// One document, under Voyage's names.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct VoyageResult {
     index: usize,
     relevance_score: f64,
-    /// Its text, where the request asked for it.
+    /// Its text, if the request has `return_documents`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     document: Option<String>,
 }
 
-/// Tokens that the model read, over all chunks.
+/// Tokens that the model read, over all distinct chunks.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 pub(crate) struct AnswerTokens {
     input_tokens: usize,
@@ -153,7 +153,7 @@ pub(crate) struct AnswerTokens {
     output_tokens: usize,
 }
 
-/// The tokens again, where Cohere's clients look for them.
+/// The tokens again, where Cohere's clients expect them.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Meta {
     api_version: ApiVersion,
@@ -161,13 +161,13 @@ pub(crate) struct Meta {
     tokens: AnswerTokens,
 }
 
-/// Version of the shape.
+/// Version of Cohere's API.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ApiVersion {
     version: &'static str,
 }
 
-/// Nobody is billed.
+/// Cohere's units of billing, for its clients; this server bills nothing.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct BilledUnits {
     input_tokens: usize,
@@ -176,7 +176,7 @@ pub(crate) struct BilledUnits {
     classifications: usize,
 }
 
-/// The tokens again, in OpenAI's words.
+/// The tokens again, under OpenAI's names.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Usage {
     prompt_tokens: usize,
@@ -252,7 +252,7 @@ mod tests {
         assert_eq!((parsed.request.top_n, parsed.request.options.overlap_tokens), (Some(99), 0));
     }
 
-    /// F1 to F12 and F17 to F19 of the fault list: each names what is wrong.
+    /// Faults F1 to F12 and F17 to F19 in docs/reliability.md: each error names the field that is wrong.
     #[test]
     fn what_is_wrong_is_named() {
         let nested = format!(r#"{{"model":"m","query":"q","documents":{}"#, "[".repeat(100_000));
@@ -293,6 +293,6 @@ mod tests {
     #[test]
     fn millions_of_documents_are_refused_while_parsing() {
         let body = format!(r#"{{"model":"m","query":"q","documents":[{}""]}}"#, r#""","#.repeat(3_000_000));
-        assert!(error(&body).contains("more than"), "the vector must not grow first");
+        assert!(error(&body).contains("more than"), "the list must be refused before its vector grows");
     }
 }

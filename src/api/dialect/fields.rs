@@ -1,4 +1,4 @@
-//! Fields as clients really write them: one text for a list, objects for texts, `"true"` for true, `3.0` for 3.
+//! Fields in the variants that clients send: a text as a list, an object as a text, `"true"` for true, `3.0` for 3.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -13,17 +13,19 @@ use utoipa::openapi::schema::{
 
 use crate::error::RerankError;
 
-/// The list of documents stops growing here while it is parsed, whatever the settings say.
+/// Maximum documents that are parsed, whatever `--max-documents` says.
 const MAX_PARSED_DOCUMENTS: usize = 100_000;
 
-/// Names in `rank_fields` at most, and bytes of each.
+/// Maximum names in `rank_fields`, and maximum bytes of each.
 const MAX_RANK_FIELDS: usize = 64;
 const MAX_RANK_FIELD_BYTES: usize = 256;
 
-/// Reads a body, naming the field that is wrong.
+/// Parses a body.
+///
+/// # Errors
+/// [`RerankError::Invalid`] with the path of the field that is wrong.
 pub(super) fn json<'de, T: Deserialize<'de>>(body: &'de [u8]) -> Result<T, RerankError> {
-    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body); // a UTF-8 byte order mark
-    // serde would read an array as the fields in their order.
+    // serde also accepts a struct as an array of its fields.
     if body.trim_ascii_start().first() != Some(&b'{') {
         return Err(RerankError::invalid("body", "expected a JSON object with model, query and documents"));
     }
@@ -36,13 +38,13 @@ pub(super) fn json<'de, T: Deserialize<'de>>(body: &'de [u8]) -> Result<T, Reran
     Ok(value)
 }
 
-/// Enough to see what is meant: a wrong value may be megabytes long, and serde quotes it whole.
+/// The first 300 characters: serde's messages quote a wrong value as a whole, and it may have megabytes.
 fn shorten(message: &str) -> String {
     const CHARS: usize = 300;
     message.char_indices().nth(CHARS).map_or_else(|| message.to_owned(), |(end, _)| format!("{}…", &message[..end]))
 }
 
-/// A query that is not empty.
+/// Checks that the query is not empty.
 pub(super) fn query(text: String) -> Result<String, RerankError> {
     if text.trim().is_empty() {
         return Err(RerankError::invalid("query", "is empty; give the text to rank for"));
@@ -50,7 +52,7 @@ pub(super) fn query(text: String) -> Result<String, RerankError> {
     Ok(text)
 }
 
-/// A number between `min` and `max`, where it is given.
+/// Checks that `value`, if given, is between `min` and `max`.
 pub(super) fn in_range(field: &str, value: Option<i64>, min: i64, max: i64) -> Result<Option<usize>, RerankError> {
     let Some(value) = value else { return Ok(None) };
     if (min..=max).contains(&value) {
@@ -60,18 +62,21 @@ pub(super) fn in_range(field: &str, value: Option<i64>, min: i64, max: i64) -> R
     Err(RerankError::invalid(field, format!("is {value}; expected {allowed}")))
 }
 
-/// A list of texts; also one text; an element may also be an object. Elements stay JSON text, borrowed from the body, until
-/// [`Documents::texts`]: parsing a body takes 16 bytes of memory per document.
+/// A list of texts or objects; one text is a list of one. Each element is a slice of the body's JSON (16 bytes of memory) until
+/// [`Documents::texts`] parses it.
 #[derive(Debug)]
 pub(super) struct Documents<'a>(Vec<Document<'a>>);
 
-/// A text, or an object with texts, as JSON.
+/// The JSON of a text, or of an object with texts.
 #[derive(Debug, Deserialize)]
 #[serde(transparent)]
 pub(super) struct Document<'a>(#[serde(borrow)] &'a RawValue);
 
 impl Documents<'_> {
-    /// Every document's text, at least one and at most `max`. `field` is the list's name, for errors.
+    /// The text of every document.
+    ///
+    /// # Errors
+    /// No document, more than `max` documents, or one without a text. `field` is the list's name, for the message.
     pub(super) fn texts(
         &self,
         field: &str,
@@ -91,7 +96,7 @@ impl Documents<'_> {
 }
 
 impl Document<'_> {
-    /// The text; of an object its `text`, or its `rank_fields` joined by newlines.
+    /// The text. An object's text is its field `text`, or its `rank_fields` joined by newlines.
     pub(super) fn text(&self, field: &str, rank_fields: Option<&RankFields>) -> Result<String, RerankError> {
         let json = self.0.get();
         let wrong = |error: serde_json::Error| RerankError::invalid(field, plain(&error));
@@ -120,7 +125,7 @@ impl Document<'_> {
     }
 }
 
-/// The message of an error in a part of the body, without the position in that part.
+/// The error's message without its line and column, which count from the start of the element and not of the body.
 fn plain(error: &serde_json::Error) -> String {
     let message = error.to_string();
     shorten(message.split(" at line ").next().unwrap_or(&message))
@@ -189,7 +194,7 @@ impl<'de> Deserialize<'de> for RankFields {
     }
 }
 
-/// Reads the texts of an object's fields of these names, in the order of the names; skips everything else.
+/// Reads those fields of an object that have these names, in the order of the names. Values that are not texts are skipped.
 struct WantedTexts<'a>(&'a [String]);
 
 impl<'de> DeserializeSeed<'de> for WantedTexts<'_> {
@@ -225,20 +230,20 @@ impl<'de> Visitor<'de> for WantedTexts<'_> {
     }
 }
 
-/// The contract of [`Document`].
+/// The OpenAPI schema of [`Document`].
 pub(super) fn document_schema() -> Schema {
     let object = ObjectBuilder::new().property("text", text_schema()).build();
     AnyOfBuilder::new().item(text_schema()).item(object).build().into()
 }
 
-/// The contract of [`Documents`].
+/// The OpenAPI schema of [`Documents`].
 pub(super) fn documents_schema() -> Schema {
     let documents = ArrayItems::RefOrSchema(Box::new(document_schema().into()));
     let list = ArrayBuilder::new().items(documents).min_items(Some(1)).build();
     AnyOfBuilder::new().item(list).item(text_schema()).build().into()
 }
 
-/// The contract of [`flag`].
+/// The OpenAPI schema of [`flag`].
 pub(super) fn flag_schema() -> Schema {
     let text =
         ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["true", "false", "True", "False"])).build();
@@ -273,7 +278,7 @@ pub(super) fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option
         }
 
         fn visit_f64<E: Error>(self, value: f64) -> Result<Option<i64>, E> {
-            // Beyond 2^53 a float no longer says which whole number is meant.
+            // Above 2^53 (9.007e15) an f64 does not represent every whole number.
             let is_whole = value.fract() == 0.0 && value.abs() < 9e15;
             if is_whole { Ok(Some(value as i64)) } else { Err(E::invalid_value(Unexpected::Float(value), &self)) }
         }

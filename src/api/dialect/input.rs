@@ -1,4 +1,4 @@
-//! The `input` shape of Mixedbread: OpenAI-like `data`, scores under `score`.
+//! The `input` dialect of Mixedbread: results under `data`, scores under `score`.
 
 use axum::Json;
 use axum::response::IntoResponse;
@@ -16,30 +16,30 @@ use crate::text::DocumentOptions;
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "rerankd-mini", "query": "Apple", "input": ["apple", "banana"], "top_k": 1}))]
 pub(crate) struct InputBody<'a> {
-    /// A served model's name; the first one without it.
+    /// A served model's name or alias. Default: the first model.
     #[serde(default)]
     model: Option<String>,
-    /// What the input is ranked for; not empty.
+    /// Text that the input is ranked against; not empty.
     query: String,
     /// Texts, or objects; at least one.
     #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     input: Documents<'a>,
-    /// For objects: the fields that make up their text, in this order; `text` without it.
+    /// For objects: the fields that are joined to their text, in this order. Default: `text`.
     #[serde(default)]
     #[schema(value_type = Option<Vec<String>>, max_items = 64)]
     rank_fields: Option<RankFields>,
-    /// Results wanted; all without it.
+    /// Number of results, best first. Default: all.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     top_k: Option<i64>,
-    /// Whether results carry their texts.
+    /// Whether results contain their texts. Default: false.
     #[serde(default, deserialize_with = "flag")]
     #[schema(schema_with = fields::flag_schema)]
     return_input: Option<bool>,
 }
 
-/// The answer.
+/// A response.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct InputAnswer {
     /// Best first.
@@ -48,7 +48,7 @@ pub(crate) struct InputAnswer {
     /// Always `list`.
     object: &'static str,
     usage: Usage,
-    /// As many as there are.
+    /// The number of results.
     top_k: usize,
     return_input: bool,
 }
@@ -56,15 +56,15 @@ pub(crate) struct InputAnswer {
 /// One document.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct InputResult {
-    /// Its place in the request.
+    /// Its position in the request, from 0.
     index: usize,
     /// In [0, 1].
     score: f64,
-    /// Its text, where the request asked for it.
+    /// Its text, if the request has `return_input`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     input: Option<String>,
-    /// Always null: Mixedbread's older SDK and its newer one agree on no word.
+    /// Always null: Mixedbread's older and newer SDK expect different values.
     #[schema(value_type = Option<String>)]
     object: (),
 }

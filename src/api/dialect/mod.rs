@@ -1,6 +1,7 @@
-//! One file per wire shape: bytes -> [`RerankRequest`], [`Ranking`] -> bytes.
+//! One file per dialect, the JSON of one API: bytes -> `RerankRequest`, `Ranking` -> bytes.
 //!
-//! Every rerank path takes every shape: which one a body has shows in the name of its list of documents.
+//! Every rerank path accepts every dialect. The name of the list of documents (`documents`, `texts`, `input`, `passages`) tells
+//! which dialect a body has.
 
 pub(super) mod documents;
 mod fields;
@@ -18,10 +19,10 @@ pub(super) use parsed::ParsedRequest;
 use super::error::ApiError;
 use crate::error::RerankError;
 
-/// A wire shape, called by the name of its list.
+/// A dialect, named after its list of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Dialect {
-    /// The vendor's own, Cohere, Jina, Voyage and most others.
+    /// SiliconFlow, Cohere, Jina, Voyage and most others.
     Documents,
     /// text-embeddings-inference.
     Texts,
@@ -32,7 +33,7 @@ pub(super) enum Dialect {
 }
 
 impl Dialect {
-    /// The shape of a body. What is no JSON object is left to the first shape to refuse.
+    /// The dialect of a body. A body that is not valid JSON counts as [`Dialect::Documents`], whose parser reports the error.
     pub(super) fn of(body: &[u8]) -> Self {
         #[derive(Deserialize)]
         struct Lists {
@@ -49,10 +50,10 @@ impl Dialect {
         }
     }
 
-    /// Reads and checks a body.
+    /// Parses and validates a body.
     ///
     /// # Errors
-    /// [`RerankError::Invalid`], naming the field.
+    /// [`RerankError::Invalid`] with the field's name.
     pub(super) fn parse(self, body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
         match self {
             Self::Documents => documents::parse(body, max_documents),
@@ -62,7 +63,7 @@ impl Dialect {
         }
     }
 
-    /// An error, in the shape that the dialect's clients read.
+    /// The error response that the dialect's clients expect.
     pub(super) fn error(self, error: ApiError) -> Response {
         match self {
             Self::Texts => texts::error(error),

@@ -1,4 +1,4 @@
-//! The `passages` shape of NVIDIA NIM: raw logits, best first.
+//! The `passages` dialect of NVIDIA NIM: logits instead of scores, best first.
 
 use axum::Json;
 use axum::response::IntoResponse;
@@ -12,28 +12,28 @@ use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;
 
-/// A request. `truncate` is ignored: a long passage is cut into chunks, and its best chunk counts.
+/// A request. `truncate` is ignored: a long passage is split into chunks, and its score is its best chunk's score.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "rerankd-mini", "query": {"text": "Apple"}, "passages": [{"text": "apple"}, {"text": "banana"}]}))]
 pub(crate) struct PassagesBody<'a> {
-    /// A served model's name; the first one without it.
+    /// A served model's name or alias. Default: the first model.
     #[serde(default)]
     model: Option<String>,
-    /// What the passages are ranked for; not empty.
+    /// Text that the passages are ranked against; not empty.
     #[schema(schema_with = fields::document_schema)]
     #[serde(borrow)]
     query: Document<'a>,
-    /// At least one.
+    /// Texts, or objects with a `text`; at least one.
     #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     passages: Documents<'a>,
-    /// Results wanted; all without it.
+    /// Number of results, best first. Default: all.
     #[serde(default, deserialize_with = "whole", alias = "top_n")]
     #[schema(minimum = 1)]
     top_k: Option<i64>,
 }
 
-/// The answer.
+/// A response.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct PassagesAnswer {
     /// Best first.
@@ -44,9 +44,9 @@ pub(crate) struct PassagesAnswer {
 /// One passage.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct PassageRank {
-    /// Its place in the request.
+    /// Its position in the request, from 0.
     index: usize,
-    /// The model's own number.
+    /// The model's output for its best chunk, before the sigmoid.
     logit: f32,
 }
 

@@ -1,4 +1,4 @@
-//! The `texts` shape of text-embeddings-inference: a bare array, best first.
+//! The `texts` dialect of text-embeddings-inference: the response is an array, best first.
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
@@ -12,28 +12,29 @@ use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;
 
-/// A request. `truncate` and `truncation_direction` are ignored: a long text is cut into chunks, and its best chunk counts.
+/// A request. `truncate` and `truncation_direction` are ignored: a long text is split into chunks, and its score is its best
+/// chunk's score.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"query": "Apple", "texts": ["apple", "banana", "fruit", "vegetable"]}))]
 pub(crate) struct TextsBody<'a> {
-    /// What the texts are ranked for; not empty.
+    /// Query that the texts are ranked against; not empty.
     query: String,
-    /// At least one.
+    /// Texts, or objects with a `text`; at least one.
     #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     texts: Documents<'a>,
-    /// A served model's name; the first one without it.
+    /// A served model's name or alias. Default: the first model.
     #[serde(default)]
     model: Option<String>,
-    /// Results wanted; all without it. LiteLLM sends it.
+    /// Number of results, best first; LiteLLM sends it. Default: all.
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     top_n: Option<i64>,
-    /// Whether scores are the model's logits, not their sigmoid.
+    /// Whether scores are the model's logits instead of their sigmoid. Default: false.
     #[serde(default, deserialize_with = "flag")]
     #[schema(schema_with = fields::flag_schema)]
     raw_scores: Option<bool>,
-    /// Whether results carry their texts.
+    /// Whether results contain their texts. Default: false.
     #[serde(default, deserialize_with = "flag")]
     #[schema(schema_with = fields::flag_schema)]
     return_text: Option<bool>,
@@ -42,10 +43,10 @@ pub(crate) struct TextsBody<'a> {
 /// One text.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct TextsRank {
-    /// Its place in the request.
+    /// Its position in the request, from 0.
     index: usize,
     score: f64,
-    /// The text, where the request asked for it.
+    /// The text, if the request has `return_text`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     text: Option<String>,

@@ -4,7 +4,7 @@ use super::simd::{Accuracy, Isa, exp2};
 use crate::backend::Activation;
 
 /// Applies an activation to a vector. `Tanh` returns `x` unchanged: only heads use it, on a few rows, and the caller
-/// applies the library's `tanh` to the stored result.
+/// applies the standard library's `tanh` to the stored result.
 #[inline(always)]
 pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::Floats, accuracy: Accuracy) -> I::Floats {
     match activation {
@@ -41,8 +41,8 @@ fn gelu<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
 }
 
 /// [`gelu`] for results that are rounded to bf16: `x / (1 + 2^-u)`, where u is x times a polynomial of x^2, fitted to
-/// the log odds of the normal distribution. The error is at most 7.5e-5, or 6.5e-4 of the value. Below x = -20 the
-/// result is `4e-6 x`.
+/// the log odds of the normal distribution. The error is at most 7.5e-5, or 6.5e-4 of the value. Below x = -20,
+/// where GELU is 0, the result is `4e-6 x`.
 #[inline(always)]
 fn gelu_for_bf16<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     let y = isa.max(isa.min(x, isa.splat(4.5)), isa.splat(-4.5));

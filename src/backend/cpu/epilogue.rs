@@ -16,9 +16,9 @@ pub(super) enum OutputRows<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct VectorPosition {
     pub(super) row: usize,
-    /// The first value's output, among all outputs of the weights.
+    /// Index of the first value's output, among all outputs of the weights.
     pub(super) output: usize,
-    /// The first value's column in the result, whose column 0 is the first computed output.
+    /// Column of the first value in the result. Column 0 is the first computed output.
     pub(super) column: usize,
 }
 

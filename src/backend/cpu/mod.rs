@@ -140,7 +140,7 @@ impl CpuBackend {
     fn gemm(&self, ctx: &ExecContext, gemm: &Gemm<'_>) {
         let (panels, rows) = (gemm.panels(), gemm.input.rows);
         let Some(pool) = &ctx.pool else {
-            // SAFETY: only this thread has the output.
+            // SAFETY: only this thread writes the output.
             return unsafe { gemm.compute(self.path, panels, 0..rows) };
         };
         let blocks = (4 * pool.threads()).div_ceil(panels.len()).min(rows.div_ceil(MIN_SPLIT_ROWS));
@@ -176,8 +176,8 @@ impl CpuBackend {
         ctx.split(rows, |rows| self.path.enter(QuantizeRows { from, columns, to, rows }));
     }
 
-    /// Attention with queries from `q`, `[queries, C or more]`, and keys and values from `kv`, whose columns start at
-    /// `starts`.
+    /// Attention with queries from `q`, `[queries, C or more]`, and keys and values from the columns of `kv` that start
+    /// at `starts[0]` and `starts[1]`.
     fn attend(
         &self,
         ctx: &ExecContext,
@@ -193,7 +193,7 @@ impl CpuBackend {
                 let attention =
                     |output| Attention { shape, q, kv, k_start: starts[0], v_start: starts[1], sequences, output };
                 if self.format == StorageFormat::Int8 {
-                    // A row is quantized with the range of all its heads, so heads are computed in f32 first.
+                    // A row's int8 scale depends on all of its heads, so all heads are first computed in f32.
                     let mut context = Matrix::acquire(q.rows(), columns);
                     self.attend_heads::<gemm::Bf16>(ctx, &attention(OutputRows::F32(context.shared())));
                     return self.quantized_buffer(ctx, context);
@@ -281,7 +281,7 @@ impl ExecContext {
 }
 
 impl Table {
-    /// Writes row `index` to `to`, `[C]`, or adds it. `scratch` is `[C]`.
+    /// Copies row `index` to `to`, `[C]`, or adds it to `to` if `add`. `scratch` is `[C]`.
     fn read(&self, index: u32, to: &mut [f32], scratch: &mut [f32], add: bool) {
         let at = index as usize * to.len();
         let row = match self {

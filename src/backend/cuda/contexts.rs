@@ -17,8 +17,9 @@ use crate::backend::BackendError;
 
 /// Batches in flight per device: while one computes, the host prepares and launches the next.
 pub(super) const MAX_IN_FLIGHT: usize = 2;
-/// Time between attempts to enlarge a context that has memory for less than `max_batch_tokens`.
+/// Time between attempts to enlarge a context that has memory for fewer than `max_batch_tokens` tokens.
 const GROW_INTERVAL: Duration = Duration::from_secs(10);
+
 /// The execution contexts of one device; each is borrowed by one batch at a time.
 #[derive(Debug)]
 pub(super) struct ContextPool {
@@ -26,12 +27,12 @@ pub(super) struct ContextPool {
     options: CudaOptions,
     /// C
     hidden_size: usize,
-    state: Mutex<PoolState>,
+    state: Mutex<ContextPoolState>,
     returned: Condvar,
 }
 
 #[derive(Debug, Default)]
-struct PoolState {
+struct ContextPoolState {
     /// Outputs of the model's widest linear layer, which determines the memory per token.
     max_outputs: usize,
     created: bool,
@@ -59,7 +60,7 @@ impl ContextPool {
         state.max_outputs = state.max_outputs.max(outputs);
     }
 
-    /// Tokens of the largest batch that fits in every free context.
+    /// Tokens of the largest batch that fits in every free context; `None` if no context is free.
     pub(super) fn capacity(&self) -> Option<usize> {
         self.lock().free.iter().map(ExecContext::capacity).min()
     }
@@ -76,7 +77,7 @@ impl ContextPool {
             state.created = true;
         }
         let ctx = loop {
-            // The context with the most memory splits the batch least.
+            // The context with the most memory splits the batch into the fewest partitions.
             match (0..state.free.len()).max_by_key(|&i| state.free[i].capacity()) {
                 Some(i) => break state.free.swap_remove(i),
                 None => state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner),
@@ -102,16 +103,16 @@ impl ContextPool {
         Ok(borrowed)
     }
 
-    /// Bytes of activation memory per token. A layer needs 7 C values (its input, Q, K and V, context, the sum after attention, and
-    /// its output) and the widest layer's outputs; with fp8, some of them a second time as operands. The rest covers rounding,
-    /// fragmentation and buffers with a row per sequence.
-    fn token_bytes(&self, state: &PoolState) -> usize {
+    /// Bytes of activation memory per token. A transformer layer needs 7 C values (its input, Q, K and V, the attention context, the
+    /// sum after attention, and its output) and the widest linear layer's outputs. With fp8, some of them are also stored as E4M3
+    /// operands. The rest covers rounding, fragmentation and buffers with a row per sequence.
+    fn token_bytes(&self, state: &ContextPoolState) -> usize {
         let dtype = self.options.dtype;
         let operand_bytes = if dtype == CudaDtype::Fp8 { dtype.operand_bytes() } else { 0 };
         (10 * self.hidden_size + 2 * state.max_outputs) * (dtype.bytes() + operand_bytes)
     }
 
-    fn create(&self, state: &PoolState) -> Result<Vec<ExecContext>, BackendError> {
+    fn create(&self, state: &ContextPoolState) -> Result<Vec<ExecContext>, BackendError> {
         let CudaOptions { dtype, gemm, .. } = self.options;
         let tuning_store = Arc::new(TuningStore::open(&self.device, dtype, gemm));
         let new = || {
@@ -130,8 +131,8 @@ impl ContextPool {
         Ok(contexts)
     }
 
-    /// Autotunes the GEMMs that the first batch launched, which are those of every batch, on random values. That batch runs alone,
-    /// during loading. Later calls do nothing; nor does batch-invariant mode.
+    /// Autotunes, on random values, the GEMMs that the first batch launched; every batch uses the same GEMMs. The first batch runs
+    /// alone, during loading. Does nothing on later calls and in batch-invariant mode.
     pub(super) fn tune_once(&self, ctx: &mut ExecContext) -> Result<(), BackendError> {
         if self.options.batch_invariant || std::mem::replace(&mut self.lock().tuned, true) {
             return Ok(());
@@ -156,7 +157,7 @@ impl ContextPool {
             if rows < 64 {
                 continue;
             }
-            // Filled again for each shape, because an output that is its own residual grows with every run.
+            // Refilled for each shape: where the output is also the residual, values grow with every run.
             random.fill(ctx)?;
             let x = base + weight_bytes as u64;
             let output = x + (rows * inputs * size).next_multiple_of(ALIGNMENT) as u64;
@@ -170,7 +171,7 @@ impl ContextPool {
         Ok(())
     }
 
-    fn lock(&self) -> MutexGuard<'_, PoolState> {
+    fn lock(&self) -> MutexGuard<'_, ContextPoolState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -3,7 +3,7 @@
 use super::dtype::CudaDtype;
 
 /// Largest relative difference of a row between two correct kernels: twice the error that tests/cuda/kernels.cpp allows against the
-/// exact result. A single wrong value in a row of 64 exceeds 0.03.
+/// exact result. One wrong value in a row of 64 gives an error above 0.03.
 pub(super) fn bound(dtype: CudaDtype) -> f32 {
     if dtype == CudaDtype::Bf16 { 0.016 } else { 0.002 }
 }

@@ -6,9 +6,7 @@ use half::{bf16, f16};
 /// Number formats of activations and GEMM operands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum CudaDtype {
-    /// Half precision.
     F16,
-    /// bfloat16.
     Bf16,
     /// Single precision, for comparison.
     F32,

@@ -6,13 +6,13 @@ use crate::backend::BackendError;
 
 /// Threads per block of the kernels that process one row per warp.
 pub(super) const ROW_THREADS: u32 = 256;
-/// Element functions by their numbers in `kernels/elementwise.cuh`.
+/// Numbers of the elementwise functions, as in `kernels/elementwise.cuh`.
 pub(super) const GELU_ERF: u32 = 0;
 pub(super) const GELU_TANH: u32 = 1;
 pub(super) const RELU: u32 = 2;
 pub(super) const IDENTITY: u32 = 3;
 
-/// The device address of a slice. The caller orders accesses to it by stream.
+/// The device address of a slice. The caller orders accesses to it with streams.
 pub(super) fn device_address<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> u64 {
     slice.device_ptr(stream).0
 }
@@ -40,7 +40,7 @@ pub(super) unsafe fn launch<'a>(
     arguments(&mut launch);
     let config =
         LaunchConfig { grid_dim: (grid.0 as u32, grid.1 as u32, 1), block_dim: (block, 1, 1), shared_mem_bytes: 0 };
-    // SAFETY: the caller vouches for the arguments.
+    // SAFETY: guaranteed by the caller.
     unsafe { launch.launch(config) }?;
     Ok(())
 }

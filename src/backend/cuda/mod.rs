@@ -3,11 +3,11 @@
 //!
 //! | in reading order | |
 //! |---|---|
-//! | `options`, `dtype`, `error` | settings, number formats, what driver errors mean |
+//! | `options`, `dtype`, `error` | settings, number formats, the meaning of driver errors |
 //! | `device`, `compile`, `cache` | opens a GPU, compiles the kernels, keeps results between starts |
 //! | `batch_layout` | a batch as it is uploaded |
 //! | `context`, `workspace`, `graphs`, `contexts` | the resources of a batch in flight, and the pool of them |
-//! | `gemm`, `attention`, `cross_check` | kernels that are chosen by measuring, after a numerical check |
+//! | `gemm`, `attention`, `cross_check` | kernels that are chosen by timing, after a numerical check |
 //! | `fp8`, `weights`, `launch`, `roofline` | fp8 scales, weights on the device, launch helpers, peak rates |
 //!
 //! A device has two execution contexts: while one batch computes, the host packs, uploads and launches the next, so the GPU does not
@@ -15,8 +15,8 @@
 //! from a CUDA graph that was captured for another batch of the same layout.
 //!
 //! Activations have one dtype, by default f16 (three more fraction bits than bf16, at the same speed); sums, norms and the head are
-//! f32. The kernels sum each row and sequence in an order that depends on nothing else. cuBLASLt may use another order for another
-//! number of rows, so the last bits of a score depend on the batch composition, except in batch-invariant mode.
+//! f32. The kernels in `kernels/` sum each row and sequence in an order that does not depend on the rest of the batch. cuBLASLt's order
+//! may depend on the number of rows, so the last bits of a score depend on the batch composition, except in batch-invariant mode.
 
 #![allow(unsafe_code, reason = "unsafe is confined to this module: device memory and C libraries")]
 
@@ -98,7 +98,7 @@ impl CudaBackend {
 
     fn upload(&self, bytes: &[u8]) -> Result<DeviceTensor, BackendError> {
         let bytes = self.upload.clone_htod(bytes)?;
-        // The execution contexts read it on other streams.
+        // Wait for the copy: the execution contexts read the tensor on other streams.
         self.upload.synchronize()?;
         Ok(DeviceTensor { at: device_address(&bytes, &self.upload), _bytes: bytes })
     }
@@ -125,7 +125,7 @@ impl CudaBackend {
             self.contexts.tune_once(&mut ctx)?;
             Ok(logits)
         };
-        // After a panic the state of the context's stream is unknown.
+        // After a panic the state of the context's stream is unknown, so the device counts as lost.
         catch_unwind(AssertUnwindSafe(run))
             .unwrap_or_else(|_| Err(BackendError::DeviceLost("a panic while a batch was launched".into())))
     }
@@ -136,7 +136,7 @@ impl CudaBackend {
         (rows.div_ceil(warps).min(8 * self.device.multiprocessors as usize), 1)
     }
 
-    /// Applies an element function and quantizes to E4M3, for the next GEMM.
+    /// Applies an elementwise function and quantizes to E4M3, for the next GEMM.
     fn quantize(&self, ctx: &ExecContext, x: &Buffer, function: u32) -> Result<Buffer, BackendError> {
         let (Some(bound), Some(kernel)) = (x.bound, &self.device.kernels.quantize) else {
             return Err(unsupported("an fp8 GEMM of activations without a bound"));
@@ -166,7 +166,7 @@ impl CudaBackend {
         };
         let quantized = match (x.format, &x.operand) {
             (BufferFormat::E4m3 { .. }, _) | (_, Some(_)) => None,
-            // Outputs of attention and of gather_cls; their kernels store no operand.
+            // `x` is an output of attention or of gather_cls, whose kernels store no quantized operand.
             _ => Some(self.quantize(ctx, x, IDENTITY)?),
         };
         let operand = quantized.as_ref().or(x.operand.as_deref()).unwrap_or(x);
@@ -174,7 +174,7 @@ impl CudaBackend {
         Ok(GemmOperand { at: operand.at, alpha: 1.0 / (scale * fp8.scale), _quantized: quantized })
     }
 
-    /// A buffer for a norm's output as operand of the next GEMM; only with fp8.
+    /// With fp8, a buffer for a norm's output as operand of the next GEMM; otherwise `None`.
     fn operand_buffer(&self, ctx: &ExecContext, rows: Rows, norm: &Norm) -> Result<Option<Buffer>, BackendError> {
         if self.options.dtype != CudaDtype::Fp8 {
             return Ok(None);
@@ -185,7 +185,7 @@ impl CudaBackend {
         Ok(Some(operand))
     }
 
-    /// Applies an element function in place.
+    /// Applies an elementwise function in place.
     fn activate(&self, ctx: &ExecContext, x: &Buffer, function: u32) -> Result<(), BackendError> {
         let staged = ctx.staged();
         let (count, columns) = (staged.count(x.rows), x.columns as u32);
@@ -308,7 +308,7 @@ impl Backend for CudaBackend {
         let operand = self.operand_buffer(ctx, Rows::Tokens, norm)?;
         let (operand_at, scale) = (operand.as_ref().map_or(0, |operand| operand.at), norm.bound.scale());
         // SAFETY: embed_norm(counts, ids, types, positions, words, position_table, type_table, weight, bias, eps, out, operand,
-        // scale). The kernel writes the operand only with fp8, and then there is one.
+        // scale). The kernel writes the operand only with fp8, where it is allocated.
         unsafe {
             let grid = self.row_grid(layout.token_rows);
             launch(&ctx.stream, &self.device.kernels.embed_norm, grid, ROW_THREADS, |arguments| {
@@ -344,7 +344,7 @@ impl Backend for CudaBackend {
         let (epilogue, residual, function) = match epilogue {
             Epilogue::Bias => (GemmEpilogue::Bias, None, None),
             Epilogue::Residual(residual) => (GemmEpilogue::BiasResidual, Some(residual), None),
-            // cuBLASLt has only tanh GELU: after cuBLASLt, erf GELU runs as a separate kernel.
+            // cuBLASLt has only tanh GELU: if it runs the GEMM, erf GELU is a separate kernel afterwards.
             Epilogue::Activation(Activation::Gelu) if weights.fp8.is_none() => {
                 (GemmEpilogue::BiasGelu, None, Some(GELU_ERF))
             }
@@ -413,7 +413,7 @@ impl Backend for CudaBackend {
     ) -> Result<Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
         let mut out = ctx.buffer(Rows::Tokens, c, self.options.dtype, BufferFormat::Native)?;
-        // Attention computes weighted means of values.
+        // Attention outputs are weighted means of rows of V, so they stay within its bound.
         out.bound = qkv.bound.map(|bound| bound.with_columns(c));
         let from = qkv.native_address()?;
         let staged = ctx.staged();

@@ -11,14 +11,14 @@ use super::gemm::{GemmEpilogue, GemmOperands, GemmShape};
 use super::workspace::ALIGNMENT;
 use crate::backend::{BackendError, MemoryRoofline, Roofline};
 
-/// Rows and columns of the largest matrices that are multiplied; enough to fill any GPU.
+/// Rows and columns of the largest square matrices; enough to fill any GPU.
 const MAX_SIDE: usize = 8192;
 /// Timed copies, of half of a context's memory each.
 const COPIES: usize = 10;
 
 /// Measures the peak rates with GEMMs and copies in the context's activation memory.
 pub(super) fn measure(ctx: &ExecContext, dtype: CudaDtype) -> Result<Roofline, BackendError> {
-    // Attention computes in the dtype of activations, which fp8 GEMMs do not have.
+    // Attention computes in the dtype of activations; with fp8, that is f16, not the dtype of GEMMs.
     let attention_dtype = if dtype == CudaDtype::Fp8 { CudaDtype::F16 } else { dtype };
     let gemms = operations_per_second(ctx, dtype)?;
     let attention = if attention_dtype == dtype { gemms } else { operations_per_second(ctx, attention_dtype)? };
@@ -59,7 +59,7 @@ fn operations_per_second(ctx: &ExecContext, dtype: CudaDtype) -> Result<f64, Bac
     Ok(2.0 * (side as f64).powi(3) / seconds)
 }
 
-/// Random values that resemble activations. Zeros would be computed faster, because the GPU draws less power.
+/// Random values that resemble activations. With zeros, GEMMs would run faster, because the GPU draws less power.
 pub(super) struct RandomBlock {
     bytes: Vec<u8>,
     /// The factor that undoes the values' scale in a GEMM.

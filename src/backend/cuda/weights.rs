@@ -33,7 +33,7 @@ pub struct Linear {
     pub(super) fp8: Option<Fp8Weight>,
 }
 
-/// Scale of a weight stored as E4M3, and bounds of its layer's outputs.
+/// Scale of a weight stored as E4M3, and the layer's gain, which bounds its outputs.
 #[derive(Debug)]
 pub(super) struct Fp8Weight {
     pub(super) scale: f32,

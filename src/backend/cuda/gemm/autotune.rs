@@ -19,12 +19,12 @@ use crate::backend::cuda::cross_check::{bound, worst_row};
 use crate::backend::cuda::device;
 use crate::backend::cuda::dtype::CudaDtype;
 
-/// Rounds of a measurement, and timed runs per round; each round starts with as many untimed runs.
+/// Rounds of a measurement, and timed runs per round. Each round first does the same number of untimed runs.
 const ROUNDS: usize = 4;
 const RUNS: u32 = 4;
-/// Rows of the cross-check, two tiles of the custom kernel, and columns that are compared at a time: few enough that a single wrong
-/// value exceeds the bound.
+/// Rows of the cross-check: two tiles of the custom kernel.
 const CHECKED_ROWS: usize = 256;
+/// Columns per compared row segment: few enough that a single wrong value exceeds the error bound.
 const CHECKED_COLUMNS: usize = 64;
 
 /// The GEMMs of one execution context.
@@ -163,9 +163,9 @@ impl Gemms {
         Ok(fastest_index(&seconds).map(|best| seconds[best]))
     }
 
-    /// Seconds per run of each candidate by the GPU's clock, or infinity for one that fails to launch. Candidates take turns and the
-    /// minimum over rounds counts: an idle GPU starts at a low clock, and disturbances only add time. The untimed runs before
-    /// each measurement keep the GPU busy, so that launch overhead of the host is not measured.
+    /// Seconds per run of each candidate, measured with CUDA events; infinity for a candidate that fails to launch. Candidates take
+    /// turns and the minimum over rounds counts, because an idle GPU starts at a low clock and disturbances only add time. The
+    /// untimed runs before each measurement keep the GPU busy, so that the host's launch overhead is not measured.
     fn measure(
         &self,
         candidates: usize,
@@ -210,8 +210,8 @@ impl Gemms {
         Ok(2.0 * self.measure(1, copy)?[0])
     }
 
-    /// Whether the custom kernel gives cuBLASLt's results on the operands, with several tiles per block. Logs a failure. After
-    /// cuBLASLt, the CPU applies erf GELU.
+    /// Whether the custom kernel, with several tiles per block, agrees with cuBLASLt on the operands. cuBLASLt has no erf GELU, so the
+    /// CPU applies it to the expected values. Logs a failure.
     fn cross_check(
         &self,
         custom: &WgmmaGemm,
@@ -266,7 +266,7 @@ impl Gemms {
     }
 }
 
-/// The index of the shortest time; infinite ones are of candidates that failed.
+/// The index of the shortest time. Candidates that failed have an infinite time.
 fn fastest_index(seconds: &[f64]) -> Option<usize> {
     (0..seconds.len()).filter(|&i| seconds[i].is_finite()).min_by(|&i, &j| seconds[i].total_cmp(&seconds[j]))
 }

@@ -13,9 +13,9 @@ use crate::backend::BackendError;
 use crate::backend::cuda::dtype::CudaDtype;
 use crate::backend::cuda::launch::device_address;
 
-/// Bytes that NVIDIA recommends for Hopper; smaller GPUs use less.
+/// Bytes of workspace: NVIDIA's recommendation for Hopper; smaller GPUs use less.
 const WORKSPACE: usize = 32 << 20;
-/// Algorithms per shape that are requested from the heuristic.
+/// Algorithms requested from the heuristic per shape.
 const CANDIDATES: usize = 8;
 /// The row count of the heuristic query in batch-invariant mode.
 const INVARIANT_ROWS: usize = 2048;
@@ -34,7 +34,7 @@ pub(in crate::backend::cuda) struct CublasLt {
     workspace: CudaSlice<u8>,
     workspace_at: u64,
     tuning_store: Arc<TuningStore>,
-    /// Use one algorithm for all row counts, without split-K: a row's bits then do not depend on the batch.
+    /// Use one algorithm for all row counts, without split-K: a row's result is then bitwise the same in any batch.
     batch_invariant: bool,
 }
 
@@ -96,7 +96,7 @@ impl CublasLt {
     }
 
     /// The heuristic's first algorithm that supports every tuned row count. It depends only on the library and the device, so all
-    /// contexts, all GPUs of a model and all starts use the same.
+    /// contexts, all GPUs of the same type and all starts use the same.
     fn algorithm_for_all_rows(&self, shape: GemmShape) -> Result<Option<sys::cublasLtMatmulAlgo_t>, BackendError> {
         let at = |rows| Plan::new(self.dtype, GemmShape { rows, ..shape });
         let plans = TUNED_ROWS.into_iter().map(at).collect::<Result<Vec<_>, _>>()?;
@@ -154,7 +154,7 @@ impl CublasLt {
         let beta = if shape.epilogue == GemmEpilogue::BiasResidual { &one } else { &zero };
         let residual = if shape.epilogue == GemmEpilogue::BiasResidual { operands.residual } else { operands.output };
         // SAFETY: the addresses are of buffers in the context's memory that hold the shape's rows, and of the layer's weights,
-        // which live as long as the model; the stream orders this launch after those that wrote them. The pointer to the
+        // which live as long as the model; the stream orders this launch after those that wrote its inputs. The pointer to the
         // bias is read before the call returns.
         unsafe {
             set(plan.matmul, sys::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
@@ -204,7 +204,7 @@ unsafe fn prefer<T>(
 }
 
 impl Plan {
-    /// cuBLASLt is column-major: its W^T x^T, `[outputs, rows]`, is the row-major `[rows, outputs]`.
+    /// cuBLASLt is column-major: it computes W x^T, `[outputs, rows]`, which in memory is the row-major x W^T, `[rows, outputs]`.
     fn new(dtype: CudaDtype, shape: GemmShape) -> Result<Self, BackendError> {
         use sys::cublasLtEpilogue_t as Epilogue;
         use sys::cublasLtMatmulDescAttributes_t as Attribute;

@@ -22,7 +22,7 @@ pub(in crate::backend::cuda) const TUNED_ROWS: [usize; 10] =
 pub(in crate::backend::cuda) struct TuningStore {
     cache: Cache,
     file: String,
-    /// The custom kernel failed the cross-check. Results are then not saved, so that the next start checks, and logs, again.
+    /// The custom kernel failed the cross-check. Results are then not saved, so that the next start repeats the check and its log.
     check_failed: AtomicBool,
     results: Mutex<BTreeMap<String, TunedGemm>>,
 }
@@ -32,19 +32,19 @@ pub(in crate::backend::cuda) struct TuningStore {
 pub(in crate::backend::cuda) struct TunedGemm {
     /// cuBLASLt's opaque 64-byte algorithm, valid for the same library version.
     pub(in crate::backend::cuda) algorithm: [u64; 8],
-    /// The custom kernel is used.
+    /// Whether to use the custom kernel instead.
     pub(in crate::backend::cuda) custom: bool,
 }
 
-/// The row count whose result GEMMs of `rows` rows use.
+/// The tuned row count that determines the kernel for GEMMs of `rows` rows.
 fn tuned_rows(rows: usize) -> usize {
     TUNED_ROWS.into_iter().find(|&tuned| tuned >= rows).unwrap_or(rows)
 }
 
 impl TuningStore {
-    /// Opens the results of earlier starts for this GPU model, cuBLASLt version, dtype, kernel sources and choice.
+    /// Opens the results of earlier starts for this GPU model, cuBLASLt version, dtype, kernel sources and GEMM choice.
     pub(in crate::backend::cuda) fn open(device: &Device, dtype: CudaDtype, choice: GemmChoice) -> Self {
-        // SAFETY: takes nothing and returns a number.
+        // SAFETY: no arguments and no preconditions; returns a number.
         let version = unsafe { sys::cublasLtGetVersion() };
         let name = device.file_name();
         let (kernels, dtype) = (&device.kernels_key[..16], dtype.name());

@@ -13,7 +13,7 @@ use crate::backend::cuda::dtype::CudaDtype;
 use crate::backend::cuda::launch::{GELU_ERF, IDENTITY};
 use crate::backend::cuda::options::{CudaOptions, GemmChoice};
 
-/// `GEMM_TILE_ROWS`, `GEMM_TILE_COLUMNS`, `GEMM_TILE_DEPTH`, `GEMM_THREADS` and `GEMM_SHARED_BYTES` of the kernel.
+/// These equal the kernel's `GEMM_TILE_ROWS`, `GEMM_TILE_COLUMNS`, `GEMM_TILE_DEPTH`, `GEMM_THREADS` and `GEMM_SHARED_BYTES`.
 const ROWS: usize = 128;
 const COLUMNS: usize = 256;
 const DEPTH: usize = 64;
@@ -40,7 +40,7 @@ struct TensorMap(driver::CUtensorMap);
 // SAFETY: 128 bytes written by the driver, which the kernel takes by value.
 unsafe impl DeviceRepr for TensorMap {}
 
-/// Maps errors of a launch that the driver rejected before starting it: they do not mean that the device is lost.
+/// Maps launch errors. The device is not lost if the driver rejected the launch before starting it.
 fn launch_error(error: DriverError) -> BackendError {
     use driver::CUresult::{CUDA_ERROR_INVALID_VALUE, CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, CUDA_ERROR_NOT_SUPPORTED};
     match error.0 {
@@ -52,8 +52,8 @@ fn launch_error(error: DriverError) -> BackendError {
 }
 
 impl WgmmaGemm {
-    /// The kernel, if the device has it and the options allow it. It sums in another order than the cuBLASLt algorithms used for
-    /// other row counts, so batch-invariant mode excludes it.
+    /// The kernel, if the device has it and the options allow it. Batch-invariant mode excludes it: other row counts run on cuBLASLt,
+    /// which sums in another order.
     pub(in crate::backend::cuda) fn of(device: &Device, options: &CudaOptions) -> Option<Self> {
         use driver::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED_SIZE;
         let function = device.kernels.gemm_wgmma.clone()?;
@@ -65,7 +65,6 @@ impl WgmmaGemm {
         Some(Self { function, dtype: options.dtype, multiprocessors, always })
     }
 
-    /// Whether the kernel supports this shape.
     pub(in crate::backend::cuda) fn supports(shape: GemmShape) -> bool {
         let GemmShape { rows, outputs, inputs, epilogue } = shape;
         matches!(epilogue, GemmEpilogue::Bias | GemmEpilogue::BiasResidual | GemmEpilogue::BiasGelu)
@@ -84,7 +83,7 @@ impl WgmmaGemm {
         self.launch_on(self.multiprocessors, stream, shape, operands)
     }
 
-    /// The same with at most `blocks` blocks.
+    /// [`Self::launch`] with at most `blocks` blocks.
     ///
     /// # Errors
     /// [`BackendError::Failed`] if the driver rejects the descriptor or the launch; the context stays usable.
