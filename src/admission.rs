@@ -79,6 +79,19 @@ impl Admission {
         }
     }
 
+    /// Whether there is room for more work, without taking any.
+    ///
+    /// # Errors
+    /// [`RerankError::Overloaded`]
+    pub fn has_room(&self) -> Result<(), RerankError> {
+        let (waiting, limit) = (self.waiting(), self.limit(None));
+        if waiting == 0 || waiting < limit {
+            return Ok(());
+        }
+        let retry_after_s = retry_after(self.seconds_for(waiting + 1 - limit), fastrand::f64());
+        Err(RerankError::Overloaded { retry_after_s })
+    }
+
     /// Units that are admitted and not finished.
     pub fn waiting(&self) -> usize {
         self.waiting.load(Relaxed)

@@ -9,6 +9,8 @@
 //! it: requests start at fixed times, whether or not earlier ones are answered, and latencies count from the scheduled time, so a
 //! server that falls behind cannot hide it. Goodput is the rate of answers with status 200 within the deadline.
 
+#![allow(clippy::print_stdout, reason = "the table is the result")]
+
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};

@@ -33,6 +33,8 @@ pub struct ApiLimits {
 
 /// Initial capacity of a body's buffer, in bytes. It doubles when it is full.
 const INITIAL_CAPACITY: usize = 4096;
+/// What a request takes in memory for each byte of its body: the body, its texts, their tokens and the response.
+const MEMORY_PER_BODY_BYTE: usize = 4;
 /// Minimum bytes of a body that arrive in each [`RATE_WINDOW`].
 const MIN_BYTES_PER_WINDOW: usize = 1024;
 const RATE_WINDOW: Duration = Duration::from_secs(5);
@@ -109,7 +111,10 @@ impl MemoryBudget {
             let frame = match tokio::time::timeout_at(until, body.frame()).await {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(Some(Err(error))) => return Err(ApiError::bad_request(format!("the body ended early: {error}"))),
-                Ok(None) => return Ok(ReadBody { bytes, share }),
+                Ok(None) => {
+                    share.grow(MEMORY_PER_BODY_BYTE * bytes.len())?;
+                    return Ok(ReadBody { bytes, share });
+                }
                 Err(_) if until < deadline && bytes.len() >= window.1 => {
                     window = (Instant::now() + RATE_WINDOW, bytes.len() + MIN_BYTES_PER_WINDOW);
                     continue;

@@ -89,9 +89,12 @@ impl ConnectionState {
         *self.phase() = Phase::Idle(Instant::now());
     }
 
-    /// Whether closing the connection interrupts neither a request nor a response.
-    pub(super) fn is_idle(&self) -> bool {
-        !self.phase().has_request() && !self.is_writing.load(Relaxed)
+    /// Since when closing the connection would interrupt neither a request nor a response, if it would not now.
+    pub(super) fn idle_since(&self) -> Option<Instant> {
+        match *self.phase() {
+            Phase::Idle(since) | Phase::Header(since) if !self.is_writing.load(Relaxed) => Some(since),
+            _ => None,
+        }
     }
 
     /// Everything that hyper has is written to the socket.
@@ -237,7 +240,8 @@ impl AsyncRead for TimedStream {
             }
             return Poll::Ready(result);
         }
-        let Some(deadline) = self.state.read_deadline(&self.timeouts) else { return Poll::Pending };
+        // hyper does not read again when a request ends, so the timer must be armed while it is handled, too.
+        let deadline = self.state.read_deadline(&self.timeouts).unwrap_or_else(|| Instant::now() + self.timeouts.idle);
         self.read_timer.as_mut().reset(deadline);
         ready!(self.read_timer.as_mut().poll(cx));
         // The phase may have changed since the timer was set.

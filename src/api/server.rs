@@ -123,7 +123,7 @@ impl Slots {
         if let Ok(slot) = Arc::clone(&self.regular).try_acquire_owned() {
             return Some((slot, Service::Full));
         }
-        let made_room = self.close_oldest_idle();
+        let made_room = self.close_longest_idle();
         let for_health_only = self.reserved.available_permits() <= HEALTH_CONNECTIONS;
         let slot = Arc::clone(&self.reserved).try_acquire_owned().ok()?;
         Some((slot, if made_room && !for_health_only { Service::Full } else { Service::Overloaded }))
@@ -136,15 +136,14 @@ impl Slots {
         self.open.push_back(Arc::downgrade(state));
     }
 
-    /// Tells the oldest idle connection to close; false if there was none.
-    fn close_oldest_idle(&mut self) -> bool {
+    /// Tells the connection that has been idle for longest to close; false if there was none.
+    fn close_longest_idle(&mut self) -> bool {
         self.open.retain(|state| state.strong_count() > 0);
-        let idle = |state: &Weak<ConnectionState>| state.upgrade().is_some_and(|state| state.is_idle());
-        if let Some(state) = self.open.iter().position(idle).and_then(|i| self.open.remove(i)?.upgrade()) {
-            state.close.notify_one();
-            return true;
-        }
-        false
+        let idle = |(i, state): (usize, &Weak<ConnectionState>)| Some((state.upgrade()?.idle_since()?, i));
+        let longest = self.open.iter().enumerate().filter_map(idle).min();
+        let Some(state) = longest.and_then(|(_, i)| self.open.remove(i)?.upgrade()) else { return false };
+        state.close.notify_one();
+        true
     }
 }
 
@@ -159,7 +158,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     let connection_timeouts =
         ConnectionTimeouts { header: timeouts.header, idle: timeouts.idle, write: timeouts.write };
     let mut answer = |stream: TcpStream| {
-        let Some((slot, service)) = slots.take() else {
+        let Some((mut slot, service)) = slots.take() else {
             metrics::counter!("rerankd_connections_refused_total").increment(1);
             return;
         };
@@ -170,15 +169,32 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
         let stream = TimedStream::new(stream, Arc::clone(&state), connection_timeouts);
         let service = tracked(routers[service as usize].clone(), Arc::clone(&state));
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
+        let regular = Arc::clone(&slots.regular);
         tokio::spawn(async move {
-            tokio::select! {
-                result = connection => {
-                    // Errors of the client: an invalid header, a timeout, a lost connection.
-                    if let Err(error) = result {
-                        tracing::debug!(%error, "connection ended");
+            let mut connection = std::pin::pin!(connection);
+            let mut is_reserved = !Arc::ptr_eq(slot.semaphore(), &regular);
+            loop {
+                tokio::select! {
+                    result = &mut connection => {
+                        // Errors of the client: an invalid header, a timeout, a lost connection.
+                        if let Err(error) = result {
+                            tracing::debug!(%error, "connection ended");
+                        }
+                        break;
+                    }
+                    () = state.close.notified() => {
+                        // A request may have begun since the connection was chosen.
+                        if state.idle_since().is_some() {
+                            tracing::debug!("idle connection closed to make room");
+                            break;
+                        }
+                    }
+                    // A reserved slot is given back as soon as there is a regular one.
+                    permit = Arc::clone(&regular).acquire_owned(), if is_reserved => {
+                        slot = permit.expect("never closed");
+                        is_reserved = false;
                     }
                 }
-                () = state.close.notified() => tracing::debug!("idle connection closed to make room"),
             }
             drop(slot);
         });
@@ -224,8 +240,11 @@ fn tracked(
 > {
     hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
         let (router, guard) = (router.clone(), RequestGuard::new(&state));
+        if hyper::body::Body::is_end_stream(request.body()) {
+            state.request_received();
+        }
         async move {
-            let request = request.map(|body| Body::new(IncomingBody::new(body, Arc::clone(&guard.0))));
+            let request = request.map(|body| Body::new(IncomingBody { body, state: Arc::clone(&guard.0) }));
             let response = router.oneshot(request).await?;
             // The guard is dropped with the body: the request is finished when hyper has taken the whole body.
             Ok(response.map(|body| Body::new(Guarded { body, _guard: guard })))
@@ -263,15 +282,6 @@ impl hyper::body::Body for Guarded {
 struct IncomingBody {
     body: hyper::body::Incoming,
     state: Arc<ConnectionState>,
-}
-
-impl IncomingBody {
-    fn new(body: hyper::body::Incoming, state: Arc<ConnectionState>) -> Self {
-        if hyper::body::Body::is_end_stream(&body) {
-            state.request_received();
-        }
-        Self { body, state }
-    }
 }
 
 impl hyper::body::Body for IncomingBody {

@@ -1,4 +1,4 @@
-//! `rerankd download`: fills the cache, so that `serve` can start without a network.
+//! `rerankd download`: downloads models into the cache, so that `serve` can start offline.
 
 use anyhow::Context;
 

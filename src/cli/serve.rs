@@ -1,4 +1,4 @@
-//! `rerankd serve`: listens, loads the models, answers requests, and drains when a signal stops the server.
+//! `rerankd serve`: listens, loads the models, serves requests, and drains after SIGTERM or SIGINT.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -16,9 +16,13 @@ use crate::config::machine::Machine;
 use crate::config::resolve::ServeSettings;
 use crate::telemetry;
 
+/// Open files besides client connections: logs, model files, reserved connections.
+const OTHER_FILES: u64 = 256;
+
 pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let settings = args.resolve(&Machine::detect()).map_err(Failure::Config)?;
     telemetry::prometheus();
+    raise_file_limit(settings.limits.max_connections);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -27,6 +31,19 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let outcome = runtime.block_on(serve(Arc::new(settings)));
     runtime.shutdown_background();
     outcome
+}
+
+/// Raises the soft limit on open files so that `connections` connections fit, and warns if the hard limit is lower.
+fn raise_file_limit(connections: usize) {
+    let wanted = connections as u64 + OTHER_FILES;
+    match rlimit::increase_nofile_limit(wanted) {
+        Ok(limit) if limit < wanted => tracing::warn!(
+            "only {limit} files may be open (ulimit -n), fewer than --max-connections {connections} needs; lower it or raise the \
+             limit"
+        ),
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "cannot raise the limit on open files"),
+    }
 }
 
 async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use clap::{Command, Id};
 
-/// The path of the config file: `--config` in `arguments`, else `RERANKD_CONFIG`. Clap cannot tell it, because the file sets the
-/// defaults that clap parses with.
+/// The path of the config file: `--config` in `arguments`, else `RERANKD_CONFIG`. It is found before clap
+/// parses, because the file sets clap's defaults.
 pub fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
@@ -23,7 +23,7 @@ pub fn config_path(arguments: &[OsString]) -> Option<PathBuf> {
 }
 
 /// Makes each value of a TOML file the default of the flag with the same name, in every command that has the flag. A key may be
-/// written with `-` or `_`. Clap checks the values later, as it checks typed ones.
+/// written with `-` or `_`. Clap checks the values later, like those of the command line.
 ///
 /// # Errors
 /// The file cannot be read or is not TOML, a key is not the name of a flag, or a value is a table or a date. The message names

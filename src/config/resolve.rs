@@ -1,4 +1,4 @@
-//! From flags to settings: checks what was typed, and decides what it means on this machine.
+//! Resolves flags to settings: checks the values and fills in defaults that depend on this machine.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -20,8 +20,8 @@ use crate::text::{Tail, TextLimits};
 
 /// Default token budget of one batch on a CPU.
 pub const CPU_BATCH_TOKENS: usize = 2048;
-/// Default token budget of one batch on a GPU. With this budget every GEMM of both large models is a whole number of waves of
-/// 128 x 256 tiles on the 132 multiprocessors of an H100 or H200.
+/// Default token budget of one batch on a GPU. With it, every GEMM of both large models is a whole number of waves: its
+/// 128 x 256 tiles fill the 132 multiprocessors of an H100 or H200 without a partial last wave.
 #[cfg(feature = "cuda")]
 pub const CUDA_BATCH_TOKENS: usize = 16_896;
 
@@ -87,8 +87,8 @@ impl ModelArgs {
     /// Checks the flags and resolves them for `machine`.
     ///
     /// # Errors
-    /// A model that is neither a folder nor a known name, a device or precision that this build or device does not have, or a
-    /// limit of 0. The message names the flag.
+    /// A model is neither a folder nor a known name; this build or device lacks the device or precision; or a limit is 0. The
+    /// message names the flag.
     pub fn resolve(&self, machine: &Machine, queue: QueueSettings) -> Result<ModelSettings> {
         refuse_zero(&[
             ("--window", self.window),
@@ -240,7 +240,7 @@ impl ServeArgs {
     /// Checks the flags and resolves them for `machine`.
     ///
     /// # Errors
-    /// As [`ModelArgs::resolve`]; a key file that cannot be read or contains no key; an empty key.
+    /// As [`ModelArgs::resolve`]; also if the key file cannot be read or contains no key, or if a key is empty.
     pub fn resolve(&self, machine: &Machine) -> Result<ServeSettings> {
         refuse_zero(&[
             ("--max-body-bytes", Some(self.max_body_bytes)),

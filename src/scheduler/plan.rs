@@ -54,6 +54,9 @@ pub(super) fn next_batch(waiting: &mut VecDeque<Waiting>, max_tokens: usize) -> 
     let reserved = if has_second_level { max_tokens / SECOND_LEVEL_SHARE } else { 0 };
     let mut batch = BatchPlan { slices: Vec::new(), room: max_tokens };
     batch.fill(waiting, true, reserved);
+    if batch.slices.is_empty() {
+        batch.fill(waiting, true, 0); // a first pair that is larger than the unreserved part must not wait for ever
+    }
     batch.fill(waiting, false, 0);
     batch.fill(waiting, true, 0);
     waiting.retain(|request| !request.is_done());
@@ -158,6 +161,18 @@ mod tests {
         let batch = next_batch(&mut waiting, 1000);
         let large: usize = batch.iter().filter(|slice| slice.job == 0).map(|slice| slice.pairs.len()).sum();
         assert_eq!(large, 3, "{batch:?}");
+    }
+
+    #[test]
+    fn a_pair_larger_than_the_unreserved_part_is_not_held_up_by_large_requests() {
+        let mut waiting = queue(&[&[100; 200]]);
+        while waiting[0].is_in_first_level() {
+            next_batch(&mut waiting, 1000);
+        }
+        for tokens in [900, 5000] {
+            waiting.push_back(Waiting::new(1, vec![tokens]));
+            assert_eq!(next_batch(&mut waiting, 1000)[0], Slice { job: 1, pairs: 0..1 }, "{tokens}");
+        }
     }
 
     #[test]

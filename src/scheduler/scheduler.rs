@@ -98,7 +98,7 @@ impl Scheduler {
     /// # Errors
     /// [`RerankError::Overloaded`]
     pub fn has_room(&self) -> Result<(), RerankError> {
-        self.admit(1, None).map(|_| ())
+        self.first_service.has_room().and_then(|()| self.total.has_room())
     }
 
     /// Whether requests are accepted: not after [`Scheduler::refuse_all`] or a batch timeout.

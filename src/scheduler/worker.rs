@@ -33,6 +33,7 @@ pub(super) fn spawn(worker: Arc<Worker>) -> std::io::Result<JoinHandle<()>> {
             tracing::error!(model = worker.model, "a worker panicked and is restarted: {}", message(panic.as_ref()));
             metrics::counter!("rerankd_worker_restarts_total", "model" => worker.model.clone()).increment(1);
             if !restarts.allows(Instant::now()) {
+                worker.queue.fail_all(|| RerankError::Internal(anyhow::anyhow!("the worker panics")));
                 (worker.end_process)("a worker panics again and again");
             }
         }
@@ -74,6 +75,7 @@ impl Worker {
         let cause = error.to_string();
         job.fail(|| RerankError::Internal(anyhow::anyhow!("{cause}")));
         if let BackendError::DeviceLost(_) = error {
+            self.queue.fail_all(|| RerankError::Internal(anyhow::anyhow!("the device is lost")));
             (self.end_process)("the device is lost");
         }
     }

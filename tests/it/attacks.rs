@@ -290,3 +290,12 @@ fn a_client_that_closes_its_connection_cancels_its_request() {
     assert_eq!(server.exit_code(), Some(0));
     assert!(server.rest_of_log().contains("cancelled by the client"));
 }
+
+// The idle timeout also covers a connection that has had a request.
+#[test]
+fn an_idle_connection_is_closed_after_the_idle_timeout() {
+    let server = Server::start(&["--idle-timeout", "1"]);
+    let mut stream = connect(&server);
+    stream.write_all(b"GET /ready HTTP/1.1\r\nhost: localhost\r\n\r\n").unwrap();
+    wait_until_closed(&mut stream);
+}

@@ -1,10 +1,9 @@
-//! Attention of a sequence's queries to its keys, one head at a time, in blocks: the matrix of all scores is never in
-//! memory.
+//! Attention of a sequence's queries to its keys, one head at a time, in blocks. The full score matrix is never stored.
 //!
 //! ```text
 //! pack K^T and V of the head as panels
 //! for each block of queries:
-//!     for each block of keys:                      a block's scores stay in cache
+//!     for each block of keys:                      a block's scores fit in cache
 //!         scores = Q K^T                           the GEMM's microkernel
 //!         weights = 2^((scores - new row_max) log2(e) / sqrt(D))
 //!         context = context * 2^((old row_max - new row_max) log2(e) / sqrt(D)) + weights V
@@ -12,9 +11,8 @@
 //! ```
 //!
 //! The online softmax is Milakov and Gimelshein's ("Online normalizer calculation for softmax", 2018), in blocks as in
-//! FlashAttention (Dao et al. 2022). Each query's row is computed independently, and blocks of keys start at the
-//! sequence's first key. So a result does not depend on the batch composition or on how queries are split among
-//! threads.
+//! FlashAttention (Dao et al. 2022). Results are batch-invariant and do not depend on how queries are split among threads:
+//! each query's row is computed independently, and blocks of keys are counted from the sequence's first key.
 
 use std::ops::Range;
 
@@ -24,10 +22,10 @@ use super::simd::{Accuracy, Isa, SimdOp, SimdPath, exp2, store_partial, store_pa
 use super::workspace::Matrix;
 use crate::backend::AttentionShape;
 
-/// Queries of a block: four tiles of six.
+/// Queries per block: four microkernel tiles of six rows.
 const BLOCK_QUERIES: usize = 24;
 
-/// Keys of a block: a whole number of panels on every instruction set.
+/// Keys per block: a multiple of the panel width on every instruction set.
 const BLOCK_KEYS: usize = 512;
 
 /// The rows of a sequence's queries and keys.
@@ -39,7 +37,7 @@ pub(super) struct Sequence {
     pub(super) keys: Range<usize>,
 }
 
-/// Attention of every head of some sequences.
+/// Inputs and output of attention over packed sequences, for all heads.
 #[derive(Debug)]
 pub(super) struct Attention<'a, T> {
     pub(super) shape: AttentionShape,
@@ -54,7 +52,7 @@ pub(super) struct Attention<'a, T> {
     pub(super) output: OutputRows<'a>,
 }
 
-/// A format that attention can be computed in: what attention needs beyond [`Dot`].
+/// A storage format for attention: adds to [`Dot`] what packing and softmax need.
 pub(super) trait AttentionFormat: Dot {
     /// The type of a stored value.
     type Value: bytemuck::Pod;
@@ -64,11 +62,11 @@ pub(super) trait AttentionFormat: Dot {
     const ACCURACY: Accuracy;
     const INSTANCE: Self;
 
-    /// The value in the low bits of a word.
+    /// The value's bits, in the low bits of a word.
     fn bits(value: Self::Value) -> u32;
 
     /// # Safety
-    /// `to` is valid for writes of n values, or of a whole vector where n is more.
+    /// `to` is valid for writes of `min(n, LANES)` values.
     unsafe fn store<I: Isa>(isa: I, to: *mut Self::Value, n: usize, x: I::Floats);
 }
 
@@ -107,7 +105,7 @@ impl AttentionFormat for gemm::Bf16 {
 }
 
 impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
-    /// Computes one head of one sequence for the given queries, counted from the sequence's first.
+    /// Computes one head of one sequence for `queries`, indices relative to the sequence's first query.
     ///
     /// # Safety
     /// No other thread accesses the same part of the output at the same time.
@@ -146,7 +144,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
         let k_groups = d.div_ceil(E::VALUES_PER_K_GROUP);
         let key_panels = keys.div_ceil(I::PANEL_COLUMNS);
         let value_k_groups = keys.div_ceil(E::VALUES_PER_K_GROUP);
-        // Small heads have narrow panels of values: multiplying zeros in a wider tile would cost as much as values.
+        // Small heads use narrower panels of V: padding a panel with zero columns would waste multiplications.
         let vectors =
             if d <= I::LANES { 1 } else { 2.max(I::PANEL_VECTORS.min(d.div_ceil(I::LANES).next_power_of_two())) };
         let value_width = vectors * I::LANES;
@@ -156,7 +154,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
         let mut packed_values = Matrix::<u32>::acquire(1, value_panels * value_k_groups * value_width);
         // Also used as scratch for the keys of one vector, which are fewer than BLOCK_QUERIES.
         let mut packed_queries = Matrix::<u32>::acquire(1, BLOCK_QUERIES * k_groups);
-        // One cache line wider than the block: rows at a distance of a power of two would map to few cache sets.
+        // One cache line wider than the block: with a power-of-two stride, rows would map to the same few cache sets.
         let block_keys = BLOCK_KEYS.min(keys.next_multiple_of(I::PANEL_COLUMNS));
         let mut scores = Matrix::<f32>::acquire(BLOCK_QUERIES, block_keys + 16);
         let mut weights = Matrix::<E::Value>::acquire(BLOCK_QUERIES, block_keys + 32);
@@ -188,8 +186,8 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
             };
             for first_key in (0..keys).step_by(BLOCK_KEYS) {
                 let n = BLOCK_KEYS.min(keys - first_key);
-                // SAFETY: all matrices were acquired above with a row for each query of a block and a column for each
-                // key of it. Packed keys and values have a panel for every key and column.
+                // SAFETY: the matrices acquired above have a row for each query of a block and a column for each of its
+                // keys. The panels of packed K and V cover every key and every column.
                 unsafe {
                     for panel in 0..n.div_ceil(I::PANEL_COLUMNS) {
                         let vectors = panel_vectors::<I>(n - panel * I::PANEL_COLUMNS);
@@ -284,7 +282,7 @@ unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
     let whole = n / I::LANES * I::LANES;
     // SAFETY: guaranteed by the caller.
     unsafe {
-        // Four independent maxima: a single one would be a chain of dependent instructions.
+        // Four independent maxima, because a single one would be limited by instruction latency.
         let mut parts = [isa.splat(old_max); 4];
         let unrolled = whole / (4 * I::LANES) * (4 * I::LANES);
         for at in (0..unrolled).step_by(4 * I::LANES) {
@@ -314,14 +312,14 @@ unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
             let weight = exp2_with_accuracy::<I, E>(isa, isa.fma(last, scale, shift));
             let weight = isa.first_lanes(weight, n - whole, 0.0);
             sum = isa.add(sum, weight);
-            // A whole vector: its zeros complete the last k-group.
+            // Stores a whole vector: its zeros pad the last k-group.
             E::store(isa, to.add(whole), I::LANES, weight);
         }
         (max, isa.reduce_sum(sum))
     }
 }
 
-/// `2^x` with the accuracy that the format needs.
+/// `2^x`, as accurate as the storage format requires.
 #[inline(always)]
 fn exp2_with_accuracy<I: Isa, E: AttentionFormat>(isa: I, x: I::Floats) -> I::Floats {
     match E::ACCURACY {
@@ -400,7 +398,7 @@ fn pack_values<E: AttentionFormat>(
     }
 }
 
-/// Whether a head's columns are whole, aligned k-groups. Other heads (of odd size, in bf16) are copied first.
+/// Whether a head's columns are whole, aligned k-groups. If not (odd head size in bf16), rows are copied first.
 #[inline(always)]
 fn whole_k_groups<E: AttentionFormat>(d: usize, column: usize) -> bool {
     d.is_multiple_of(E::VALUES_PER_K_GROUP) && column.is_multiple_of(E::VALUES_PER_K_GROUP)

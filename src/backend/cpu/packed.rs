@@ -1,9 +1,9 @@
 //! A linear layer's weights (the GEMM's operand B), packed once at load in the order in which the microkernel reads
 //! them.
 //!
-//! All storage formats have one layout. A *k-group* is one 32-bit word of values along the inputs: one f32, two bf16 or
-//! four int8. A *panel* is `[k_groups, width]` words, one column for each output. One microkernel then serves all
-//! formats.
+//! All storage formats share one layout, so one microkernel serves them all. A *k-group* is a 32-bit word of consecutive
+//! values along the input dimension: one f32, two bf16 or four int8. A *panel* is `[k_groups, width]` words, with one
+//! column per output.
 
 use bytemuck::cast_slice_mut;
 use half::bf16;
@@ -35,20 +35,20 @@ impl StorageFormat {
     }
 }
 
-/// Packed weights `[outputs, inputs]` and their bias. Columns beyond `outputs` and inputs beyond the last are zeros.
+/// Packed weights `[outputs, inputs]` and their bias. Padding columns and padding inputs are zero.
 #[derive(Debug)]
 pub(super) struct PackedWeights {
     pub(super) format: StorageFormat,
-    /// K-groups of a column.
+    /// K-groups per column.
     pub(super) k_groups: usize,
-    /// Columns of a panel.
+    /// Columns per panel.
     pub(super) width: usize,
     words: Vec<CacheLine>,
-    /// A value for every column of every panel, as in `scale` and `column_sum`.
+    /// One value per column, padding columns included; so are `scale` and `column_sum`.
     pub(super) bias: Vec<f32>,
-    /// int8: the weights' scale of each column.
+    /// int8: the scale of each column's weights.
     pub(super) scale: Vec<f32>,
-    /// int8: the sum of each column's weights, which is multiplied by an input row's `min`.
+    /// int8: the sum of each column's dequantized weights. The epilogue adds it times the input row's `min`.
     pub(super) column_sum: Vec<f32>,
 }
 
@@ -109,8 +109,8 @@ fn int8_scale(weights: &[f32]) -> f32 {
     weights.iter().fold(0f32, |largest, weight| largest.max(weight.abs())).max(f32::MIN_POSITIVE) / 127.0
 }
 
-/// `weight / scale` rounded to the nearest integer, ties to even. The library's `round` would be a function call for
-/// each weight.
+/// `weight / scale` rounded to the nearest integer, ties to even. The standard
+/// library's rounding would be a function call per weight.
 fn quantize_int8(weight: f32, scale: f32) -> i8 {
     /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits of the sum.
     const ROUNDING: f32 = 12_582_912.0;

@@ -1,9 +1,9 @@
-//! How a batch is split for the threads. Pure functions: no thread, no clock.
+//! Splits a batch into partitions and assigns them to threads. Pure functions.
 
-/// Tokens in a partition: enough for GEMMs to run at full speed, few enough for the rows to stay in a core's caches.
+/// Maximum tokens per partition: enough for GEMMs to run at full speed, few enough for activations to stay in a core's cache.
 const PARTITION_TOKENS: usize = 512;
 
-/// The most tokens that a thread may have by itself, relative to the mean of all threads.
+/// Maximum tokens assigned to one thread, relative to the mean over all threads.
 const MAX_IMBALANCE: f64 = 1.08;
 
 /// Indices of sequences in the batch.
@@ -12,9 +12,9 @@ pub(super) type Partition = Vec<usize>;
 /// A batch, split into partitions.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Partitioning {
-    /// Computed first, one after the other, by all threads: each operation is split among them.
+    /// Computed first, one after the other. All threads work on each of them: every operation is split.
     pub(super) shared: Vec<Partition>,
-    /// For each thread, the partitions that it computes by itself. Threads synchronize only at the end.
+    /// For each thread, the partitions that it alone computes. Threads synchronize only at the end.
     pub(super) per_thread: Vec<Vec<Partition>>,
 }
 
@@ -39,7 +39,7 @@ pub(super) fn partition_batch(lengths: &[usize], threads: usize) -> Partitioning
         if remaining.is_empty() || tokens(most) as f64 <= share * MAX_IMBALANCE {
             break assigned;
         }
-        // The shortest sequence that removes the imbalance: a shared sequence costs a barrier for each operation.
+        // Share the shortest sequence that removes the imbalance, because shared sequences cost a barrier per operation.
         let excess = tokens(most) as f64 - share;
         let shortest = most.iter().rev().find(|&&s| lengths[s] as f64 >= excess);
         let chosen = *shortest.unwrap_or(&most[0]);
@@ -64,7 +64,7 @@ fn assign(sequences: &[usize], lengths: &[usize], threads: usize) -> Vec<Vec<usi
     assigned.into_iter().map(|(_, own)| own).collect()
 }
 
-/// Groups consecutive sequences up to `tokens` tokens; a longer sequence is alone. Each group is in the batch's order.
+/// Groups consecutive sequences up to `tokens` tokens; a longer sequence gets its own group. Indices in a group ascend.
 fn group_by_tokens(sequences: &[usize], lengths: &[usize], tokens: usize) -> Vec<Partition> {
     let mut partitions: Vec<Partition> = Vec::new();
     let mut room = 0;

@@ -1,4 +1,5 @@
-//! Rows of activations in the storage format that GEMMs read: f32, bf16, or int8 with quantization parameters per row.
+//! Converts activations to the GEMMs' storage format: bf16, or int8 with quantization parameters per row. f32 rows are
+//! used as they are.
 
 use std::ops::Range;
 
@@ -15,7 +16,7 @@ pub(super) enum QuantizedRows {
     Int8(Matrix<u8>, Matrix<QuantParams>),
 }
 
-/// [`QuantizedRows`] while several threads write them. `Unused`: GEMMs read the f32 rows, so there is nothing to write.
+/// Handle through which several threads write [`QuantizedRows`]. `Unused`: the GEMMs read the f32 rows directly.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum SharedQuantizedRows<'a> {
     Unused,
@@ -66,8 +67,8 @@ pub(super) fn shared(quantized: &mut Option<QuantizedRows>) -> SharedQuantizedRo
     quantized.as_mut().map_or(SharedQuantizedRows::Unused, QuantizedRows::shared)
 }
 
-/// Acquires rows of bf16. With an odd number of columns, the second half of the last k-group is set to zero: the
-/// weights are zero there, but zero times NaN is NaN.
+/// Acquires rows of bf16. With an odd number of columns, the second half of each row's last k-group is set to zero. Zero
+/// weights there would not be enough: 0 * NaN is NaN.
 pub(super) fn acquire_bf16(rows: usize, columns: usize) -> Matrix<u16> {
     let mut matrix = Matrix::acquire(rows, columns);
     if !columns.is_multiple_of(2) {
@@ -79,7 +80,7 @@ pub(super) fn acquire_bf16(rows: usize, columns: usize) -> Matrix<u16> {
     matrix
 }
 
-/// Rows as k-groups: 32-bit words.
+/// Views rows as a GEMM's operand A: k-groups of one 32-bit word each.
 pub(super) fn gemm_input<'a, T: bytemuck::Pod>(rows: &'a Matrix<T>, params: &'a [QuantParams]) -> GemmInput<'a> {
     GemmInput {
         words: bytemuck::cast_slice(rows.as_slice()),
@@ -89,12 +90,12 @@ pub(super) fn gemm_input<'a, T: bytemuck::Pod>(rows: &'a Matrix<T>, params: &'a 
     }
 }
 
-/// The given rows, in the given order.
+/// Copies the rows with the given indices, in that order.
 pub(super) fn gather_rows<T: bytemuck::Pod>(from: &Matrix<T>, rows: &[u32]) -> Matrix<T> {
     let mut to = Matrix::acquire(rows.len(), from.columns());
     let (stride, from_stride) = (to.stride(), from.stride());
     for (i, &row) in rows.iter().enumerate() {
-        // The whole stride, with the zero that completes a row's last k-group.
+        // Copies the whole stride, including the zero padding of the row's last k-group.
         to.as_mut_slice()[i * stride..][..stride]
             .copy_from_slice(&from.as_slice()[row as usize * from_stride..][..stride]);
     }
@@ -125,7 +126,7 @@ impl SimdOp for QuantizeRows<'_> {
         let mut as_f32 = Matrix::<f32>::acquire(1, c);
         let as_f32 = as_f32.row_mut(0).as_mut_ptr();
         for row in self.rows {
-            // SAFETY: the rows have c columns; the output rows are this thread's; a row's stride holds whole vectors.
+            // SAFETY: the rows have c columns; only this thread writes the output rows; a row's stride holds whole vectors.
             unsafe {
                 match self.from {
                     QuantizeSource::F32(from) => quantize_row(isa, from.row(row).as_ptr(), c, self.to, row),
@@ -148,11 +149,11 @@ impl SimdOp for QuantizeRows<'_> {
     }
 }
 
-/// Rounds `x`, `[c]`, into row `row` of `to`. int8: `value = min + scale * byte`, from the row's own smallest to its
-/// largest value, so the bytes use the whole range 0 to 255.
+/// Rounds `x`, `[c]`, into row `row` of `to`. int8 is asymmetric: `value = min + scale * byte`, where byte 0 is the row's
+/// smallest value and byte 255 its largest.
 ///
 /// # Safety
-/// `x` has c values. The row is this thread's and has c columns.
+/// `x` is valid for reads of c values. The row has c columns, and no other thread accesses it at the same time.
 #[inline(always)]
 pub(super) unsafe fn quantize_row<I: Isa>(isa: I, x: *const f32, c: usize, to: SharedQuantizedRows<'_>, row: usize) {
     // SAFETY: guaranteed by the caller; no access goes beyond c values.
@@ -168,7 +169,7 @@ pub(super) unsafe fn quantize_row<I: Isa>(isa: I, x: *const f32, c: usize, to: S
             SharedQuantizedRows::Int8(to, params) => {
                 let (mut min, mut max) = (isa.splat(f32::INFINITY), isa.splat(f32::NEG_INFINITY));
                 for at in (0..c).step_by(I::LANES) {
-                    // Lanes beyond the row repeat its first value, which changes neither minimum nor maximum.
+                    // Lanes beyond the row repeat its first value: minimum and maximum stay the same.
                     let value = load_partial(isa, x.add(at), c - at, *x);
                     (min, max) = (isa.min(min, value), isa.max(max, value));
                 }

@@ -1,7 +1,8 @@
-//! Matrices in scratch memory, which is acquired and released thousands of times a second without growing.
+//! Matrices in reused scratch memory. They are acquired and released thousands of times a second, so allocating each one
+//! would be slow.
 //!
 //! Each thread has its own free list of blocks. If no free block is large enough, the largest one is replaced by a new
-//! one. So the blocks of a thread converge to the number and the sizes that its work needs at the same time.
+//! one. So a thread keeps as many blocks as it needs at the same time, and their sizes converge to those it needs.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -83,12 +84,13 @@ impl<T: Pod> Matrix<T> {
 impl<T> Drop for Matrix<T> {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
-        // While a thread exits, its list is gone; the block is then freed.
+        // While a thread exits, its free list no longer exists; the block is then deallocated.
         let _ = FREE.try_with(|free| free.borrow_mut().push(lines));
     }
 }
 
-/// The smallest free block that is large enough. If there is none, a new block, and the largest free block is freed.
+/// Returns the smallest free block that is large enough. If there is none, allocates a block and deallocates the largest
+/// free one.
 fn acquire_lines(lines: usize) -> Vec<CacheLine> {
     let reused = FREE.with(|free| {
         let mut free = free.borrow_mut();
@@ -102,7 +104,7 @@ fn acquire_lines(lines: usize) -> Vec<CacheLine> {
     }
 }
 
-/// A matrix while several threads write it, each a part of its own.
+/// Handle through which several threads write disjoint parts of one matrix.
 #[derive(Debug)]
 pub(super) struct SharedMatrix<'a, T> {
     data: *mut T,
@@ -118,8 +120,8 @@ impl<T> Clone for SharedMatrix<'_, T> {
 }
 impl<T> Copy for SharedMatrix<'_, T> {}
 
-// SAFETY: a pointer into a matrix that outlives it and that is mutably borrowed meanwhile. Callers of `row` guarantee
-// that threads do not write the same elements.
+// SAFETY: the pointer is into a matrix that is mutably borrowed for as long as the handle lives. Callers of `row`
+// guarantee that threads do not write the same elements.
 unsafe impl<T: Send> Send for SharedMatrix<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for SharedMatrix<'_, T> {}

@@ -19,7 +19,8 @@ use crate::batch::{Batch, Pair};
 /// `ATTENTION_THREADS` and `KEY_ROWS` of the kernels: threads per block, and keys per step.
 const ATTENTION_THREADS: u32 = 128;
 const KEY_ROWS: usize = 64;
-/// Sequence lengths of the cross-check: around the edges of a step of keys, of a warpgroup's queries and of a tile.
+/// Sequence lengths of the cross-check: at and around multiples of the step of keys (64), the queries of a warpgroup (64) and
+/// the tile (128).
 const CHECKED_LENGTHS: [usize; 9] = [1, 63, 64, 65, 127, 128, 129, 200, 333];
 /// Tokens of the sequence that is timed.
 const TIMED_LENGTH: usize = 2048;
@@ -56,7 +57,7 @@ impl AttentionKernel {
 }
 
 impl AttentionLauncher {
-    /// Selects the kernel for this device and shape, from the cache of an earlier start or by a trial.
+    /// Selects the kernel for this device and shape: the cached choice of an earlier start, else the result of a trial.
     ///
     /// # Errors
     /// A driver error during the trial; the CUDA context cannot be used after it.
@@ -119,7 +120,7 @@ impl AttentionLauncher {
         for argument in [&counts, &offsets, &tiles, &qkv, &out] {
             launch.arg(argument);
         }
-        // SAFETY: the signature is attention(counts, offsets, tiles, qkv, out, scale); the caller vouches for the buffers.
+        // SAFETY: the signature is attention(counts, offsets, tiles, qkv, out, scale); the caller guarantees the buffers.
         unsafe { launch.arg(&scale).launch(config) }?;
         Ok(())
     }
@@ -159,7 +160,7 @@ impl TrialResult {
     }
 }
 
-/// Random Q, K and V on the device, and room for a result.
+/// Inputs and stream for comparing the kernels: random Q, K and V on the device, and an output buffer.
 struct Trial {
     stream: Arc<CudaStream>,
     dtype: CudaDtype,
@@ -174,7 +175,7 @@ impl Trial {
         let stream = device.context.new_stream()?;
         let row = shape.heads * shape.head_size;
         let mut random = fastrand::Rng::with_seed(1);
-        // Variance 1, so that scores spread as a model's do.
+        // Variance 1, so that attention scores are spread about as widely as in a real model.
         let values: Vec<f32> = (0..TIMED_LENGTH * 3 * row).map(|_| (random.f32() - 0.5) * 3.46).collect();
         let qkv = stream.clone_htod(&dtype.encode(&values))?;
         let out = stream.alloc_zeros(TIMED_LENGTH * row * dtype.bytes())?;

@@ -1,9 +1,9 @@
-//! Files kept from one start to the next: compiled kernels and tuning results.
+//! Disk cache of compiled kernels and tuning results.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-/// A folder of small files, or none: then nothing is kept.
+/// A folder of small files. Without a folder nothing is cached.
 #[derive(Debug, Clone)]
 pub(super) struct Cache(Option<PathBuf>);
 
@@ -12,7 +12,7 @@ impl Cache {
         Self(folder)
     }
 
-    /// The content of a file, if it is there and readable.
+    /// The content of a file; `None` if it cannot be read.
     pub(super) fn read(&self, name: &str) -> Option<Vec<u8>> {
         std::fs::read(self.0.as_ref()?.join(name)).ok()
     }
@@ -29,7 +29,7 @@ impl Cache {
 
 fn write_atomically(folder: &Path, name: &str, bytes: &[u8]) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
-    // Containers may share the folder, and each has the same process id, so the temporary name is random.
+    // The temporary name is random: containers that share the folder may have the same process id.
     let temporary = folder.join(format!("{name}.part-{}", uuid::Uuid::now_v7()));
     let mut file = std::fs::File::create(&temporary)?;
     file.write_all(bytes)?;

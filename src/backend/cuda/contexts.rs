@@ -103,9 +103,9 @@ impl ContextPool {
         Ok(borrowed)
     }
 
-    /// Bytes of activation memory per token. A transformer layer needs 7 C values (its input, Q, K and V, the attention context, the
-    /// sum after attention, and its output) and the widest linear layer's outputs. With fp8, some of them are also stored as E4M3
-    /// operands. The rest covers rounding, fragmentation and buffers with a row per sequence.
+    /// Bytes of activation memory per token. A transformer layer needs 7 C values (its input, Q, K and V, the attention context,
+    /// the sum after attention, and its output) and the widest linear layer's outputs. With fp8, some of them are also stored as
+    /// E4M3 operands. The rest covers rounding, fragmentation and buffers with a row per sequence.
     fn token_bytes(&self, state: &ContextPoolState) -> usize {
         let dtype = self.options.dtype;
         let operand_bytes = if dtype == CudaDtype::Fp8 { dtype.operand_bytes() } else { 0 };
@@ -131,8 +131,8 @@ impl ContextPool {
         Ok(contexts)
     }
 
-    /// Autotunes, on random values, the GEMMs that the first batch launched; every batch uses the same GEMMs. The first batch runs
-    /// alone, during loading. Does nothing on later calls and in batch-invariant mode.
+    /// Autotunes, on random values, the GEMMs that the first batch launched; every batch uses the same GEMMs. The first batch
+    /// runs alone, during loading. Does nothing on later calls and in batch-invariant mode.
     pub(super) fn tune_once(&self, ctx: &mut ExecContext) -> Result<(), BackendError> {
         if self.options.batch_invariant || std::mem::replace(&mut self.lock().tuned, true) {
             return Ok(());

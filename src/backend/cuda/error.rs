@@ -10,8 +10,8 @@ use crate::backend::BackendError;
 /// Errors of graph capture: CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED to CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD.
 const CAPTURE_ERRORS: std::ops::RangeInclusive<u32> = 900..=908;
 
-/// Lack of memory is temporary, and a failed capture does no harm. After any other driver error the CUDA context may be corrupted, and
-/// then every later call fails with the same code: the process must end.
+/// Lack of memory is temporary, and a failed capture does no harm. After any other driver error the CUDA context may be
+/// corrupted, and then every later call fails with the same code: the process must end.
 impl From<DriverError> for BackendError {
     fn from(error: DriverError) -> Self {
         match error.0 {

@@ -15,8 +15,9 @@
 //! from a CUDA graph that was captured for another batch of the same layout.
 //!
 //! Activations have one dtype, by default f16 (three more fraction bits than bf16, at the same speed); sums, norms and the head are
-//! f32. The kernels in `kernels/` sum each row and sequence in an order that does not depend on the rest of the batch. cuBLASLt's order
-//! may depend on the number of rows, so the last bits of a score depend on the batch composition, except in batch-invariant mode.
+//! f32. The kernels in `kernels/` sum each row and sequence in an order that does not depend on the rest of the batch.
+//! cuBLASLt's order may depend on the number of rows, so the last bits of a score depend on the batch composition, except in
+//! batch-invariant mode.
 
 #![allow(unsafe_code, reason = "unsafe is confined to this module: device memory and C libraries")]
 
@@ -413,7 +414,7 @@ impl Backend for CudaBackend {
     ) -> Result<Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
         let mut out = ctx.buffer(Rows::Tokens, c, self.options.dtype, BufferFormat::Native)?;
-        // Attention outputs are weighted means of rows of V, so they stay within its bound.
+        // Attention outputs are weighted means of rows of V, so the bound of values still holds.
         out.bound = qkv.bound.map(|bound| bound.with_columns(c));
         let from = qkv.native_address()?;
         let staged = ctx.staged();

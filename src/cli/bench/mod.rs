@@ -25,14 +25,14 @@ use workloads::Workloads;
 pub(super) struct BenchArgs {
     /// JSON file with workloads: {"name": [[token ids of a pair], ...], ...} [default: four built-in workloads]
     ///
-    /// Built in are a: 8 pairs of 512 tokens; b: 16 pairs of 32 to 512; c: 48 pairs of 20 to 64; d: one pair of 128. A pair that
-    /// is longer than the model's window is shortened to it.
+    /// The built-in workloads: a is 8 pairs of 512 tokens; b is 16 pairs of 32 to 512; c is 48 pairs of 20 to 64; d is one pair
+    /// of 128. Built-in pairs longer than the model's window are truncated to it.
     #[arg(long, value_name = "FILE")]
     workloads: Option<PathBuf>,
     /// Measured runs of each workload, after one warm-up run
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     runs: u32,
-    /// Measure on request: read JSON requests from standard input, one per line [default: false]
+    /// Read benchmark requests as JSON from standard input, one per line [default: false]
     ///
     /// For programs that compare several servers. The request {"workload":"a","runs":3} is answered by one JSON line with the
     /// seconds of each run, the number of tokens and the logits.
@@ -40,8 +40,8 @@ pub(super) struct BenchArgs {
     json: bool,
     /// Show the time of each operation of the forward pass [default: false]
     ///
-    /// "roofline ms" is the operation's minimum time by the roofline model: at the device's arithmetic throughput, and on a GPU its
-    /// memory bandwidth, both measured first. "% reached" is the minimum time divided by the measured time.
+    /// "roofline ms" is the operation's minimum time by the roofline model, from the device's measured arithmetic throughput
+    /// and, on a GPU, its measured memory bandwidth. "% reached" is the minimum time divided by the measured time.
     #[arg(long, conflicts_with = "json")]
     profile: bool,
     #[command(flatten)]

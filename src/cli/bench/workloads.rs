@@ -11,7 +11,7 @@ use crate::loading::LoadedModel;
 /// The pairs of each workload, by the workload's name.
 pub(super) type Workloads = BTreeMap<String, Vec<Pair>>;
 
-/// The four workloads that `rerankd bench --help` describes. Token ids are from 5 up, to leave out special tokens.
+/// The four workloads that `rerankd bench --help` describes. Token ids start at 5, to avoid special tokens.
 pub(super) fn built_in(model: &LoadedModel) -> Workloads {
     let pair = |tokens: usize| {
         let ids = (0..tokens.min(model.text.window())).map(|i| (i * 37 % (model.vocabulary - 5) + 5) as u32).collect();
@@ -32,8 +32,8 @@ pub(super) fn built_in(model: &LoadedModel) -> Workloads {
 /// Reads workloads from a JSON file of the form `{"name": [[token ids], ...], ...}`.
 ///
 /// # Errors
-/// The file cannot be read or has another form; a pair is empty, longer than the model's window, or has an id beyond its
-/// vocabulary.
+/// The file cannot be read or is not of that form; a pair is empty, is longer than the model's window, or contains an id that
+/// is not in the model's vocabulary.
 pub(super) fn read(path: &Path, model: &LoadedModel) -> Result<Workloads> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("--workloads {}: cannot be read", path.display()))?;
@@ -58,7 +58,8 @@ pub(super) fn read(path: &Path, model: &LoadedModel) -> Result<Workloads> {
 }
 
 /// Packs a workload into batches as the model runs them. A model that computes one batch at a time gets the whole workload as one
-/// batch; a model with several execution contexts gets batches of at most `batch_tokens` tokens. A longer pair is a batch alone.
+/// batch; a model with several execution contexts gets batches of at most `batch_tokens` tokens. A longer pair gets
+/// a batch of its own.
 pub(super) fn pack(model: &LoadedModel, pairs: &[Pair], batch_tokens: usize) -> Vec<Batch> {
     let limit = if model.encoder.max_concurrent_batches() == 1 { usize::MAX } else { batch_tokens };
     let mut batches: Vec<(usize, Vec<&Pair>)> = Vec::new();

@@ -6,16 +6,16 @@ pub(in crate::backend::cpu) const MAX_LANES: usize = 16;
 /// A computation that is written once for all instruction sets.
 pub(in crate::backend::cpu) trait SimdOp {
     type Output;
-    /// Computes it. Implementations are `#[inline(always)]` and do not use vectors in closures, which are not inlined
-    /// always.
+    /// Runs the computation. Implementations are `#[inline(always)]` and use no vectors in closures, because closures are
+    /// not always inlined.
     fn run<I: Isa>(self, isa: I) -> Self::Output;
 }
 
 /// The vector operations that the kernels use.
 ///
 /// # Safety
-/// A value of an implementing type exists only on a machine that has its instructions. The pointer methods access as
-/// many elements as they say; the caller guarantees that these are valid.
+/// A value of an implementing type exists only on a machine that has its instructions. Callers of the pointer methods
+/// guarantee that the pointers are valid for the number of elements that each method documents.
 pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     /// A vector of `LANES` f32.
     type Floats: Copy;
@@ -23,9 +23,9 @@ pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     type Bits: Copy;
     /// 32-bit lanes of a vector.
     const LANES: usize;
-    /// Vectors across a panel of packed weights. Six rows of them are as many accumulators as the registers hold.
+    /// Vectors across a panel of packed weights. A tile of six rows needs six times as many accumulator registers.
     const PANEL_VECTORS: usize;
-    /// Columns of a panel.
+    /// Columns per panel.
     const PANEL_COLUMNS: usize = Self::LANES * Self::PANEL_VECTORS;
     /// Whether `dot_int8` subtracts 128 from each byte of a, because the instruction multiplies only signed bytes.
     const SIGNED_BYTES: bool = false;
@@ -46,7 +46,7 @@ pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn load_bf16(self, from: *const u16) -> Self::Floats;
     /// Rounds to integers, ties to even, and writes them as bytes. Values are from 0 to 255.
     unsafe fn store_u8(self, to: *mut u8, x: Self::Floats);
-    /// Prefetches a cache line into L2, if there is an instruction for it. Any address is allowed.
+    /// Prefetches a cache line into L2, if the instruction set can. Any address is allowed: prefetch never faults.
     #[inline(always)]
     fn prefetch(self, _line: *const u32) {}
 
@@ -112,14 +112,14 @@ pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     }
 }
 
-/// The accuracy of a computation: that of f32, or enough for a result that is rounded to bf16.
+/// Accuracy of an approximation: full f32, or sufficient for a result that is then rounded to bf16.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(in crate::backend::cpu) enum Accuracy {
     F32,
     Bf16,
 }
 
-/// `2^x` for x up to 127; below -126 it is `2^-126`.
+/// `2^x` for x up to 127. x below -126 is clamped to -126.
 ///
 /// x = n + f with f in [-1/2, 1/2]. 2^f is a minimax polynomial (Remez) with a relative error of 2e-9 (f32) or 7.5e-5
 /// (bf16).

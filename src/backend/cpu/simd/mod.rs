@@ -1,10 +1,10 @@
-//! Instruction sets, detected at run time, behind one small trait. Every kernel is written once over [`Isa`]; an
+//! Instruction sets, detected at run time, behind the trait [`Isa`]. Every kernel is written once over the trait; each
 //! instruction set is a short file of one-line methods.
 //!
 //! A kernel is an [`SimdOp`] whose `run` is `inline(always)` and is entered through [`Isa::enter`], a function that
 //! carries the `target_feature`s; code inlined into it compiles to those instructions (the design of memchr's `Vector`
-//! and of the crate pulp). A value of an instruction set's type proves that this machine has it: only `detect` creates
-//! one.
+//! and of the crate pulp). A value of an instruction set's type proves that this machine supports it, because only
+//! `detect` creates one.
 //!
 //! Vectors have 32-bit lanes. A lane of [`Isa::Floats`] is an f32; a lane of [`Isa::Bits`] is an f32, two bf16, four
 //! int8, or an i32 sum.

@@ -1,6 +1,6 @@
-//! NEON, with dot products as the const parameters say: 32 registers of 4 lanes.
+//! NEON: 32 registers of 4 lanes. The const parameters select the dot-product extensions.
 //!
-//! The dot products are inline assembly: the intrinsics of the standard library are not stable yet.
+//! The dot products are inline assembly, because the standard library's intrinsics for them are not stable yet.
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
@@ -35,7 +35,7 @@ fn enter_base<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
     op.run(isa)
 }
 
-/// An instruction that adds products of `a` and `b` to `acc`.
+/// Emits a dot-product instruction: `acc` plus the products of `a` and `b`.
 macro_rules! accumulate {
     ($instruction:literal, $acc:expr, $a:expr, $b:expr) => {{
         let mut acc: uint32x4_t = $acc;

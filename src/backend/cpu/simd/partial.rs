@@ -8,8 +8,8 @@ use super::isa::{Isa, MAX_LANES};
 /// `from` is valid for reads of that many values.
 #[inline(always)]
 pub(in crate::backend::cpu) unsafe fn load_partial<I: Isa>(isa: I, from: *const f32, n: usize, fill: f32) -> I::Floats {
-    // SAFETY: reads a whole vector only if n is at least that; otherwise n values, and the vector is loaded from
-    // `values`.
+    // SAFETY: reads a whole vector from `from` only if n is at least `LANES`. Otherwise it copies n values to `values`,
+    // which has room for the widest vector.
     unsafe {
         if n >= I::LANES {
             return isa.load(from);

@@ -163,9 +163,9 @@ impl Gemms {
         Ok(fastest_index(&seconds).map(|best| seconds[best]))
     }
 
-    /// Seconds per run of each candidate, measured with CUDA events; infinity for a candidate that fails to launch. Candidates take
-    /// turns and the minimum over rounds counts, because an idle GPU starts at a low clock and disturbances only add time. The
-    /// untimed runs before each measurement keep the GPU busy, so that the host's launch overhead is not measured.
+    /// Seconds per run of each candidate, measured with CUDA events; infinity for a candidate that fails to launch. Candidates
+    /// take turns and the minimum over rounds counts, because an idle GPU starts at a low clock and disturbances only add time.
+    /// The untimed runs before each measurement keep the GPU busy, so that the host's launch overhead is not measured.
     fn measure(
         &self,
         candidates: usize,
@@ -210,8 +210,8 @@ impl Gemms {
         Ok(2.0 * self.measure(1, copy)?[0])
     }
 
-    /// Whether the custom kernel, with several tiles per block, agrees with cuBLASLt on the operands. cuBLASLt has no erf GELU, so the
-    /// CPU applies it to the expected values. Logs a failure.
+    /// Whether the custom kernel, with several tiles per block, agrees with cuBLASLt on the operands. cuBLASLt has no erf GELU,
+    /// so the CPU applies it to the expected values. Logs a failure.
     fn cross_check(
         &self,
         custom: &WgmmaGemm,

@@ -204,7 +204,7 @@ unsafe fn prefer<T>(
 }
 
 impl Plan {
-    /// cuBLASLt is column-major: it computes W x^T, `[outputs, rows]`, which in memory is the row-major x W^T, `[rows, outputs]`.
+    /// cuBLASLt is column-major: it computes W x^T, `[outputs, rows]`, which is the row-major x W^T, `[rows, outputs]`.
     fn new(dtype: CudaDtype, shape: GemmShape) -> Result<Self, BackendError> {
         use sys::cublasLtEpilogue_t as Epilogue;
         use sys::cublasLtMatmulDescAttributes_t as Attribute;

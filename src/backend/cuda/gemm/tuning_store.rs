@@ -22,7 +22,7 @@ pub(in crate::backend::cuda) const TUNED_ROWS: [usize; 10] =
 pub(in crate::backend::cuda) struct TuningStore {
     cache: Cache,
     file: String,
-    /// The custom kernel failed the cross-check. Results are then not saved, so that the next start repeats the check and its log.
+    /// The custom kernel failed the cross-check. Results are then not saved, so that the next start checks again and logs it.
     check_failed: AtomicBool,
     results: Mutex<BTreeMap<String, TunedGemm>>,
 }

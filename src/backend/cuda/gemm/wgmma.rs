@@ -52,8 +52,8 @@ fn launch_error(error: DriverError) -> BackendError {
 }
 
 impl WgmmaGemm {
-    /// The kernel, if the device has it and the options allow it. Batch-invariant mode excludes it: other row counts run on cuBLASLt,
-    /// which sums in another order.
+    /// The kernel, if the device has it and the options allow it. Batch-invariant mode excludes it: other row counts run on
+    /// cuBLASLt, which sums in another order.
     pub(in crate::backend::cuda) fn of(device: &Device, options: &CudaOptions) -> Option<Self> {
         use driver::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED_SIZE;
         let function = device.kernels.gemm_wgmma.clone()?;
