@@ -77,8 +77,9 @@ async fn main() {
         "factor  offered/s  goodput/s  % of capacity  200 p50  200 p99  503/s  with Retry-After  503 p99  failed  RSS MiB"
     );
     for &factor in &args.factors {
+        let start = Instant::now();
         let outcomes = offer(&args, &requests, &pool, capacity * factor).await;
-        report(&args, factor, capacity, &outcomes);
+        report(&args, factor, capacity, &outcomes, start.elapsed());
         tokio::time::sleep(Duration::from_secs(2)).await;
     }
 }
@@ -188,7 +189,8 @@ async fn exchange(
     Ok((status, header("retry-after").is_some(), stays_open.then_some(stream)))
 }
 
-fn report(args: &Args, factor: f64, capacity: f64, outcomes: &[Outcome]) {
+/// `took` is the time from the first request to the last answer: goodput is counted over all of it.
+fn report(args: &Args, factor: f64, capacity: f64, outcomes: &[Outcome], took: Duration) {
     let seconds = args.seconds as f64;
     let latencies = |status: u16| {
         let mut sorted: Vec<f64> =
@@ -202,7 +204,7 @@ fn report(args: &Args, factor: f64, capacity: f64, outcomes: &[Outcome]) {
     };
     let (good, shed) = (latencies(200), latencies(503));
     let in_time = good.iter().filter(|&&latency| latency <= args.deadline).count();
-    let goodput = in_time as f64 / seconds;
+    let goodput = in_time as f64 / took.as_secs_f64();
     let retry = outcomes.iter().filter(|o| o.status == 503 && o.has_retry_after).count();
     let failed = outcomes.len() - good.len() - shed.len();
     println!(
