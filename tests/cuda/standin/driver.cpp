@@ -12,7 +12,7 @@
 //
 // Not modeled: progress without synchronization (so no host callbacks), stream-ordered allocation, memory pools, unified
 // memory, peer access, textures, explicitly built or modified graphs, limits of registers and of static shared memory,
-// unjoined streams of a capture, and speed. The host can read device memory through its address; a real host
+// unjoined streams of a capture, and speed. The host can read device memory through device pointers; a real host
 // cannot.
 //
 // Environment:
