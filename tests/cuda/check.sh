@@ -37,7 +37,7 @@ run() {
     status=$?
     case $status in
         0) outcome=passed ;;
-        1) outcome="$(grep -c '^BREACH' "$work/$1") breaches" ;;
+        1) outcome="$(grep -c '^BREACH' "$work/$1") breach(es)" ;;
         3) outcome="bad access" ;;
         124) outcome="timeout" ;;
         134) outcome=$(grep -q deadlock "$work/$1" && echo deadlock || echo aborted) ;;
@@ -45,17 +45,44 @@ run() {
     esac
 }
 
-echo "Kernels: element, C, D; checks passed and time, with asynchronous copies completing late and early"
-while read -r element hidden head rest; do
-    if [ -n "$quick" ] && [ -z "$rest" ]; then continue; fi
+# Jobs run in the background, one per CPU, each in its own folder $work/N. start FUNCTION: starts one with the variables of now.
+# Its output goes to $work/N.out and its number of failures to $work/N/failures.
+parallel=$(nproc 2>/dev/null || echo 2)
+jobs_started=0
+start() {
+    while [ "$(jobs -rp | wc -l)" -ge "$parallel" ]; do wait -n; done
+    jobs_started=$((jobs_started + 1))
+    mkdir "$work/$jobs_started"
+    (
+        work=$work/$jobs_started failures=0
+        echo 1 >"$work/failures" # if it dies
+        "$1"
+        echo $failures >"$work/failures"
+    ) >"$work/$jobs_started.out" 2>&1 &
+}
+
+# finish: waits for all jobs, prints their outputs in order, and adds up their failures
+finish() {
+    wait
+    local i
+    for ((i = 1; i <= jobs_started; i++)); do
+        cat "$work/$i.out"
+        failures=$((failures + $(cat "$work/$i/failures")))
+        rm -rf "${work:?}/$i"
+    done
+    jobs_started=0
+}
+
+# check_configuration: builds and runs the kernels for $element, $hidden and $head
+check_configuration() {
+    local details='' mode started
     printf '%-5s C=%-5s D=%-3s' "$element" "$hidden" "$head"
-    if ! build "$kernels" "$element" "$hidden" "$head" "$@"; then
+    if ! build "$kernels" "$element" "$hidden" "$head" ${flags[@]+"${flags[@]}"}; then
         echo " does not compile"
         cat "$work/errors"
         failures=$((failures + 1))
-        continue
+        return
     fi
-    details=
     for mode in late early; do
         started=$(date +%s%N)
         run $mode
@@ -67,6 +94,13 @@ while read -r element hidden head rest; do
         fi
     done
     printf '\n%s' "$details"
+}
+
+flags=("$@")
+echo "Kernels: element, C, D; checks passed and time, with asynchronous copies completing late and early"
+while read -r element hidden head rest; do
+    if [ -n "$quick" ] && [ -z "$rest" ]; then continue; fi
+    start check_configuration
 done <<'CONFIGURATIONS'
 F16 256 64 quick
 F16 256 32
@@ -83,6 +117,7 @@ F32 72 32
 FP8 256 64 quick
 FP8 384 32
 CONFIGURATIONS
+finish
 
 if [ -n "$quick" ]; then
     [ $failures -eq 0 ] || exit 1
@@ -90,7 +125,7 @@ if [ -n "$quick" ]; then
 fi
 
 echo
-echo "Planted bugs: outcome with asynchronous copies completing late and early; * where it must be found"
+echo "Planted bugs: what finds them, with asynchronous copies completing late or early; each run ends at the first failed check"
 declare -A sources
 for file in "$kernels"/*; do sources[${file##*/}]=$(<"$file"); done
 
@@ -123,42 +158,23 @@ plant() {
         return
     fi
     local mode verdict=found
-    for mode in late early; do
-        run $mode
-        local must=' '
-        if [[ " $found " == *" $mode "* ]]; then
-            must='*'
-            if [ $status -eq 0 ]; then
-                verdict=MISSED
-                failures=$((failures + 1))
-            fi
+    for mode in $found; do
+        EMULATED_STOP_AT_BREACH=1 run "$mode"
+        if [ $status -eq 0 ]; then
+            verdict=MISSED
+            failures=$((failures + 1))
         fi
-        printf ' %s%s: %-12s' "$must" $mode "$outcome"
+        printf '  %s: %-12s' "$mode" "$outcome"
     done
     echo " $verdict"
 }
 
-# start: plants the bug in the background, in its own folder; at most one per CPU at a time
-parallel=$(nproc 2>/dev/null || echo 2)
-planted=0
-start() {
-    [ -n "$name" ] || return
-    while [ "$(jobs -rp | wc -l)" -ge "$parallel" ]; do wait -n; done
-    planted=$((planted + 1))
-    mkdir "$work/$planted"
-    (
-        work=$work/$planted failures=0
-        echo 1 >"$work/failures" # if it dies
-        plant
-        echo $failures >"$work/failures"
-    ) >"$work/$planted.out" 2>&1 &
-}
+plant_next() { if [ -n "$name" ]; then start plant; fi; }
 
-flags=("$@")
 name='' part=''
 while IFS= read -r line; do
     case $line in
-        '=== '*) start; name=${line#=== } configuration='' found='' text='' replacement='' part=head ;;
+        '=== '*) plant_next; name=${line#=== } configuration='' found='' text='' replacement='' part=head ;;
         '---') part=text ;;
         '+++') part=replacement ;;
         *)
@@ -173,12 +189,8 @@ while IFS= read -r line; do
             esac ;;
     esac
 done <"$here/mutations.txt"
-start
-wait
-for i in $(seq "$planted"); do
-    cat "$work/$i.out"
-    failures=$((failures + $(cat "$work/$i/failures")))
-done
+plant_next
+finish
 
 echo
 if [ $failures -eq 0 ]; then
