@@ -24,6 +24,7 @@ use rerankd::api::{App, Keys};
 use rerankd::backend::cpu::{CpuBackend, CpuDtype};
 use rerankd::batch::{Batch, Pair};
 use rerankd::checkpoint::config::ModelConfig;
+use rerankd::client::ClientId;
 use rerankd::config::resolve::CPU_BATCH_TOKENS;
 use rerankd::loading::download::{Hub, HubOptions};
 use rerankd::loading::source::ModelSource;
@@ -110,7 +111,9 @@ fn end_to_end(criterion: &mut Criterion) {
     let (query, documents) = ("how long did the review of the schools take", documents(n));
     let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, max_tokens_per_doc: None };
     let alone = base(threads);
-    let encoded = runtime.block_on(alone.text.encode(query, documents.clone().into(), first_chunk)).expect("pairs");
+    let encoded = runtime
+        .block_on(alone.text.encode(ClientId::Only, query, documents.clone().into(), first_chunk))
+        .expect("pairs");
     assert!(encoded.pairs.len() == n && encoded.pairs.iter().all(|pair| pair.tokens() == WINDOW));
     let batch = Batch::pack(&encoded.pairs);
     let tokens = encoded.pairs.iter().map(Pair::tokens).sum::<usize>();
@@ -119,7 +122,7 @@ fn end_to_end(criterion: &mut Criterion) {
         std::env::var("RERANKD_BENCH_BATCH_TOKENS").map_or(CPU_BATCH_TOKENS, |n| n.parse().expect("a number"));
     let queue = SchedulerLimits { max_batch_tokens, ..stub::QUEUE };
     let model = Model::start(base(threads), queue).expect("a thread");
-    let app = stub::serving(vec![model], Keys::new([]), stub::LIMITS);
+    let app = stub::serving(vec![model], Keys::default(), stub::LIMITS);
     let body = json!({"model": "base", "query": query, "documents": documents, "max_chunks_per_doc": 1});
     let request = || assert_eq!(runtime.block_on(stub::rerank(&app, body.clone())).status, 200);
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use rerankd::client::ClientId;
 use rerankd::text::{DocumentOptions, EmbeddingRows, Tail, TextEncoder, TextLimits};
 
 const ENGLISH: &str = "The committee published its findings on Tuesday, after eleven months of interviews and a review of \
@@ -55,7 +56,12 @@ fn texts(criterion: &mut Criterion) {
             group.bench_function(workload, |bencher| {
                 bencher.iter(|| {
                     runtime
-                        .block_on(encoder.encode("What does the committee recommend?", Arc::clone(&texts), options))
+                        .block_on(encoder.encode(
+                            ClientId::Only,
+                            "What does the committee recommend?",
+                            Arc::clone(&texts),
+                            options,
+                        ))
                         .expect("pairs")
                 });
             });

@@ -1,16 +1,24 @@
 //! Admission control: a request's work is admitted as a whole or refused at once.
 //!
-//! Work is measured in units: tokens for the encoder, bytes for the tokenizer. Admitted work is limited in units and in the
-//! seconds that it takes at the measured speed. A limit in seconds suits a laptop and a GPU alike.
+//! Work is measured in units: tokens for the encoder, bytes for the tokenizer and for request bodies. Admitted work is limited in
+//! units and in the seconds that it takes at the measured speed. A limit in seconds suits a laptop and a GPU alike.
+//!
+//! Several clients share a limit by dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory
+//! packet switches", 1998): a client may hold at most as much as is free. So one client alone can take half of the room, n
+//! clients 1 / (n + 1) each, and there is always room for a client that holds nothing.
 
-use std::sync::Arc;
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::client::ClientId;
 use crate::error::RerankError;
 
 /// Weight of a new job in the running estimate of the speed.
 const SMOOTHING: f64 = 0.2;
+/// Jobs that are measured before work is refused because it takes too long: the first ones may be slow.
+const MIN_MEASURED_JOBS: usize = 3;
 /// Retry-After is increased by a random share of itself, at most this one, so that refused clients do not all return at once.
 const RETRY_JITTER: f64 = 0.5;
 /// Maximum Retry-After, in seconds.
@@ -25,39 +33,95 @@ pub struct AdmissionLimits {
     pub wait: Duration,
 }
 
-/// Admission to one resource: the encoder's queue or the tokenizer.
+/// Admission to one resource: the encoder's queue, the tokenizer, or the memory of request bodies.
 #[derive(Debug)]
 pub struct Admission {
     limits: AdmissionLimits,
-    waiting: AtomicUsize,
+    admitted: Mutex<Admitted>,
     /// Jobs that run at the same time under full load.
     workers: usize,
     /// Estimated units per second, as the bits of an f64; 0 until a job has been measured.
     speed: AtomicU64,
+    measured_jobs: AtomicUsize,
     gauge: metrics::Gauge,
+}
+
+/// Units that are admitted and not finished.
+#[derive(Debug, Default)]
+struct Admitted {
+    total: usize,
+    /// The part of each client that shares the limit with others; no entry is 0.
+    by_client: HashMap<ClientId, usize>,
 }
 
 /// Admitted work. Dropping it, when the work is finished or abandoned, makes room for other work.
 #[derive(Debug)]
 pub struct Permit {
     units: usize,
+    client: ClientId,
     admission: Arc<Admission>,
+}
+
+impl Admitted {
+    fn of(&self, client: ClientId) -> usize {
+        self.by_client.get(&client).copied().unwrap_or(0)
+    }
+
+    /// Units that `client` may add if `limit` units may be admitted in all.
+    fn room(&self, client: ClientId, limit: usize) -> usize {
+        let (own, free) = (self.of(client), limit.saturating_sub(self.total));
+        match client {
+            _ if own == 0 => free,
+            ClientId::Only => free,
+            // own + units <= free - units
+            ClientId::Key(_) => free.saturating_sub(own) / 2,
+        }
+    }
+
+    fn add(&mut self, client: ClientId, units: usize) {
+        self.total += units;
+        if client != ClientId::Only && units > 0 {
+            *self.by_client.entry(client).or_default() += units;
+        }
+    }
+
+    fn remove(&mut self, client: ClientId, units: usize) {
+        self.total -= units;
+        if let Some(own) = self.by_client.get_mut(&client) {
+            *own -= units;
+            if *own == 0 {
+                self.by_client.remove(&client);
+            }
+        }
+    }
 }
 
 impl Admission {
     /// `gauge` is the metric of admitted units.
     pub fn new(gauge: metrics::Gauge, limits: AdmissionLimits, workers: usize) -> Self {
-        Self { limits, waiting: AtomicUsize::new(0), workers, speed: AtomicU64::new(0), gauge }
+        Self {
+            limits,
+            admitted: Mutex::default(),
+            workers,
+            speed: AtomicU64::new(0),
+            measured_jobs: AtomicUsize::new(0),
+            gauge,
+        }
     }
 
-    /// Admits `units` units or refuses them. When nothing is admitted, any amount is accepted that can finish within
+    /// Admits `units` units of `client` or refuses them. When nothing is admitted, any amount is accepted that can finish within
     /// `patience`, the time until the request's deadline: the size of a request has its own limit.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`] if there is no room; [`RerankError::CannotFinish`] if the request alone takes longer than
     /// `patience`.
-    pub fn admit(self: &Arc<Self>, units: usize, patience: Option<Duration>) -> Result<Permit, RerankError> {
-        let needed = self.seconds_for(units);
+    pub fn admit(
+        self: &Arc<Self>,
+        client: ClientId,
+        units: usize,
+        patience: Option<Duration>,
+    ) -> Result<Permit, RerankError> {
+        let needed = self.seconds_for(units).filter(|_| self.measured_jobs.load(Relaxed) >= MIN_MEASURED_JOBS);
         if let (Some(patience), Some(needed)) = (patience, needed)
             && needed > patience.as_secs_f64()
         {
@@ -66,35 +130,40 @@ impl Admission {
                 patience_s: patience.as_secs_f64().ceil() as u64,
             });
         }
-        let limit = self.limit(patience);
-        let fits = |waiting: usize| (waiting == 0 || waiting + units <= limit).then_some(waiting + units);
-        match self.waiting.fetch_update(Relaxed, Relaxed, fits) {
-            Ok(_) => {
-                self.gauge.increment(units as f64);
-                Ok(Permit { units, admission: Arc::clone(self) })
-            }
-            Err(waiting) => Err(RerankError::Overloaded {
-                retry_after_s: retry_after(self.seconds_for(waiting + units - limit), fastrand::f64()),
-            }),
-        }
+        self.add(client, units, 0, self.limit(patience))?;
+        Ok(Permit { units, client, admission: Arc::clone(self) })
     }
 
-    /// Whether there is room for more work, without taking any.
+    /// Adds `units` to work for which `held` units are admitted already.
+    fn add(&self, client: ClientId, units: usize, held: usize, limit: usize) -> Result<(), RerankError> {
+        let mut admitted = self.lock();
+        let room = admitted.room(client, limit);
+        if units > room && admitted.total > held {
+            drop(admitted);
+            let retry_after_s = retry_after(self.seconds_for(units - room), fastrand::f64());
+            return Err(RerankError::Overloaded { retry_after_s });
+        }
+        admitted.add(client, units);
+        self.gauge.increment(units as f64);
+        Ok(())
+    }
+
+    /// Whether `client` has room for more work, without taking any.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`]
-    pub fn has_room(&self) -> Result<(), RerankError> {
-        let (waiting, limit) = (self.waiting(), self.limit(None));
-        if waiting == 0 || waiting < limit {
+    pub fn has_room(&self, client: ClientId) -> Result<(), RerankError> {
+        let admitted = self.lock();
+        if admitted.total == 0 || admitted.room(client, self.limit(None)) > 0 {
             return Ok(());
         }
-        let retry_after_s = retry_after(self.seconds_for(waiting + 1 - limit), fastrand::f64());
-        Err(RerankError::Overloaded { retry_after_s })
+        drop(admitted);
+        Err(RerankError::Overloaded { retry_after_s: retry_after(self.seconds_for(1), fastrand::f64()) })
     }
 
     /// Units that are admitted and not finished.
     pub fn waiting(&self) -> usize {
-        self.waiting.load(Relaxed)
+        self.lock().total
     }
 
     /// Updates the speed estimate with a finished job. Callers pass large jobs only: small ones say little about the speed
@@ -104,6 +173,7 @@ impl Admission {
         let old = f64::from_bits(self.speed.load(Relaxed));
         let speed = if old == 0.0 { new } else { old + SMOOTHING * (new - old) };
         self.speed.store(speed.to_bits(), Relaxed);
+        self.measured_jobs.fetch_add(1, Relaxed);
     }
 
     /// Estimated units per second; `None` until a job has been measured.
@@ -121,6 +191,26 @@ impl Admission {
         let by_time = self.speed().map_or(usize::MAX, |speed| (speed * wait.as_secs_f64()) as usize);
         self.limits.units.min(by_time)
     }
+
+    /// No update of the counts can panic halfway, so the counts behind a poisoned lock are consistent.
+    fn lock(&self) -> MutexGuard<'_, Admitted> {
+        self.admitted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Permit {
+    /// Admits more units of the same work, up to `units` in all.
+    ///
+    /// # Errors
+    /// [`RerankError::Overloaded`] if there is no room.
+    pub fn grow_to(&mut self, units: usize) -> Result<(), RerankError> {
+        let more = units.saturating_sub(self.units);
+        if more > 0 {
+            self.admission.add(self.client, more, self.units, self.admission.limit(None))?;
+            self.units += more;
+        }
+        Ok(())
+    }
 }
 
 /// Retry-After in whole seconds: the estimated time until there is room (1 s if unknown), plus jitter from `random` in [0, 1).
@@ -131,7 +221,7 @@ fn retry_after(seconds: Option<f64>, random: f64) -> u64 {
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.admission.waiting.fetch_sub(self.units, Relaxed);
+        self.admission.lock().remove(self.client, self.units);
         self.admission.gauge.decrement(self.units as f64);
     }
 }
@@ -148,41 +238,97 @@ mod tests {
         ))
     }
 
+    /// An admission of a speed of 1000 units per second.
+    fn measured(units: usize, wait_s: u64) -> Arc<Admission> {
+        let admission = admission(units, wait_s);
+        (0..MIN_MEASURED_JOBS).for_each(|_| admission.done(1000, Duration::from_secs(1)));
+        admission
+    }
+
+    fn admit(admission: &Arc<Admission>, units: usize, patience: Option<Duration>) -> Result<Permit, RerankError> {
+        admission.admit(ClientId::Only, units, patience)
+    }
+
+    fn is_refused(result: Result<Permit, RerankError>) -> bool {
+        matches!(result, Err(RerankError::Overloaded { .. }))
+    }
+
     #[test]
     fn a_request_is_admitted_whole_or_refused() {
         let admission = admission(100, 3600);
-        let first = admission.admit(80, None).unwrap();
-        assert!(matches!(admission.admit(50, None), Err(RerankError::Overloaded { .. })));
-        let second = admission.admit(20, None).unwrap();
+        let first = admit(&admission, 80, None).unwrap();
+        assert!(is_refused(admit(&admission, 50, None)));
+        let second = admit(&admission, 20, None).unwrap();
         assert_eq!(admission.waiting(), 100);
+        assert!(admission.has_room(ClientId::Only).is_err());
         drop((first, second));
         assert_eq!(admission.waiting(), 0);
-        assert!(admission.admit(500, None).is_ok(), "any amount is admitted when nothing waits");
+        assert!(admission.has_room(ClientId::Only).is_ok());
+        assert!(admit(&admission, 500, None).is_ok(), "any amount is admitted when nothing waits");
     }
 
     #[test]
     fn waiting_work_is_bounded_in_seconds_once_the_speed_is_known() {
-        let admission = admission(1_000_000, 5);
-        admission.done(1000, Duration::from_secs(1));
-        let _first = admission.admit(4000, None).unwrap();
-        assert!(matches!(admission.admit(1001, None), Err(RerankError::Overloaded { retry_after_s: 1..=2 })));
-        assert!(admission.admit(1000, None).is_ok());
+        let admission = measured(1_000_000, 5);
+        let _first = admit(&admission, 4000, None).unwrap();
+        assert!(matches!(admit(&admission, 1001, None), Err(RerankError::Overloaded { retry_after_s: 1..=2 })));
+        assert!(admit(&admission, 1000, None).is_ok());
     }
 
     #[test]
     fn what_cannot_meet_its_deadline_is_refused_on_arrival() {
-        let admission = admission(1_000_000, 5);
-        admission.done(1000, Duration::from_secs(1));
+        let admission = measured(1_000_000, 5);
         let patience = Some(Duration::from_secs(2));
         assert!(matches!(
-            admission.admit(2001, patience),
+            admit(&admission, 2001, patience),
             Err(RerankError::CannotFinish { needed_s: 3, patience_s: 2 })
         ));
-        let _first = admission.admit(1500, patience).unwrap();
-        assert!(
-            matches!(admission.admit(600, patience), Err(RerankError::Overloaded { .. })),
-            "1.5 s wait + 0.6 s > 2 s"
-        );
+        let _first = admit(&admission, 1500, patience).unwrap();
+        assert!(is_refused(admit(&admission, 600, patience)), "1.5 s wait + 0.6 s > 2 s");
+    }
+
+    #[test]
+    fn one_slow_first_job_refuses_no_long_request() {
+        let admission = admission(1_000_000, 5);
+        admission.done(1, Duration::from_secs(1));
+        assert!(admit(&admission, 3, Some(Duration::from_secs(2))).is_ok());
+    }
+
+    #[test]
+    fn clients_with_keys_share_the_room_and_leave_some_to_others() {
+        let admission = admission(120, 3600);
+        let fill = |key| {
+            let mut permits = Vec::new();
+            while let Ok(permit) = admission.admit(ClientId::Key(key), 1, None) {
+                permits.push(permit);
+            }
+            permits
+        };
+        let first = fill(1);
+        assert_eq!(first.len(), 60, "one client takes half");
+        assert!(admission.has_room(ClientId::Key(1)).is_err());
+        assert!(admission.has_room(ClientId::Key(2)).is_ok());
+        let second = fill(2);
+        assert_eq!(second.len(), 30, "the next one half of the rest");
+        let third = admission.admit(ClientId::Key(3), 30, None);
+        assert!(third.is_ok(), "a client that holds nothing may use all that is free");
+        drop((first, second, third));
+        assert_eq!(admission.waiting(), 0);
+        assert!(admission.lock().by_client.is_empty());
+    }
+
+    #[test]
+    fn a_permit_grows_within_the_limit_and_alone_beyond_it() {
+        let admission = admission(100, 3600);
+        let mut first = admit(&admission, 0, None).unwrap();
+        first.grow_to(500).unwrap();
+        first.grow_to(10).unwrap();
+        assert_eq!(admission.waiting(), 500, "a permit does not shrink");
+        let mut second = admit(&admission, 0, None).unwrap_or_else(|error| panic!("{error}"));
+        assert!(second.grow_to(1).is_err());
+        drop(first);
+        second.grow_to(100).unwrap();
+        assert!(is_refused(admit(&admission, 1, None)));
     }
 
     #[test]

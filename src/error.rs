@@ -21,7 +21,7 @@ pub enum RerankError {
         /// What is wrong with the value, and what is expected.
         problem: String,
     },
-    /// The request exceeds the token limit of one request (`--max-request-tokens`).
+    /// The request exceeds the token limit of one request (`--max-request-tokens`), or of its key in a minute.
     #[error(
         "the request asks for {tokens} tokens of work over all its chunks, the limit is {limit}; \
          send fewer or shorter documents, or lower max_chunks_per_doc"
@@ -36,6 +36,16 @@ pub enum RerankError {
     #[error("Model service overloaded. Please try again later.")]
     Overloaded {
         /// Seconds until the queue is expected to have room.
+        retry_after_s: u64,
+    },
+    /// The client has used up a rate limit of its key.
+    #[error("the rate limit of this key, {limit} {unit} per minute, is used up; try again in {retry_after_s} s")]
+    RateLimited {
+        /// Units per minute.
+        limit: u32,
+        /// `requests` or `tokens`.
+        unit: &'static str,
+        /// Seconds until the same request is allowed.
         retry_after_s: u64,
     },
     /// The request's own computation would take longer than its deadline allows.

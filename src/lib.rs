@@ -7,7 +7,8 @@
 //! - [`rerank`]: a request from text to ranking, in one short function.
 //! - [`served`]: the served models by name.
 //! - [`text`]: from text to pairs of token ids; long documents are split into overlapping chunks.
-//! - [`admission`]: work is admitted whole or refused at once, by size and by estimated wait.
+//! - [`client`]: who sends a request, and the rate limits of its API key.
+//! - [`admission`]: work is admitted whole or refused at once, by size, estimated wait, and the shares of clients.
 //! - [`scheduler`]: the queue, batch composition, the workers that run batches, and their supervision.
 //! - [`encoder`]: the graph of each model architecture, generic over [`backend::Backend`].
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
@@ -33,6 +34,7 @@ pub mod backend;
 pub mod batch;
 pub mod checkpoint;
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod encoder;
 pub mod error;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::client::Client;
 use crate::error::RerankError;
 use crate::scheduler::{Deadline, Scores};
 use crate::served::Models;
@@ -11,6 +12,8 @@ use crate::text::{DocumentOptions, EncodedRequest, Truncation};
 /// A validated request.
 #[derive(Debug, Clone)]
 pub struct RerankRequest {
+    /// Who sends it.
+    pub client: Client,
     /// A served model's name or alias; `None` is the first model.
     pub model: Option<String>,
     /// Not empty.
@@ -68,12 +71,14 @@ pub struct Timings {
 /// See [`RerankError`].
 pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, RerankError> {
     let model = models.choose(request.model.as_deref())?;
-    model.scheduler.has_room()?;
+    let client = &request.client;
+    model.scheduler.has_room(client.id)?;
     let start = Instant::now();
-    let encoded = model.text.encode(&request.query, Arc::clone(&request.documents), request.options).await?;
+    let encoded = model.text.encode(client.id, &request.query, Arc::clone(&request.documents), request.options).await?;
     let tokenize = start.elapsed();
-    let permit = model.scheduler.admit(encoded.tokens(), request.deadline)?;
     let tokens = encoded.tokens();
+    let permit = model.scheduler.admit(client.id, tokens, request.deadline)?;
+    client.take_tokens(tokens)?;
     let EncodedRequest { pairs, documents, truncation } = encoded;
     let scores = model.scheduler.score(pairs, permit, request.deadline).await?;
     let results = best_first(&scores, &documents, request.top_n);

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::client::ClientId;
 use crate::error::RerankError;
 use crate::loading::download::Hub;
 use crate::loading::source::ModelSource;
@@ -60,7 +61,7 @@ impl Model {
         }
         let pair = self.text.pair("health", "a pair like any other").map_err(RerankError::Internal)?;
         let deadline = Deadline::after(patience_s);
-        let permit = self.scheduler.admit(pair.tokens(), None)?;
+        let permit = self.scheduler.admit(ClientId::Only, pair.tokens(), None)?;
         let scored = self.scheduler.score(vec![pair], permit, Some(deadline));
         match tokio::time::timeout_at(deadline.at.into(), scored).await {
             Ok(result) => result.map(|_| ()),

@@ -10,14 +10,15 @@ use axum::response::Response;
 use super::error::ApiError;
 use super::state::App;
 
-/// Refuses a request without a valid key, unless the server is open.
+/// Refuses a request without a valid key, unless the server is open. Adds the [`Client`](crate::client::Client) to the request's
+/// extensions.
 pub(super) async fn require_key(
     State(app): State<Arc<App>>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let allowed = app.keys.is_open() || offered_key(request.headers()).is_some_and(|key| app.keys.contains(key));
-    if allowed {
+    if let Some(client) = app.keys.client(offered_key(request.headers())).cloned() {
+        request.extensions_mut().insert(client);
         return Ok(next.run(request).await);
     }
     let (parts, body) = request.into_parts();

@@ -8,10 +8,12 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use http_body_util::BodyExt;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::error::ApiError;
+use crate::admission::{Admission, AdmissionLimits, Permit};
+use crate::client::{Client, ClientId};
 use crate::error::RerankError;
 
 /// The server's limits on connections and requests; `TextLimits` has those on the text.
@@ -46,52 +48,43 @@ const MAX_DRAIN_TIME: Duration = Duration::from_secs(10);
 /// Maximum refused bodies that are drained at the same time; of further ones, the rest is not read.
 const MAX_DRAINS: usize = 64;
 
-/// The memory budget of all requests, in KiB.
+/// The memory budget of all requests, in bytes.
 #[derive(Debug)]
 pub(super) struct MemoryBudget {
-    memory: Arc<Semaphore>,
+    memory: Arc<Admission>,
     drains: Arc<Semaphore>,
-}
-
-/// Part of the memory budget. Dropping it returns the memory.
-#[derive(Debug)]
-pub(super) struct MemoryShare {
-    budget: Arc<Semaphore>,
-    held: Option<OwnedSemaphorePermit>,
-    kib: usize,
 }
 
 /// A complete body and its share of the memory budget.
 pub(super) struct ReadBody {
     pub(super) bytes: Vec<u8>,
-    pub(super) share: MemoryShare,
+    pub(super) share: Permit,
 }
 
 impl MemoryBudget {
     pub(super) fn new(bytes: usize) -> Self {
-        let kib = (bytes / 1024).clamp(1, Semaphore::MAX_PERMITS);
-        Self { memory: Arc::new(Semaphore::new(kib)), drains: Arc::new(Semaphore::new(MAX_DRAINS)) }
+        let limits = AdmissionLimits { units: bytes, wait: Duration::MAX };
+        let memory = Admission::new(metrics::gauge!("rerankd_inflight_bytes"), limits, 1);
+        Self { memory: Arc::new(memory), drains: Arc::new(Semaphore::new(MAX_DRAINS)) }
     }
 
-    fn share(&self) -> MemoryShare {
-        MemoryShare { budget: Arc::clone(&self.memory), held: None, kib: 0 }
-    }
-
-    /// Reads a whole body.
+    /// Reads a whole body of a client.
     ///
     /// # Errors
-    /// 413 if it is too long, without reading it if Content-Length says so; 415 if it is compressed; 408 if it arrives too
+    /// 429 if the client's rate limit is used up; 413 if it is too long, without reading it if Content-Length says so; 415 if it is compressed; 408 if it arrives too
     /// slowly; 400 if it ends early; 503 if the memory budget is used up. The rest of a refused body is drained in the
     /// background.
     pub(super) async fn read(
         &self,
+        client: &Client,
         headers: &HeaderMap,
         mut body: Body,
         limits: &ApiLimits,
     ) -> Result<ReadBody, ApiError> {
         let read = async {
+            client.take_request()?;
             check_headers(headers, limits)?;
-            self.collect(&mut body, limits).await
+            self.collect(client.id, &mut body, limits).await
         };
         let result = read.await;
         if result.is_err() {
@@ -101,8 +94,8 @@ impl MemoryBudget {
     }
 
     /// Copies the frames of a body into one buffer. Each frame that is kept would keep a whole read buffer of the connection.
-    async fn collect(&self, body: &mut Body, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
-        let mut share = self.share();
+    async fn collect(&self, client: ClientId, body: &mut Body, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
+        let mut share = self.memory.admit(client, 0, None)?;
         let mut bytes: Vec<u8> = Vec::new();
         let deadline = Instant::now() + limits.body_timeout;
         let mut window = (Instant::now() + RATE_WINDOW, MIN_BYTES_PER_WINDOW);
@@ -112,7 +105,7 @@ impl MemoryBudget {
                 Ok(Some(Ok(frame))) => frame,
                 Ok(Some(Err(error))) => return Err(ApiError::bad_request(format!("the body ended early: {error}"))),
                 Ok(None) => {
-                    share.grow(MEMORY_PER_BODY_BYTE * bytes.len())?;
+                    share.grow_to(MEMORY_PER_BODY_BYTE * bytes.len())?;
                     return Ok(ReadBody { bytes, share });
                 }
                 Err(_) if until < deadline && bytes.len() >= window.1 => {
@@ -127,7 +120,7 @@ impl MemoryBudget {
             }
             if bytes.len() + data.len() > bytes.capacity() {
                 let capacity = (bytes.len() + data.len()).next_power_of_two().max(INITIAL_CAPACITY);
-                share.grow(capacity.min(limits.max_body_bytes))?;
+                share.grow_to(capacity.min(limits.max_body_bytes))?;
                 bytes.reserve_exact(capacity.min(limits.max_body_bytes) - bytes.len());
             }
             bytes.extend_from_slice(data);
@@ -161,47 +154,26 @@ impl MemoryBudget {
     }
 }
 
-impl MemoryShare {
-    /// Grows the share to `bytes` bytes.
-    ///
-    /// # Errors
-    /// 503 if the budget is used up.
-    pub(super) fn grow(&mut self, bytes: usize) -> Result<(), ApiError> {
-        let more = bytes.div_ceil(1024).saturating_sub(self.kib);
-        if more == 0 {
-            return Ok(());
-        }
-        let count = u32::try_from(more).unwrap_or(u32::MAX);
-        let new = Arc::clone(&self.budget).try_acquire_many_owned(count);
-        let new = new.map_err(|_| ApiError::from(RerankError::Overloaded { retry_after_s: 1 }))?;
-        match &mut self.held {
-            Some(held) => held.merge(new),
-            None => self.held = Some(new),
-        }
-        self.kib += more;
-        Ok(())
+/// Attaches a request's share of the memory to the response's bytes. It is returned when they are written to the socket or the
+/// connection ends.
+///
+/// # Errors
+/// 503 if the budget has no room for the response.
+pub(super) async fn hold_until_written(mut share: Permit, response: Response) -> Result<Response, ApiError> {
+    struct Held {
+        bytes: Bytes,
+        _share: Permit,
     }
-
-    /// Attaches the share to the response's bytes. It is returned when they are written to the socket or the connection ends.
-    ///
-    /// # Errors
-    /// 503 if the budget has no room for the response.
-    pub(super) async fn attach(mut self, response: Response) -> Result<Response, ApiError> {
-        struct Held {
-            bytes: Bytes,
-            _share: MemoryShare,
+    impl AsRef<[u8]> for Held {
+        fn as_ref(&self) -> &[u8] {
+            &self.bytes
         }
-        impl AsRef<[u8]> for Held {
-            fn as_ref(&self) -> &[u8] {
-                &self.bytes
-            }
-        }
-        let (parts, body) = response.into_parts();
-        let collected = body.collect().await.map_err(|error| RerankError::Internal(error.into()))?;
-        let bytes = collected.to_bytes();
-        self.grow(bytes.len())?;
-        Ok(Response::from_parts(parts, Body::from(Bytes::from_owner(Held { bytes, _share: self }))))
     }
+    let (parts, body) = response.into_parts();
+    let collected = body.collect().await.map_err(|error| RerankError::Internal(error.into()))?;
+    let bytes = collected.to_bytes();
+    share.grow_to(bytes.len())?;
+    Ok(Response::from_parts(parts, Body::from(Bytes::from_owner(Held { bytes, _share: share }))))
 }
 
 fn check_headers(headers: &HeaderMap, limits: &ApiLimits) -> Result<(), ApiError> {

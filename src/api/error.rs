@@ -121,6 +121,9 @@ impl From<RerankError> for ApiError {
                 retry_after_s: Some(retry_after_s),
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
             },
+            RerankError::RateLimited { retry_after_s, .. } => {
+                Self { retry_after_s: Some(retry_after_s), ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+            }
             RerankError::OutOfMemory | RerankError::Loading | RerankError::ShuttingDown => {
                 Self { code: 50505, retry_after_s: Some(1), ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message) }
             }

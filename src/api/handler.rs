@@ -6,10 +6,11 @@ use axum::extract::{Request, State};
 use axum::http::HeaderValue;
 use axum::response::{IntoResponse, Response};
 
-use super::body::ReadBody;
+use super::body::{ReadBody, hold_until_written};
 use super::dialect::{Dialect, ParsedRequest};
 use super::observe::{RequestId, RequestStats};
 use super::state::App;
+use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, rerank as rank};
 use crate::scheduler::Deadline;
@@ -20,20 +21,21 @@ const LARGE_BYTES: usize = 64 * 1024;
 /// Ranks documents by their relevance to a query.
 pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Response {
     let id = request.extensions().get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
+    let client = request.extensions().get::<Client>().cloned().unwrap_or_default();
     let (parts, body) = request.into_parts();
-    let ReadBody { bytes, share } = match app.memory.read(&parts.headers, body, &app.limits).await {
+    let ReadBody { bytes, share } = match app.memory.read(&client, &parts.headers, body, &app.limits).await {
         Ok(body) => body,
         Err(error) => return error.closing_connection().into_response(),
     };
-    let (response, dialect) = answer(&app, bytes, id).await;
+    let (response, dialect) = answer(&app, client, bytes, id).await;
     let response = match response {
-        Ok(response) => share.attach(response).await,
+        Ok(response) => hold_until_written(share, response).await,
         Err(error) => Err(error.into()),
     };
     response.unwrap_or_else(|error| dialect.error(error))
 }
 
-async fn answer(app: &App, body: Vec<u8>, id: String) -> (Result<Response, RerankError>, Dialect) {
+async fn answer(app: &App, client: Client, body: Vec<u8>, id: String) -> (Result<Response, RerankError>, Dialect) {
     let deadline = Deadline::after(app.limits.request_timeout_s);
     let (is_large, max_documents) = (body.len() > LARGE_BYTES, app.limits.max_documents);
     let parse = move || {
@@ -47,7 +49,7 @@ async fn answer(app: &App, body: Vec<u8>, id: String) -> (Result<Response, Reran
     };
     let ranked = async {
         let ParsedRequest { mut request, write } = parsed?;
-        request.deadline = Some(deadline);
+        (request.client, request.deadline) = (client, Some(deadline));
         let documents = request.documents.len();
         let ranked = tokio::time::timeout_at(deadline.at.into(), rank(app.models()?, request)).await;
         let ranking = ranked.unwrap_or(Err(RerankError::Deadline { seconds: deadline.seconds }))?;

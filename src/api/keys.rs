@@ -1,34 +1,89 @@
 //! The API keys that the server accepts.
 
+use anyhow::{Result, bail, ensure};
 use sha2::{Digest, Sha256};
-use subtle::{Choice, ConstantTimeEq};
+use subtle::{ConditionallySelectable, ConstantTimeEq};
 
-/// SHA-256 digests of the valid keys. If there are none, requests need no key.
+use crate::client::{Client, ClientId, RateLimits};
+
+/// Keys of fewer characters are guessed too easily, so their use is logged.
+const SHORT_KEY_CHARS: usize = 16;
+
+/// The valid keys, as SHA-256 digests, and their clients. If there are none, requests need no key.
 #[derive(Clone, Default)]
-pub struct Keys(Vec<[u8; 32]>);
+pub struct Keys {
+    known: Vec<Key>,
+    /// Of requests without a key, if none is needed.
+    anyone: Client,
+    short_keys: usize,
+}
+
+#[derive(Clone)]
+struct Key {
+    digest: [u8; 32],
+    client: Client,
+}
 
 impl Keys {
-    /// Trims the keys and ignores empty ones.
-    pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>) -> Self {
-        Self(keys.into_iter().map(str::trim).filter(|key| !key.is_empty()).map(digest).collect())
+    /// Equal keys count once. Each key is a client with limits of its own.
+    ///
+    /// # Errors
+    /// A key is empty or has characters that HTTP headers cannot carry; the message does not contain the key.
+    pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>, limits: RateLimits) -> Result<Self> {
+        let mut digests = Vec::new();
+        let mut short_keys = 0;
+        for (i, key) in keys.into_iter().map(str::trim).enumerate() {
+            ensure!(!key.is_empty(), "key {} is empty", i + 1);
+            if !key.bytes().all(|byte| byte.is_ascii_graphic()) {
+                bail!("key {} has a space or a character that is not ASCII; clients cannot send it", i + 1);
+            }
+            if !digests.contains(&digest(key)) {
+                digests.push(digest(key));
+                short_keys += usize::from(key.len() < SHORT_KEY_CHARS);
+            }
+        }
+        let several = digests.len() > 1;
+        let id = |i: usize| if several { ClientId::Key(i as u32) } else { ClientId::Only };
+        let client = |i| Client::new(id(i), limits);
+        let known = digests.into_iter().enumerate().map(|(i, digest)| Key { digest, client: client(i) }).collect();
+        Ok(Self { known, anyone: Client::default(), short_keys })
+    }
+
+    /// The keys in the text of a key file: one on each line. Empty lines, lines that start with `#`, and a byte order mark at
+    /// the start are ignored.
+    pub fn lines(file: &str) -> impl Iterator<Item = &str> {
+        let file = file.strip_prefix('\u{feff}').unwrap_or(file);
+        file.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'))
     }
 
     /// Whether there are no keys, so that requests need none.
     pub fn is_open(&self) -> bool {
-        self.0.is_empty()
+        self.known.is_empty()
     }
 
-    /// Compares the key's digest with every valid one in constant time.
-    pub(super) fn contains(&self, key: &str) -> bool {
-        let offered = digest(key);
-        let hit = self.0.iter().fold(Choice::from(0), |hit, known| hit | known.ct_eq(&offered));
-        hit.into()
+    /// Number of keys that are easy to guess because they are short.
+    pub fn short_keys(&self) -> usize {
+        self.short_keys
+    }
+
+    /// The client with the key, which is compared with every valid one in constant time. Without valid keys, everybody is the
+    /// same client.
+    pub(super) fn client(&self, key: Option<&str>) -> Option<&Client> {
+        if self.is_open() {
+            return Some(&self.anyone);
+        }
+        let offered = digest(key?);
+        let mut found = u32::MAX;
+        for (i, known) in self.known.iter().enumerate() {
+            found.conditional_assign(&(i as u32), known.digest.ct_eq(&offered));
+        }
+        self.known.get(found as usize).map(|key| &key.client)
     }
 }
 
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} keys", self.0.len())
+        write!(f, "{} keys", self.known.len())
     }
 }
 
@@ -40,12 +95,40 @@ fn digest(key: &str) -> [u8; 32] {
 mod tests {
     use super::*;
 
+    fn keys(texts: &[&str]) -> Result<Keys> {
+        Keys::new(texts.iter().copied(), RateLimits::default())
+    }
+
     #[test]
     fn only_whole_keys_match() {
-        let keys = Keys::new(["secret", " ", ""]);
-        assert!(!keys.is_open() && keys.contains("secret"));
-        for wrong in ["", "secre", "secret2", "Secret"] {
-            assert!(!keys.contains(wrong), "{wrong:?}");
+        let keys = keys(&["secret", " other "]).unwrap();
+        assert_eq!(keys.client(Some("secret")).unwrap().id, ClientId::Key(0));
+        assert_eq!(keys.client(Some("other")).unwrap().id, ClientId::Key(1));
+        for wrong in [Some(""), Some("secre"), Some("secret2"), Some("Secret"), None] {
+            assert!(keys.client(wrong).is_none(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn one_key_or_none_is_one_client() {
+        let open = keys(&[]).unwrap();
+        assert!(open.is_open() && open.client(None).unwrap().id == ClientId::Only);
+        let one = keys(&["a-key", "a-key"]).unwrap();
+        assert_eq!(one.client(Some("a-key")).unwrap().id, ClientId::Only);
+        assert_eq!(one.short_keys(), 1);
+    }
+
+    #[test]
+    fn keys_that_no_client_can_send_are_refused_without_repeating_them() {
+        for wrong in ["", "two words", "schl\u{fc}ssel", "tab\tin it", "nul\0"] {
+            let error = keys(&["right", wrong]).unwrap_err().to_string();
+            assert!(error.contains("key 2") && (wrong.is_empty() || !error.contains(wrong)), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_key_file_may_have_comments_empty_lines_and_a_byte_order_mark() {
+        let lines: Vec<&str> = Keys::lines("\u{feff}# staff\nfirst\r\n\n  second  \n#third\n").collect();
+        assert_eq!(lines, ["first", "second"]);
     }
 }

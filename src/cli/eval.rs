@@ -11,6 +11,7 @@ use serde_json::json;
 use super::failure::Failure;
 use super::output::{print, table};
 use super::start::start_models;
+use crate::client::Client;
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
 use crate::config::resolve::QueueSettings;
@@ -116,6 +117,7 @@ fn evaluate(models: &Models, name: &str, topics: &[Topic], args: &EvalArgs) -> R
     let bar = telemetry::progress_count(topics.len() as u64, name);
     let rank = async |topic: &Topic| -> Result<TopicResult> {
         let request = RerankRequest {
+            client: Client::default(),
             model: Some(name.to_owned()),
             query: topic.query.clone(),
             documents: topic.documents.clone().into(),

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::failure::Failure;
 use super::output::{print, table};
 use super::start::start_models;
+use crate::client::Client;
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
 use crate::config::resolve::QueueSettings;
@@ -56,6 +57,7 @@ pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
     let models =
         start_models(&settings, |name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::of_loading)?;
     let request = RerankRequest {
+        client: Client::default(),
         model: None,
         query: args.query.clone(),
         documents: documents.texts.clone().into(),

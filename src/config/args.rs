@@ -3,6 +3,7 @@
 //! Every flag of `serve` is also an environment variable (`RERANKD_` and the flag's name) and a key of the config file.
 
 use std::net::{IpAddr, Ipv4Addr};
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -135,7 +136,8 @@ pub struct ServeArgs {
 
     /// API key that requests must carry; repeat it for several keys [default: none, open to everyone]
     ///
-    /// Keys may also be separated by commas. Clients send a key in the header `Authorization: Bearer KEY` or `x-api-key: KEY`. Other users of the machine
+    /// Keys may also be separated by commas. With several keys, each is a client of its own: waiting requests of different clients
+    /// are served in turn, and no client can fill the queue alone. Clients send a key in the header `Authorization: Bearer KEY` or `x-api-key: KEY`. Other users of the machine
     /// can read a command line: prefer --api-key-file or the environment variable.
     #[arg(
         long = "api-key",
@@ -152,6 +154,14 @@ pub struct ServeArgs {
     /// File with one API key per line; lines that start with # are comments [default: none]
     #[arg(long, value_name = "FILE", env = "RERANKD_API_KEY_FILE", help_heading = "Server")]
     pub api_key_file: Option<PathBuf>,
+
+    /// Maximum requests per minute of each API key; more are answered with 429 and Retry-After [default: no limit]
+    #[arg(long, value_name = "N", env = "RERANKD_KEY_REQUESTS_PER_MINUTE", help_heading = "Limits")]
+    pub key_requests_per_minute: Option<NonZeroU32>,
+
+    /// Maximum tokens per minute of each API key, over all chunks; more are answered with 429 and Retry-After [default: no limit]
+    #[arg(long, value_name = "TOKENS", env = "RERANKD_KEY_TOKENS_PER_MINUTE", help_heading = "Limits")]
+    pub key_tokens_per_minute: Option<NonZeroU32>,
 
     /// Host name that requests may use besides localhost; repeat it for several [default: none]
     ///

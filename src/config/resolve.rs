@@ -13,6 +13,7 @@ use crate::api::{ApiLimits, HostList, Keys, ServerTimeouts};
 use crate::backend::cpu::CpuDtype;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{CudaDtype, CudaOptions, GemmChoice};
+use crate::client::RateLimits;
 use crate::loading::source::{BUILTIN, ModelSource};
 use crate::loading::{DeviceChoice, LoadOptions};
 use crate::scheduler::SchedulerLimits;
@@ -252,9 +253,18 @@ impl ServeArgs {
                 .with_context(|| format!("--api-key-file {}: cannot be read", path.display()))?,
             None => String::new(),
         };
-        let from_file = file.lines().map(str::trim).filter(|line| !line.starts_with('#'));
-        let keys = Keys::new(self.api_keys.iter().map(|key| key.reveal()).chain(from_file));
-        ensure!(self.api_keys.is_empty() || !keys.is_open(), "--api-key is empty; leave it out to serve without keys");
+        let rates = RateLimits {
+            requests_per_minute: self.key_requests_per_minute,
+            tokens_per_minute: self.key_tokens_per_minute,
+        };
+        let all_keys = self.api_keys.iter().map(|key| key.reveal()).chain(Keys::lines(&file));
+        let keys = Keys::new(all_keys, rates).context("--api-key and --api-key-file")?;
+        for (flag, limit) in [
+            ("--key-requests-per-minute", rates.requests_per_minute),
+            ("--key-tokens-per-minute", rates.tokens_per_minute),
+        ] {
+            ensure!(limit.is_none() || !keys.is_open(), "{flag} limits each API key; add --api-key or --api-key-file");
+        }
         // A file without a key would silently open the server to everyone.
         ensure!(
             self.api_key_file.is_none() || !keys.is_open(),

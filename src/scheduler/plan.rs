@@ -1,24 +1,41 @@
 //! Selects the waiting pairs of the next batch. Pure: no clock, no lock, no thread.
 //!
 //! The policy is a two-level feedback queue. A request is in the first level until [`FIRST_SERVICE_TOKENS`] of its tokens have
-//! been planned, then in the second. Each level is first come, first served: requests of similar size finish one after another
-//! instead of all finishing late together. A quarter of every batch is reserved for the second level, so that large requests
-//! advance too. Room that one level does not use is available to the other.
+//! been planned, then in the second. A quarter of every batch is reserved for the second level, so that large requests advance
+//! too. Room that one level does not use is available to the other.
+//!
+//! In each level, the next request is one of the client that has been given the fewest tokens (start-time fair queueing: Goyal,
+//! Vin and Cheng, 1996). The requests of one client are first come, first served: requests of similar size finish one after
+//! another instead of all finishing late together.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+
+use crate::client::ClientId;
 
 /// A request in the queue: the part that planning needs.
 #[derive(Debug)]
 pub(super) struct Waiting {
     /// Id of the request's job.
     pub(super) job: u64,
+    /// Whose request it is.
+    pub(super) client: ClientId,
     /// Tokens of each of its pairs.
     pub(super) lengths: Vec<usize>,
     /// The first pair that is in no batch yet.
     pub(super) next: usize,
     /// Tokens of the pairs before `next`.
     pub(super) planned: usize,
+}
+
+/// The requests that are not planned to their end.
+#[derive(Debug, Default)]
+pub(super) struct WaitingList {
+    /// In order of arrival.
+    requests: VecDeque<Waiting>,
+    /// Tokens that have been planned for each client that waits. A client that begins to wait starts with the least of the
+    /// others, so that it has neither credit nor debt.
+    served: BTreeMap<ClientId, usize>,
 }
 
 /// Some consecutive pairs of one request.
@@ -34,11 +51,11 @@ pub(super) const FIRST_SERVICE_TOKENS: usize = 4096;
 const SECOND_LEVEL_SHARE: usize = 4;
 
 impl Waiting {
-    pub(super) fn new(job: u64, lengths: Vec<usize>) -> Self {
-        Self { job, lengths, next: 0, planned: 0 }
+    pub(super) fn new(job: u64, client: ClientId, lengths: Vec<usize>) -> Self {
+        Self { job, client, lengths, next: 0, planned: 0 }
     }
 
-    pub(super) fn is_in_first_level(&self) -> bool {
+    fn is_in_first_level(&self) -> bool {
         self.planned < FIRST_SERVICE_TOKENS
     }
 
@@ -47,20 +64,49 @@ impl Waiting {
     }
 }
 
-/// Removes the next batch, of at most `max_tokens` tokens, from `waiting`, which is in order of arrival. A pair longer than the
-/// budget is a batch of its own.
-pub(super) fn next_batch(waiting: &mut VecDeque<Waiting>, max_tokens: usize) -> Vec<Slice> {
-    let has_second_level = waiting.iter().any(|request| !request.is_in_first_level());
-    let reserved = if has_second_level { max_tokens / SECOND_LEVEL_SHARE } else { 0 };
-    let mut batch = BatchPlan { slices: Vec::new(), room: max_tokens };
-    batch.fill(waiting, true, reserved);
-    if batch.slices.is_empty() {
-        batch.fill(waiting, true, 0); // a first pair that is larger than the unreserved part must not wait for ever
+impl WaitingList {
+    pub(super) fn push(&mut self, request: Waiting) {
+        let least = self.served.values().min().copied().unwrap_or(0);
+        self.served.entry(request.client).or_insert(least);
+        self.requests.push_back(request);
     }
-    batch.fill(waiting, false, 0);
-    batch.fill(waiting, true, 0);
-    waiting.retain(|request| !request.is_done());
-    batch.slices
+
+    pub(super) fn remove(&mut self, job: u64) {
+        self.retain(|request| request.job != job);
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.requests.is_empty()
+    }
+
+    /// Whether some of a request's first-level tokens are not planned yet.
+    pub(super) fn is_in_first_level(&self, job: u64) -> bool {
+        self.requests.iter().any(|request| request.job == job && request.is_in_first_level())
+    }
+
+    /// Removes the next batch, of at most `max_tokens` tokens. A pair longer than the budget is a batch of its own.
+    pub(super) fn next_batch(&mut self, max_tokens: usize) -> Vec<Slice> {
+        let has_second_level = self.requests.iter().any(|request| !request.is_in_first_level());
+        let reserved = if has_second_level { max_tokens / SECOND_LEVEL_SHARE } else { 0 };
+        let mut batch = BatchPlan { slices: Vec::new(), room: max_tokens };
+        batch.fill(self, true, reserved);
+        if batch.slices.is_empty() {
+            batch.fill(self, true, 0); // a first pair that is larger than the unreserved part must not wait for ever
+        }
+        batch.fill(self, false, 0);
+        batch.fill(self, true, 0);
+        self.retain(|request| !request.is_done());
+        batch.slices
+    }
+
+    /// Keeps the requests for which `keep` is true, and what was planned for their clients.
+    fn retain(&mut self, keep: impl Fn(&Waiting) -> bool) {
+        let before = self.requests.len();
+        self.requests.retain(keep);
+        if self.requests.len() < before {
+            self.served.retain(|&client, _| self.requests.iter().any(|request| request.client == client));
+        }
+    }
 }
 
 /// A batch while it is filled.
@@ -71,26 +117,49 @@ struct BatchPlan {
 }
 
 impl BatchPlan {
-    /// Adds pairs of one level's requests in order of arrival. Stops at the first pair that would leave less than `reserved`
-    /// tokens of room.
-    fn fill(&mut self, waiting: &mut VecDeque<Waiting>, first_level: bool, reserved: usize) {
-        for request in waiting.iter_mut() {
-            let start = request.next;
-            while !request.is_done() && request.is_in_first_level() == first_level {
-                let tokens = request.lengths[request.next];
-                let is_first_pair = self.slices.is_empty() && request.next == start;
-                // If no room is reserved, an empty batch accepts any pair, so that a pair longer than the budget is planned.
-                let fits = tokens + reserved <= self.room || (is_first_pair && reserved == 0);
-                if !fits {
-                    self.push(request.job, start..request.next);
-                    return;
-                }
-                self.room = self.room.saturating_sub(tokens);
-                request.next += 1;
-                request.planned += tokens;
+    /// Adds pairs of one level's requests. Stops at the first pair that would leave less than `reserved` tokens of room.
+    fn fill(&mut self, list: &mut WaitingList, first_level: bool, reserved: usize) {
+        let WaitingList { requests, served } = list;
+        // Positions in `requests`, in order of arrival.
+        let mut by_client: BTreeMap<ClientId, VecDeque<usize>> = BTreeMap::new();
+        for (position, request) in requests.iter().enumerate() {
+            if request.is_in_first_level() == first_level && !request.is_done() {
+                by_client.entry(request.client).or_default().push_back(position);
             }
-            self.push(request.job, start..request.next);
         }
+        let next = |by_client: &mut BTreeMap<ClientId, VecDeque<usize>>, served: &BTreeMap<ClientId, usize>| {
+            let waiting = by_client.iter_mut().filter(|(_, positions)| !positions.is_empty());
+            let (_, positions) = waiting.min_by_key(|(client, positions)| (served[*client], positions[0]))?;
+            positions.pop_front()
+        };
+        while let Some(position) = next(&mut by_client, served) {
+            let request = &mut requests[position];
+            let (start, planned) = (request.next, request.planned);
+            let all_fit = self.plan(request, first_level, reserved);
+            *served.entry(request.client).or_default() += request.planned - planned;
+            self.push(request.job, start..request.next);
+            if !all_fit {
+                return;
+            }
+        }
+    }
+
+    /// Plans a request's pairs as far as they are in the level. False if one does not fit.
+    fn plan(&mut self, request: &mut Waiting, first_level: bool, reserved: usize) -> bool {
+        let start = request.next;
+        while !request.is_done() && request.is_in_first_level() == first_level {
+            let tokens = request.lengths[request.next];
+            let is_first_pair = self.slices.is_empty() && request.next == start;
+            // If no room is reserved, an empty batch accepts any pair, so that a pair longer than the budget is planned.
+            let fits = tokens + reserved <= self.room || (is_first_pair && reserved == 0);
+            if !fits {
+                return false;
+            }
+            self.room = self.room.saturating_sub(tokens);
+            request.next += 1;
+            request.planned += tokens;
+        }
+        true
     }
 
     /// Appends a slice, joined to the last one if it continues it.
@@ -109,18 +178,27 @@ mod tests {
 
     use super::*;
 
-    fn queue(requests: &[&[usize]]) -> VecDeque<Waiting> {
-        requests.iter().enumerate().map(|(job, lengths)| Waiting::new(job as u64, lengths.to_vec())).collect()
+    fn queue(requests: &[&[usize]]) -> WaitingList {
+        let mut list = WaitingList::default();
+        for (job, lengths) in requests.iter().enumerate() {
+            list.push(Waiting::new(job as u64, ClientId::Only, lengths.to_vec()));
+        }
+        list
+    }
+
+    /// A request of the client with key `client`.
+    fn of(client: u32, job: u64, lengths: &[usize]) -> Waiting {
+        Waiting::new(job, ClientId::Key(client), lengths.to_vec())
     }
 
     /// Each expected batch is the list of `(request, pairs)` in it.
     fn check(requests: &[&[usize]], max_tokens: usize, expected: &[&[(u64, Range<usize>)]]) {
         let mut waiting = queue(requests);
         for batch in expected {
-            let planned: Vec<_> = next_batch(&mut waiting, max_tokens).into_iter().map(|s| (s.job, s.pairs)).collect();
+            let planned: Vec<_> = waiting.next_batch(max_tokens).into_iter().map(|s| (s.job, s.pairs)).collect();
             assert_eq!(&planned, batch);
         }
-        assert!(next_batch(&mut waiting, max_tokens).is_empty());
+        assert!(waiting.next_batch(max_tokens).is_empty());
     }
 
     #[test]
@@ -142,23 +220,23 @@ mod tests {
         // After 5 batches the large request is in the second level, and the small one takes precedence.
         let mut waiting = queue(&[&[1000; 8]]);
         for batch in 0..5 {
-            assert_eq!(next_batch(&mut waiting, 1000), [Slice { job: 0, pairs: batch..batch + 1 }]);
+            assert_eq!(waiting.next_batch(1000), [Slice { job: 0, pairs: batch..batch + 1 }]);
         }
-        waiting.push_back(Waiting::new(1, vec![300; 4]));
-        assert_eq!(next_batch(&mut waiting, 1300), [Slice { job: 1, pairs: 0..4 }]);
-        assert_eq!(next_batch(&mut waiting, 1300), [Slice { job: 0, pairs: 5..6 }]);
+        waiting.push(Waiting::new(1, ClientId::Only, vec![300; 4]));
+        assert_eq!(waiting.next_batch(1300), [Slice { job: 1, pairs: 0..4 }]);
+        assert_eq!(waiting.next_batch(1300), [Slice { job: 0, pairs: 5..6 }]);
     }
 
     #[test]
     fn a_quarter_of_a_batch_is_kept_for_large_requests() {
         let mut waiting = queue(&[&[100; 100]]);
-        while waiting[0].is_in_first_level() {
-            next_batch(&mut waiting, 1000);
+        while waiting.requests[0].is_in_first_level() {
+            waiting.next_batch(1000);
         }
         for job in 1..20 {
-            waiting.push_back(Waiting::new(job, vec![100; 10]));
+            waiting.push(Waiting::new(job, ClientId::Only, vec![100; 10]));
         }
-        let batch = next_batch(&mut waiting, 1000);
+        let batch = waiting.next_batch(1000);
         let large: usize = batch.iter().filter(|slice| slice.job == 0).map(|slice| slice.pairs.len()).sum();
         assert_eq!(large, 3, "{batch:?}");
     }
@@ -166,12 +244,12 @@ mod tests {
     #[test]
     fn a_pair_larger_than_the_unreserved_part_is_not_held_up_by_large_requests() {
         let mut waiting = queue(&[&[100; 200]]);
-        while waiting[0].is_in_first_level() {
-            next_batch(&mut waiting, 1000);
+        while waiting.requests[0].is_in_first_level() {
+            waiting.next_batch(1000);
         }
         for tokens in [900, 5000] {
-            waiting.push_back(Waiting::new(1, vec![tokens]));
-            assert_eq!(next_batch(&mut waiting, 1000)[0], Slice { job: 1, pairs: 0..1 }, "{tokens}");
+            waiting.push(Waiting::new(1, ClientId::Only, vec![tokens]));
+            assert_eq!(waiting.next_batch(1000)[0], Slice { job: 1, pairs: 0..1 }, "{tokens}");
         }
     }
 
@@ -185,6 +263,49 @@ mod tests {
         check(&[&[600], &[600], &[10]], 1000, &[&[(0, 0..1)], &[(1, 0..1), (2, 0..1)]]);
     }
 
+    #[test]
+    fn clients_take_turns_and_each_is_served_in_order() {
+        let mut waiting = WaitingList::default();
+        for job in 0..4 {
+            waiting.push(of(1, job, &[500]));
+        }
+        waiting.push(of(2, 10, &[500]));
+        waiting.push(of(2, 11, &[500]));
+        let mut order = Vec::new();
+        while !waiting.is_empty() {
+            order.extend(waiting.next_batch(500).into_iter().map(|slice| slice.job));
+        }
+        assert_eq!(order, [0, 10, 1, 11, 2, 3]);
+    }
+
+    #[test]
+    fn a_client_that_comes_back_has_neither_credit_nor_debt() {
+        let mut waiting = WaitingList::default();
+        for job in 0..6 {
+            waiting.push(of(1, job, &[1000]));
+        }
+        (0..3).for_each(|_| drop(waiting.next_batch(1000)));
+        for job in 10..13 {
+            waiting.push(of(2, job, &[1000]));
+        }
+        let order: Vec<u64> = (0..6).map(|_| waiting.next_batch(1000)[0].job).collect();
+        assert_eq!(order, [3, 10, 4, 11, 5, 12]);
+        assert!(waiting.is_empty() && waiting.served.is_empty());
+    }
+
+    #[test]
+    fn clients_are_charged_by_tokens_not_by_requests() {
+        let mut waiting = WaitingList::default();
+        for job in 0..2 {
+            waiting.push(of(1, job, &[900]));
+        }
+        for job in 10..20 {
+            waiting.push(of(2, job, &[100]));
+        }
+        let order: Vec<u64> = (0..3).flat_map(|_| waiting.next_batch(900)).map(|slice| slice.job).collect();
+        assert_eq!(order, [0, 10, 11, 12, 13, 14, 15, 16, 17, 18, 1], "900 tokens of each in turn");
+    }
+
     proptest! {
         #[test]
         fn every_pair_is_planned_once_and_in_order(
@@ -194,7 +315,7 @@ mod tests {
             let mut waiting = queue(&slices);
             let mut seen = vec![0; requests.len()];
             loop {
-                let batch = next_batch(&mut waiting, max_tokens);
+                let batch = waiting.next_batch(max_tokens);
                 if batch.is_empty() { break; }
                 let lengths = batch.iter().flat_map(|s| &requests[s.job as usize][s.pairs.clone()]);
                 prop_assert!(lengths.clone().sum::<usize>() <= max_tokens || lengths.count() == 1);
@@ -213,10 +334,10 @@ mod tests {
             let slices: Vec<&[usize]> = requests.iter().map(Vec::as_slice).collect();
             let mut waiting = queue(&slices);
             let small = requests.len() as u64;
-            waiting.push_back(Waiting::new(small, vec![100]));
+            waiting.push(Waiting::new(small, ClientId::Only, vec![100]));
             let mut before = 0;
             loop {
-                let batch = next_batch(&mut waiting, 2000);
+                let batch = waiting.next_batch(2000);
                 if batch.iter().any(|slice| slice.job == small) { break; }
                 before += batch.iter().map(|slice| 500 * slice.pairs.len()).sum::<usize>();
             }

@@ -1,12 +1,12 @@
 //! One model's waiting requests and their logits. Callers push requests; workers take batches and deliver logits.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-use super::plan::{self, Slice, Waiting};
+use super::plan::{Slice, Waiting, WaitingList};
 use super::types::{Deadline, QueuePermit, Scores};
 use crate::batch::Pair;
 use crate::error::RerankError;
@@ -43,8 +43,7 @@ pub(super) struct Queue {
 
 #[derive(Debug, Default)]
 struct State {
-    /// In order of arrival.
-    waiting: VecDeque<Waiting>,
+    waiting: WaitingList,
     jobs: HashMap<u64, Job>,
     next_id: u64,
     closed: bool,
@@ -114,7 +113,8 @@ impl Queue {
         }
         let id = state.next_id;
         state.next_id += 1;
-        state.waiting.push_back(Waiting::new(id, job.new.pairs.iter().map(Pair::tokens).collect()));
+        let lengths = job.new.pairs.iter().map(Pair::tokens).collect();
+        state.waiting.push(Waiting::new(id, job.new.permit.client, lengths));
         state.jobs.insert(id, job);
         self.arrived.notify_one();
         Ok(())
@@ -125,7 +125,7 @@ impl Queue {
         let mut state = self.lock();
         loop {
             state.reap_cancelled();
-            let batch = plan::next_batch(&mut state.waiting, self.max_batch_tokens);
+            let batch = state.waiting.next_batch(self.max_batch_tokens);
             if !batch.is_empty() {
                 if !state.waiting.is_empty() {
                     self.arrived.notify_one(); // another worker can take a batch too
@@ -242,9 +242,7 @@ impl State {
         let part = |slice: Slice| {
             let job = self.jobs.get_mut(&slice.job)?;
             job.started.get_or_insert(now);
-            let waits_for_first_service =
-                self.waiting.iter().any(|waiting| waiting.job == slice.job && waiting.is_in_first_level());
-            if !waits_for_first_service {
+            if !self.waiting.is_in_first_level(slice.job) {
                 job.new.permit.first_service = None;
             }
             Some((slice, Arc::clone(&job.new.pairs)))
@@ -259,7 +257,7 @@ impl State {
     }
 
     fn remove(&mut self, id: u64) -> Option<Job> {
-        self.waiting.retain(|waiting| waiting.job != id);
+        self.waiting.remove(id);
         self.jobs.remove(&id)
     }
 }
@@ -280,14 +278,16 @@ mod tests {
 
     use super::*;
     use crate::admission::{Admission, AdmissionLimits};
+    use crate::client::ClientId;
 
     type Answer = oneshot::Receiver<Result<Scores, RerankError>>;
 
     fn job(pairs: usize) -> (NewJob, Answer) {
         let (reply, answer) = oneshot::channel();
         let limits = AdmissionLimits { units: 1000, wait: Duration::MAX };
-        let total = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(pairs, None).unwrap();
-        let permit = QueuePermit { _total: total, first_service: None };
+        let total =
+            Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(ClientId::Only, pairs, None).unwrap();
+        let permit = QueuePermit { client: ClientId::Only, _total: total, first_service: None };
         (NewJob { pairs: vec![Pair::new(vec![1], vec![0]); pairs].into(), permit, deadline: None, reply }, answer)
     }
 

@@ -10,6 +10,7 @@ use super::types::{Deadline, QueuePermit, SchedulerLimits, Scores};
 use super::worker::{self, Worker};
 use crate::admission::{Admission, AdmissionLimits};
 use crate::batch::Pair;
+use crate::client::ClientId;
 use crate::encoder::CrossEncoder;
 use crate::error::RerankError;
 
@@ -53,14 +54,19 @@ impl Scheduler {
         Ok(scheduler)
     }
 
-    /// Admits `tokens` tokens of work. Keep the permit until the work is finished.
+    /// Admits `tokens` tokens of a client's work. Keep the permit until the work is finished.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`] if the queue is full; [`RerankError::CannotFinish`] if the deadline cannot be met.
-    pub fn admit(&self, tokens: usize, deadline: Option<Deadline>) -> Result<QueuePermit, RerankError> {
-        let first_service = self.first_service.admit(tokens.min(FIRST_SERVICE_TOKENS), None)?;
-        let total = self.total.admit(tokens, deadline.map(|deadline| deadline.remaining()))?;
-        Ok(QueuePermit { _total: total, first_service: Some(first_service) })
+    pub fn admit(
+        &self,
+        client: ClientId,
+        tokens: usize,
+        deadline: Option<Deadline>,
+    ) -> Result<QueuePermit, RerankError> {
+        let first_service = self.first_service.admit(client, tokens.min(FIRST_SERVICE_TOKENS), None)?;
+        let total = self.total.admit(client, tokens, deadline.map(|deadline| deadline.remaining()))?;
+        Ok(QueuePermit { client, _total: total, first_service: Some(first_service) })
     }
 
     /// Scores `pairs`. If the future is dropped, the pairs that are in no batch yet leave the queue before the next batch.
@@ -93,12 +99,12 @@ impl Scheduler {
         self.queue.running_since()
     }
 
-    /// Checks that the queue has any room, before a request is tokenized in vain.
+    /// Checks that the queue has any room for a client, before a request is tokenized in vain.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`]
-    pub fn has_room(&self) -> Result<(), RerankError> {
-        self.first_service.has_room().and_then(|()| self.total.has_room())
+    pub fn has_room(&self, client: ClientId) -> Result<(), RerankError> {
+        self.first_service.has_room(client).and_then(|()| self.total.has_room(client))
     }
 
     /// Whether requests are accepted: not after [`Scheduler::refuse_all`] or a batch timeout.

@@ -82,6 +82,7 @@ mod tests {
     use super::*;
     use crate::admission::{Admission, AdmissionLimits};
     use crate::batch::Pair;
+    use crate::client::ClientId;
     use crate::scheduler::queue::NewJob;
     use crate::scheduler::types::QueuePermit;
 
@@ -99,8 +100,8 @@ mod tests {
     fn a_batch_beyond_its_timeout_fails_every_request() {
         let queue = Arc::new(Queue::new(1));
         let limits = AdmissionLimits { units: 10, wait: Duration::MAX };
-        let total = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(1, None).unwrap();
-        let permit = QueuePermit { _total: total, first_service: None };
+        let total = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(ClientId::Only, 1, None).unwrap();
+        let permit = QueuePermit { client: ClientId::Only, _total: total, first_service: None };
         let (reply, mut answer) = tokio::sync::oneshot::channel();
         let pairs = Arc::new([Pair::new(vec![1], vec![0])]);
         queue.push(NewJob { pairs, permit, deadline: None, reply }).unwrap();

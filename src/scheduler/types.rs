@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use crate::admission::Permit;
+use crate::client::ClientId;
 
 /// Limits of one model's queue and batches.
 #[derive(Debug, Clone, Copy)]
@@ -50,6 +51,8 @@ impl Deadline {
 /// A request's admission to the queue. Dropping it makes room for other requests.
 #[derive(Debug)]
 pub struct QueuePermit {
+    /// Whose request it is.
+    pub(super) client: ClientId,
     /// All tokens of the request.
     pub(super) _total: Permit,
     /// The tokens of its first service, until they have been planned.

@@ -21,6 +21,7 @@ use super::slice::{self, SLICE_CHARS};
 use super::template::{self, EmbeddingRows, PairTemplate};
 use crate::admission::{Admission, AdmissionLimits};
 use crate::batch::Pair;
+use crate::client::ClientId;
 use crate::error::RerankError;
 
 /// Minimum window: space for a query and a document in addition to the special tokens.
@@ -199,13 +200,14 @@ impl TextEncoder {
         Ok(self.inner.template.pair(&self.token_ids(query)?, &self.token_ids(document)?))
     }
 
-    /// The pairs of a query with each document.
+    /// The pairs of a client's query with each document.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`] if too many bytes wait for the tokenizer; [`RerankError::TooMuchWork`] if the request has
     /// too many tokens; [`RerankError::Internal`] if the tokenizer fails.
     pub async fn encode(
         &self,
+        client: ClientId,
         query: &str,
         documents: Arc<[String]>,
         options: DocumentOptions,
@@ -214,7 +216,7 @@ impl TextEncoder {
         let cost = |text: &String| text.len().min(reach.saturating_mul(MAX_BYTES_PER_TOKEN));
         let bytes =
             query.len().min(self.max_query_tokens() * MAX_BYTES_PER_TOKEN) + documents.iter().map(cost).sum::<usize>();
-        let _permit = self.admission.admit(bytes, None)?;
+        let _permit = self.admission.admit(client, bytes, None)?;
         let slots = if bytes <= SMALL_REQUEST_BYTES { &self.small_slots } else { &self.large_slots };
 
         let (query, query_truncated) = self.query_ids(query, slots).await?;

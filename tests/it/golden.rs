@@ -22,6 +22,7 @@ use rerankd::backend::{Backend, cpu::CpuDtype};
 use rerankd::batch::{Batch, Pair};
 use rerankd::checkpoint::config::ModelConfig;
 use rerankd::checkpoint::weights::Weights;
+use rerankd::client::ClientId;
 use rerankd::encoder::{Bert, CrossEncoder, Stage};
 use rerankd::loading::{DeviceChoice, LoadedModel};
 use rerankd::text::DocumentOptions;
@@ -274,7 +275,8 @@ async fn minilm_ids_and_logits_match_the_float64_reference() {
         let model = load_on(device, &folder).unwrap();
         let mut largest = 0f64;
         for (line, row) in (1..).zip(&rows) {
-            let encoded = model.text.encode(&row.query, [row.text.clone()].into(), first_chunk).await.unwrap();
+            let encoded =
+                model.text.encode(ClientId::Only, &row.query, [row.text.clone()].into(), first_chunk).await.unwrap();
             let pair = &encoded.pairs[0];
             assert_eq!((pair.ids(), pair.type_ids()), (&row.ids[..], &row.type_ids[..]), "row {line}");
             let logit = f64::from(model.encoder.score(&Batch::pack([pair])).unwrap()[0]);
@@ -315,7 +317,7 @@ async fn minilm_ranks_the_right_xquad_paragraph_first() {
             }
         }
         let documents: Arc<[String]> = candidates.iter().map(|&i| paragraphs[i].context.clone()).collect();
-        let encoded = model.text.encode(question, documents, whole).await.unwrap();
+        let encoded = model.text.encode(ClientId::Only, question, documents, whole).await.unwrap();
         let logits = model.encoder.score(&Batch::pack(&encoded.pairs)).unwrap();
         let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| logits[pair]).fold(f32::NEG_INFINITY, f32::max);
         let scores: Vec<f32> = encoded.documents.iter().map(best).collect();

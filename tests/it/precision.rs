@@ -6,6 +6,7 @@
 
 use rerankd::backend::cpu::CpuDtype;
 use rerankd::batch::Batch;
+use rerankd::client::ClientId;
 use rerankd::eval::topics::{self, TopicOptions};
 use rerankd::eval::{Measures, Topic};
 use rerankd::loading::DeviceChoice;
@@ -99,7 +100,8 @@ async fn score(device: DeviceChoice, folder: &std::path::Path, topics: &[Topic])
     let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, max_tokens_per_doc: None };
     let mut scores = Vec::new();
     for topic in topics {
-        let encoded = model.text.encode(&topic.query, topic.documents.clone().into(), whole).await.unwrap();
+        let encoded =
+            model.text.encode(ClientId::Only, &topic.query, topic.documents.clone().into(), whole).await.unwrap();
         let logits = model.encoder.score(&Batch::pack(&encoded.pairs)).unwrap();
         let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| logits[pair]).fold(f32::NEG_INFINITY, f32::max);
         scores.push(encoded.documents.iter().map(|chunks| 1.0 / (1.0 + (-f64::from(best(chunks))).exp())).collect());

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use rerankd::batch::Pair;
 use rerankd::checkpoint::config::ModelConfig;
+use rerankd::client::ClientId;
 use rerankd::text::{DocumentOptions, EmbeddingRows, TextEncoder};
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -200,7 +201,8 @@ impl Texts {
     async fn sliced(&self, document: &str) -> Vec<u32> {
         let options =
             DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: usize::MAX >> 1, max_tokens_per_doc: None };
-        let encoded = self.encoder.encode("query", [document.to_owned()].into(), options).await.unwrap();
+        let encoded =
+            self.encoder.encode(ClientId::Only, "query", [document.to_owned()].into(), options).await.unwrap();
         assert_eq!((encoded.truncation.documents, encoded.truncation.chunks), (0, 0));
         // In both template families one special token follows the document.
         let before = self.encoder.pair("query", "").unwrap().tokens() - 1;

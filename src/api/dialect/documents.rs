@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 
 use super::fields::{self, Documents, RankFields, flag, in_range, whole};
 use super::parsed::ParsedRequest;
+use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
@@ -77,6 +78,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     let top_n = in_range("top_n", body.top_n, 1, i64::MAX)?;
     let top_k = in_range("top_k", body.top_k, 1, i64::MAX)?;
     let request = RerankRequest {
+        client: Client::default(),
         model: Some(body.model),
         query: fields::query(body.query)?,
         documents: body.documents.texts("documents", body.rank_fields.as_ref(), max_documents)?,

@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use super::documents::Usage;
 use super::fields::{self, Documents, RankFields, flag, in_range, whole};
 use super::parsed::ParsedRequest;
+use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;
@@ -72,6 +73,7 @@ pub(crate) struct InputResult {
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: InputBody<'_> = fields::json(body)?;
     let request = RerankRequest {
+        client: Client::default(),
         model: body.model,
         query: fields::query(body.query)?,
         documents: body.input.texts("input", body.rank_fields.as_ref(), max_documents)?,

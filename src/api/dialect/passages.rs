@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use super::documents::Usage;
 use super::fields::{self, Document, Documents, in_range, whole};
 use super::parsed::ParsedRequest;
+use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;
@@ -53,6 +54,7 @@ pub(crate) struct PassageRank {
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: PassagesBody<'_> = fields::json(body)?;
     let request = RerankRequest {
+        client: Client::default(),
         model: body.model,
         query: fields::query(body.query.text("query", None)?)?,
         documents: body.passages.texts("passages", None, max_documents)?,

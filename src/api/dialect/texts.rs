@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 use super::fields::{self, Documents, flag, in_range, whole};
 use super::parsed::ParsedRequest;
 use crate::api::error::ApiError;
+use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
 use crate::text::DocumentOptions;
@@ -63,6 +64,7 @@ pub(crate) struct TextsError {
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: TextsBody<'_> = fields::json(body)?;
     let request = RerankRequest {
+        client: Client::default(),
         model: body.model,
         query: fields::query(body.query)?,
         documents: body.texts.texts("texts", None, max_documents)?,

@@ -17,6 +17,7 @@ use http_body_util::BodyExt;
 use rerankd::api::{ApiLimits, App, Keys, router};
 use rerankd::backend::BackendError;
 use rerankd::batch::Batch;
+use rerankd::client::RateLimits;
 use rerankd::encoder::CrossEncoder;
 use rerankd::loading::LoadedModel;
 use rerankd::scheduler::SchedulerLimits;
@@ -161,7 +162,7 @@ pub fn app() -> (Arc<App>, Arc<Watch>) {
 /// An application with one stub model called `m`, with these keys and limits.
 pub fn app_with(keys: &[&str], limits: ApiLimits, queue: SchedulerLimits) -> (Arc<App>, Arc<Watch>) {
     let (model, watch) = model("m", 0.0, queue);
-    (serving(vec![model], Keys::new(keys.iter().copied()), limits), watch)
+    (serving(vec![model], Keys::new(keys.iter().copied(), RateLimits::default()).unwrap(), limits), watch)
 }
 
 /// An HTTP response with its body read.
