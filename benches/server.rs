@@ -7,7 +7,6 @@
 //! `RERANKD_BENCH_DTYPE=f32|bf16|int8` sets the dtype. `RERANKD_BENCH_BATCH_TOKENS` sets the tokens per batch; the default is the
 //! server's.
 
-#![allow(missing_docs, reason = "criterion writes the functions")]
 #![allow(clippy::print_stderr, reason = "the ratio is part of the report")]
 
 #[path = "../tests/it/support/random.rs"]

@@ -33,7 +33,7 @@ pub struct ApiLimits {
 
 /// Initial capacity of a body's buffer, in bytes. It doubles when it is full.
 const INITIAL_CAPACITY: usize = 4096;
-/// What a request takes in memory for each byte of its body: the body, its texts, their tokens and the response.
+/// Bytes of memory that a request takes for each byte of its body: the body, its texts, their tokens and the response.
 const MEMORY_PER_BODY_BYTE: usize = 4;
 /// Minimum bytes of a body that arrive in each [`RATE_WINDOW`].
 const MIN_BYTES_PER_WINDOW: usize = 1024;
@@ -43,13 +43,15 @@ const RATE_WINDOW: Duration = Duration::from_secs(5);
 /// bytes are not read.
 const MAX_DRAINED_BYTES: usize = 64 << 20;
 const MAX_DRAIN_TIME: Duration = Duration::from_secs(10);
-/// Maximum refused bodies that are drained at the same time; of further ones, the rest is not read.
+/// Maximum refused bodies that are drained at the same time. Further ones are not drained.
 const MAX_DRAINS: usize = 64;
 
-/// The memory budget of all requests, in KiB.
+/// The memory budget of all requests.
 #[derive(Debug)]
 pub(super) struct MemoryBudget {
+    /// One permit per KiB.
     memory: Arc<Semaphore>,
+    /// One permit per refused body that is being drained.
     drains: Arc<Semaphore>,
 }
 
@@ -100,11 +102,12 @@ impl MemoryBudget {
         result
     }
 
-    /// Copies the frames of a body into one buffer. Each frame that is kept would keep a whole read buffer of the connection.
+    /// Copies the frames of a body into one buffer, because a frame keeps the connection's whole read buffer in memory.
     async fn collect(&self, body: &mut Body, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
         let mut share = self.share();
         let mut bytes: Vec<u8> = Vec::new();
         let deadline = Instant::now() + limits.body_timeout;
+        // The end of the current rate window, and the length that the body must have by then.
         let mut window = (Instant::now() + RATE_WINDOW, MIN_BYTES_PER_WINDOW);
         loop {
             let until = deadline.min(window.0);
@@ -182,7 +185,8 @@ impl MemoryShare {
         Ok(())
     }
 
-    /// Attaches the share to the response's bytes. It is returned when they are written to the socket or the connection ends.
+    /// Attaches the share to the response's bytes. The memory is returned when they are written to the socket or the connection
+    /// ends.
     ///
     /// # Errors
     /// 503 if the budget has no room for the response.

@@ -56,7 +56,7 @@ pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
 #[derive(ToSchema)]
 #[schema(as = AnyRerankBody)]
 #[serde(untagged)]
-#[allow(dead_code, reason = "describes the wire, is never built")]
+#[allow(dead_code, reason = "a schema for the OpenAPI document, never constructed")]
 enum AnyBody<'a> {
     Documents(documents::RerankBody<'a>),
     Texts(texts::TextsBody<'a>),
@@ -66,7 +66,7 @@ enum AnyBody<'a> {
 #[derive(ToSchema)]
 #[schema(as = AnyRerankAnswer)]
 #[serde(untagged)]
-#[allow(dead_code, reason = "describes the wire, is never built")]
+#[allow(dead_code, reason = "a schema for the OpenAPI document, never constructed")]
 enum AnyAnswer {
     Documents(documents::RerankAnswer),
     Texts(Vec<texts::TextsRank>),
@@ -76,7 +76,7 @@ enum AnyAnswer {
 #[derive(ToSchema)]
 #[schema(as = AnyRerankError)]
 #[serde(untagged)]
-#[allow(dead_code, reason = "describes the wire, is never built")]
+#[allow(dead_code, reason = "a schema for the OpenAPI document, never constructed")]
 enum AnyError {
     Documents(ErrorBody),
     Texts(texts::TextsError),
@@ -101,7 +101,7 @@ macro_rules! rerank_path {
             ),
             security(("key" = []), ("x-api-key" = []))
         )]
-        #[allow(dead_code, reason = "describes the wire, is never called")]
+        #[allow(dead_code, reason = "carries the attributes of the OpenAPI document, never called")]
         fn $name() {}
     };
 }

@@ -38,7 +38,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/", get(openapi::front))
         .route("/openapi.json", get(openapi::document))
         .method_not_allowed_fallback(ops::wrong_method);
-    finish(app, closed.merge(open).merge(openapi::page()))
+    with_middleware(app, closed.merge(open).merge(openapi::page()))
 }
 
 /// The routes of a connection beyond the cap: health checks and metrics; 503 for everything else.
@@ -49,11 +49,11 @@ pub(crate) fn overloaded_router(app: &Arc<App>) -> Router {
         .route("/ready", get(ops::ready))
         .route("/metrics", metrics)
         .fallback(ops::too_many_connections);
-    finish(app, open)
+    with_middleware(app, open)
 }
 
 /// Adds the middleware of every route: the host check, panics as 500, the log line and the request id.
-fn finish(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
+fn with_middleware(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
     let routes = routes
         .layer(middleware::from_fn_with_state(Arc::clone(app), host::require_known_host))
         .layer(CatchPanicLayer::custom(error::from_panic))

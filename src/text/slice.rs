@@ -67,7 +67,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_is_reported() {
+    fn text_beyond_max_chars_sets_the_flag() {
         assert_eq!(slices("abcdef", 4, 5), (vec![0..4, 4..5], true));
         assert_eq!(slices("abcdef", 4, 6), (vec![0..4, 4..6], false));
     }
