@@ -60,11 +60,11 @@ fn with_middleware(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
         .layer(middleware::from_fn(observe::observe))
         .with_state(Arc::clone(app));
     // The path is rewritten outside the router, before routes are matched.
-    Router::new().fallback_service(routes.map_request(tidy_path))
+    Router::new().fallback_service(routes.map_request(normalize_path))
 }
 
 /// Removes extra slashes, which come from joining base URLs and paths: `//v1/rerank/` becomes `/v1/rerank`. `/docs/` stays.
-fn tidy_path(mut request: Request) -> Request {
+fn normalize_path(mut request: Request) -> Request {
     let path = request.uri().path();
     if path.contains("//") || (path.len() > 1 && path.ends_with('/') && path != "/docs/") {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();

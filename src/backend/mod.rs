@@ -99,12 +99,12 @@ pub struct Roofline {
 /// Memory bandwidth, and the size of values in memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryRoofline {
-    /// Bytes per second, reads and writes together.
-    pub bytes: f64,
+    /// Reads and writes together.
+    pub bytes_per_second: f64,
     /// Bytes per activation.
-    pub activation: usize,
+    pub activation_bytes: usize,
     /// Bytes per weight.
-    pub weight: usize,
+    pub weight_bytes: usize,
 }
 
 /// A failure of a backend. The source is the error of the device's library.
