@@ -23,7 +23,7 @@ pub struct ApiLimits {
     pub max_documents: usize,
     /// Maximum bytes of one body.
     pub max_body_bytes: usize,
-    /// Maximum bytes of all bodies, and of all responses that are not yet written to their sockets.
+    /// Maximum bytes of memory for all requests, and for all responses that are not yet written to their sockets.
     pub max_inflight_bytes: usize,
     /// Maximum time from the end of a request's header to the end of its body.
     pub body_timeout: Duration,

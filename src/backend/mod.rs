@@ -236,8 +236,8 @@ pub trait Timed: Backend {
     /// # Errors
     /// The device fails.
     fn record_event(&self, ctx: &Self::ExecContext) -> Result<Self::Event, BackendError>;
-    /// Seconds of the whole device between two events of one execution context. Called after the run that recorded
-    /// them: if the context uses 1 of N threads, this is 1/N of the elapsed time.
+    /// Seconds between two events of one execution context, times the share of the device that the context uses: 1/N if it
+    /// uses one of N threads. Called after the run that recorded the events.
     ///
     /// # Errors
     /// The device fails.

@@ -135,8 +135,8 @@ pub struct ServeArgs {
 
     /// API key that requests must carry; repeat it for several keys [default: none, open to everyone]
     ///
-    /// Keys may also be separated by commas. Clients send a key in the header `Authorization: Bearer KEY` or `x-api-key: KEY`. Other users of the machine
-    /// can read a command line: prefer --api-key-file or the environment variable.
+    /// Keys may also be separated by commas. Clients send a key in the header `Authorization: Bearer KEY` or `x-api-key: KEY`.
+    /// Other users of the machine can read a command line: prefer --api-key-file or the environment variable.
     #[arg(
         long = "api-key",
         id = "api-key",
@@ -181,9 +181,9 @@ pub struct ServeArgs {
     )]
     pub max_body_bytes: usize,
 
-    /// Maximum bytes of all request bodies in memory; above the limit, requests are answered with 503
+    /// Maximum bytes of memory for request bodies and responses; above the limit, requests are answered with 503
     ///
-    /// A limit below --max-body-bytes is raised to it.
+    /// A request counts with four times the size of its body. A limit below --max-body-bytes is raised to it.
     #[arg(
         long,
         value_name = "BYTES",
