@@ -5,8 +5,6 @@
 //! `RERANKD_BENCH_ENGINES=f32,bf16,int8,candle` engines (default all). Weights are random: speed does not depend on
 //! them.
 
-#![allow(missing_docs, reason = "criterion writes the functions")]
-
 #[path = "../tests/it/support/random.rs"]
 mod random;
 
@@ -22,7 +20,7 @@ use rerankd::checkpoint::config::ModelConfig;
 use rerankd::checkpoint::weights::Weights;
 use rerankd::encoder::{self, CrossEncoder};
 
-/// Name, layers, C, H, F.
+/// Name, layers, hidden size, heads, feed-forward size.
 const SHAPES: [(&str, usize, usize, usize, usize); 3] =
     [("minilm", 12, 384, 12, 1536), ("base", 12, 768, 12, 3072), ("large", 24, 1024, 16, 4096)];
 

@@ -1,9 +1,8 @@
 //! GEMM throughput of the CPU backend, as a fraction of the machine's measured peak.
 //!
-//! Run with `cargo bench --bench kernels`. Criterion's elements are operations; a multiplication and an addition are
-//! two. Shapes, `m x k x n`, are those of the layers of MiniLM, base and large models.
+//! Run with `cargo bench --bench kernels`. Criterion's elements are operations: a multiplication and an addition
+//! count as two. Shapes, `m x k x n`, are those of the layers of MiniLM, base and large models.
 
-#![allow(missing_docs, reason = "criterion writes the functions")]
 #![allow(clippy::print_stderr, reason = "the fraction of the peak is part of the report")]
 
 use std::time::{Duration, Instant};
@@ -43,7 +42,7 @@ fn gemms(criterion: &mut Criterion) {
     }
 }
 
-/// The median of seven measurements of GEMM rate / peak rate. Both are measured in turn, because the speed of a shared
+/// The median of seven measurements of GEMM rate / peak rate. The two are measured alternately, because the speed of a shared
 /// machine drifts.
 fn share_of_peak(
     dtype: CpuDtype,

@@ -1,13 +1,12 @@
 //! The server in process, without a socket: JSON, tokenization, queue, encoder, JSON. Reports documents per second.
 //!
-//! `cargo bench --bench server`. The `stub` model takes no time, so its figures are those of everything else. `end to end` has
+//! `cargo bench --bench server`. The `stub` model computes almost nothing, so its figures are those of the rest of the server. `end to end` has
 //! random weights of the base shape and a real tokenizer. It compares 32 documents that fill the window with the encoder alone
 //! on the same pairs.
 //!
 //! `RERANKD_BENCH_DTYPE=f32|bf16|int8` sets the dtype. `RERANKD_BENCH_BATCH_TOKENS` sets the tokens per batch; the default is the
 //! server's.
 
-#![allow(missing_docs, reason = "criterion writes the functions")]
 #![allow(clippy::print_stderr, reason = "the ratio is part of the report")]
 
 #[path = "../tests/it/support/random.rs"]
@@ -126,7 +125,7 @@ fn end_to_end(criterion: &mut Criterion) {
     let body = json!({"model": "base", "query": query, "documents": documents, "max_chunks_per_doc": 1});
     let request = || assert_eq!(runtime.block_on(stub::rerank(&app, body.clone())).status, 200);
 
-    // Measured in pairs, because the speed of a shared machine drifts.
+    // The two are measured alternately, because the speed of a shared machine drifts.
     let mut ratios: Vec<f64> = (0..if run_as_test { 1 } else { 5 })
         .map(|_| {
             let begun = Instant::now();

@@ -2,8 +2,6 @@
 //!
 //! `cargo bench --bench text`. Uses the built-in model's tokenizer, and that of bge-reranker-v2-m3 if the test data has it.
 
-#![allow(missing_docs, reason = "criterion writes the functions")]
-
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -27,7 +25,7 @@ fn encoder(tokenizer: &PathBuf) -> TextEncoder {
     };
     let json = std::fs::read(tokenizer).expect("a tokenizer.json");
     TextEncoder::new(&json, EmbeddingRows { vocabulary: usize::MAX, token_types: 256 }, 512, limits)
-        .expect("a tokenizer that we read")
+        .expect("a supported tokenizer")
 }
 
 fn texts(criterion: &mut Criterion) {

@@ -10,13 +10,13 @@ use crate::loading::{LoadOptions, LoadedModel, Loader};
 use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
 use crate::text::TextEncoder;
 
-/// Maximum time of one batch, of a large model on a small CPU.
-const LONG_BATCH: Duration = Duration::from_secs(120);
+/// A worker that runs one batch for longer counts as hung. Even a large model on a small CPU is faster.
+const MAX_BATCH_TIME: Duration = Duration::from_secs(120);
 
 /// Maximum characters of a requested model name in an error message.
 const MAX_NAME_CHARS: usize = 128;
-/// Maximum slashes in a requested model name that are tried as the end of a gateway's prefix.
-const MAX_NAME_PARTS: usize = 8;
+/// Maximum leading parts of a requested model name that are ignored as a gateway's prefix.
+const MAX_PREFIX_PARTS: usize = 8;
 
 /// A served model: its text encoder and its scheduler.
 #[derive(Debug)]
@@ -48,24 +48,24 @@ impl Model {
         Ok(Self { name, dtype, aliases, text, scheduler })
     }
 
-    /// Checks that an inference has succeeded within `recent`, or succeeds now within `patience_s` seconds. A model that has
-    /// succeeded before and has run its batch for less than two minutes counts as alive too.
+    /// Checks that an inference has succeeded within `recent`, or succeeds now within `timeout_s` seconds. A model that has
+    /// succeeded before and has run its batch for less than two minutes passes too.
     ///
     /// # Errors
     /// Why the inference did not succeed.
-    pub async fn check(&self, recent: Duration, patience_s: u64) -> Result<(), RerankError> {
+    pub async fn check(&self, recent: Duration, timeout_s: u64) -> Result<(), RerankError> {
         let last_success = self.scheduler.last_success();
-        let busy = self.scheduler.running_since().is_some_and(|since| since.elapsed() < LONG_BATCH);
+        let busy = self.scheduler.running_since().is_some_and(|since| since.elapsed() < MAX_BATCH_TIME);
         if last_success.is_some_and(|at| busy || at.elapsed() < recent) {
             return Ok(());
         }
         let pair = self.text.pair("health", "a pair like any other").map_err(RerankError::Internal)?;
-        let deadline = Deadline::after(patience_s);
+        let deadline = Deadline::after(timeout_s);
         let permit = self.scheduler.admit(ClientId::Only, pair.tokens(), None)?;
         let scored = self.scheduler.score(vec![pair], permit, Some(deadline));
         match tokio::time::timeout_at(deadline.at.into(), scored).await {
             Ok(result) => result.map(|_| ()),
-            Err(_) => Err(RerankError::Deadline { seconds: patience_s }),
+            Err(_) => Err(RerankError::Deadline { seconds: timeout_s }),
         }
     }
 
@@ -121,7 +121,7 @@ impl Models {
     /// [`RerankError::UnknownModel`]
     pub fn find(&self, name: &str) -> Result<&Model, RerankError> {
         let called = |name: &str| self.0.iter().find(|model| model.is_called(name));
-        let suffixes = name.match_indices('/').take(MAX_NAME_PARTS).map(|(slash, _)| &name[slash + 1..]);
+        let suffixes = name.match_indices('/').take(MAX_PREFIX_PARTS).map(|(slash, _)| &name[slash + 1..]);
         std::iter::once(name).chain(suffixes).find_map(called).ok_or_else(|| RerankError::UnknownModel {
             model: name.chars().take(MAX_NAME_CHARS).collect(),
             served: self.served_names(),

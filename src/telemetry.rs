@@ -32,7 +32,7 @@ const TOKENS: [f64; 10] = [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096
 /// The filter is empty, a word in it is neither a level nor a directive, or `tracing_subscriber` rejects a directive.
 pub fn parse_log_filter(text: &str) -> Result<String, String> {
     EnvFilter::try_new(text).map_err(|error| error.to_string())?;
-    // EnvFilter takes a word that is not a level for a module's name, and would log nothing.
+    // EnvFilter would treat a word that is not a level as a module's name, and log nothing.
     let is_level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
     match text.split(',').find(|part| !part.contains(['=', '[', ':']) && !is_level(part.trim())) {
         Some(part) => {
@@ -131,7 +131,7 @@ fn describe_metrics() {
     describe_gauge!(
         "rerankd_queue_first_service_tokens",
         Unit::Count,
-        "Tokens that a new request waits for, by model: admitted, and not yet planned into a first batch"
+        "Tokens in the first level of the queue, for which a new request waits, by model"
     );
     describe_counter!("rerankd_worker_restarts_total", "Workers restarted after a panic, by model");
     describe_counter!(

@@ -25,16 +25,16 @@ struct Args {
     /// Address of the server
     #[arg(long, default_value = "127.0.0.1:8080")]
     address: String,
-    /// Documents of one request
+    /// Documents per request
     #[arg(long, default_value_t = 20)]
     documents: usize,
-    /// Words of one document
+    /// Words per document
     #[arg(long, default_value_t = 100)]
     words: usize,
     /// Multiples of the measured capacity to offer
     #[arg(long, value_delimiter = ',', default_values_t = [0.5, 0.9, 1.2, 2.0, 5.0, 10.0])]
     factors: Vec<f64>,
-    /// Seconds of each load
+    /// Duration of each load, in seconds
     #[arg(long, default_value_t = 10)]
     seconds: u64,
     /// An answer counts as goodput if it arrives within this time of its scheduled start, in seconds
@@ -54,7 +54,7 @@ struct Args {
     model: String,
 }
 
-/// What became of one request.
+/// The result of one request.
 #[derive(Clone, Copy)]
 struct Outcome {
     /// 0 if the connection failed.
@@ -84,7 +84,7 @@ async fn main() {
     }
 }
 
-/// One request on the wire. Requests differ, so that the server merges no pairs between them.
+/// The bytes of one HTTP request. Requests differ, so that the server merges no pairs between them.
 fn request(args: &Args, seed: usize) -> Vec<u8> {
     const WORDS: [&str; 16] = [
         "river", "engine", "harbor", "window", "letter", "market", "forest", "signal", "bridge", "garden", "copper",
@@ -110,7 +110,10 @@ async fn capacity(args: &Args, requests: &Arc<Vec<Vec<u8>>>, pool: &Pool) -> f64
                 while Instant::now() < until {
                     let request = &requests[(client + answered) % requests.len()];
                     let outcome = ask(&address, request, &pool, Instant::now()).await;
-                    assert_eq!(outcome.status, 200, "the capacity cannot be measured");
+                    assert_eq!(
+                        outcome.status, 200,
+                        "the server must answer with 200 while the capacity is measured (0: the connection failed)"
+                    );
                     answered += 1;
                 }
                 answered

@@ -35,7 +35,11 @@ fn main() -> Result<()> {
     let (folder, workloads) = (argument("--model")?, argument("--workloads")?);
     let mut config: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(folder.join("config.json"))?)?;
     // Later versions of transformers omit this field, whose value is always the same.
-    config.as_object_mut().context("an object")?.entry("position_embedding_type").or_insert("absolute".into());
+    config
+        .as_object_mut()
+        .context("config.json is not a JSON object")?
+        .entry("position_embedding_type")
+        .or_insert("absolute".into());
     let config: Config = serde_json::from_value(config)?;
     let weights = std::fs::read(folder.join("model.safetensors"))?;
     let weights = VarBuilder::from_buffered_safetensors(weights, DType::F32, &Device::Cpu)?;
@@ -45,7 +49,7 @@ fn main() -> Result<()> {
     write_line(&json!({"engine": engine, "ready": true, "version": "0.11.1", "modes": ["one", "batch8"]}))?;
     for line in std::io::stdin().lines() {
         let turn: Turn = serde_json::from_str(&line?)?;
-        let pairs = workloads.get(&turn.workload).context("no such workload")?;
+        let pairs = workloads.get(&turn.workload).with_context(|| format!("no workload {}", turn.workload))?;
         let mut order: Vec<usize> = (0..pairs.len()).collect();
         order.sort_by_key(|&i| pairs[i].len());
         let size = if turn.mode == "one" { 1 } else { 8 };
@@ -71,7 +75,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The pairs `part` as one padded tensor `[batch, longest]`.
+/// The pairs with the indices `part` as one padded tensor `[batch, longest]`.
 fn padded(part: &[usize], pairs: &[Vec<u32>]) -> Result<Tensor> {
     let longest = part.iter().map(|&i| pairs[i].len()).max().unwrap_or(0);
     let mut ids = Vec::with_capacity(part.len() * longest);

@@ -148,14 +148,14 @@ def load_onnxruntime(precision: str, folder: Path, threads: int) -> Engine:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
-    wide, narrow = session(threads), session(1)
+    all_threads, one_thread = session(threads), session(1)
     pool = ThreadPoolExecutor(threads)
 
     def one_after_another(batches: list[dict[str, np.ndarray]]) -> np.ndarray:
-        return np.concatenate([wide.run(None, batch)[0] for batch in batches])
+        return np.concatenate([all_threads.run(None, batch)[0] for batch in batches])
 
     def streams(batches: list[dict[str, np.ndarray]]) -> np.ndarray:
-        return np.concatenate(list(pool.map(lambda batch: narrow.run(None, batch)[0], batches)))
+        return np.concatenate(list(pool.map(lambda batch: one_thread.run(None, batch)[0], batches)))
 
     modes = {mode: Mode(batches_of(mode), one_after_another) for mode in ("one", "batch8")}
     return Engine(version("onnxruntime"), modes | {mode: Mode(batches_of(mode), streams) for mode in STREAMS})

@@ -10,8 +10,8 @@ use axum::response::Response;
 use super::error::ApiError;
 use super::state::App;
 
-/// Refuses a request without a valid key, unless the server is open. Adds the [`Client`](crate::client::Client) to the request's
-/// extensions.
+/// Refuses a request without a valid key, unless the server runs without keys. Adds the [`Client`](crate::client::Client) to the
+/// request's extensions.
 pub(super) async fn require_key(
     State(app): State<Arc<App>>,
     mut request: Request,
@@ -37,11 +37,11 @@ fn offered_key(headers: &HeaderMap) -> Option<&str> {
 }
 
 fn bearer_key(value: &HeaderValue) -> Option<&str> {
-    let offer = value.to_str().ok()?.trim();
-    match offer.split_once(' ') {
+    let credentials = value.to_str().ok()?.trim();
+    match credentials.split_once(' ') {
         Some((scheme, key)) if scheme.eq_ignore_ascii_case("bearer") => Some(key.trim()),
         Some(_) => None,
-        None => Some(offer),
+        None => Some(credentials),
     }
 }
 
@@ -60,7 +60,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_are_found_where_clients_put_them() {
+    fn a_key_is_read_from_authorization_or_x_api_key() {
         for value in ["Bearer k", "bearer k", "BEARER  k ", "k"] {
             assert_eq!(offered(&[("authorization", value)]).as_deref(), Some("k"), "{value:?}");
         }

@@ -25,7 +25,7 @@ pub struct ApiLimits {
     pub max_documents: usize,
     /// Maximum bytes of one body.
     pub max_body_bytes: usize,
-    /// Maximum bytes of all bodies, and of all responses that are not yet written to their sockets.
+    /// Maximum bytes of memory for all requests, and for all responses that are not yet written to their sockets.
     pub max_inflight_bytes: usize,
     /// Maximum time from the end of a request's header to the end of its body.
     pub body_timeout: Duration,
@@ -35,7 +35,7 @@ pub struct ApiLimits {
 
 /// Initial capacity of a body's buffer, in bytes. It doubles when it is full.
 const INITIAL_CAPACITY: usize = 4096;
-/// What a request takes in memory for each byte of its body: the body, its texts, their tokens and the response.
+/// Bytes of memory that a request takes for each byte of its body: the body, its texts, their tokens and the response.
 const MEMORY_PER_BODY_BYTE: usize = 4;
 /// Minimum bytes of a body that arrive in each [`RATE_WINDOW`].
 const MIN_BYTES_PER_WINDOW: usize = 1024;
@@ -45,13 +45,14 @@ const RATE_WINDOW: Duration = Duration::from_secs(5);
 /// bytes are not read.
 const MAX_DRAINED_BYTES: usize = 64 << 20;
 const MAX_DRAIN_TIME: Duration = Duration::from_secs(10);
-/// Maximum refused bodies that are drained at the same time; of further ones, the rest is not read.
+/// Maximum refused bodies that are drained at the same time. Further ones are not drained.
 const MAX_DRAINS: usize = 64;
 
 /// The memory budget of all requests, in bytes.
 #[derive(Debug)]
 pub(super) struct MemoryBudget {
     memory: Arc<Admission>,
+    /// One permit per refused body that is being drained.
     drains: Arc<Semaphore>,
 }
 
@@ -93,11 +94,12 @@ impl MemoryBudget {
         result
     }
 
-    /// Copies the frames of a body into one buffer. Each frame that is kept would keep a whole read buffer of the connection.
+    /// Copies the frames of a body into one buffer, because a frame keeps the connection's whole read buffer in memory.
     async fn collect(&self, client: ClientId, body: &mut Body, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
         let mut share = self.memory.admit(client, 0, None)?;
         let mut bytes: Vec<u8> = Vec::new();
         let deadline = Instant::now() + limits.body_timeout;
+        // The end of the current rate window, and the length that the body must have by then.
         let mut window = (Instant::now() + RATE_WINDOW, MIN_BYTES_PER_WINDOW);
         loop {
             let until = deadline.min(window.0);

@@ -192,7 +192,10 @@ impl TimedStream {
             if written < self.timeouts.write.as_secs() * MIN_WRITE_RATE {
                 // With a linger time of 0, closing sends a reset and frees the kernel's send buffer at once.
                 SockRef::from(&self.inner).set_linger(Some(Duration::ZERO)).ok();
-                return Poll::Ready(io::Error::new(io::ErrorKind::TimedOut, "the client does not read its answer"));
+                return Poll::Ready(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "write timeout: the client does not read the response",
+                ));
             }
             self.blocked = Some((Instant::now(), 0));
             return self.poll_write_timeout(cx);

@@ -56,7 +56,7 @@ pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
 #[derive(ToSchema)]
 #[schema(as = AnyRerankBody)]
 #[serde(untagged)]
-#[allow(dead_code, reason = "describes the wire, is never built")]
+#[allow(dead_code, reason = "a schema for the OpenAPI document, never constructed")]
 enum AnyBody<'a> {
     Documents(documents::RerankBody<'a>),
     Texts(texts::TextsBody<'a>),
@@ -66,7 +66,7 @@ enum AnyBody<'a> {
 #[derive(ToSchema)]
 #[schema(as = AnyRerankAnswer)]
 #[serde(untagged)]
-#[allow(dead_code, reason = "describes the wire, is never built")]
+#[allow(dead_code, reason = "a schema for the OpenAPI document, never constructed")]
 enum AnyAnswer {
     Documents(documents::RerankAnswer),
     Texts(Vec<texts::TextsRank>),
@@ -76,7 +76,7 @@ enum AnyAnswer {
 #[derive(ToSchema)]
 #[schema(as = AnyRerankError)]
 #[serde(untagged)]
-#[allow(dead_code, reason = "describes the wire, is never built")]
+#[allow(dead_code, reason = "a schema for the OpenAPI document, never constructed")]
 enum AnyError {
     Documents(ErrorBody),
     Texts(texts::TextsError),
@@ -95,13 +95,14 @@ macro_rules! rerank_path {
                 (status = 408, description = "The body did not arrive in time", body = ErrorBody),
                 (status = 413, description = "The body, or the work it asks for, is over the limit", body = $error),
                 (status = 415, description = "A compressed body", body = ErrorBody),
+                (status = 429, description = "A rate limit of the key is used up; see Retry-After", body = $error),
                 (status = 500, description = "A fault of the server", body = $error),
                 (status = 503, description = "Too much is waiting (code 50505); see Retry-After", body = $error),
                 (status = 504, description = "The deadline passed first", body = $error),
             ),
             security(("key" = []), ("x-api-key" = []))
         )]
-        #[allow(dead_code, reason = "describes the wire, is never called")]
+        #[allow(dead_code, reason = "carries the attributes of the OpenAPI document, never called")]
         fn $name() {}
     };
 }

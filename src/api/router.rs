@@ -38,7 +38,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/", get(openapi::front))
         .route("/openapi.json", get(openapi::document))
         .method_not_allowed_fallback(ops::wrong_method);
-    finish(app, closed.merge(open).merge(openapi::page()))
+    with_middleware(app, closed.merge(open).merge(openapi::page()))
 }
 
 /// The routes of a connection beyond the cap: health checks and metrics; 503 for everything else.
@@ -49,22 +49,22 @@ pub(crate) fn overloaded_router(app: &Arc<App>) -> Router {
         .route("/ready", get(ops::ready))
         .route("/metrics", metrics)
         .fallback(ops::too_many_connections);
-    finish(app, open)
+    with_middleware(app, open)
 }
 
 /// Adds the middleware of every route: the host check, panics as 500, the log line and the request id.
-fn finish(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
+fn with_middleware(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
     let routes = routes
         .layer(middleware::from_fn_with_state(Arc::clone(app), host::require_known_host))
         .layer(CatchPanicLayer::custom(error::from_panic))
         .layer(middleware::from_fn(observe::observe))
         .with_state(Arc::clone(app));
     // The path is rewritten outside the router, before routes are matched.
-    Router::new().fallback_service(routes.map_request(tidy_path))
+    Router::new().fallback_service(routes.map_request(normalize_path))
 }
 
 /// Removes extra slashes, which come from joining base URLs and paths: `//v1/rerank/` becomes `/v1/rerank`. `/docs/` stays.
-fn tidy_path(mut request: Request) -> Request {
+fn normalize_path(mut request: Request) -> Request {
     let path = request.uri().path();
     if path.contains("//") || (path.len() > 1 && path.ends_with('/') && path != "/docs/") {
         let parts: Vec<&str> = path.split('/').filter(|part| !part.is_empty()).collect();

@@ -157,7 +157,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     let mut slots = Slots::new(app.limits.max_connections);
     let connection_timeouts =
         ConnectionTimeouts { header: timeouts.header, idle: timeouts.idle, write: timeouts.write };
-    let mut answer = |stream: TcpStream| {
+    let mut start_connection = |stream: TcpStream| {
         let Some((mut slot, service)) = slots.take() else {
             metrics::counter!("rerankd_connections_refused_total").increment(1);
             return;
@@ -202,7 +202,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     let mut stop = std::pin::pin!(stop);
     loop {
         tokio::select! {
-            stream = accept(&listener) => answer(stream),
+            stream = accept(&listener) => start_connection(stream),
             () = &mut stop => break,
         }
     }
@@ -210,7 +210,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     let until = Instant::now() + timeouts.drain;
     let grace = Instant::now() + timeouts.shutdown_grace.min(timeouts.drain);
     while let Ok(stream) = tokio::time::timeout_at(grace.into(), accept(&listener)).await {
-        answer(stream);
+        start_connection(stream);
     }
     drop(listener);
     tracing::info!(seconds = timeouts.drain.as_secs(), "draining: no new connections, finishing running requests");
@@ -222,11 +222,11 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     // Requests that are queued or being computed are answered with 503 before their connections close.
     tracing::warn!("drain timeout reached: refusing the requests that are still running");
     app.refuse_all();
-    tokio::time::sleep(LAST_ANSWERS).await;
+    tokio::time::sleep(RESPONSE_FLUSH_GRACE).await;
 }
 
-/// Time for these last responses to be written before the process ends.
-const LAST_ANSWERS: Duration = Duration::from_millis(250);
+/// Time to write the responses to requests that the drain timeout refused, before the process ends.
+const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
 
 /// The router as a hyper service that marks `state` as busy while a request is handled.
 fn tracked(
@@ -324,7 +324,7 @@ impl Drop for RequestGuard {
     }
 }
 
-/// The next connection. Errors of the client are skipped; after other errors (no file descriptors left) it pauses and retries.
+/// The next connection. Connections that failed before they were accepted are skipped; after other errors (no file descriptors left) it pauses and retries.
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {
@@ -333,7 +333,7 @@ async fn accept(listener: &TcpListener) -> TcpStream {
                 SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE)).ok();
                 return stream;
             }
-            Err(error) if is_clients(&error) => {}
+            Err(error) if is_connection_error(&error) => {}
             Err(error) => {
                 tracing::error!(%error, "cannot accept connections");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -342,7 +342,8 @@ async fn accept(listener: &TcpListener) -> TcpStream {
     }
 }
 
-fn is_clients(error: &io::Error) -> bool {
+/// Whether only the connection that was to be accepted failed, so that the next one can be accepted at once.
+fn is_connection_error(error: &io::Error) -> bool {
     matches!(
         error.kind(),
         io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset | io::ErrorKind::ConnectionRefused

@@ -58,7 +58,7 @@ pub struct Norm {
 /// Erf GELU of each value, on the CPU: the reference for kernels that apply it in their epilogue.
 ///
 /// # Errors
-/// candle's.
+/// candle fails.
 #[cfg(feature = "cuda")]
 pub(in crate::backend) fn gelu_erf(values: Vec<f32>) -> Result<Vec<f32>, BackendError> {
     Ok(Tensor::new(values, &Device::Cpu)?.gelu_erf()?.to_vec1()?)

@@ -99,12 +99,12 @@ pub struct Roofline {
 /// Memory bandwidth, and the size of values in memory.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MemoryRoofline {
-    /// Bytes per second, reads and writes together.
-    pub bytes: f64,
+    /// Reads and writes together.
+    pub bytes_per_second: f64,
     /// Bytes per activation.
-    pub activation: usize,
+    pub activation_bytes: usize,
     /// Bytes per weight.
-    pub weight: usize,
+    pub weight_bytes: usize,
 }
 
 /// A failure of a backend. The source is the error of the device's library.
@@ -236,8 +236,8 @@ pub trait Timed: Backend {
     /// # Errors
     /// The device fails.
     fn record_event(&self, ctx: &Self::ExecContext) -> Result<Self::Event, BackendError>;
-    /// Seconds of the whole device between two events of one execution context. Called after the run that recorded
-    /// them: if the context uses 1 of N threads, this is 1/N of the elapsed time.
+    /// Seconds between two events of one execution context, times the share of the device that the context uses: 1/N if it
+    /// uses one of N threads. Called after the run that recorded the events.
     ///
     /// # Errors
     /// The device fails.

@@ -29,11 +29,11 @@ pub struct Operation {
     pub calls: usize,
     /// Measured time of the whole device, in seconds.
     pub seconds: f64,
-    /// The least possible time at the device's peak rates, in seconds; 0 if unknown.
+    /// The minimum time at the device's peak rates, in seconds; 0 if unknown.
     pub roofline_seconds: f64,
 }
 
-/// The least work of an operation: every value is read or written once.
+/// The minimum work of an operation: every value is read or written once.
 #[derive(Debug, Clone, Copy, Default)]
 struct Work {
     /// Operations in GEMMs.
@@ -47,12 +47,13 @@ struct Work {
 }
 
 impl Work {
-    /// The least possible time, in seconds: the larger of compute time and memory time.
+    /// The minimum time, in seconds: the larger of compute time and memory time.
     fn roofline_seconds(self, roofline: &Roofline) -> f64 {
         let compute =
             self.gemm_operations as f64 / roofline.gemms + self.attention_operations as f64 / roofline.attention;
         let memory = roofline.memory.map_or(0.0, |memory| {
-            (self.activations * memory.activation + self.weights * memory.weight) as f64 / memory.bytes
+            let bytes = self.activations * memory.activation_bytes + self.weights * memory.weight_bytes;
+            bytes as f64 / memory.bytes_per_second
         });
         compute.max(memory)
     }
@@ -181,7 +182,7 @@ impl<B: Timed> Backend for Profiled<B> {
     }
 
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
-        // A replayed CUDA graph has no operations to time.
+        // The inner `run` may replay a CUDA graph, whose operations cannot be timed.
         self.run_observed(batch, graph)
     }
 

@@ -8,10 +8,10 @@ use crate::backend::Activation;
 /// The largest head size that the backends support. Published encoders have 32 to 128.
 const MAX_HEAD_SIZE: usize = 512;
 
-/// The most values in one tensor: 16 GiB of f32.
+/// Maximum values in one tensor: 16 GiB of f32.
 const MAX_TENSOR_VALUES: u64 = 1 << 32;
 
-/// The most parameters in a model: 64 GiB of f32. The largest published encoder, XLM-RoBERTa XXL, has 10.7e9.
+/// Maximum parameters of a model: 64 GiB of f32. The largest published encoder, XLM-RoBERTa XXL, has 10.7e9.
 const MAX_PARAMETERS: u64 = 1 << 34;
 
 /// The largest `layer_norm_eps`. Published encoders have 1e-12 to 1e-5; a large value makes every norm return its bias.
@@ -94,7 +94,7 @@ impl ModelConfig {
     /// An unknown architecture or activation, more than one label, relative positions, and dimensions that are missing,
     /// out of range, or do not divide. The error names the field.
     pub fn parse(json: &str) -> Result<Self> {
-        let fields: Map<String, Value> = serde_json::from_str(json).context("not the configuration of an encoder")?;
+        let fields: Map<String, Value> = serde_json::from_str(json).context("not a JSON object")?;
         let fields = Fields(fields);
         let architecture = match fields.text("model_type")?.context("model_type is missing")? {
             "bert" => Architecture::Bert,
@@ -248,7 +248,7 @@ mod tests {
 
     #[test]
     fn absent_and_null_fields_have_their_transformers_defaults() {
-        let without = |json: &str| ModelConfig::parse(json).unwrap();
+        let parse = |json: &str| ModelConfig::parse(json).unwrap();
         let null = BGE
             .replace(r#""hidden_act":"gelu""#, r#""hidden_act":null"#)
             .replace(r#""layer_norm_eps":1e-5"#, r#""layer_norm_eps":null"#)
@@ -256,8 +256,8 @@ mod tests {
             .replace(r#"{"0":"LABEL_0"}"#, "null");
         let absent = r#"{"model_type":"xlm-roberta","vocab_size":250002,"hidden_size":1024,"num_hidden_layers":24,
             "num_attention_heads":16,"intermediate_size":4096,"max_position_embeddings":8194}"#;
-        assert_eq!(without(&null), without(absent));
-        assert_eq!(without(absent).layer_norm_eps, 1e-12);
+        assert_eq!(parse(&null), parse(absent));
+        assert_eq!(parse(absent).layer_norm_eps, 1e-12);
     }
 
     #[test]

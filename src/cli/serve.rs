@@ -93,6 +93,12 @@ fn log_startup(settings: &ServeSettings, address: SocketAddr, model: &str) {
             "no --api-key is set and {address} is not a loopback address: anyone who can reach this port can use the server; set --api-key or --api-key-file"
         );
     }
+    if settings.keys.short_keys() > 0 {
+        tracing::warn!(
+            "{} API keys have fewer than 16 characters and are easy to guess; `openssl rand -hex 32` makes a better one",
+            settings.keys.short_keys()
+        );
+    }
     let key = if settings.keys.is_open() { "" } else { " -H 'Authorization: Bearer YOUR_KEY'" };
     let shown =
         if address.ip().is_unspecified() { SocketAddr::from(([127, 0, 0, 1], address.port())) } else { address };

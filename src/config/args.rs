@@ -22,6 +22,13 @@ pub struct ModelArgs {
     #[arg(long = "model", id = "model", value_name = "[NAME=]MODEL", env = "RERANKD_MODEL", value_delimiter = ',')]
     pub models: Vec<String>,
 
+    /// Another name for a model, which requests may use; repeat it for several [default: none]
+    ///
+    /// The model is loaded once. Without =MODEL it is the first one. Models from the list of known models also have the names that
+    /// `rerankd models` shows.
+    #[arg(long = "alias", id = "alias", value_name = "ALIAS[=MODEL]", env = "RERANKD_ALIAS", value_delimiter = ',')]
+    pub aliases: Vec<String>,
+
     /// Maximum tokens of one query and one chunk together [default: listed by `rerankd models`]
     ///
     /// Longer documents are split into overlapping chunks, and the best chunk gives the document's score. A larger window gives
@@ -137,8 +144,8 @@ pub struct ServeArgs {
     /// API key that requests must carry; repeat it for several keys [default: none, open to everyone]
     ///
     /// Keys may also be separated by commas. With several keys, each is a client of its own: waiting requests of different clients
-    /// are served in turn, and no client can fill the queue alone. Clients send a key in the header `Authorization: Bearer KEY` or `x-api-key: KEY`. Other users of the machine
-    /// can read a command line: prefer --api-key-file or the environment variable.
+    /// are served in turn, and no client can fill the queue alone. Clients send a key in the header `Authorization: Bearer KEY`
+    /// or `x-api-key: KEY`. Other users of the machine can read a command line: prefer --api-key-file or the environment variable.
     #[arg(
         long = "api-key",
         id = "api-key",
@@ -191,9 +198,9 @@ pub struct ServeArgs {
     )]
     pub max_body_bytes: usize,
 
-    /// Maximum bytes of all request bodies in memory; above the limit, requests are answered with 503
+    /// Maximum bytes of memory for request bodies and responses; above the limit, requests are answered with 503
     ///
-    /// A limit below --max-body-bytes is raised to it.
+    /// A request counts with four times the size of its body. A limit below --max-body-bytes is raised to it.
     #[arg(
         long,
         value_name = "BYTES",

@@ -107,7 +107,10 @@ impl ModelArgs {
             )));
             names.push(BUILTIN);
         }
-        let sources = names.into_iter().map(ModelSource::parse).collect::<Result<_>>()?;
+        let mut sources = names.into_iter().map(ModelSource::parse).collect::<Result<Vec<_>>>()?;
+        for alias in self.aliases.iter().filter(|alias| !alias.is_empty()) {
+            add_alias(&mut sources, alias)?;
+        }
         let threads = self.threads.unwrap_or(machine.processors);
         let limits = TextLimits {
             max_query_tokens: self.max_query_tokens,
@@ -235,6 +238,23 @@ fn refuse_zero(limits: &[(&str, Option<usize>)]) -> Result<()> {
         Some((flag, _)) => bail!("{flag} is 0; expected at least 1"),
         None => Ok(()),
     }
+}
+
+/// Adds `argument`, which is `ALIAS[=MODEL]`, to the aliases of a model.
+fn add_alias(sources: &mut [ModelSource], argument: &str) -> Result<()> {
+    let (alias, model) = argument.split_once('=').map_or((argument, None), |(alias, model)| (alias, Some(model)));
+    ensure!(!alias.is_empty() && model != Some(""), "--alias {argument:?}: expected ALIAS[=MODEL]");
+    let served: Vec<String> = sources.iter().map(|source| source.name.clone()).collect();
+    let is_called = |source: &ModelSource, model: &str| {
+        let listed = source.entry.into_iter().flat_map(|entry| entry.names());
+        std::iter::once(source.name.as_str()).chain(listed).any(|name| name.eq_ignore_ascii_case(model))
+    };
+    let mut matching = sources.iter_mut().filter(|source| model.is_none_or(|model| is_called(source, model)));
+    let source = matching.next().with_context(|| {
+        format!("--alias {argument:?}: no such model is served; the served models are {}", served.join(", "))
+    })?;
+    source.aliases.push(alias.to_owned());
+    Ok(())
 }
 
 impl ServeArgs {
@@ -368,6 +388,11 @@ mod tests {
             (&["--api-key", ""], "--api-key"),
             (&["--api-key-file", "/nonexistent"], "--api-key-file"),
             (&["--model", "nothing-here"], "nothing-here"),
+            (&["--alias", "=rerankd-mini"], "ALIAS[=MODEL]"),
+            (&["--alias", "a=b"], "the served models are rerankd-mini"),
+            (&["--key-requests-per-minute", "0"], "--key-requests-per-minute"),
+            (&["--key-tokens-per-minute", "10"], "--key-tokens-per-minute limits each API key"),
+            (&["--api-key", "two words"], "key 1 has a space"),
         ] {
             assert!(device(PLAIN, flags).contains(named), "{flags:?}: {}", device(PLAIN, flags));
         }
@@ -392,6 +417,14 @@ mod tests {
             let DeviceChoice::Cuda(_, options) = settings.models.load.device else { panic!("--device cuda") };
             assert_eq!(options.cache.as_deref(), Some(std::path::Path::new(folder)));
         }
+    }
+
+    #[test]
+    fn an_alias_belongs_to_the_model_it_names_or_to_the_first() {
+        let flags = ["--model", "rerankd-mini,second=rerankd-mini", "--alias", "one,two=SECOND,three"];
+        let sources = resolve(PLAIN, &flags).unwrap().models.sources;
+        assert_eq!(sources[0].aliases, ["one", "three"]);
+        assert_eq!(sources[1].aliases, ["two"]);
     }
 
     #[test]

@@ -46,7 +46,7 @@ pub struct TopicOptions {
     pub hard: bool,
     /// SQuAD: seed of the random choices.
     pub seed: u64,
-    /// Maximum topics, taken at equal distances from the file; all without it.
+    /// Maximum topics, evenly spaced over the file; `None` is all.
     pub limit: Option<usize>,
 }
 

@@ -158,6 +158,7 @@ impl<'a> Loader<'a> {
         let entry = source.entry.filter(|entry| entry.name == source.name);
         let mut aliases: Vec<String> = entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
         aliases.push(catalogue::short_name(&source.name).to_owned());
+        aliases.extend(source.aliases.iter().cloned());
         aliases.retain(|alias| !alias.eq_ignore_ascii_case(&source.name));
         aliases.dedup();
         Ok(LoadedModel {

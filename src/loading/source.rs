@@ -26,6 +26,8 @@ pub struct ModelSource {
     pub entry: Option<&'static Entry>,
     /// Where the files are.
     pub location: ModelLocation,
+    /// Names that requests may use besides `name` and the catalogue's.
+    pub aliases: Vec<String>,
 }
 
 /// The model that is embedded in the binary. It is served without `--model`.
@@ -84,7 +86,7 @@ impl ModelSource {
             let base = folder.file_name().map_or_else(|| model.into(), |name| name.to_string_lossy().into_owned());
             let entry = catalogue::find(&base);
             let name = entry.map_or(base, |entry| entry.name.clone());
-            return Ok(Self { name, entry, location: ModelLocation::Folder(folder) });
+            return Ok(Self { name, entry, location: ModelLocation::Folder(folder), aliases: Vec::new() });
         }
         let (repository, revision) = match model.split_once('@') {
             Some((repository, revision)) => (repository, Some(revision.to_owned())),
@@ -98,12 +100,17 @@ impl ModelSource {
                     ModelLocation::Hub(Revision { repository: hub.repository.clone(), revision }, Some(&hub.weights))
                 }
             };
-            return Ok(Self { name: entry.name.clone(), entry: Some(entry), location });
+            return Ok(Self { name: entry.name.clone(), entry: Some(entry), location, aliases: Vec::new() });
         }
         if is_hub_name(repository) {
             let at =
                 Revision { repository: repository.to_owned(), revision: revision.unwrap_or_else(|| "main".to_owned()) };
-            return Ok(Self { name: repository.to_owned(), entry: None, location: ModelLocation::Hub(at, None) });
+            return Ok(Self {
+                name: repository.to_owned(),
+                entry: None,
+                location: ModelLocation::Hub(at, None),
+                aliases: Vec::new(),
+            });
         }
         let known: Vec<&str> = catalogue::entries().iter().map(|entry| entry.name.as_str()).collect();
         bail!(

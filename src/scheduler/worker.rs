@@ -19,7 +19,7 @@ pub(super) struct Worker {
     pub(super) model: String,
     pub(super) encoder: Arc<dyn CrossEncoder>,
     pub(super) queue: Arc<Queue>,
-    /// Learn the speed from every large batch.
+    /// They estimate waiting times from the speed of large batches.
     pub(super) admissions: [Arc<Admission>; 2],
     pub(super) end_process: EndProcess,
 }
@@ -33,8 +33,8 @@ pub(super) fn spawn(worker: Arc<Worker>) -> std::io::Result<JoinHandle<()>> {
             tracing::error!(model = worker.model, "a worker panicked and is restarted: {}", message(panic.as_ref()));
             metrics::counter!("rerankd_worker_restarts_total", "model" => worker.model.clone()).increment(1);
             if !restarts.allows(Instant::now()) {
-                worker.queue.fail_all(|| RerankError::Internal(anyhow::anyhow!("the worker panics")));
-                (worker.end_process)("a worker panics again and again");
+                worker.queue.fail_all(|| RerankError::Internal(anyhow::anyhow!("the worker panicked too often")));
+                (worker.end_process)("a worker panicked too often");
             }
         }
     })
@@ -81,8 +81,8 @@ impl Worker {
     }
 }
 
-/// One logit per pair; `None` if the device does not have the memory for the pair in a batch of its own. A batch that does not
-/// fit is halved and retried.
+/// One logit per pair; `None` if the device has too little memory even for this pair alone. A batch that does not fit is halved
+/// and retried.
 fn score(encoder: &dyn CrossEncoder, pairs: &[&Pair]) -> Result<Vec<Option<f32>>, BackendError> {
     let batch = Batch::pack(pairs.iter().copied());
     match run(encoder, &batch) {
@@ -94,7 +94,7 @@ fn score(encoder: &dyn CrossEncoder, pairs: &[&Pair]) -> Result<Vec<Option<f32>>
             Ok(logits)
         }
         Err(BackendError::OutOfMemory(error)) => {
-            tracing::warn!(tokens = batch.tokens(), %error, "the device has no memory for one pair");
+            tracing::warn!(tokens = batch.tokens(), %error, "the device has too little memory for a single pair");
             Ok(vec![None])
         }
         Err(error) => Err(error),
@@ -107,7 +107,7 @@ fn run(encoder: &dyn CrossEncoder, batch: &Batch) -> Result<Vec<f32>, BackendErr
     if logits.len() == batch.sequences() {
         Ok(logits)
     } else {
-        let cause = format!("the model gave {} logits for {} pairs", logits.len(), batch.sequences());
+        let cause = format!("the model returned {} logits for {} pairs", logits.len(), batch.sequences());
         Err(BackendError::Failed(cause.into()))
     }
 }

@@ -86,7 +86,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn chunks_keep_their_promises(
+        fn chunks_cover_the_text_with_the_given_overlap(
             tokens in 0usize..20_000, room in 1usize..2_000, overlap in 0usize..=80, max_chunks in 1usize..40, short in any::<bool>(),
         ) {
             let tail = if short { Tail::Short } else { Tail::Aligned };
@@ -95,13 +95,13 @@ mod tests {
             prop_assert!(!chunks.is_empty() && chunks.len() <= max_chunks);
             prop_assert!(chunks.iter().all(|c| c.len() <= room && c.end <= tokens));
             prop_assert_eq!(chunks[0].start, 0);
-            let promised = overlap.min(room / 4);
+            let expected = overlap.min(room / 4);
             for pair in chunks.windows(2) {
                 // No gaps; starts and ends increase; the overlap is exact, except that an aligned last chunk may overlap more.
                 prop_assert!(pair[1].start > pair[0].start && pair[1].end > pair[0].end);
                 let shared = pair[0].end - pair[1].start;
                 let is_last_of_all = pair[1].end == tokens;
-                prop_assert!(shared == promised || (is_last_of_all && !short && shared > promised), "{shared} shared");
+                prop_assert!(shared == expected || (is_last_of_all && !short && shared > expected), "{shared} shared");
             }
             let end = chunks[chunks.len() - 1].end;
             if chunking.count(tokens) <= max_chunks {

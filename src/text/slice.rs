@@ -1,7 +1,7 @@
 //! Splits long texts into slices before they are tokenized, so that no text occupies a thread for long.
 //!
 //! Tokenization costs at worst 1 to 4 microseconds and some 600 bytes of memory per character, and a tokenizer truncates
-//! only afterwards. If possible, a slice ends before a run of white space, and the next slice begins with that run. The
+//! only after tokenizing the whole text. If possible, a slice ends before a run of white space, and the next slice begins with that run. The
 //! pre-tokenizers of the supported models (BERT's, Metaspace, byte-level) never join tokens across such a position, so the ids
 //! are those of the whole text. In a text without white space (Chinese, a million "!") a slice ends after punctuation,
 //! and otherwise anywhere; the word at that position may then get other ids than in the whole text.
@@ -19,7 +19,8 @@ pub(crate) fn slices(text: &str, slice_chars: usize, max_chars: usize) -> (Vec<R
     let mut start = 0;
     while start < kept || slices.is_empty() {
         let rest = &text[start..kept];
-        let end = start + rest.char_indices().nth(slice_chars).map_or(rest.len(), |(limit, _)| seam(rest, limit));
+        let end =
+            start + rest.char_indices().nth(slice_chars).map_or(rest.len(), |(limit, _)| split_position(rest, limit));
         slices.push(start..end);
         start = end;
     }
@@ -27,7 +28,7 @@ pub(crate) fn slices(text: &str, slice_chars: usize, max_chars: usize) -> (Vec<R
 }
 
 /// The best position in the second half of `text[..limit]` to end a slice, or `limit`.
-fn seam(text: &str, limit: usize) -> usize {
+fn split_position(text: &str, limit: usize) -> usize {
     let from = text.floor_char_boundary(limit / 2).max(1);
     let from = text.ceil_char_boundary(from);
     let window = &text[from..limit];
@@ -60,14 +61,14 @@ mod tests {
     }
 
     #[test]
-    fn without_spaces_after_punctuation_and_else_anywhere() {
+    fn without_white_space_a_slice_ends_after_punctuation_or_anywhere() {
         assert_eq!(slices("一二三。四五六", 5, 1000).0, [0..12, 12..21]);
         assert_eq!(slices("aaaaaaaaaa", 4, 1000).0, [0..4, 4..8, 8..10]);
         assert_eq!(slices("", 4, 1000).0, [0..0]);
     }
 
     #[test]
-    fn the_rest_is_reported() {
+    fn text_beyond_max_chars_sets_the_flag() {
         assert_eq!(slices("abcdef", 4, 5), (vec![0..4, 4..5], true));
         assert_eq!(slices("abcdef", 4, 6), (vec![0..4, 4..6], false));
     }

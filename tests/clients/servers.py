@@ -1,4 +1,4 @@
-"""The three servers for the clients: an open one, one with a key, an overloaded one."""
+"""The three servers for the clients: one without keys, one with a key, one that is overloaded."""
 
 import json
 import os
@@ -69,12 +69,12 @@ class Servers:
         random_word = random.Random(7)
         words = ["".join(random_word.choices(string.ascii_lowercase, k=6)) for _ in range(BUSY_DOCUMENTS * BUSY_WORDS)]
         documents = [" ".join(words[i::BUSY_DOCUMENTS]) for i in range(BUSY_DOCUMENTS)]
-        body = question("busy", documents)
+        body = request_body("busy", documents)
         threading.Thread(target=self.send_repeatedly, args=(url, body), daemon=True).start()
-        wait_for(lambda: post(url, question("q", ["d"])) == 503, "the busy server does not answer 503")
+        wait_for(lambda: post(url, request_body("q", ["d"])) == 503, "the busy server does not answer 503")
 
     def send_repeatedly(self, url, body):
-        """Repeats the request. While the next one is being read, the server is not busy for a moment."""
+        """Sends the request again and again. Between two requests the server is briefly idle."""
         while not self.stopping.is_set():
             try:
                 post(url, body)
@@ -82,7 +82,7 @@ class Servers:
                 pass  # the server is being stopped
 
 
-def question(query, documents):
+def request_body(query, documents):
     return json.dumps({"model": MODEL, "query": query, "documents": documents}).encode()
 
 
@@ -104,9 +104,9 @@ def wait_until_ready(process, log):
 def post(url, body):
     """Sends a rerank request and returns the HTTP status."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + "/v1/rerank", body), timeout=3600) as answer:
-            answer.read()
-            return answer.status
+        with urllib.request.urlopen(urllib.request.Request(url + "/v1/rerank", body), timeout=3600) as response:
+            response.read()
+            return response.status
     except urllib.error.HTTPError as error:
         return error.code
 

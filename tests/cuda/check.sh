@@ -37,7 +37,7 @@ run() {
     status=$?
     case $status in
         0) outcome=passed ;;
-        1) outcome="$(grep -c '^BREACH' "$work/$1") breach(es)" ;;
+        1) outcome="$(grep -c '^FAILED' "$work/$1") failed" ;;
         3) outcome="bad access" ;;
         124) outcome="timeout" ;;
         134) outcome=$(grep -q deadlock "$work/$1" && echo deadlock || echo aborted) ;;
@@ -159,7 +159,7 @@ plant() {
     fi
     local mode verdict=found
     for mode in $found; do
-        EMULATED_STOP_AT_BREACH=1 run "$mode"
+        EMULATED_STOP_AT_FAILURE=1 run "$mode"
         if [ $status -eq 0 ]; then
             verdict=MISSED
             failures=$((failures + 1))

@@ -90,7 +90,7 @@ public:
         return memcmp(values + from, other.values + other_from, length * sizeof(T)) == 0;
     }
     // Whether the bytes around the values are unmodified.
-    bool kept_within() const {
+    bool surroundings_unmodified() const {
         const auto* first = reinterpret_cast<const unsigned char*>(values);
         const auto* last = reinterpret_cast<const unsigned char*>(values + count);
         const auto poison = [](unsigned char byte) { return byte == 0xff; };
@@ -132,7 +132,7 @@ void launch(Kernel kernel, Grid grid, unsigned threads, size_t shared_bytes, Arg
 // ---------------------------------------------------------------------------------------------------------------------
 
 std::mt19937 random_bits(7);
-int breaches = 0;
+int failures = 0;
 
 double normal() { return std::normal_distribution<double>()(random_bits); }
 
@@ -173,10 +173,10 @@ double as_double(element x) { return value_of(x); }
 #endif
 
 void report(const std::string& name, bool good, const std::string& what) {
-    printf("%-6s %-58s %s\n", good ? "ok" : "BREACH", name.c_str(), what.c_str());
+    printf("%-6s %-58s %s\n", good ? "ok" : "FAILED", name.c_str(), what.c_str());
     if (good) return;
-    ++breaches;
-    if (getenv("EMULATED_STOP_AT_BREACH")) {
+    ++failures;
+    if (getenv("EMULATED_STOP_AT_FAILURE")) {
         fflush(stdout);
         _exit(1);
     }
@@ -196,8 +196,8 @@ void check(const std::string& name, Buffer<T>& result, const std::vector<double>
         worst = relative <= worst ? worst : relative; // NaN stays
     }
     char text[80];
-    snprintf(text, sizeof text, "error %.1e, bound %.0e%s", worst, bound, result.kept_within() ? "" : ", WROTE BEYOND");
-    report(name, worst <= bound && result.kept_within(), text);
+    snprintf(text, sizeof text, "error %.1e, bound %.0e%s", worst, bound, result.surroundings_unmodified() ? "" : ", WROTE OUTSIDE ITS BUFFER");
+    report(name, worst <= bound && result.surroundings_unmodified(), text);
 }
 
 double value_of_e4m3(e4m3 x) {
@@ -217,11 +217,11 @@ void check_fp8_operand(const std::string& name, Buffer<e4m3>& result, const std:
         worst = steps <= worst ? worst : steps;
     }
     char text[80];
-    snprintf(text, sizeof text, "%.4f half steps%s", worst, result.kept_within() ? "" : ", WROTE BEYOND");
-    report(name, worst <= 1.05 && result.kept_within(), text);
+    snprintf(text, sizeof text, "%.4f half steps%s", worst, result.surroundings_unmodified() ? "" : ", WROTE OUTSIDE ITS BUFFER");
+    report(name, worst <= 1.05 && result.surroundings_unmodified(), text);
 }
 
-void check_same(const std::string& name, bool same) { report(name, same, same ? "same bits" : "OTHER BITS"); }
+void check_same(const std::string& name, bool same) { report(name, same, same ? "same bits" : "BITS DIFFER"); }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Batches
@@ -276,10 +276,10 @@ constexpr u32 H = C / D;
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Generates values of Q and K, given the token's relative position in its sequence, 0 to 1.
-using Values = double (*)(double place);
+using Values = double (*)(double position);
 double spread(double) { return normal(); }
 // Scores rise along the sequence: the maximum changes at nearly every step.
-double rising(double place) { return normal() * (1 + 2 * place); }
+double rising(double position) { return normal() * (1 + 2 * position); }
 // Scores of about 1e5, outside the range of f16, that differ by some hundreds.
 double huge(double) { return 40 * std::sqrt(64.0 / D) + normal(); }
 
@@ -288,9 +288,9 @@ std::vector<element> attention_input(const Batch& batch, Values values) {
     for (u32 sequence = 0; sequence < batch.sequences(); ++sequence)
         for (u32 row = 0; row < batch.lengths[sequence]; ++row)
             for (u32 i = 0; i < 3 * C; ++i) {
-                const double place = static_cast<double>(row) / batch.lengths[sequence];
+                const double position = static_cast<double>(row) / batch.lengths[sequence];
                 qkv[static_cast<size_t>(batch.offsets[sequence] + row) * 3 * C + i] =
-                    stored(i < 2 * C ? values(place) : normal());
+                    stored(i < 2 * C ? values(position) : normal());
             }
     return qkv;
 }
@@ -427,7 +427,7 @@ void check_gather_cls() {
     auto x = Buffer<element>::of(host);
     auto out = Buffer<element>::unset(static_cast<size_t>(batch.sequences()) * C);
     launch(emulated_kernel_gather_cls, {2, 1}, 128, 0, counts.data(), offsets.data(), x.data(), out.data());
-    bool same = out.kept_within();
+    bool same = out.surroundings_unmodified();
     for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
         same = same && out.same_bits(x, sequence * C, static_cast<size_t>(batch.offsets[sequence]) * C, C);
     }
@@ -515,12 +515,12 @@ void check_layer_norm(u32 rows, unsigned blocks) {
     const std::string name = "layer_norm, " + std::to_string(rows) + " rows, grid " + std::to_string(blocks);
     check(name, out, reference, C, BOUND);
     const bool same = out.same_bits(in_place, 0, 0, out.size()) && operand.same_bits(operand_in_place, 0, 0, operand.size());
-    check_same(name + ", in place and in another grid", same && in_place.kept_within());
+    check_same(name + ", in place and in another grid", same && in_place.surroundings_unmodified());
     if (FP8_GEMM) check_fp8_operand(name + ", operand", operand, reference, OPERAND_SCALE);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Element by element, and the head
+// Element-wise kernels, the wgmma GEMM and the head
 // ---------------------------------------------------------------------------------------------------------------------
 
 double gelu_erf(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }
@@ -572,7 +572,7 @@ void check_gemm(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_resid
     const std::string name = "gemm_wgmma, " + std::to_string(rows) + " x " + std::to_string(outputs) + " x " +
                              std::to_string(inputs) + (function == 0 ? ", gelu" : "") + (with_residual ? ", residual" : "");
     check(name, to, reference, outputs, BOUND);
-    check_same(name + ", nothing around it is written", to.kept_within());
+    check_same(name + ", nothing around it is written", to.surroundings_unmodified());
 }
 #endif
 
@@ -597,8 +597,8 @@ void check_gelu_of_every_value() {
         const double wanted = gelu_erf(value_of(host[i])), size = std::fabs(wanted);
         within_bound = within_bound && std::fabs(value_of(x[i]) - wanted) <= size * rounding + std::min(1e-5, 1.4e-4 * size + 4e-6) + 0x1p-25;
     }
-    within_bound = within_bound && x.kept_within();
-    report("activate, gelu by erf of every value", within_bound, within_bound ? "within its bound" : "TOO FAR");
+    within_bound = within_bound && x.surroundings_unmodified();
+    report("activate, gelu by erf of every value", within_bound, within_bound ? "within its bound" : "ERROR ABOVE ITS BOUND");
 }
 #endif
 
@@ -674,7 +674,7 @@ void check_head(u32 rows, unsigned blocks) {
     }
     char text[80];
     snprintf(text, sizeof text, "error %.1e, bound %.0e", worst, HEAD_BOUND);
-    report("head_out" + of, worst <= HEAD_BOUND && logits.kept_within(), text);
+    report("head_out" + of, worst <= HEAD_BOUND && logits.surroundings_unmodified(), text);
 }
 
 void check_to_f32(u32 rows, u32 columns) {
@@ -683,7 +683,7 @@ void check_to_f32(u32 rows, u32 columns) {
     auto x = Buffer<element>::of(host);
     auto out = Buffer<float>::unset(host.size());
     launch(emulated_kernel_to_f32, {2, 1}, 256, 0, rows_in.data(), columns, x.data(), out.data());
-    bool same = out.kept_within();
+    bool same = out.surroundings_unmodified();
     for (size_t i = 0; i < host.size(); ++i) same = same && out[i] == value_of(host[i]);
     check_same("to_f32, [" + std::to_string(rows) + ", " + std::to_string(columns) + "]", same);
 }
@@ -720,7 +720,7 @@ int main() {
         check_attention();
         check_cls_attention();
     } else {
-        printf("no attention here: C is no multiple of D\n");
+        printf("attention is not checked: C is not a multiple of D\n");
     }
     check_gather_cls();
 #ifdef HAS_GEMM_WGMMA
@@ -748,6 +748,6 @@ int main() {
     check_to_f32(5, C);
     check_to_f32(3, 1);
     check_to_f32(3, 13);
-    printf("%d breaches\n", breaches);
-    return breaches ? 1 : 0;
+    printf("%d failures\n", failures);
+    return failures ? 1 : 0;
 }

@@ -3,7 +3,7 @@
 Usage: nvrtc.py FOLDER_OF_LIBNVRTC FOLDER_OF_KERNELS
 Prints a line per program, and for sm_90a ptxas's statistics of each kernel. Exits 1 if anything does not compile, if an attention
 or GEMM kernel spills registers, or if ptxas serializes wgmmas. With a disassembler (cuobjdump, from CUDA or Triton's wheel) also
-if an instruction touches registers that a wgmma in flight reads or writes.
+if an instruction accesses registers that a wgmma in flight reads or writes.
 """
 
 import ctypes
@@ -19,7 +19,8 @@ ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
 ELEMENTS = ["F16", "BF16", "F32", "FP8"]
 # fp8 needs sm_89.
 UNSUPPORTED = [("sm_80", "FP8")]
-# (C, D). SHAPES, of served models, are compiled for every architecture; MORE_SHAPES, some with uneven rows per lane, for DETAILED.
+# (C, D). SHAPES are those of served models and are compiled for every architecture. MORE_SHAPES are compiled for DETAILED only;
+# in some of them the lanes of a warp hold different numbers of vectors of a row.
 SHAPES = [(1024, 64), (384, 32)]
 MORE_SHAPES = [(256, 32), (256, 64), (384, 64), (768, 64), (768, 32), (1024, 32), (96, 32), (72, 32)]
 DETAILED = "sm_90a"
@@ -71,7 +72,7 @@ class Nvrtc:
 
 def kernel_statistics(log):
     """Parses `ptxas -v`: {kernel: (registers, spill store bytes, spill load bytes, static shared bytes)}."""
-    facts = {}
+    statistics = {}
     kernel, spills = None, (0, 0)
     for line in log.splitlines():
         if name := re.search(r"Compiling entry function '(\w+)'", line):
@@ -80,8 +81,8 @@ def kernel_statistics(log):
             spills = (int(spilled[1]), int(spilled[2]))
         elif used := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
-            facts[kernel] = (int(used[1]), *spills, int(shared[1]) if shared else 0)
-    return facts
+            statistics[kernel] = (int(used[1]), *spills, int(shared[1]) if shared else 0)
+    return statistics
 
 
 def disassembler():
@@ -109,13 +110,15 @@ def machine_code(cuobjdump, cubin):
     return kernels
 
 
-def touched_in_flight(code):
-    """Instructions that touch the sums of a wgmma, or write its first operand, before the wait for it, along every path of a kernel.
+def accesses_in_flight(code):
+    """Instructions that access the sums of a wgmma, or write its first operand, before the wait for it, along every path of a kernel.
     ptxas may reuse the operand's registers as soon as the wgmma has started, although it may not have read them yet."""
-    place = {address: i for i, (address, *_) in enumerate(code)}
+    # A wgmma is (first register of the sums, number of sums, first register of the operand). `started` has the uncommitted ones,
+    # `groups` the committed groups.
+    index_of = {address: i for i, (address, *_) in enumerate(code)}
     found, seen, todo = set(), set(), [(0, (), ())]
     while todo:
-        i, started, groups = todo.pop()  # uncommitted wgmmas, and groups; each wgmma as first registers of sums and operand
+        i, started, groups = todo.pop()
         while i < len(code) and (i, started, groups) not in seen:
             seen.add((i, started, groups))
             address, predicate, operation, rest = code[i]
@@ -131,7 +134,7 @@ def touched_in_flight(code):
                 newest = int(operands[1], 16)
                 groups = groups[len(groups) - newest :] if newest else ()
             elif operation == "BRA":
-                target = place.get(int(re.search(r"0x([0-9a-f]+)", rest)[1], 16))
+                target = index_of.get(int(re.search(r"0x([0-9a-f]+)", rest)[1], 16))
                 if target is not None:
                     todo.append((target, started, groups))
                 if not predicate:
@@ -174,7 +177,7 @@ def main():
                 options = [f"--gpu-architecture={architecture}", "--std=c++17", "--ptxas-options=-v"]
                 options += [f"-DELEMENT_{element}", f"-DHIDDEN_SIZE={hidden}", f"-DHEAD_SIZE={head}"]
                 compiled, cubin, log = nvrtc.compile(sources, options)
-                facts = kernel_statistics(log)
+                statistics = kernel_statistics(log)
                 name = f"{architecture:7} {element:4} C={hidden:<4} D={head}"
                 warnings = [line for line in log.splitlines() if "warning" in line or "serialized" in line]
                 kernels = ["attention"]
@@ -184,24 +187,24 @@ def main():
                     kernels.append("gemm_wgmma")
                 if cuobjdump and len(kernels) > 1:
                     code = machine_code(cuobjdump, cubin)
-                    warnings += [line for kernel in kernels[1:] for line in touched_in_flight(code[kernel])[:3]]
+                    warnings += [line for kernel in kernels[1:] for line in accesses_in_flight(code[kernel])[:3]]
                 if not compiled:
                     failures += 1
                     print(f"{name}  FAILED\n{log}")
-                elif [kernel for kernel in CHECKED_KERNELS if kernel in facts] != kernels:
+                elif [kernel for kernel in CHECKED_KERNELS if kernel in statistics] != kernels:
                     failures += 1
                     print(f"{name}  FAILED: ptxas did not report exactly {kernels}\n{log}")
-                elif any(any(facts[kernel][1:3]) for kernel in kernels) or warnings:
+                elif any(any(statistics[kernel][1:3]) for kernel in kernels) or warnings:
                     failures += 1
-                    print(f"{name}  FAILED: {[(k, facts[k]) for k in kernels]} (registers, spills, shared) {warnings}")
+                    print(f"{name}  FAILED: {[(k, statistics[k]) for k in kernels]} (registers, spills, shared) {warnings}")
                 else:
-                    registers = ", ".join(f"{kernel} {facts[kernel][0]} registers" for kernel in kernels)
+                    registers = ", ".join(f"{kernel} {statistics[kernel][0]} registers" for kernel in kernels)
                     print(f"{name}  ok, cubin {len(cubin)} bytes, {registers}")
                 if architecture == DETAILED and (hidden, head) in SHAPES:
-                    details.append((name, facts))
-    for name, facts in details:
+                    details.append((name, statistics))
+    for name, statistics in details:
         print(f"\n{name}: registers, spill stores and loads in bytes, static shared bytes")
-        for kernel, (registers, stores, loads, shared) in sorted(facts.items()):
+        for kernel, (registers, stores, loads, shared) in sorted(statistics.items()):
             print(f"    {kernel:22} {registers:4} {stores:6} {loads:6} {shared:6}")
     print(f"\n{failures} failures")
     sys.exit(1 if failures else 0)

@@ -1,22 +1,22 @@
-//! Promises of docs/architecture.md that the compiler does not check, checked on the source text.
+//! Checks the source text against rules of docs/architecture.md that the compiler does not enforce.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::source::{Edge, Source};
 
-/// Imports that are part of a cycle between files and are known. Empty is the aim.
+/// Known imports that form a cycle between files. The aim is none.
 const KNOWN_CYCLE_IMPORTS: &[&str] = &[];
 
-/// Imports against the order of layers that are known. Empty is the aim.
+/// Known imports of a layer above. The aim is none.
 const KNOWN_LAYER_VIOLATIONS: &[&str] = &[];
 
-/// Files outside [`CANDLE_FILES`] that use candle. Empty is the aim.
+/// Known files outside [`CANDLE_FILES`] that use candle. The aim is none.
 const KNOWN_CANDLE_FILES: &[&str] = &[];
 
-/// Type names that are defined in more than one module. Empty is the aim.
+/// Known type names that several modules define. The aim is none.
 const KNOWN_REPEATED_TYPES: &[&str] = &[];
 
-/// What a layer must not import: module, then the top-level modules forbidden to it.
+/// A top-level module, and the top-level modules that it must not import.
 const FORBIDDEN: [(&str, &[&str]); 5] = [
     ("backend", &["api", "text", "scheduler", "encoder", "loading", "config"]),
     ("checkpoint", &["api", "text", "scheduler", "encoder", "loading", "config"]),
@@ -27,7 +27,7 @@ const FORBIDDEN: [(&str, &[&str]); 5] = [
 
 const CANDLE_FILES: [&str; 2] = ["src/backend/candle.rs", "src/checkpoint/weights.rs"];
 
-/// The types that implement the associated types of `Backend`, and the arguments of each command.
+/// Type names that several modules may define: the associated types of `Backend`, and the arguments of each command.
 const REPEATABLE_TYPES: [&str; 6] = ["Buffer", "Embeddings", "Linear", "Norm", "ExecContext", "Args"];
 
 #[test]
@@ -64,8 +64,8 @@ fn layers_import_only_layers_below() {
     let edges = Source::read().edges();
     let is_forbidden = |edge: &&Edge| {
         let (from, to) = (layer(&edge.from), layer(&edge.to));
-        let below = FORBIDDEN.iter().any(|&(above, forbidden)| from == above && forbidden.contains(&to));
-        below || (to == "cli" && from != "cli" && from != "main")
+        let is_listed = FORBIDDEN.iter().any(|&(above, forbidden)| from == above && forbidden.contains(&to));
+        is_listed || (to == "cli" && from != "cli" && from != "main")
     };
     check_known(edges.iter().filter(is_forbidden).map(|edge| (edge.key(), edge.describe())), KNOWN_LAYER_VIOLATIONS);
 }

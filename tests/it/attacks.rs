@@ -1,4 +1,5 @@
-//! Hostile and broken clients against the real binary. Each test is a finding of attacks on version 0.1, which failed it.
+//! Hostile and broken clients against the real binary. Version 0.1 failed each test. docs/reliability.md lists the
+//! findings that the comments name.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};

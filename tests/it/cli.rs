@@ -298,8 +298,9 @@ fn two_models_in_one_server_score_as_each_does_alone() {
     let (first, second) = (both.scores(&ask("tiny")), both.scores(&ask("rerankd-mini")));
     assert_ne!(first, second);
     assert_eq!((first, second), (alone(&tiny, "tiny"), alone("rerankd-mini", "rerankd-mini")));
-    let twice = Server::start(&["--model", "old=rerankd-mini", "--model", "new=rerankd-mini"]);
+    let twice = Server::start(&["--model", "old=rerankd-mini", "--model", "new=rerankd-mini", "--alias", "best=new"]);
     assert_eq!(twice.scores(&ask("old")), twice.scores(&ask("new")));
+    assert_eq!(twice.scores(&ask("old")), twice.scores(&ask("best")));
     let unknown = both.rerank(&ask("neither"));
     assert!(unknown.starts_with("HTTP/1.1 400") && unknown.contains("20012"), "{unknown}");
 }

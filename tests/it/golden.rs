@@ -33,7 +33,7 @@ use crate::support::{cpu, fixture, load, load_on, paragraphs, real};
 /// Bound on the absolute difference from `transformers` at every stage.
 ///
 /// Each side adds about a hundred f32 terms of size 1 in its own order, several times in sequence. The largest difference measured
-/// is 9e-6. The smallest mistakes that still run are larger: a wrong epsilon moves a layer by 1e-4, the wrong GELU by 7e-4.
+/// is 9e-6. The smallest plausible mistakes are larger: a wrong epsilon moves a layer by 1e-4, the wrong GELU by 7e-4.
 const STAGE_BOUND: f32 = 5e-5;
 
 /// Bound on the absolute difference from candle-transformers, which runs the same kernels in f32 on GEMMs of other shapes (one

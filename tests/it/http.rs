@@ -1,11 +1,13 @@
 //! The HTTP API in process, with the stub model of support/stub.rs.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use axum::body::Body;
 use axum::http::Request;
 use rerankd::api::{ApiLimits, App, Keys};
+use rerankd::client::RateLimits;
 use rerankd::scheduler::SchedulerLimits;
 use rerankd::served::Models;
 use serde_json::{Value, json};
@@ -453,4 +455,55 @@ async fn a_byte_order_mark_before_the_json_is_accepted() {
     let (app, _) = app();
     let answer = post(&app, "/v1/rerank", format!("\u{feff}{}", body(json!(["x", "apple"])))).await;
     assert_eq!(answer.order(), [1, 0]);
+}
+
+/// A request for 12 tokens of work, with an API key.
+fn twelve_tokens(key: &str) -> Request<Body> {
+    let request = Request::post("/v1/rerank").header("authorization", format!("Bearer {key}"));
+    request.body(Body::from(body(json!(["x", "apple"])).to_string())).unwrap()
+}
+
+#[tokio::test]
+async fn one_client_cannot_fill_the_queue_for_others() {
+    let queue = SchedulerLimits { max_queue_tokens: 96, ..QUEUE };
+    let (app, watch) = app_with(&["greedy", "modest"], LIMITS, queue);
+    let gate = watch.close_gate();
+    let ask = |key: &'static str| {
+        let app = Arc::clone(&app);
+        async move { send(&app, twelve_tokens(key)).await }
+    };
+    let mut greedy = tokio::task::JoinSet::new();
+    (0..10).for_each(|_| drop(greedy.spawn(ask("greedy"))));
+    for _ in 0..6 {
+        let refused = greedy.join_next().await.unwrap().unwrap();
+        check_error(&refused, 503, 50505, "overloaded_error", "overloaded");
+    }
+    let modest = tokio::spawn(ask("modest"));
+    while app.models().unwrap().iter().next().unwrap().scheduler.waiting_tokens() < 5 * 12 {
+        tokio::task::yield_now().await;
+    }
+    drop(gate);
+    assert_eq!(modest.await.unwrap().order(), [1, 0]);
+    for answer in greedy.join_all().await {
+        assert_eq!(answer.order(), [1, 0]);
+    }
+}
+
+#[tokio::test]
+async fn a_key_beyond_its_rate_limit_gets_429_and_other_keys_do_not() {
+    let limits = |requests, tokens| RateLimits {
+        requests_per_minute: NonZeroU32::new(requests),
+        tokens_per_minute: NonZeroU32::new(tokens),
+    };
+    for (limits, message) in [(limits(1, 0), "1 requests per minute"), (limits(0, 20), "20 tokens per minute")] {
+        let (model, watch) = stub::model("m", 0.0, QUEUE);
+        let app = serving(vec![model], Keys::new(["first", "second"], limits).unwrap(), LIMITS);
+        assert_eq!(send(&app, twelve_tokens("first")).await.order(), [1, 0]);
+        let answer = send(&app, twelve_tokens("first")).await;
+        check_error(&answer, 429, 429, "rate_limit_error", message);
+        let seconds: u64 = answer.headers["retry-after"].to_str().unwrap().parse().unwrap();
+        assert!((1..=60).contains(&seconds));
+        assert_eq!(send(&app, twelve_tokens("second")).await.order(), [1, 0]);
+        assert_eq!(watch.pairs.load(Ordering::SeqCst), 4, "the refused request was not computed");
+    }
 }

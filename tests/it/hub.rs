@@ -1,4 +1,5 @@
 //! Downloads from a model hub. A stand-in on loopback plays the hub, with faults; the client is the library or the binary.
+//! docs/reliability.md lists the findings that the comments name.
 
 use std::collections::{HashMap, VecDeque};
 use std::io::{BufRead, BufReader, Read, Write};

@@ -247,7 +247,8 @@ def passages(lang, blocks):
         yield text
 
 
-def eight_grams(text):
+def ngrams(text):
+    """Eight consecutive words, or 14 Chinese characters, at every position."""
     words = re.findall(r"[a-z0-9]+", text.lower()) if not HAN.search(text) else HAN.findall(text)
     n = 8 if not HAN.search(text) else 14
     return {" ".join(words[i:i + n]) for i in range(len(words) - n + 1)}
@@ -258,18 +259,18 @@ def main():
     for path in glob.glob(os.environ["XQUAD"] + "/xquad.*.json"):
         for article in json.loads(read(path))["data"]:
             for paragraph in article["paragraphs"]:
-                forbidden |= eight_grams(paragraph["context"])
+                forbidden |= ngrams(paragraph["context"])
                 for qa in paragraph["qas"]:
-                    forbidden |= eight_grams(qa["question"])
-    total, seen, tainted = 0, set(), set()
+                    forbidden |= ngrams(qa["question"])
+    total, seen, overlapping = 0, set(), set()
     with open(f"{WORK}/passages.jsonl", "w") as out:
         for lang, source, reader, most in SOURCES:
             rows = []
             for doc, title, blocks in reader():
                 kept = [p for p in passages(lang, blocks) if p not in seen]
-                if any(eight_grams(p) & forbidden for p in kept):
-                    tainted.add(doc)
-                if doc in tainted:
+                if any(ngrams(p) & forbidden for p in kept):
+                    overlapping.add(doc)
+                if doc in overlapping:
                     continue
                 seen.update(kept)
                 rows += [dict(lang=lang, source=source, doc=doc, title=title[:150], text=p) for p in kept]
@@ -281,7 +282,7 @@ def main():
             total += len(rows)
             mean = sum(len(r["text"]) for r in rows) / max(1, len(rows))
             print(f"{lang} {source:16} {len(rows):6} passages, mean {mean:.0f} characters", flush=True)
-    print(f"{total} passages; {len(tainted)} documents dropped for overlap with XQuAD")
+    print(f"{total} passages; {len(overlapping)} documents dropped for overlap with XQuAD")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Kolter 2023), and a few residual dimensions have an initial meaning:
     identity   random vector of a piece; pieces with common characters share a part of it
     meaning    PPMI-SVD vector computed from the training passages (64 dimensions)
     feature    rarity (idf), special token, Chinese
-    wave       positions as a square wave: "is that token before me?"     local: positions as fine sinusoids
+    wave       positions as a square wave, from which a head tells whether a token comes before another
+    local      positions as fine sinusoids, for attention to near tokens
     previous   written by layer 0: a projection of the previous token, for matching bigrams
     scratch    written by the heads: segment, matches, pooled matches
 
@@ -25,9 +26,11 @@ WORK = os.environ.get("MINI_WORK", "./work")
 VOCABULARY, WIDTH, LAYERS, HEADS, HEAD, FFN, POSITIONS = 16000, 256, 4, 4, 64, 1024, 514
 IDENTITY, MEANING, FEATURE = slice(0, 96), slice(96, 160), slice(160, 168)
 WAVE, LOCAL, PREVIOUS, SCRATCH = slice(168, 184), slice(184, 208), slice(208, 232), slice(232, 256)
+# Of FEATURE: idf; 1 for a normal token and -1 for a special one; marks of <s>, </s> and Chinese.
 RARE, PLAIN, IS_START, IS_SEPARATOR, IS_HAN = range(160, 165)
+# Of SCRATCH: the segment; matches by piece, by meaning and by bigram; pooled matches; density of matches; their position.
 S = SCRATCH.start
-SEGMENT, SAME, LIKE, PAIR, POOLED, DENSE, PLACE = S, S + 1, S + 2, S + 3, S + 8, S + 16, S + 20
+SEGMENT, SAME, LIKE, PAIR, POOLED, DENSE, MATCH_POSITION = S, S + 1, S + 2, S + 3, S + 8, S + 16, S + 20
 
 
 def config():
@@ -94,7 +97,7 @@ def embeddings(tokens, pieces, rng):
     for k in range(8):      # odd harmonics, weighted in the query below towards a square wave of period 1100
         angle = 2 * np.pi * (2 * k + 1) * p / 1100
         position[:, WAVE.start + 2 * k], position[:, WAVE.start + 2 * k + 1] = 1.9 * np.sin(angle), 1.9 * np.cos(angle)
-    position[:3, WAVE] = 0  # <s> is at position 2 and must look the same from every position
+    position[:3, WAVE] = 0  # <s>, at position 2, has no wave: attention to it does not depend on distance
     for k, w in enumerate(local_frequencies()):
         position[:, LOCAL.start + 2 * k], position[:, LOCAL.start + 2 * k + 1] = 3 ** .5 * np.sin(w * p), 3 ** .5 * np.cos(w * p)
     return word, position
@@ -153,7 +156,7 @@ class Block:
         self.o[target, head * HEAD] = 2.5
         for i in range(4):   # the matched position, as its slow waves
             self.v[head * HEAD + 1 + i, WAVE.start + i] = .7
-            self.o[PLACE + i, head * HEAD + 1 + i] = .5
+            self.o[MATCH_POSITION + i, head * HEAD + 1 + i] = .5
 
     def copy(self, head, pairs):
         for i, (source, target, scale) in enumerate(pairs):

@@ -50,7 +50,7 @@ def main():
     for text in ("Which NFL team represented the AFC at Super Bowl 50?", "Apple", "黑豹队的防守丢了多少分？", "中华人民共和国成立于1949年。"):
         print(tokenizer.encode(text).tokens)
     lengths = {lang: [len(tokenizer.encode(r["text"]).ids) / len(r["text"]) for r in rows[:4000] if r["lang"] == lang] for lang in ("en", "zh")}
-    print({lang: round(sum(x) / len(x), 3) for lang, x in lengths.items()}, "tokens a character")
+    print({lang: round(sum(x) / len(x), 3) for lang, x in lengths.items()}, "tokens per character")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Trains rerankd-mini from the structured initial weights: groups of one positive and seven negatives, mostly whole passages.
+"""Trains rerankd-mini from the structured initial weights.
 
-Loss over a group's logits: cross-entropy of the softmax (gold first), a small binary term that calibrates the sigmoid, and
-the divergence from the teacher's softmax for groups with teacher scores.
+A group is a query with eight documents, mostly whole passages: the positive first, then seven negatives. The loss over a
+group's logits is the cross-entropy of the softmax, a small binary term that calibrates the sigmoid and, for groups with
+teacher scores, the divergence from the teacher's softmax.
 Document positions are sometimes shifted by a random gap, so that short passages train all positions.
 A second run with --start and --pools continues with the groups of pools.py, whose targets are graded by BM25.
 Every step also has a few groups of single words. They cost almost nothing; without them "apple" does not match "apple".
@@ -25,8 +26,8 @@ class Groups:
         data = pickle.load(open(f"{WORK}/groups.pkl", "rb"))
         self.tokens, self.words = data["tokens"], data["words"]
         path = f"{WORK}/teacher.pkl"
-        taught = pickle.load(open(path, "rb")) if os.path.exists(path) else {}
-        for k, scores in taught.items():
+        teacher_scores = pickle.load(open(path, "rb")) if os.path.exists(path) else {}
+        for k, scores in teacher_scores.items():
             data["groups"][k]["teacher"] = scores
         self.held_out = {lang: [g for g in data["groups"] if g["held_out"] and g["lang"] == lang and g["kind"] == "question"][:n]
                          for lang, n in HELD_OUT.items()}
@@ -43,7 +44,7 @@ class Groups:
         short = [] if pools else [g for g in train if size(g) < 110 * (NEGATIVES + 1)][:3000]
         chosen = set(map(id, short))
         self.train = (short + [g for g in train if id(g) not in chosen])[rank::processes]
-        self.at, self.taught = 0, len(taught)
+        self.at, self.with_teacher = 0, len(teacher_scores)
         self.rng = random.Random(seed + rank)
         pieces = json.load(open(f"{tokenizer_dir}/tokenizer.json"))["model"]["vocab"]
         self.han_words = [i for i, (p, _) in enumerate(pieces) if len(p) > 1 and all("\u4e00" <= c <= "\u9fff" for c in p)]
@@ -52,7 +53,7 @@ class Groups:
         return [np.concatenate([self.tokens[i][a:b] for i, a, b in d]) for d in group["documents"]]
 
     def chinese_word(self):
-        """A word against other words, alone or between two context words."""
+        """A query of one word. Each document is one word, alone or between two context words that all documents share."""
         words = self.rng.sample(self.han_words, NEGATIVES + 1)
         around = self.rng.choice([[], [], self.rng.sample(self.han_words, 2)])
         return [words[0]], [around[:1] + [w] + around[1:] for w in words]
@@ -74,7 +75,10 @@ class Groups:
 
 
 def pair_tensors(pairs, rng, shift):
-    """<s> query </s></s> document </s>, with positions from 2; with probability `shift` the document's are moved up."""
+    """<s> query </s></s> document </s>, with positions from 2.
+
+    With probability `shift` a random gap is added to the document's positions.
+    """
     ids, positions = [], []
     for query, document in pairs:
         head = [0, *map(int, query), 2, 2]
@@ -90,21 +94,21 @@ def pair_tensors(pairs, rng, shift):
     return ids, (ids != 1).long(), pad(positions)
 
 
-def logits(model, queries, documents, rng, shift=0.0, chunk_tokens=6000):
+def logits(model, queries, documents, rng, shift=0.0, batch_tokens=6000):
     """Scores all pairs in batches of similar length, because padding costs as much as text."""
     per_query = len(documents) // len(queries)
     pairs = [(queries[i // per_query], d) for i, d in enumerate(documents)]
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    parts, chunk = [], []
+    parts, batch = [], []
     for i in order + [None]:
         size = 0 if i is None else len(pairs[i][0]) + len(pairs[i][1]) + 4
-        if chunk and (i is None or size * (len(chunk) + 1) > chunk_tokens or size > 2 * len(pairs[chunk[0]][1]) + 40):
-            ids, mask, positions = pair_tensors([pairs[j] for j in chunk], rng, shift)
+        if batch and (i is None or size * (len(batch) + 1) > batch_tokens or size > 2 * len(pairs[batch[0]][1]) + 40):
+            ids, mask, positions = pair_tensors([pairs[j] for j in batch], rng, shift)
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = model.roberta(input_ids=ids, attention_mask=mask, position_ids=positions)[0]
             parts.append(model.classifier(hidden[:, :1].float())[:, 0])
-            chunk = []
-        chunk.append(i)
+            batch = []
+        batch.append(i)
     out = torch.cat(parts)
     back = torch.empty(len(pairs), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(pairs))
@@ -112,7 +116,7 @@ def logits(model, queries, documents, rng, shift=0.0, chunk_tokens=6000):
 
 
 def group_loss(scores, teacher):
-    """`teacher` has a row per passage group, and these come first. A word group after them has a third of the weight."""
+    """Passage groups come first, with a row of `teacher` each. The word groups after them have a third of the weight."""
     n = len(teacher)
     gold = torch.zeros(len(scores), dtype=torch.long)
     loss = F.cross_entropy(scores, gold, label_smoothing=.02, reduction="none")
@@ -135,7 +139,7 @@ def group_loss(scores, teacher):
 
 @torch.inference_mode()
 def held_out_recall(model, groups):
-    """Share of held-out questions whose gold passage is first of eight, with BM25's share for comparison."""
+    """Share of held-out questions whose positive passage is ranked first of eight, with BM25's share for comparison."""
     model.eval()
     rng, out = random.Random(9), {}
     for lang, held_out in groups.held_out.items():
@@ -182,7 +186,7 @@ def main():
     torch.multiprocessing.spawn(train, (args, store), args.processes)
 
 
-def optimizers(model, args):
+def make_optimizers(model, args):
     matrices = [p for n, p in model.named_parameters() if args.muon and "encoder" in n and p.ndim == 2]
     chosen = set(map(id, matrices))
     rest = [p for p in model.parameters() if id(p) not in chosen]
@@ -200,9 +204,9 @@ def train(rank, args, store):
     model.set_attn_implementation("sdpa")
     model.train()
     parameters = list(model.parameters())
-    steppers = optimizers(model, args)
+    optimizers = make_optimizers(model, args)
     if rank == 0:
-        print(f"{sum(p.numel() for p in parameters)} parameters, {args.processes} x {len(groups.train)} groups, {groups.taught} with teacher scores", flush=True)
+        print(f"{sum(p.numel() for p in parameters)} parameters, {args.processes} x {len(groups.train)} groups, {groups.with_teacher} with teacher scores", flush=True)
     began = saved = time.time()
     window, groups_seen, tokens_seen, step = [], 0, 0, 0
     while True:
@@ -212,8 +216,8 @@ def train(rank, args, store):
         if progress >= args.end:
             break
         rate = args.lr * min((step + 1) / 50, .01 + .99 * .5 * (1 + math.cos(math.pi * progress)))
-        for stepper in steppers:
-            for part in stepper.param_groups:
+        for optimizer in optimizers:
+            for part in optimizer.param_groups:
                 part["lr"] = rate
         queries, documents, teacher, tokens = groups.batch()
         scores = logits(model, queries, documents, groups.rng, shift=.15)
@@ -229,8 +233,8 @@ def train(rank, args, store):
         for p, grad in zip(parameters, flat.split([p.numel() for p in parameters] + [4])):
             p.grad = grad.view_as(p)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for stepper in steppers:
-            stepper.step()
+        for optimizer in optimizers:
+            optimizer.step()
         step += 1
         window.append(flat[-4:-2].tolist())
         groups_seen, tokens_seen = groups_seen + flat[-2].item() * args.processes, tokens_seen + flat[-1].item() * args.processes

@@ -256,7 +256,7 @@ mod tests {
 
     /// Faults F1 to F12 and F17 to F19 in docs/reliability.md: each error names the field that is wrong.
     #[test]
-    fn what_is_wrong_is_named() {
+    fn an_error_names_the_wrong_field() {
         let nested = format!(r#"{{"model":"m","query":"q","documents":{}"#, "[".repeat(100_000));
         for (body, named) in [
             ("", "body"),

@@ -7,8 +7,8 @@ use crate::rerank::{Ranking, RerankRequest};
 /// A validated request, and the function that writes its response.
 pub(in crate::api) struct ParsedRequest {
     pub(in crate::api) request: RerankRequest,
-    pub(in crate::api) write: Write,
+    pub(in crate::api) write: WriteResponse,
 }
 
 /// Writes a response from the ranking and the request's id.
-pub(in crate::api) type Write = Box<dyn FnOnce(&Ranking, String) -> Response + Send>;
+pub(in crate::api) type WriteResponse = Box<dyn FnOnce(&Ranking, String) -> Response + Send>;

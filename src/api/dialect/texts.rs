@@ -41,7 +41,7 @@ pub(crate) struct TextsBody<'a> {
     return_text: Option<bool>,
 }
 
-/// One text.
+/// The score of one text.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct TextsRank {
     /// Its position in the request, from 0.

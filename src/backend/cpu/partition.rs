@@ -35,12 +35,12 @@ pub(super) fn partition_batch(lengths: &[usize], threads: usize) -> Partitioning
         let assigned = assign(&remaining, lengths, threads);
         let tokens = |sequences: &Vec<usize>| sequences.iter().map(|&s| lengths[s]).sum::<usize>();
         let most = assigned.iter().max_by_key(|sequences| tokens(sequences)).expect("threads is at least 1");
-        let share = remaining.iter().map(|&s| lengths[s]).sum::<usize>() as f64 / threads as f64;
-        if remaining.is_empty() || tokens(most) as f64 <= share * MAX_IMBALANCE {
+        let mean = remaining.iter().map(|&s| lengths[s]).sum::<usize>() as f64 / threads as f64;
+        if remaining.is_empty() || tokens(most) as f64 <= mean * MAX_IMBALANCE {
             break assigned;
         }
         // Share the shortest sequence that removes the imbalance, because shared sequences cost a barrier per operation.
-        let excess = tokens(most) as f64 - share;
+        let excess = tokens(most) as f64 - mean;
         let shortest = most.iter().rev().find(|&&s| lengths[s] as f64 >= excess);
         let chosen = *shortest.unwrap_or(&most[0]);
         remaining.retain(|&sequence| sequence != chosen);
@@ -106,7 +106,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sequence_without_a_counterpart_is_shared() {
+    fn of_three_equal_sequences_on_two_threads_one_is_shared() {
         assert_eq!(partition_batch(&[512; 3], 2).shared.concat().len(), 1);
     }
 
@@ -127,8 +127,8 @@ mod tests {
             prop_assert_eq!(all, (0..lengths.len()).collect::<Vec<_>>());
             let tokens = |partitions: &Vec<Partition>| partitions.iter().flatten().map(|&s| lengths[s]).sum::<usize>() as f64;
             let loads: Vec<f64> = partitioning.per_thread.iter().map(tokens).collect();
-            let share = loads.iter().sum::<f64>() / threads as f64;
-            prop_assert!(loads.iter().all(|&load| load <= share * MAX_IMBALANCE + 1e-9));
+            let mean = loads.iter().sum::<f64>() / threads as f64;
+            prop_assert!(loads.iter().all(|&load| load <= mean * MAX_IMBALANCE + 1e-9));
             for partition in partitioning.per_thread.iter().flatten() {
                 prop_assert!(partition.len() == 1 || partition.iter().map(|&s| lengths[s]).sum::<usize>() <= PARTITION_TOKENS);
             }

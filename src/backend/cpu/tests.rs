@@ -378,9 +378,9 @@ impl SimdOp for ExactOps<'_> {
         let mut random = fastrand::Rng::with_seed(11);
         for round in 0..2000 {
             // In every other round, only the extreme values, which would saturate an intermediate sum.
-            let ends = round % 2 == 0;
+            let extremes = round % 2 == 0;
             let mut bytes = |low: i32, high: i32| -> Vec<i32> {
-                let byte = |_| if ends { [low, high][random.usize(..2)] } else { random.i32(low..=high) };
+                let byte = |_| if extremes { [low, high][random.usize(..2)] } else { random.i32(low..=high) };
                 (0..4 * I::LANES).map(byte).collect()
             };
             let (a, b) = (bytes(0, 255), bytes(-127, 127));
@@ -428,7 +428,7 @@ impl SimdOp for ExactOps<'_> {
     }
 }
 
-/// In every precision, so that the server can answer an error.
+/// In every precision a NaN must reach the result, so that the server reports an error.
 #[test]
 fn a_nan_anywhere_in_a_row_reaches_the_result() {
     on_every_path("NaN", |backend, tolerance| {

@@ -39,7 +39,7 @@ pub(super) struct CompiledKernels {
 /// NVRTC's version, {major, minor}.
 pub(super) fn nvrtc_version() -> Result<(i32, i32)> {
     let (mut major, mut minor) = (0, 0);
-    // SAFETY: two integers to write to.
+    // SAFETY: the pointers are to live integers.
     unsafe { sys::nvrtcVersion(&raw mut major, &raw mut minor) }.result().context("NVRTC does not start")?;
     Ok((major, minor))
 }

@@ -13,8 +13,8 @@ use super::compile::{compile_cached, nvrtc_version};
 use super::dtype::CudaDtype;
 use crate::backend::AttentionShape;
 
-/// The oldest supported driver, CUDA 12.0: it runs the libraries of CUDA 12.
-const OLDEST_DRIVER: i32 = 12_000;
+/// The oldest supported driver version: CUDA 12.0.
+const MIN_DRIVER_VERSION: i32 = 12_000;
 
 /// A CUDA context on a GPU, with the kernels loaded.
 #[derive(Debug)]
@@ -139,7 +139,7 @@ pub(super) fn seconds_between(from: &CudaEvent, to: &CudaEvent) -> Result<f64, d
 /// The driver's CUDA version: 12010 is CUDA 12.1.
 fn driver_version() -> Result<i32> {
     let mut version = 0;
-    // SAFETY: an integer to write to.
+    // SAFETY: the pointer is to a live integer.
     unsafe { driver::sys::cuDriverGetVersion(&raw mut version) }.result().context("the CUDA driver does not start")?;
     Ok(version)
 }
@@ -150,7 +150,7 @@ fn check(ordinal: usize) -> Result<i32> {
     let version = driver_version()?;
     let driver = format!("{}.{}", version / 1000, version % 1000 / 10);
     ensure!(
-        version >= OLDEST_DRIVER,
+        version >= MIN_DRIVER_VERSION,
         "the NVIDIA driver supports CUDA {driver}; CUDA 12.0 (driver 525) or later is required. Use --device cpu otherwise"
     );
     let (library, _) = nvrtc_version()?;

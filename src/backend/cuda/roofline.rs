@@ -35,9 +35,9 @@ pub(super) fn measure(ctx: &ExecContext, dtype: CudaDtype) -> Result<Roofline, B
     (0..COPIES).try_for_each(|_| copy())?;
     ctx.stream.synchronize()?;
     let memory = MemoryRoofline {
-        bytes: (COPIES * 2 * half) as f64 / start.elapsed().as_secs_f64(),
-        activation: dtype.bytes(),
-        weight: dtype.operand_bytes(),
+        bytes_per_second: (COPIES * 2 * half) as f64 / start.elapsed().as_secs_f64(),
+        activation_bytes: dtype.bytes(),
+        weight_bytes: dtype.operand_bytes(),
     };
     Ok(Roofline { gemms, attention, memory: Some(memory) })
 }

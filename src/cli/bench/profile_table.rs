@@ -26,7 +26,8 @@ pub(super) fn run(
     if let Some(Roofline { gemms, attention, memory }) = profile.roofline() {
         let tera = |operations: f64| format!("{:.2} Top/s", operations / 1e12);
         text += &format!("Measured device maximum: {} in GEMMs, {} in attention", tera(gemms), tera(attention));
-        text += &memory.map_or(String::new(), |memory| format!(", {:.0} GB/s of memory bandwidth", memory.bytes / 1e9));
+        text += &memory
+            .map_or(String::new(), |memory| format!(", {:.0} GB/s of memory bandwidth", memory.bytes_per_second / 1e9));
         text += ".\n";
     }
     for (name, pairs) in workloads {

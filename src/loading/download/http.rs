@@ -17,7 +17,7 @@ const MAX_REDIRECTS: usize = 10;
 
 /// A connection pool to one hub.
 #[derive(Debug, Clone)]
-pub(super) struct Client {
+pub(super) struct HttpClient {
     agent: Agent,
     endpoint: String,
     token: Option<Secret>,
@@ -38,7 +38,7 @@ pub(super) struct ContentRange<'a> {
     pub(super) if_range: Option<&'a str>,
 }
 
-impl Client {
+impl HttpClient {
     /// Contacts nothing yet. A proxy comes from `HTTPS_PROXY`, `HTTP_PROXY`, `ALL_PROXY` and `NO_PROXY`.
     ///
     /// # Errors

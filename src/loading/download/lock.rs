@@ -37,7 +37,7 @@ impl DownloadLock {
             };
             match locked {
                 Ok(()) if is_same_file(&file, path) => return Ok(Self { _file: Some(file) }),
-                // Another tool deleted the lock file while we waited: the lock protects nothing, take the new one.
+                // Another tool deleted the lock file meanwhile, so this lock protects nothing: retry with the new file.
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {

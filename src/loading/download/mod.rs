@@ -26,7 +26,7 @@ pub use self::names::Revision;
 pub use self::options::{HubOptions, NetworkPolicy};
 
 use self::cache::RepoCache;
-use self::http::Client;
+use self::http::HttpClient;
 use self::lock::DownloadLock;
 use self::names::{EntityTag, check_file_name};
 use self::partial::is_intact;
@@ -41,7 +41,7 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// Contacts nothing yet.
+    /// Opens no connection.
     pub fn new(options: HubOptions) -> Self {
         Self::with_policy(options, NetworkPolicy::default())
     }
@@ -67,11 +67,11 @@ impl Hub {
         RepoCache::new(&self.options.cache, at).ok()?.cached(file)
     }
 
-    /// The file, from the cache or else downloaded and verified.
+    /// The path of the file in the cache; it is downloaded and verified if it is not there.
     ///
     /// # Errors
-    /// It does not exist, the hub cannot be reached, or the content is not what the hub announced. The chain has a
-    /// [`HubError`] unless the file does not exist.
+    /// It does not exist, the hub cannot be reached, or the content is not what the hub announced. The chain of
+    /// causes has a [`HubError`] unless the file does not exist.
     pub fn fetch(&self, at: &Revision, file: &str) -> Result<PathBuf> {
         self.fetch_optional(at, file)?.ok_or_else(|| anyhow!("{at} has no file {file}"))
     }
@@ -79,7 +79,8 @@ impl Hub {
     /// As [`Hub::fetch`], with `None` for a file that the repository does not have, or that is not cached when offline.
     ///
     /// # Errors
-    /// The hub cannot be reached, or the content is not what the hub announced. The chain has a [`HubError`].
+    /// The hub cannot be reached, or the content is not what the hub announced. The chain of causes has a
+    /// [`HubError`].
     pub fn fetch_optional(&self, at: &Revision, file: &str) -> Result<Option<PathBuf>> {
         if let Some(path) = self.cached(at, file) {
             return Ok(Some(path));
@@ -97,7 +98,7 @@ impl Hub {
     fn download(&self, at: &Revision, file: &str) -> Result<Option<PathBuf>, HubError> {
         check_file_name(file)?;
         let cache = RepoCache::new(&self.options.cache, at)?;
-        let client = Client::new(&self.options, &self.policy)?;
+        let client = HttpClient::new(&self.options, &self.policy)?;
         // All files of a branch come from the commit of the first one, even if the branch moves in between.
         let known = cache.commit();
         let revision = known.as_ref().map_or(at.revision.as_str(), |commit| commit.as_str());

@@ -112,7 +112,7 @@ impl EntityTag {
         }
     }
 
-    /// The name of the blob, unless it depends on the content.
+    /// The name of the blob; `None` if it is the content's SHA-256, which only the download gives.
     pub(super) fn blob_name(&self) -> Option<&str> {
         match self {
             Self::Sha256(digest) | Self::GitBlob(digest) => Some(digest),
@@ -129,7 +129,7 @@ fn is_hex(text: &str, digits: usize) -> bool {
 mod tests {
     use super::*;
 
-    // Finding D: entity tags and commits of a hostile hub became paths.
+    // Finding D of docs/reliability.md: entity tags and commits of a hostile hub became paths.
     #[test]
     fn only_hexadecimal_digests_become_names() {
         let sha256 = "a".repeat(64);

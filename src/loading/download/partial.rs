@@ -11,13 +11,13 @@ use super::error::HubError;
 use super::names::EntityTag;
 use super::response::FileMetadata;
 
-/// The incomplete file and the hash of what it has.
+/// The incomplete file and the hash of its bytes so far.
 pub(super) struct Partial {
     path: PathBuf,
     file: File,
     pub(super) length: u64,
     sha256: Sha256,
-    /// Strong entity tag of the response that brought the bytes. Unknown for bytes of an earlier process.
+    /// Strong entity tag of the response that the bytes are from. Unknown for bytes of an earlier process.
     pub(super) validator: Option<String>,
     /// Whether the bytes come from more than one request.
     pub(super) is_resumed: bool,
@@ -26,7 +26,7 @@ pub(super) struct Partial {
 impl Partial {
     /// Opens or creates the file. Bytes of an earlier process are kept only if a digest can check them in the end.
     pub(super) fn open(path: &Path, etag: &EntityTag) -> Result<Self, HubError> {
-        // A link that someone put here must not lead to another file.
+        // Not through a symbolic link, which could point to another file.
         if fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
             fs::remove_file(path).map_err(HubError::cache("remove", path))?;
         }
@@ -67,11 +67,11 @@ impl Partial {
     pub(super) fn finish(&mut self, etag: &EntityTag) -> Result<String, HubError> {
         let sha256 = format!("{:x}", self.sha256.clone().finalize());
         match etag {
-            EntityTag::Sha256(announced) => agree("SHA-256", &sha256, announced)?,
+            EntityTag::Sha256(announced) => check_digest("SHA-256", &sha256, announced)?,
             EntityTag::GitBlob(announced) => {
                 self.file.seek(SeekFrom::Start(0)).map_err(HubError::cache("rewind", &self.path))?;
                 let found = git_blob_hash(&mut self.file, self.length).map_err(HubError::cache("read", &self.path))?;
-                agree("git blob hash", &found, announced)?;
+                check_digest("git blob hash", &found, announced)?;
             }
             EntityTag::Opaque(_) => {}
         }
@@ -101,7 +101,7 @@ pub(super) fn is_intact(blob: &Path, metadata: &FileMetadata) -> io::Result<bool
     })
 }
 
-fn agree(name: &str, found: &str, announced: &str) -> Result<(), HubError> {
+fn check_digest(name: &str, found: &str, announced: &str) -> Result<(), HubError> {
     if found == announced {
         return Ok(());
     }

@@ -160,7 +160,7 @@ mod tests {
         }
     }
 
-    // Finding "200 for 206, 416 on resume": the start failed instead of downloading the whole file.
+    // Finding "200 for 206, 416 on resume" of docs/reliability.md: the start failed instead of downloading the whole file.
     #[test]
     fn an_ignored_range_restarts_and_a_refused_one_is_discarded() {
         let action = body_action(&content(200, Some(10), None, None), 4, Some(10), None).unwrap();
@@ -194,7 +194,7 @@ mod tests {
         }
     }
 
-    // Finding D: a commit header of a hostile hub became a path.
+    // Finding D of docs/reliability.md: a commit header of a hostile hub became a path.
     #[test]
     fn metadata_with_a_hostile_commit_is_refused() {
         let headers = |commit: Option<&str>, etag: Option<&str>| FileHeaders {

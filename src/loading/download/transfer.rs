@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use indicatif::ProgressBar;
 
 use super::error::HubError;
-use super::http::{Client, ContentRange};
+use super::http::{ContentRange, HttpClient};
 use super::names::Revision;
 use super::options::NetworkPolicy;
 use super::partial::Partial;
@@ -22,7 +22,7 @@ const BUFFER_BYTES: usize = 1 << 16;
 
 /// One file to transfer.
 pub(super) struct Transfer<'a> {
-    pub(super) client: &'a Client,
+    pub(super) client: &'a HttpClient,
     pub(super) policy: &'a NetworkPolicy,
     pub(super) at: &'a Revision,
     pub(super) file: &'a str,

@@ -92,7 +92,7 @@ mod tests {
         assert!(file_url("file:///etc", &at, "main", "x").is_err());
     }
 
-    // Finding J: the token was sent to every host that the hub redirected to.
+    // Finding J of docs/reliability.md: the token was sent to every host that the hub redirected to.
     #[test]
     fn the_origin_is_scheme_host_and_port() {
         let hub = uri("https://hub.example/x");
@@ -111,7 +111,7 @@ mod tests {
         assert!(!same_origin(&uri("http://127.0.0.1:80/"), &uri("http://127.0.0.2:80/")));
     }
 
-    // Finding "302 without Location": the client panicked.
+    // Finding "302 without Location" of docs/reliability.md: the client panicked.
     #[test]
     fn redirects_resolve_against_the_request() {
         let from = uri("https://hub.example:8443/org/name/resolve/main/f?x=1");

@@ -11,8 +11,8 @@ import { check, DOCUMENTS, QUERY } from "./seed.mjs";
 
 const cohereV1 = (sdk) => async (server, model, topN, texts) => {
   const client = new sdk.CohereClient({ token: server.key, environment: server.url });
-  const question = { model, query: QUERY, documents: DOCUMENTS, topN, returnDocuments: texts };
-  const { results } = await client.rerank(question, { maxRetries: 0 });
+  const request = { model, query: QUERY, documents: DOCUMENTS, topN, returnDocuments: texts };
+  const { results } = await client.rerank(request, { maxRetries: 0 });
   return results.map((one) => ({ index: one.index, score: one.relevanceScore, text: one.document?.text }));
 };
 
@@ -25,8 +25,8 @@ const cohereV2 = (sdk) => async (server, model, topN) => {
 async function voyage(server, model, topK, texts) {
   const client = new VoyageAIClient({ apiKey: server.key, baseUrl: `${server.url}/v1`, maxRetries: 0 });
   // The client reads `data`, which the server adds if the request has one of Voyage's own fields, such as topK.
-  const asked = { topK: topK ?? DOCUMENTS.length, returnDocuments: texts };
-  const { data } = await client.rerank({ model, query: QUERY, documents: DOCUMENTS, ...asked });
+  const options = { topK: topK ?? DOCUMENTS.length, returnDocuments: texts };
+  const { data } = await client.rerank({ model, query: QUERY, documents: DOCUMENTS, ...options });
   return data.map((one) => ({ index: one.index, score: one.relevanceScore, text: one.document }));
 }
 
@@ -38,8 +38,8 @@ async function mixedbread(server, model, topK, texts) {
 
 async function oldMixedbread(server, model, topK, texts) {
   const client = new MixedbreadAIClient({ apiKey: server.key, environment: server.url });
-  const question = { model, query: QUERY, input: DOCUMENTS, topK, returnInput: texts };
-  const { data } = await client.reranking(question, { maxRetries: 0 });
+  const request = { model, query: QUERY, input: DOCUMENTS, topK, returnInput: texts };
+  const { data } = await client.reranking(request, { maxRetries: 0 });
   return data.map((one) => ({ index: one.index, score: one.score, text: one.input }));
 }
 
@@ -52,8 +52,8 @@ async function openai(server, model, topN, texts) {
 
 async function together(server, model, topN, texts) {
   const client = new Together({ apiKey: server.key, baseURL: `${server.url}/v1`, maxRetries: 0 });
-  const question = { model, query: QUERY, documents: DOCUMENTS, top_n: topN, return_documents: texts };
-  const { results } = await client.rerank.create(question);
+  const request = { model, query: QUERY, documents: DOCUMENTS, top_n: topN, return_documents: texts };
+  const { results } = await client.rerank.create(request);
   return results.map((one) => ({ index: one.index, score: one.relevance_score, text: one.document?.text }));
 }
 

@@ -21,7 +21,9 @@
 //   STANDIN_MEMORY_MIB=4096      their memory, in MiB
 //   STANDIN_DRIVER_VERSION=13000 the result of cuDriverGetVersion
 //   STANDIN_FAIL=malloc:N[:M]    M calls of cuMemAlloc from the Nth on (all without M) return CUDA_ERROR_OUT_OF_MEMORY
-//   STANDIN_FAIL=launch:N        the Nth kernel run (replays count) returns CUDA_ERROR_ILLEGAL_ADDRESS. Separate faults by commas.
+//   STANDIN_FAIL=launch:N        the Nth kernel run (replays of graphs count too) returns CUDA_ERROR_ILLEGAL_ADDRESS
+//                                separate several faults by commas
+//   STANDIN_HANG_AT_EXIT         if set, the process hangs at exit
 //   STANDIN_LOG=path             logs launches, copies and other important calls, one per line
 
 #include <dlfcn.h>
@@ -70,7 +72,7 @@ struct Settings {
     long failing_launch = 0;
 };
 
-// A driver whose exit handler waits forever for a lost GPU.
+// Imitates a driver whose exit handler waits forever for a lost GPU.
 __attribute__((destructor)) void hang_at_exit() {
     while (getenv("STANDIN_HANG_AT_EXIT") != nullptr) pause();
 }
@@ -89,7 +91,7 @@ Settings settings_from_environment() {
         } else if (sscanf(text, "launch:%ld", &first) == 1) {
             settings.failing_launch = first;
         } else {
-            fprintf(stderr, "stand-in CUDA: STANDIN_FAIL does not know \"%s\"\n", text);
+            fprintf(stderr, "stand-in CUDA: unknown fault in STANDIN_FAIL: \"%s\"\n", text);
             abort();
         }
         text = strchr(text, ',');
@@ -103,7 +105,7 @@ const Settings& settings() {
     return settings;
 }
 
-unsigned most_shared_bytes() {
+unsigned max_shared_bytes() {
     const int capability = settings().major * 10 + settings().minor;
     if (capability == 75) return 64 << 10;
     if (capability == 80 || capability == 87) return 163 << 10;
@@ -118,11 +120,11 @@ unsigned most_shared_bytes() {
 struct Context;
 struct Stream;
 
-// Each is numbered in the order of issue over all streams.
+// Operations are numbered in the order of issue over all streams.
 struct Operation {
     uint64_t number = 0;
     std::function<Result()> run;
-    // Work that must be done first: all of a stream up to a number.
+    // Dependency: the operations of stream `after` up to this number run first.
     shared_ptr<Stream> after;
     uint64_t after_number = 0;
 };
@@ -165,9 +167,9 @@ struct Function {
     Module* module = nullptr;
     std::string name;
     Kernel kernel = nullptr;
-    unsigned long most_threads = 0;
+    unsigned long max_threads = 0;
     std::vector<unsigned long> argument_bytes;
-    unsigned most_shared = DEFAULT_SHARED_BYTES;
+    unsigned max_dynamic_shared = DEFAULT_SHARED_BYTES;
 };
 
 struct Module {
@@ -182,10 +184,10 @@ struct Module {
 struct Context {
     int device = 0;
     int retained = 0;
-    std::atomic<Result> error{SUCCESS}; // sticks
+    std::atomic<Result> error{SUCCESS}; // sticky
     size_t used_bytes = 0;
     shared_ptr<Stream> legacy, per_thread;
-    std::vector<shared_ptr<Stream>> streams; // these two and all others, destroyed ones too until they are idle
+    std::vector<shared_ptr<Stream>> streams; // all streams, including these two, and destroyed ones until they are idle
 };
 
 template <typename T>
@@ -217,7 +219,7 @@ struct Driver {
     int pattern_file = -1; // PATTERN_BYTES of 0xFF
 };
 
-constexpr size_t MOST_ARENA_BYTES = 1ull << 40, LEAST_ARENA_BYTES = 1ull << 33;
+constexpr size_t MAX_ARENA_BYTES = 1ull << 40, MIN_ARENA_BYTES = 1ull << 33;
 constexpr size_t PATTERN_BYTES = 2 * MIB;
 
 Driver& driver() {
@@ -236,7 +238,7 @@ thread_local Context* current_context = nullptr;
 const char* volatile running = nullptr;
 struct sigaction earlier_action;
 
-void say(const char* text) {
+void write_stderr(const char* text) {
     if (write(STDERR_FILENO, text, strlen(text)) < 0) return;
 }
 
@@ -244,11 +246,11 @@ void on_fault(int, siginfo_t* info, void*) {
     const char* const at = static_cast<const char*>(info->si_addr);
     const Driver& d = driver();
     if (d.arena != nullptr && at >= d.arena && at < d.arena + d.arena_bytes) {
-        say("stand-in CUDA: an address in device memory that is not allocated was touched by ");
-        say(running != nullptr ? running : "the host");
-        say("\n");
+        write_stderr("stand-in CUDA: unallocated device memory was accessed by ");
+        write_stderr(running != nullptr ? running : "the host");
+        write_stderr("\n");
     }
-    sigaction(SIGSEGV, &earlier_action, nullptr); // and the instruction runs into it again
+    sigaction(SIGSEGV, &earlier_action, nullptr); // the instruction faults again, now with this action
 }
 
 void watch_faults() {
@@ -280,8 +282,8 @@ bool make_arena() {
     d.pattern_file = static_cast<int>(syscall(SYS_memfd_create, "standin-pattern", 1u /* MFD_CLOEXEC */));
     const std::vector<unsigned char> pattern(PATTERN_BYTES, 0xFF);
     if (d.pattern_file < 0 || write(d.pattern_file, pattern.data(), PATTERN_BYTES) != ssize_t(PATTERN_BYTES)) return false;
-    // Addresses alone, as many as the process may have.
-    for (size_t bytes = MOST_ARENA_BYTES; bytes >= LEAST_ARENA_BYTES; bytes /= 2) {
+    // Reserves addresses without memory, as many as the process may have.
+    for (size_t bytes = MAX_ARENA_BYTES; bytes >= MIN_ARENA_BYTES; bytes /= 2) {
         void* const arena = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (arena == MAP_FAILED) continue;
         d.arena = static_cast<char*>(arena);
@@ -294,7 +296,7 @@ bool make_arena() {
 
 size_t whole_pages(size_t bytes) { return (bytes + PAGE - 1) / PAGE * PAGE; }
 
-// The allocation is aligned to 256 bytes as the real one is, and ends as near to the page after it as that allows.
+// Allocations are aligned to 256 bytes, as in the real driver, and end as near to the guard page as the alignment allows.
 Result allocate(Context& context, size_t bytes, DevicePointer& pointer) {
     Driver& d = driver();
     const size_t aligned = (bytes + 255) / 256 * 256, pages = whole_pages(aligned);
@@ -336,7 +338,7 @@ bool is_pinned(const void* from, size_t bytes) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Running
+// Execution
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Runs the first operation of a stream. Both locks are held, except `mutex` while the operation runs.
@@ -388,7 +390,7 @@ void forget_idle_streams(Context& context) {
                   streams.end());
 }
 
-// Runs all of a context, the oldest first.
+// Runs all pending operations of a context, oldest first.
 void run_all(Lock& lock, Context& context) {
     for (;;) {
         shared_ptr<Stream> oldest;
@@ -420,8 +422,8 @@ Result enter(Context*& context) {
     return context->error;
 }
 
-// For calls that a capture forbids: any thread's with global mode (0), this thread's unless its mode is relaxed (2). As in the real
-// driver, such a call invalidates the capture.
+// Checks a call that is illegal during a capture. A capture in global mode (0) forbids it to all threads, in thread-local mode (1)
+// to its own thread, in relaxed mode (2) to none. As in the real driver, such a call invalidates the capture.
 Result unsafe_in_capture() {
     Result result = SUCCESS;
     for (const auto& capture : driver().captures) {
@@ -537,7 +539,7 @@ Result run_on_legacy(std::function<Result()> work) {
 // Modules
 // ---------------------------------------------------------------------------------------------------------------------
 
-// How long an ELF image is: its header says where the tables are, and they where the sections are.
+// Length of an ELF image in bytes: up to the end of the section headers or of the last section.
 size_t elf_bytes(const char* image) {
     Elf64_Ehdr header;
     memcpy(&header, image, sizeof header);
@@ -558,7 +560,7 @@ Result open_library(const char* image, void*& library) {
     if (header.e_machine == REAL_CUBIN) return NO_BINARY_FOR_GPU;
     if (header.e_type != ET_DYN) return INVALID_IMAGE;
 
-    // A file under a name of its own: dlopen takes equal names for one library.
+    // A unique file name, because dlopen treats equal names as the same library.
     std::string path = std::filesystem::temp_directory_path() / "standin-module-XXXXXX";
     const int file = mkstemp(path.data());
     if (file < 0) return OPERATING_SYSTEM;
@@ -579,8 +581,8 @@ Result open_library(const char* image, void*& library) {
     return library != nullptr ? SUCCESS : INVALID_IMAGE;
 }
 
-// A cubin runs on its own major version, at its minor version or later; one for an architecture's special features
-// ("90a") on that alone.
+// Whether the device runs a cubin of this architecture: same major version, and the cubin's minor version or later. A cubin with
+// architecture-specific features ("sm_90a") needs exactly its own version.
 bool runs_here(const char* architecture) {
     unsigned number = 0;
     char suffix = 0;
@@ -724,7 +726,7 @@ EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 10: *value = 32; break;                    // warp
     case 12: case 82: *value = 65536; break;        // registers per block, per multiprocessor
     case 13: *value = 1980000; break;               // clock, kHz
-    case 16: *value = 4; break;                     // multiprocessors: few, as grids are as large as there are of them
+    case 16: *value = 4; break;                     // multiprocessors: few, because grid sizes grow with them
     case 18: *value = 0; break;                     // integrated
     case 19: case 31: case 41: *value = 1; break;   // can map host memory, concurrent kernels, unified addressing
     case 36: *value = 2619000; break;               // memory clock, kHz
@@ -735,11 +737,11 @@ EXPORT Result cuDeviceGetAttribute(int* value, int attribute, int device) {
     case 75: *value = settings().major; break;      // compute capability
     case 76: *value = settings().minor; break;
     case 78: *value = 1; break;                     // stream priorities
-    case 81: *value = most_shared_bytes() + 1024; break; // shared memory per multiprocessor
-    case 97: *value = most_shared_bytes(); break;   // shared memory per block, by opting in
+    case 81: *value = max_shared_bytes() + 1024; break; // shared memory per multiprocessor
+    case 97: *value = max_shared_bytes(); break;   // shared memory per block, by opting in
     case 106: *value = 32; break;                   // blocks per multiprocessor
     case 111: *value = 1024; break;                 // shared memory reserved per block
-    case 115: *value = 0; break;                    // memory pools: not modelled
+    case 115: *value = 0; break;                    // memory pools: not modeled
     default:
         if (attribute <= 0) return INVALID_VALUE;
         *value = 0;
@@ -849,7 +851,7 @@ EXPORT Result cuCtxGetStreamPriorityRange(int* least, int* greatest) {
     return SUCCESS;
 }
 
-// The way in which a thread waits has no effect here.
+// Accepted and ignored: the flags choose how a thread waits.
 EXPORT Result cuCtxSetFlags(unsigned) {
     Execution both;
     Context* context = nullptr;
@@ -888,8 +890,8 @@ EXPORT Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
     TRY(enter(context));
     if (pointer == nullptr || bytes == 0) return INVALID_VALUE;
     TRY(unsafe_in_capture());
-    const long behind = ++driver().mallocs - settings().failing_malloc;
-    const bool fails = settings().failing_malloc > 0 && behind >= 0 && behind < settings().failing_mallocs;
+    const long since_first = ++driver().mallocs - settings().failing_malloc;
+    const bool fails = settings().failing_malloc > 0 && since_first >= 0 && since_first < settings().failing_mallocs;
     const Result result = fails ? OUT_OF_MEMORY : allocate(*context, bytes, *pointer);
     log_line("malloc bytes=%zu result=%d used=%zu", bytes, result, context->used_bytes);
     return result;
@@ -1058,7 +1060,7 @@ Result may_wait(Stream& stream) {
     return unsafe_in_capture();
 }
 
-// One operation of progress, unless another thread is at work, so that a host that polls gets there in the end.
+// Runs one operation, unless another thread is running some, so that repeated polling ends.
 Result poll(const std::function<Result(Context&, shared_ptr<Stream>&, uint64_t&)>& target) {
     std::unique_lock<std::recursive_mutex> execution(driver().execution, std::try_to_lock);
     Lock lock(driver().mutex);
@@ -1381,7 +1383,7 @@ EXPORT Result cuModuleGetFunction(void** handle, void* module_handle, const char
     if (handle == nullptr || name == nullptr) return INVALID_VALUE;
     auto& function = module->functions[name];
     if (!function) {
-        // nvrtc.cpp gives each kernel a table beside it: threads allowed in a block, arguments, the size of each.
+        // nvrtc.cpp generates a table for each kernel: maximum threads per block, number of arguments, size of each argument.
         using Table = const unsigned long* (*)();
         const auto kernel = dlsym(module->library, ("emulated_kernel_" + std::string(name)).c_str());
         const auto table = dlsym(module->library, ("standin_table_" + std::string(name)).c_str());
@@ -1394,7 +1396,7 @@ EXPORT Result cuModuleGetFunction(void** handle, void* module_handle, const char
         function->module = module.get();
         function->name = name;
         function->kernel = reinterpret_cast<Kernel>(kernel);
-        function->most_threads = entries[0];
+        function->max_threads = entries[0];
         function->argument_bytes.assign(entries + 2, entries + 2 + entries[1]);
         driver().functions[function.get()] = function.get();
     }
@@ -1433,12 +1435,12 @@ EXPORT Result cuFuncSetAttribute(void* handle, int attribute, int value) {
     TRY(find_function(handle, function));
     if (attribute == PREFERRED_SHARED_MEMORY_CARVEOUT) return value >= -1 && value <= 100 ? SUCCESS : INVALID_VALUE;
     if (attribute != MAX_DYNAMIC_SHARED_SIZE_BYTES) return INVALID_VALUE;
-    if (value < 0 || static_cast<unsigned>(value) > most_shared_bytes()) return INVALID_VALUE;
-    function->most_shared = value;
+    if (value < 0 || static_cast<unsigned>(value) > max_shared_bytes()) return INVALID_VALUE;
+    function->max_dynamic_shared = value;
     return SUCCESS;
 }
 
-// The words of a map are those that the emulator's tma_load_2d takes.
+// Encodes the map in the form that the emulator's tma_load_2d reads.
 EXPORT Result cuTensorMapEncodeTiled(uint64_t* map, int type, unsigned rank, void* address, const uint64_t* sizes,
                                      const uint64_t* strides, const unsigned* box_sizes, const unsigned* steps, int interleave,
                                      int swizzle, int, int) {
@@ -1459,10 +1461,10 @@ EXPORT Result cuFuncGetAttribute(int* value, int attribute, void* handle) {
     TRY(enter(context));
     TRY(find_function(handle, function));
     switch (attribute) {
-    case MAX_THREADS_PER_BLOCK: *value = static_cast<int>(function->most_threads); break;
+    case MAX_THREADS_PER_BLOCK: *value = static_cast<int>(function->max_threads); break;
     case NUM_REGS: *value = 64; break;
     case PTX_VERSION: case BINARY_VERSION: *value = settings().major * 10 + settings().minor; break;
-    case MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = static_cast<int>(function->most_shared); break;
+    case MAX_DYNAMIC_SHARED_SIZE_BYTES: *value = static_cast<int>(function->max_dynamic_shared); break;
     case PREFERRED_SHARED_MEMORY_CARVEOUT: *value = -1; break;
     case SHARED_SIZE_BYTES: case CONST_SIZE_BYTES: case LOCAL_SIZE_BYTES: *value = 0; break;
     default: return INVALID_VALUE;
@@ -1470,7 +1472,7 @@ EXPORT Result cuFuncGetAttribute(int* value, int attribute, void* handle) {
     return SUCCESS;
 }
 
-// By threads and by shared memory alone; registers are not known.
+// Limited by threads and shared memory only: the number of registers is unknown.
 EXPORT Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* handle, int threads, size_t shared_bytes) {
     const Lock lock(driver().mutex);
     Context* context = nullptr;
@@ -1478,8 +1480,8 @@ EXPORT Result cuOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, void* han
     TRY(enter(context));
     TRY(find_function(handle, function));
     if (blocks == nullptr || threads <= 0) return INVALID_VALUE;
-    const bool fits = static_cast<unsigned long>(threads) <= function->most_threads && shared_bytes <= function->most_shared;
-    const size_t by_threads = 2048 / threads, by_shared = (most_shared_bytes() + 1024) / (shared_bytes + 1024);
+    const bool fits = static_cast<unsigned long>(threads) <= function->max_threads && shared_bytes <= function->max_dynamic_shared;
+    const size_t by_threads = 2048 / threads, by_shared = (max_shared_bytes() + 1024) / (shared_bytes + 1024);
     *blocks = fits ? static_cast<int>(std::min<size_t>({by_threads, by_shared, 32})) : 0;
     return SUCCESS;
 }
@@ -1500,8 +1502,8 @@ EXPORT Result cuLaunchKernel(void* handle, unsigned grid_x, unsigned grid_y, uns
     const bool grid_fits = grid_x >= 1 && grid_x <= 2147483647u && grid_y >= 1 && grid_y <= 65535 && grid_z >= 1 &&
                            grid_z <= 65535;
     const bool block_fits = block_x >= 1 && block_x <= 1024 && block_y >= 1 && block_y <= 1024 && block_z >= 1 &&
-                            block_z <= 64 && uint64_t(block_x) * block_y * block_z <= function->most_threads;
-    if (!grid_fits || !block_fits || shared_bytes > function->most_shared) return INVALID_VALUE;
+                            block_z <= 64 && uint64_t(block_x) * block_y * block_z <= function->max_threads;
+    if (!grid_fits || !block_fits || shared_bytes > function->max_dynamic_shared) return INVALID_VALUE;
     if (extra != nullptr || (arguments == nullptr && !function->argument_bytes.empty())) return INVALID_VALUE;
 
     auto launch = std::make_shared<Launch>();

@@ -235,21 +235,21 @@ constexpr unsigned long first(unsigned long value, Rest...) {
 }
 template <unsigned long COUNT>
 struct Table {
-    unsigned long most_threads, count, bytes[COUNT + 1];
+    unsigned long max_threads, count, bytes[COUNT + 1];
 };
 template <typename... Parameters>
-constexpr Table<sizeof...(Parameters)> table(unsigned long most_threads, void (*)(Parameters...)) {
-    return {most_threads, sizeof...(Parameters), {sizeof(Parameters)..., 0}};
+constexpr Table<sizeof...(Parameters)> table(unsigned long max_threads, void (*)(Parameters...)) {
+    return {max_threads, sizeof...(Parameters), {sizeof(Parameters)..., 0}};
 }
 } // namespace standin
 )";
     text += "STANDIN_EXPORT char standin_architecture[];\nchar standin_architecture[] = \"" + architecture + "\";\n";
     for (const Kernel& kernel : kernels) {
-        const string most_threads = kernel.bounds.empty() ? "1024ul" : "standin::first" + kernel.bounds;
+        const string max_threads = kernel.bounds.empty() ? "1024ul" : "standin::first" + kernel.bounds;
         text += "EMULATED_KERNEL(" + kernel.name + ")\n";
         text += "STANDIN_EXPORT const unsigned long* standin_table_" + kernel.name + "() {\n";
-        text += "    static constexpr auto table = standin::table(" + most_threads + ", " + kernel.name + ");\n";
-        text += "    return &table.most_threads;\n}\n";
+        text += "    static constexpr auto table = standin::table(" + max_threads + ", " + kernel.name + ");\n";
+        text += "    return &table.max_threads;\n}\n";
     }
     return text;
 }

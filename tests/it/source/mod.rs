@@ -34,7 +34,7 @@ struct Import {
     line: usize,
 }
 
-/// A file that names an item of another file.
+/// An import: the file `from` names an item of the file `to`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Edge {
     pub(crate) from: String,
@@ -54,7 +54,7 @@ impl Edge {
     }
 }
 
-/// All files of `src/`, but those that are compiled for tests only.
+/// All files of `src/`, except those that are compiled for tests only.
 pub(crate) struct Source {
     pub(crate) files: Vec<File>,
     by_module: BTreeMap<ModulePath, usize>,
@@ -104,7 +104,7 @@ impl Source {
     }
 
     /// Every import of one file from another, by `use` or by a path in the code. A `mod` declaration and a `pub use` from a child
-    /// module are none.
+    /// module do not count as imports.
     pub(crate) fn edges(&self) -> BTreeSet<Edge> {
         let mut edges = BTreeSet::new();
         for (i, file) in self.files.iter().enumerate() {
@@ -148,7 +148,7 @@ impl Source {
 
     /// Follows a path as file `i` writes it, through re-exports, to the file that defines the item.
     fn resolve(&self, i: usize, path: &[String], depth: usize) -> Target {
-        assert!(depth < 16, "{}: {path:?} is re-exported in a circle", self.files[i].name);
+        assert!(depth < 16, "{}: {path:?} is re-exported in a cycle", self.files[i].name);
         let file = &self.files[i];
         let mut module = file.module.clone();
         let rest = match path[0].as_str() {

@@ -44,23 +44,25 @@ pub const QUEUE: SchedulerLimits = SchedulerLimits {
     batch_timeout: Duration::from_secs(3600),
 };
 
-/// Counts the batches and pairs that the stub scored. A closed gate holds its batches.
+/// Counters of the stub's batches and pairs, and a gate: while it is closed, batches wait in `score`.
 #[derive(Default)]
 pub struct Watch {
+    /// Pairs that were scored.
     pub pairs: AtomicUsize,
+    /// Batches that were begun.
     pub batches: AtomicUsize,
     gate: Mutex<Option<Receiver<()>>>,
 }
 
 impl Watch {
-    /// Returns when the stub has begun a batch.
+    /// Waits until the stub has begun its first batch.
     pub async fn batch_started(&self) {
         while self.batches.load(Ordering::SeqCst) == 0 {
             tokio::task::yield_now().await;
         }
     }
 
-    /// From now on each batch waits for one message. Dropping the sender opens the gate for good.
+    /// Closes the gate: each further batch waits for one message. Dropping the sender opens the gate for good.
     pub fn close_gate(&self) -> Sender<()> {
         let (open, gate) = channel();
         *self.gate.lock().unwrap() = Some(gate);
@@ -166,17 +168,18 @@ pub fn app_with(keys: &[&str], limits: ApiLimits, queue: SchedulerLimits) -> (Ar
 }
 
 /// An HTTP response with its body read.
-pub struct Answer {
+pub struct TestResponse {
     pub status: StatusCode,
     pub headers: axum::http::HeaderMap,
     pub text: String,
 }
 
-impl Answer {
+impl TestResponse {
     pub fn json(&self) -> Value {
         serde_json::from_str(&self.text).unwrap_or_else(|e| panic!("{e}: {}", self.text))
     }
 
+    /// Indices of the documents, best first. Panics unless the status is 200.
     pub fn order(&self) -> Vec<u64> {
         assert_eq!(self.status, StatusCode::OK, "{}", self.text);
         self.json()["results"].as_array().unwrap().iter().map(|r| r["index"].as_u64().unwrap()).collect()
@@ -190,30 +193,30 @@ impl Answer {
 }
 
 /// Sends a request to the router, without a socket.
-pub async fn send(app: &Arc<App>, request: Request<Body>) -> Answer {
+pub async fn send(app: &Arc<App>, request: Request<Body>) -> TestResponse {
     let response = router(app).oneshot(request).await.unwrap();
     let (parts, body) = response.into_parts();
     let bytes = body.collect().await.unwrap().to_bytes();
-    Answer { status: parts.status, headers: parts.headers, text: String::from_utf8(bytes.to_vec()).unwrap() }
+    TestResponse { status: parts.status, headers: parts.headers, text: String::from_utf8(bytes.to_vec()).unwrap() }
 }
 
-pub async fn get(app: &Arc<App>, path: &str) -> Answer {
+pub async fn get(app: &Arc<App>, path: &str) -> TestResponse {
     send(app, Request::get(path).body(Body::empty()).unwrap()).await
 }
 
-pub async fn post(app: &Arc<App>, path: &str, body: impl Into<Body>) -> Answer {
+pub async fn post(app: &Arc<App>, path: &str, body: impl Into<Body>) -> TestResponse {
     send(app, Request::post(path).body(body.into()).unwrap()).await
 }
 
-pub async fn rerank(app: &Arc<App>, body: Value) -> Answer {
+pub async fn rerank(app: &Arc<App>, body: Value) -> TestResponse {
     post(app, "/v1/rerank", body.to_string()).await
 }
 
 /// Checks an error response: its status, its body in the fields that every client library reads, and its request id.
-pub fn check_error(answer: &Answer, status: u16, code: u16, kind: &str, contains: &str) {
-    assert_eq!(answer.status.as_u16(), status, "{}", answer.text);
-    assert!(answer.headers.contains_key("x-request-id"));
-    let body = answer.json();
+pub fn check_error(response: &TestResponse, status: u16, code: u16, kind: &str, contains: &str) {
+    assert_eq!(response.status.as_u16(), status, "{}", response.text);
+    assert!(response.headers.contains_key("x-request-id"));
+    let body = response.json();
     let message = body["message"].as_str().unwrap();
     assert!(message.contains(contains), "{message}");
     assert_eq!(body["code"], code, "{body}");

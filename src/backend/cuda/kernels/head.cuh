@@ -1,4 +1,4 @@
-// The classification head. It has only S rows, so weights are f32 and sums are plain.
+// The classification head. It has only S rows, so it has f32 weights and uses no tensor cores.
 #pragma once
 
 #include "rows.cuh"
