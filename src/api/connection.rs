@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use axum::http::Version;
 use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -41,6 +42,8 @@ pub(super) struct ConnectionState {
     phase: Mutex<Phase>,
     /// Whether part of a response may not be written to the socket yet.
     is_writing: AtomicBool,
+    /// Whether the request's protocol version has interim responses: HTTP/1.1, not HTTP/1.0.
+    has_interim: AtomicBool,
     /// Tells the connection's task to close it.
     pub(super) close: Notify,
 }
@@ -67,12 +70,18 @@ impl ConnectionState {
     pub(super) fn new() -> Arc<Self> {
         // The header timeout of the first request starts with the connection.
         let phase = Mutex::new(Phase::Header(Instant::now()));
-        Arc::new(Self { phase, is_writing: AtomicBool::new(false), close: Notify::new() })
+        Arc::new(Self {
+            phase,
+            is_writing: AtomicBool::new(false),
+            has_interim: AtomicBool::new(false),
+            close: Notify::new(),
+        })
     }
 
     /// A request's header is complete; its body follows.
-    pub(super) fn request_started(&self) {
+    pub(super) fn request_started(&self, version: Version) {
         self.is_writing.store(true, Relaxed);
+        self.has_interim.store(version == Version::HTTP_11, Relaxed);
         *self.phase() = Phase::Receiving;
     }
 
@@ -169,9 +178,9 @@ impl TimedStream {
 
     /// Called when the client has closed its sending side while its request is handled. Either it waits for the response on a
     /// half-closed connection, or it has closed the connection. [`PROBE`] distinguishes them: a host that has closed the
-    /// connection replies with a reset, and this returns the error.
+    /// connection replies with a reset, and this returns the error. Clients of HTTP/1.0 get no probe.
     fn poll_half_closed(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
-        if !self.probed && self.blocked.is_none() {
+        if !self.probed && self.blocked.is_none() && self.state.has_interim.load(Relaxed) {
             self.probed = true;
             self.inner.try_write(PROBE).ok();
         }

@@ -78,6 +78,11 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "Invalid token")
     }
 
+    /// Adds `Retry-After`.
+    pub(super) fn retry_after(self, seconds: u64) -> Self {
+        Self { retry_after_s: Some(seconds), ..self }
+    }
+
     /// Adds `Connection: close`, because the body of this request is not read to its end.
     pub(super) fn closing_connection(self) -> Self {
         Self { closes_connection: true, ..self }

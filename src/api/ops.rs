@@ -102,7 +102,7 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiE
     for model in app.models()?.iter() {
         if let Err(error) = model.check(RECENT, PATIENCE_S).await {
             let message = format!("{}: no inference succeeds: {error}", model.name);
-            return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message));
+            return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1));
         }
     }
     Ok(Json(json!({"status": "ok"})).into_response())

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use axum::Router;
 use axum::body::{Body, Bytes};
+use axum::http::Version;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -239,7 +240,7 @@ fn tracked(
     Future = impl Future<Output = Result<axum::response::Response, std::convert::Infallible>> + Send,
 > {
     hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-        let (router, guard) = (router.clone(), RequestGuard::new(&state));
+        let (router, guard) = (router.clone(), RequestGuard::new(&state, request.version()));
         if hyper::body::Body::is_end_stream(request.body()) {
             state.request_received();
         }
@@ -312,8 +313,8 @@ impl hyper::body::Body for IncomingBody {
 struct RequestGuard(Arc<ConnectionState>);
 
 impl RequestGuard {
-    fn new(state: &Arc<ConnectionState>) -> Self {
-        state.request_started();
+    fn new(state: &Arc<ConnectionState>, version: Version) -> Self {
+        state.request_started(version);
         Self(Arc::clone(state))
     }
 }

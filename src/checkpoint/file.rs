@@ -22,13 +22,13 @@ pub fn open_regular(path: &Path) -> Result<File> {
 /// # Errors
 /// The errors of [`open_regular`]; the file is longer than `max_bytes` or not UTF-8. The error names the file.
 pub fn read_text(path: &Path, max_bytes: u64) -> Result<String> {
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     open_regular(path)?
         .take(max_bytes.saturating_add(1))
-        .read_to_string(&mut text)
+        .read_to_end(&mut bytes)
         .with_context(|| format!("cannot read {}", path.display()))?;
-    ensure!(text.len() as u64 <= max_bytes, "{} is longer than {max_bytes} bytes", path.display());
-    Ok(text)
+    ensure!(bytes.len() as u64 <= max_bytes, "{} is longer than {max_bytes} bytes", path.display());
+    String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8", path.display()))
 }
 
 #[cfg(test)]
@@ -39,6 +39,9 @@ mod tests {
     fn text_up_to_the_limit_is_read_and_longer_text_is_rejected_with_the_file_name() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("config.json");
+        std::fs::write(&path, "1234\u{e9}").unwrap();
+        let error = read_text(&path, 4).unwrap_err().to_string();
+        assert!(error.contains("longer than 4 bytes"), "{error}"); // although byte 5 is half a character
         std::fs::write(&path, "12345").unwrap();
         assert_eq!(read_text(&path, 5).unwrap(), "12345");
         let error = read_text(&path, 4).unwrap_err().to_string();

@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 #[cfg(feature = "cuda")]
 use super::args::{CudaArgs, CudaAttentionArg, CudaGemmArg};
@@ -147,6 +147,11 @@ impl ModelArgs {
         match name {
             "auto" => match (machine.find_cuda)() {
                 #[cfg(feature = "cuda")]
+                CudaAvailability::Usable if self.dtype == DtypeArg::Int8 => {
+                    notices.push(Notice::Info("using the CPU: --dtype int8 is for CPUs".to_owned()));
+                    self.cpu(machine, threads)
+                }
+                #[cfg(feature = "cuda")]
                 CudaAvailability::Usable => self.cuda(machine, "cuda"),
                 CudaAvailability::Unusable(reason) => {
                     notices
@@ -278,7 +283,8 @@ impl ServeArgs {
             tokens_per_minute: self.key_tokens_per_minute,
         };
         let all_keys = self.api_keys.iter().map(|key| key.reveal()).chain(Keys::lines(&file));
-        let keys = Keys::new(all_keys, rates).context("--api-key and --api-key-file")?;
+        let keys = Keys::new(all_keys, rates).map_err(|error| anyhow!("--api-key and --api-key-file: {error}"))?;
+        ensure!(self.api_keys.is_empty() || !keys.is_open(), "--api-key is empty; leave it out to serve without keys");
         for (flag, limit) in [
             ("--key-requests-per-minute", rates.requests_per_minute),
             ("--key-tokens-per-minute", rates.tokens_per_minute),
@@ -369,6 +375,9 @@ mod tests {
         let settings = resolve(gpu, &["--device", "auto"]).unwrap();
         assert!(matches!(settings.models.load.device, DeviceChoice::Cuda(ref ordinals, _) if *ordinals == [0]));
         assert_eq!(settings.models.scheduler.max_batch_tokens, CUDA_BATCH_TOKENS);
+        let gpu = Machine { find_cuda: || CudaAvailability::Usable, ..PLAIN };
+        let int8 = resolve(gpu, &["--device", "auto", "--dtype", "int8"]).unwrap();
+        assert!(matches!(int8.models.load.device, DeviceChoice::Cpu { dtype: CpuDtype::Int8, .. }));
     }
 
     #[test]

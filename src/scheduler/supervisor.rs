@@ -14,7 +14,7 @@ pub const EXIT_DEVICE_LOST: i32 = 70;
 
 /// Time for error responses to be written before the process ends.
 const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
-/// Maximum time of an orderly exit, afterwards the process aborts. The driver's exit handlers may wait for a device that hangs.
+/// Maximum time of the exit handlers; afterwards they are skipped. The driver's exit handlers may wait for a device that hangs.
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two checks of the watchdog.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -25,13 +25,13 @@ const RESTART_WINDOW: Duration = Duration::from_secs(60);
 /// A function that ends the process and logs the given reason.
 pub(super) type EndProcess = fn(&str) -> !;
 
-/// Logs the reason and ends the process with [`EXIT_DEVICE_LOST`]; aborts if exit handlers take longer than [`EXIT_TIMEOUT`].
+/// Logs the reason and ends the process with [`EXIT_DEVICE_LOST`], without exit handlers if they take longer than [`EXIT_TIMEOUT`].
 pub(super) fn end_process(reason: &str) -> ! {
     tracing::error!("{reason}; ending with exit code {EXIT_DEVICE_LOST} so that the process can be started again");
     thread::sleep(RESPONSE_FLUSH_GRACE);
     thread::spawn(|| {
         thread::sleep(EXIT_TIMEOUT);
-        std::process::abort();
+        signal_hook::low_level::exit(EXIT_DEVICE_LOST);
     });
     std::process::exit(EXIT_DEVICE_LOST);
 }

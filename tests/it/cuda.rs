@@ -214,15 +214,14 @@ fn a_lost_device_answers_the_request_and_ends_the_process() {
 
 /// The driver's exit handlers may wait forever for a lost GPU.
 #[test]
-fn a_process_that_hangs_at_exit_is_killed() {
+fn a_process_that_hangs_at_exit_ends_with_the_same_code() {
     let Some(environment) = environment("cuda-cache") else { return };
     let mut environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
     environment.extend([("STANDIN_FAIL", "launch:120"), ("STANDIN_HANG_AT_EXIT", "1")]);
     let mut server = Server::start_in(&["--device", "cuda", "--max-batch-tokens", "256"], &environment);
     let ask = r#"{"model":"rerankd-mini","query":"Apple","documents":["apple","banana"]}"#;
     assert!((0..20).any(|_| server.rerank(ask).starts_with("HTTP/1.1 500")));
-    assert_eq!(server.exit_code(), None, "killed by a signal, so there is no exit code");
-    assert!(server.rest_of_log().contains("ending with exit code 70"));
+    assert_eq!(server.exit_code(), Some(70));
 }
 
 /// Hosts with a GPU but without CUDA libraries, with an old GPU, or with libraries that are newer than the driver.

@@ -150,7 +150,7 @@ impl SimdOp for QuantizeRows<'_> {
 }
 
 /// Rounds `x`, `[c]`, into row `row` of `to`. int8 is asymmetric: `value = min + scale * byte`, where byte 0 is the row's
-/// smallest value and byte 255 its largest.
+/// smallest value and byte 255 its largest. The scale of a row with NaN or an infinity is NaN, so that the score is too.
 ///
 /// # Safety
 /// `x` is valid for reads of c values. The row has c columns, and no other thread accesses it at the same time.
@@ -168,13 +168,16 @@ pub(super) unsafe fn quantize_row<I: Isa>(isa: I, x: *const f32, c: usize, to: S
             }
             SharedQuantizedRows::Int8(to, params) => {
                 let (mut min, mut max) = (isa.splat(f32::INFINITY), isa.splat(f32::NEG_INFINITY));
+                // Minimum and maximum ignore NaN on some processors. The sum of 0 * value is 0 or NaN.
+                let (mut zero_sum, zero) = (isa.splat(0.0), isa.splat(0.0));
                 for at in (0..c).step_by(I::LANES) {
                     // Lanes beyond the row repeat its first value: minimum and maximum stay the same.
                     let value = load_partial(isa, x.add(at), c - at, *x);
                     (min, max) = (isa.min(min, value), isa.max(max, value));
+                    zero_sum = isa.fma(zero, value, zero_sum);
                 }
                 let (min, max) = (isa.reduce_min(min), isa.reduce_max(max));
-                let scale = ((max - min) / 255.0).max(f32::MIN_POSITIVE);
+                let scale = ((max - min) / 255.0).max(f32::MIN_POSITIVE) + isa.reduce_sum(zero_sum);
                 *params.row(0).add(row) = QuantParams { min, scale };
                 let (to, min, inverse) = (to.row(row), isa.splat(min), isa.splat(1.0 / scale));
                 for at in (0..c).step_by(I::LANES) {
@@ -182,6 +185,29 @@ pub(super) unsafe fn quantize_row<I: Isa>(isa: I, x: *const f32, c: usize, to: S
                     // A row of bytes is padded to whole cache lines, so a whole vector of bytes always fits.
                     isa.store_u8(to.add(at), value);
                 }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::simd::SimdPath;
+    use super::*;
+
+    #[test]
+    fn a_row_with_a_value_that_is_not_finite_gets_a_scale_that_is_not_a_number() {
+        const COLUMNS: usize = 37;
+        for path in SimdPath::supported() {
+            for (bad, at) in [(f32::NAN, 0), (f32::NAN, 17), (f32::NAN, 36), (f32::INFINITY, 20), (1.0, 5)] {
+                let mut from = Matrix::<f32>::acquire(1, COLUMNS);
+                from.row_mut(0).iter_mut().zip(0..).for_each(|(x, i)| *x = i as f32 - 10.0);
+                from.row_mut(0)[at] = bad;
+                let mut quantized = QuantizedRows::acquire(StorageFormat::Int8, 1, COLUMNS).unwrap();
+                let to = quantized.shared();
+                path.enter(QuantizeRows { from: QuantizeSource::F32(&from), columns: COLUMNS, to, rows: 0..1 });
+                let QuantizedRows::Int8(_, params) = &quantized else { unreachable!("int8 was asked for") };
+                assert_eq!(params.row(0)[0].scale.is_nan(), !bad.is_finite(), "{}: {bad} at {at}", path.name());
             }
         }
     }

@@ -8,12 +8,14 @@ pub(super) fn bound(dtype: CudaDtype) -> f32 {
     if dtype == CudaDtype::Bf16 { 0.016 } else { 0.002 }
 }
 
-/// The largest relative error |got - expected| / |expected| of a row of `length` values.
+/// The largest relative error |got - expected| / |expected| of a row of `length` values; 0 for equal rows, infinity for a
+/// difference from a row of zeros.
 pub(super) fn worst_row(expected: &[f32], got: &[f32], length: usize) -> f32 {
     let norm = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>().sqrt();
     let rows = expected.chunks(length).zip(got.chunks(length));
     let errors = rows.map(|(expected, got)| {
-        norm(&mut expected.iter().zip(got).map(|(a, b)| a - b)) / norm(&mut expected.iter().copied())
+        let difference = norm(&mut expected.iter().zip(got).map(|(a, b)| a - b));
+        if difference == 0.0 { 0.0 } else { difference / norm(&mut expected.iter().copied()) }
     });
     errors.fold(0.0, worse)
 }
@@ -26,6 +28,13 @@ fn worse(a: f32, b: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn equal_rows_of_zeros_have_no_error_and_others_an_infinite_one() {
+        assert_eq!(worst_row(&[0.0, 0.0, 3.0, 4.0], &[0.0, 0.0, 3.0, 4.5], 2), 0.1);
+        assert_eq!(worst_row(&[0.0, 0.0], &[0.0, 0.1], 2), f32::INFINITY);
+        assert!(worst_row(&[0.0, 0.0], &[0.0, f32::NAN], 2).is_nan());
+    }
 
     #[test]
     fn nan_is_the_largest_error_in_any_position() {

@@ -138,12 +138,12 @@ impl Gemms {
             let (cublaslt_seconds, custom_seconds) = seconds.split_at(plans.len());
             let Some(best) = fastest_index(cublaslt_seconds) else { continue };
             let choose_custom = match custom {
-                Some(custom) if !custom.always => {
-                    let gelu = shape.epilogue == GemmEpilogue::BiasGelu;
+                Some(custom) => {
+                    let gelu = shape.epilogue == GemmEpilogue::BiasGelu && !custom.always;
                     let gelu_seconds = if gelu { self.elementwise_seconds(shape, operands)? } else { 0.0 };
-                    custom_is_faster(custom_seconds[0], cublaslt_seconds[best], gelu_seconds)
+                    chooses_custom(custom.always, custom_seconds[0], cublaslt_seconds[best], gelu_seconds)
                 }
-                custom => custom.is_some(),
+                None => false,
             };
             self.tuning_store.put(shape, TunedGemm { algorithm: plans[best].algorithm.data, custom: choose_custom });
             measured = true;
@@ -178,24 +178,25 @@ impl Gemms {
                 if failed[i] {
                     continue;
                 }
-                match run(i) {
-                    Ok(()) => {}
-                    Err(BackendError::Failed(_)) => {
-                        failed[i] = true;
-                        continue;
-                    }
+                match self.time_runs(|| run(i)) {
+                    Ok(time) => seconds[i] = seconds[i].min(time),
+                    Err(BackendError::Failed(_)) => (failed[i], seconds[i]) = (true, f64::INFINITY),
                     Err(error) => return Err(error),
                 }
-                (1..RUNS).try_for_each(|_| run(i))?;
-                let record_event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
-                let start = record_event()?;
-                (0..RUNS).try_for_each(|_| run(i))?;
-                let end = record_event()?;
-                end.synchronize()?;
-                seconds[i] = seconds[i].min(device::seconds_between(&start, &end)? / f64::from(RUNS));
             }
         }
         Ok(seconds)
+    }
+
+    /// Seconds per run, after untimed runs.
+    fn time_runs(&self, run: impl Fn() -> Result<(), BackendError>) -> Result<f64, BackendError> {
+        (0..RUNS).try_for_each(|_| run())?;
+        let record_event = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT));
+        let start = record_event()?;
+        (0..RUNS).try_for_each(|_| run())?;
+        let end = record_event()?;
+        end.synchronize()?;
+        Ok(device::seconds_between(&start, &end)? / f64::from(RUNS))
     }
 
     /// Seconds to read and write the whole output, as an elementwise kernel does: twice the time of copying its first half to its
@@ -271,9 +272,10 @@ fn fastest_index(seconds: &[f64]) -> Option<usize> {
     (0..seconds.len()).filter(|&i| seconds[i].is_finite()).min_by(|&i, &j| seconds[i].total_cmp(&seconds[j]))
 }
 
-/// Whether the custom kernel is faster than cuBLASLt followed by a GELU kernel of `gelu_seconds` (0 without GELU).
-fn custom_is_faster(custom_seconds: f64, cublaslt_seconds: f64, gelu_seconds: f64) -> bool {
-    custom_seconds < cublaslt_seconds + gelu_seconds
+/// Whether to use the custom kernel: it runs, and is preferred (`always`) or faster than cuBLASLt followed by a GELU kernel of
+/// `gelu_seconds` (0 without GELU). The time of a kernel that fails is infinite.
+fn chooses_custom(always: bool, custom_seconds: f64, cublaslt_seconds: f64, gelu_seconds: f64) -> bool {
+    custom_seconds.is_finite() && (always || custom_seconds < cublaslt_seconds + gelu_seconds)
 }
 
 #[cfg(test)]
@@ -288,8 +290,9 @@ mod tests {
 
     #[test]
     fn the_custom_kernel_is_compared_with_cublaslt_and_its_gelu_kernel() {
-        assert!(custom_is_faster(1.2, 1.0, 0.5));
-        assert!(!custom_is_faster(1.2, 1.0, 0.0));
-        assert!(!custom_is_faster(f64::INFINITY, 1.0, 0.5));
+        assert!(chooses_custom(false, 1.2, 1.0, 0.5));
+        assert!(!chooses_custom(false, 1.2, 1.0, 0.0));
+        assert!(chooses_custom(true, 1.2, 1.0, 0.0));
+        assert!([false, true].iter().all(|&always| !chooses_custom(always, f64::INFINITY, 1.0, 0.5)));
     }
 }
