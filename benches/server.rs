@@ -1,8 +1,9 @@
-//! The server in process, without a socket: JSON, tokenization, queue, encoder, JSON. Reports documents per second.
+//! The server in process, without a socket: JSON, tokenization, queue, encoder, JSON.
 //!
-//! `cargo bench --bench server`. The `stub` model computes almost nothing, so its figures are those of the rest of the server. `end to end` has
-//! random weights of the base shape and a real tokenizer. It compares 32 documents that fill the window with the encoder alone
-//! on the same pairs.
+//! `cargo bench --bench server` runs two groups:
+//! - `stub`, in documents per second: the model computes almost nothing, so the figures are those of the rest of the server.
+//! - `end to end`, in tokens per second: random weights of the base shape and a real tokenizer. It measures a request of 32
+//!   documents that fill the window, and the encoder alone on the same 32 pairs.
 //!
 //! `RERANKD_BENCH_DTYPE=f32|bf16|int8` sets the dtype. `RERANKD_BENCH_BATCH_TOKENS` sets the tokens per batch; the default is the
 //! server's.

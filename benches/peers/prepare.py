@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaFo
 import workloads
 from workloads import END, MASK, PADDING, START, UNKNOWN, Shape
 
-# Random weights can be calibrated with any input, but not with the pairs that are measured.
+# Calibration inputs are random ids: enough for random weights, and not the pairs that are measured.
 CALIBRATION_PAIRS = 16
 CALIBRATION_TOKENS = 128
 

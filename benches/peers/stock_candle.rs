@@ -1,7 +1,8 @@
 //! Measures the XLM-RoBERTa of candle-transformers as published, for comparison with rerankd's backends.
 //!
-//! `stock_candle --model FOLDER --workloads FILE --threads N --json` speaks the protocol of benches/peers/README.md. Modes:
-//! pairs one at a time (`one`), or sorted by length in padded batches of 8 (`batch8`).
+//! `RAYON_NUM_THREADS=N stock_candle --model FOLDER --workloads FILE` speaks the protocol of benches/peers/README.md and
+//! ignores the other options of `rerankd bench`. Modes: pairs one at a time (`one`), or sorted by length in padded batches of
+//! 8 (`batch8`).
 
 #![allow(clippy::print_stdout, reason = "the protocol uses standard output")]
 

@@ -88,8 +88,8 @@ impl ModelArgs {
     /// Checks the flags and resolves them for `machine`.
     ///
     /// # Errors
-    /// A model is neither a folder nor a known name; this build or device lacks the device or precision; or a limit is 0. The
-    /// message names the flag.
+    /// A model is not a folder, a name on the hub or a known name; an alias is empty or its model is not served; this build lacks
+    /// the device; the device lacks the precision; or a limit is 0. The message names the flag.
     pub fn resolve(&self, machine: &Machine, queue: QueueSettings) -> Result<ModelSettings> {
         refuse_zero(&[
             ("--window", self.window),

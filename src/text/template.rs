@@ -32,9 +32,9 @@ impl PairTemplate {
         let ids = |text: &str| encode(tokenizer, text);
         let (query, document) = (ids("query")?, ids("document")?);
         let whole = encode_pair(tokenizer, "query", "document", rows)?;
-        let q = find(&whole, &query, 0).context("the tokenizer's pair does not contain the query as it is alone")?;
+        let q = find(&whole, &query, 0).context("the tokenizer gives a query other tokens in a pair than alone")?;
         let d = find(&whole, &document, q + query.len())
-            .context("the tokenizer's pair does not contain the document as it is alone")?;
+            .context("the tokenizer gives a document other tokens in a pair than alone")?;
         let segment = |from: usize, to: usize| whole[from..to].to_vec();
         let template = Self {
             before: segment(0, q),

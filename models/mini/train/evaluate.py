@@ -2,7 +2,7 @@
 
     python evaluate.py MODEL_DIR XQUAD_DIR [--questions 200] [--teacher TEACHER_DIR]
 
-Two sets of negatives: 9 random ones (both languages), and the 9 that BM25 ranks highest. BM25's recall@1 is the baseline.
+Two sets of negatives: 9 random ones, and the 9 that BM25 ranks highest. BM25's recall@1 is the baseline.
 XQuAD is used for evaluation only. Pairs are truncated to 512 tokens; the document is shortened.
 """
 import argparse, json, math, random, re, time
@@ -92,7 +92,7 @@ def recall_at_1(scores):
     return float((scores[:, 0] > scores[:, 1:].max(1)).mean())     # a tie counts as a miss
 
 
-def xquad(scorer, folder, lang, n, teacher=None, hard=True, taught=100):
+def xquad(scorer, folder, lang, n, teacher=None, hard=True, teacher_questions=100):
     paragraphs, questions = load_xquad(folder, lang)
     questions = random.Random(7).sample(questions, min(n, len(questions)))
     sets = candidates(paragraphs, questions, Bm25(paragraphs), seed=8)
@@ -105,8 +105,8 @@ def xquad(scorer, folder, lang, n, teacher=None, hard=True, taught=100):
         line = f"XQuAD-{lang} {name:14} n={len(sets)}: rerankd-mini {recall_at_1(scores.reshape(-1, 10)):.4f}"
         line += f"  BM25 {recall_at_1([[s[3][i] for i in s[which]] for s in sets]):.4f}"
         if teacher and lang == "en":
-            first = pairs[:10 * taught]
-            line += f"  first {taught}: rerankd-mini {recall_at_1(scores[:10 * taught].reshape(-1, 10)):.4f}"
+            first = pairs[:10 * teacher_questions]
+            line += f"  first {teacher_questions}: rerankd-mini {recall_at_1(scores[:10 * teacher_questions].reshape(-1, 10)):.4f}"
             line += f"  teacher {recall_at_1(teacher.logits(first).reshape(-1, 10)):.4f}"
         print(line + f"  [{time.time() - began:.0f} s]", flush=True)
 

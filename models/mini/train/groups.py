@@ -272,7 +272,7 @@ def word_groups(tokenizer, n):
 
 
 def negatives(index, ranked, rows, tokens, i, key):
-    """Up to seven passages: two of the same document, four BM25 neighbors of mixed rank, and random ones to fill up."""
+    """Seven passages: up to two of the same document, up to four BM25 neighbors of mixed rank, and random ones to fill up."""
     a, b = key
     sentence, size = set(tokens[i][a:b].tolist()), min(len(tokens[i]), LONGEST)
 

@@ -154,7 +154,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
         let mut packed_values = Matrix::<u32>::acquire(1, value_panels * value_k_groups * value_width);
         // Also used as scratch for the keys of one vector, which are fewer than BLOCK_QUERIES.
         let mut packed_queries = Matrix::<u32>::acquire(1, BLOCK_QUERIES * k_groups);
-        // One cache line wider than the block: with a power-of-two stride, rows would map to the same few cache sets.
+        // At least a cache line wider than the block: with a power-of-two stride, rows would map to the same few cache sets.
         let block_keys = BLOCK_KEYS.min(keys.next_multiple_of(I::PANEL_COLUMNS));
         let mut scores = Matrix::<f32>::acquire(BLOCK_QUERIES, block_keys + 16);
         let mut weights = Matrix::<E::Value>::acquire(BLOCK_QUERIES, block_keys + 32);

@@ -44,7 +44,7 @@ pub(super) struct PackedWeights {
     /// Columns per panel.
     pub(super) width: usize,
     words: Vec<CacheLine>,
-    /// One value per column, padding columns included; so are `scale` and `column_sum`.
+    // The next three have one value per column, also for the padding columns.
     pub(super) bias: Vec<f32>,
     /// int8: the scale of each column's weights.
     pub(super) scale: Vec<f32>,

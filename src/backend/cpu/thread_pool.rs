@@ -52,7 +52,7 @@ impl Drop for ThreadsGuard<'_> {
 
 #[derive(Debug, Default)]
 struct PoolState {
-    /// The number of tasks so far. A change signals a new task. Changed while `task` is locked.
+    /// Increased for each new task, while `task` is locked, and when the pool is closed.
     epoch: AtomicUsize,
     /// Helpers that have not finished the current task.
     running: AtomicUsize,

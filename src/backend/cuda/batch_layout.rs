@@ -71,8 +71,8 @@ impl Layout {
     }
 }
 
-/// Rounds a row count up, so that few GEMM shapes and graphs serve all batches: to 64, which a GEMM tile computes anyway, and above
-/// 1,024 to 128.
+/// Rounds a row count up, so that few GEMM shapes and graphs serve all batches: to a multiple of 64, because a GEMM tile computes 64
+/// rows anyway, and above 1,024 to a multiple of 128.
 pub(super) fn rounded(rows: usize) -> usize {
     rows.max(1).next_multiple_of(if rows <= 1024 { 64 } else { 128 })
 }

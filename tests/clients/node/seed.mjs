@@ -1,6 +1,6 @@
-// The seed question and the checks for every client: python/seed.py for JavaScript.
+// The example request and the checks for every client: the JavaScript counterpart of python/seed.py.
 //
-// A client's file defines `rank(server, model, topN, texts)`. It sends the question through the client and returns
+// A client's file defines `rank(server, model, topN, texts)`. It sends the request through the client and returns
 // [{index, score, text}] in the client's order. `check` runs it and prints one line of JSON.
 
 import { readFileSync } from "node:fs";
@@ -14,7 +14,7 @@ const UNKNOWN_MODEL = "no-such-model";
 // The server's error messages, which should reach the user of a client.
 const MESSAGES = { "wrong key": "Invalid token", "unknown model": "Model does not exist", overload: "overloaded" };
 
-// Scores are JSON numbers and stay 64-bit floats.
+// As in python/seed.py, where some clients store scores as 32-bit floats. JavaScript's are 64-bit.
 const SCORE_TOLERANCE = 1e-5;
 
 const OPEN = { url: process.env.RERANKD_OPEN, key: "any-key-at-all" };

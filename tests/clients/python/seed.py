@@ -1,6 +1,6 @@
-"""The seed question and the checks for every client.
+"""The example request and the checks for every client.
 
-A client's file defines `rank(server, model, top_n, texts)`. It sends the question through the client and returns
+A client's file defines `rank(server, model, top_n, texts)`. It sends the request through the client and returns
 (index, score, text or None) for each result, in the client's order. `check` runs it against the three servers of `../run` and
 prints one line of JSON.
 """

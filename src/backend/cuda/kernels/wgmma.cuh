@@ -8,7 +8,7 @@
 // The descriptor of an operand at shared address `rows`, with rows of 128 bytes and the 128-byte swizzle: address bits 4 to 6 are
 // XORed with bits 7 to 9, as chunk_address does at D = 64. Fields by PTX ISA 9.0, section 9.7.15.5.1 (CuTe's GmmaDescriptor):
 //
-//     bits  0 - 13   start address / 16. It may point into a row: the next 16 values of K are 32 bytes on (as in DeepGEMM)
+//     bits  0 - 13   start address / 16. It may point into a row: the next 16 values along K start 32 bytes later (as in DeepGEMM)
 //     bits 16 - 29   leading dimension byte offset / 16: unused, as a swizzle row has all 64 columns
 //     bits 32 - 45   stride dimension byte offset / 16: from eight rows to the next eight
 //     bits 49 - 51   base offset: 0, as groups of eight rows start at multiples of 1024
