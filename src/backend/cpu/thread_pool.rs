@@ -176,7 +176,8 @@ impl ThreadPool {
 impl Drop for ThreadPool {
     fn drop(&mut self) {
         {
-            self.shared.lock().closed = true;
+            let mut slot = self.shared.lock();
+            slot.closed = true;
             self.shared.epoch.fetch_add(1, Ordering::Release);
         }
         self.shared.task_available.notify_all();
