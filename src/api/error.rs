@@ -78,7 +78,7 @@ impl ApiError {
         Self::new(StatusCode::UNAUTHORIZED, "Invalid token")
     }
 
-    /// Adds `Connection: close`, because the body of this request is not read to its end.
+    /// Adds `Connection: close`.
     pub(super) fn closing_connection(self) -> Self {
         Self { closes_connection: true, ..self }
     }
