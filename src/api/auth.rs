@@ -21,9 +21,7 @@ pub(super) async fn require_key(
         request.extensions_mut().insert(client);
         return Ok(next.run(request).await);
     }
-    let (parts, body) = request.into_parts();
-    app.memory.drain(&parts.headers, body);
-    Err(ApiError::unauthorized().closing_connection())
+    Err(ApiError::unauthorized())
 }
 
 /// The key in the headers: `Authorization: Bearer KEY`, `Authorization: KEY` or `x-api-key: KEY`. The same key may occur

@@ -8,7 +8,6 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use http_body_util::BodyExt;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::error::ApiError;
@@ -41,20 +40,9 @@ const MEMORY_PER_BODY_BYTE: usize = 4;
 const MIN_BYTES_PER_WINDOW: usize = 1024;
 const RATE_WINDOW: Duration = Duration::from_secs(5);
 
-/// Maximum bytes of a refused body that are read and discarded. A client that is still sending may miss the response if its
-/// bytes are not read.
-const MAX_DRAINED_BYTES: usize = 64 << 20;
-const MAX_DRAIN_TIME: Duration = Duration::from_secs(10);
-/// Maximum refused bodies that are drained at the same time. Further ones are not drained.
-const MAX_DRAINS: usize = 64;
-
 /// The memory budget of all requests, in bytes.
 #[derive(Debug)]
-pub(super) struct MemoryBudget {
-    memory: Arc<Admission>,
-    /// One permit per refused body that is being drained.
-    drains: Arc<Semaphore>,
-}
+pub(super) struct MemoryBudget(Arc<Admission>);
 
 /// A complete body and its share of the memory budget.
 pub(super) struct ReadBody {
@@ -65,38 +53,29 @@ pub(super) struct ReadBody {
 impl MemoryBudget {
     pub(super) fn new(bytes: usize) -> Self {
         let limits = AdmissionLimits { units: bytes, wait: Duration::MAX };
-        let memory = Admission::new(metrics::gauge!("rerankd_inflight_bytes"), limits, 1);
-        Self { memory: Arc::new(memory), drains: Arc::new(Semaphore::new(MAX_DRAINS)) }
+        Self(Arc::new(Admission::new(metrics::gauge!("rerankd_inflight_bytes"), limits, 1)))
     }
 
     /// Reads a whole body of a client.
     ///
     /// # Errors
-    /// 429 if the client's rate limit is used up; 413 if it is too long, without reading it if Content-Length says so; 415 if it is compressed; 408 if it arrives too
-    /// slowly; 400 if it ends early; 503 if the memory budget is used up. The rest of a refused body is drained in the
-    /// background.
+    /// 429 if the client's rate limit is used up; 413 if it is too long, without reading it if Content-Length says so; 415 if it
+    /// is compressed; 408 if it arrives too slowly; 400 if it ends early; 503 if the memory budget is used up.
     pub(super) async fn read(
         &self,
         client: &Client,
         headers: &HeaderMap,
-        mut body: Body,
+        body: Body,
         limits: &ApiLimits,
     ) -> Result<ReadBody, ApiError> {
-        let read = async {
-            client.take_request()?;
-            check_headers(headers, limits)?;
-            self.collect(client.id, &mut body, limits).await
-        };
-        let result = read.await;
-        if result.is_err() {
-            self.drain(headers, body);
-        }
-        result
+        client.take_request()?;
+        check_headers(headers, limits)?;
+        self.collect(client.id, body, limits).await
     }
 
     /// Copies the frames of a body into one buffer, because a frame keeps the connection's whole read buffer in memory.
-    async fn collect(&self, client: ClientId, body: &mut Body, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
-        let mut share = self.memory.admit(client, 0, None)?;
+    async fn collect(&self, client: ClientId, mut body: Body, limits: &ApiLimits) -> Result<ReadBody, ApiError> {
+        let mut share = self.0.admit(client, 0, None)?;
         let mut bytes: Vec<u8> = Vec::new();
         let deadline = Instant::now() + limits.body_timeout;
         // The end of the current rate window, and the length that the body must have by then.
@@ -133,26 +112,6 @@ impl MemoryBudget {
                 window = (Instant::now() + RATE_WINDOW, bytes.len() + MIN_BYTES_PER_WINDOW);
             }
         }
-    }
-
-    /// Reads and discards the rest of a refused body, within limits, so that a client that is still sending gets the response.
-    pub(super) fn drain(&self, headers: &HeaderMap, mut body: Body) {
-        // Reading would make hyper send 100 Continue, which asks the client for the body.
-        if headers.contains_key(header::EXPECT) {
-            return;
-        }
-        let Ok(slot) = Arc::clone(&self.drains).try_acquire_owned() else { return };
-        tokio::spawn(async move {
-            let discard = async {
-                let mut left = MAX_DRAINED_BYTES;
-                while let Some(Ok(frame)) = body.frame().await {
-                    let Some(rest) = left.checked_sub(frame.data_ref().map_or(1, Bytes::len)) else { break };
-                    left = rest;
-                }
-            };
-            tokio::time::timeout(MAX_DRAIN_TIME, discard).await.ok();
-            drop(slot);
-        });
     }
 }
 

@@ -93,6 +93,11 @@ impl ConnectionState {
         }
     }
 
+    /// Whether part of the request's body has not been read.
+    pub(super) fn is_receiving(&self) -> bool {
+        *self.phase() == Phase::Receiving
+    }
+
     /// hyper has the whole response; part of it may not be written to the socket yet.
     pub(super) fn request_finished(&self) {
         *self.phase() = Phase::Idle(Instant::now());

@@ -83,7 +83,7 @@ impl ApiError {
         Self { retry_after_s: Some(seconds), ..self }
     }
 
-    /// Adds `Connection: close`, because the body of this request is not read to its end.
+    /// Adds `Connection: close`.
     pub(super) fn closing_connection(self) -> Self {
         Self { closes_connection: true, ..self }
     }

@@ -25,7 +25,7 @@ pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Res
     let (parts, body) = request.into_parts();
     let ReadBody { bytes, share } = match app.memory.read(&client, &parts.headers, body, &app.limits).await {
         Ok(body) => body,
-        Err(error) => return error.closing_connection().into_response(),
+        Err(error) => return error.into_response(),
     };
     let (response, dialect) = answer(&app, client, bytes, id).await;
     let response = match response {

@@ -12,6 +12,7 @@ mod keys;
 mod observe;
 mod openapi;
 mod ops;
+mod request_body;
 mod router;
 mod server;
 mod state;

@@ -166,7 +166,7 @@ pub(super) async fn unknown_path(request: Request) -> ApiError {
     ApiError::new(StatusCode::NOT_FOUND, format!("{path:?} does not exist; these do: {exist}"))
 }
 
-/// The response on a connection beyond the cap.
+/// The response on a connection beyond the cap. The connection is closed, to make room.
 pub(super) async fn too_many_connections() -> ApiError {
     ApiError::from(RerankError::Overloaded { retry_after_s: 1 }).closing_connection()
 }

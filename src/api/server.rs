@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use axum::Router;
 use axum::body::{Body, Bytes};
-use axum::http::Version;
+use axum::http::{HeaderValue, Version, header};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -25,6 +25,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::ServiceExt;
 
 use super::connection::{ConnectionState, ConnectionTimeouts, TimedStream};
+use super::request_body::{DiscardSlots, RequestBody};
 use super::router::{overloaded_router, router};
 use super::state::App;
 
@@ -156,6 +157,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     http.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_HEADER_BYTES);
     let graceful = GracefulShutdown::new();
     let mut slots = Slots::new(app.limits.max_connections);
+    let discard_slots = DiscardSlots::new();
     let connection_timeouts =
         ConnectionTimeouts { header: timeouts.header, idle: timeouts.idle, write: timeouts.write };
     let mut start_connection = |stream: TcpStream| {
@@ -168,7 +170,8 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
             slots.add(&state);
         }
         let stream = TimedStream::new(stream, Arc::clone(&state), connection_timeouts);
-        let service = tracked(routers[service as usize].clone(), Arc::clone(&state));
+        let service =
+            tracked(routers[service as usize].clone(), Arc::clone(&app), Arc::clone(&state), discard_slots.clone());
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         let regular = Arc::clone(&slots.regular);
         tokio::spawn(async move {
@@ -229,10 +232,14 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
 /// Time to write the responses to requests that the drain timeout refused, before the process ends.
 const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
 
-/// The router as a hyper service that marks `state` as busy while a request is handled.
+/// The router as a hyper service that marks `state` as busy while a request is handled. The connection is closed after a
+/// response that is ready before its request's body has been read to its end, and after any response during the drain, so that
+/// clients do not send on connections that are about to close.
 fn tracked(
     router: Router,
+    app: Arc<App>,
     state: Arc<ConnectionState>,
+    slots: DiscardSlots,
 ) -> impl hyper::service::Service<
     hyper::Request<hyper::body::Incoming>,
     Response = axum::response::Response,
@@ -240,13 +247,13 @@ fn tracked(
     Future = impl Future<Output = Result<axum::response::Response, std::convert::Infallible>> + Send,
 > {
     hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-        let (router, guard) = (router.clone(), RequestGuard::new(&state, request.version()));
-        if hyper::body::Body::is_end_stream(request.body()) {
-            state.request_received();
-        }
+        let (router, app, guard) = (router.clone(), Arc::clone(&app), RequestGuard::new(&state, request.version()));
+        let request = RequestBody::wrap(request, Arc::clone(&state), slots.clone());
         async move {
-            let request = request.map(|body| Body::new(IncomingBody { body, state: Arc::clone(&guard.0) }));
-            let response = router.oneshot(request).await?;
+            let mut response = router.oneshot(request.map(Body::new)).await?;
+            if guard.0.is_receiving() || app.draining.load(Relaxed) {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
             // The guard is dropped with the body: the request is finished when hyper has taken the whole body.
             Ok(response.map(|body| Body::new(Guarded { body, _guard: guard })))
         }
@@ -268,36 +275,6 @@ impl hyper::body::Body for Guarded {
         cx: &mut TaskContext<'_>,
     ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, axum::Error>>> {
         Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> hyper::body::SizeHint {
-        self.body.size_hint()
-    }
-}
-
-/// A request's body that reports its end.
-struct IncomingBody {
-    body: hyper::body::Incoming,
-    state: Arc<ConnectionState>,
-}
-
-impl hyper::body::Body for IncomingBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut TaskContext<'_>,
-    ) -> Poll<Option<Result<hyper::body::Frame<Bytes>, hyper::Error>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(cx);
-        if matches!(frame, Poll::Ready(None)) || self.body.is_end_stream() {
-            self.state.request_received();
-        }
-        frame
     }
 
     fn is_end_stream(&self) -> bool {

@@ -1,9 +1,10 @@
-"""The three servers for the clients: one without keys, one with a key, one that is overloaded."""
+"""The servers for the clients: one without keys, one with a key, and three that are overloaded in different ways."""
 
 import json
 import os
 import random
 import re
+import socket
 import string
 import subprocess
 import threading
@@ -15,6 +16,8 @@ KEY = "a-right-key"
 
 # The name under which the model is served, whichever model it is.
 MODEL = "rerankd-mini"
+
+MIB = 1 << 20
 
 # A request of 100,000 random words keeps the built-in model busy for a minute; a larger model for the whole run.
 BUSY_DOCUMENTS = 1000
@@ -40,6 +43,12 @@ class Servers:
             limits = ["--max-queue-tokens", "1", "--threads", "1", "--request-timeout", "3600"]
             self.urls["BUSY"] = self.start("busy", *limits, niceness=19)
             self.keep_busy(self.urls["BUSY"])
+            # A body that never ends holds all the memory for bodies of one server, and the only connection of the other.
+            body = ["--max-body-bytes", str(64 * MIB), "--max-inflight-bytes", str(64 * MIB), "--body-timeout", "3600"]
+            self.urls["FULL"] = self.start("full", *body)
+            self.hold_body(self.urls["FULL"], 64 * MIB, 33 * MIB)
+            self.urls["CAPPED"] = self.start("capped", "--max-connections", "1", "--body-timeout", "3600")
+            self.hold_body(self.urls["CAPPED"], 8 * MIB, 0)
         except BaseException:
             self.__exit__()
             raise
@@ -80,6 +89,24 @@ class Servers:
                 post(url, body)
             except OSError:
                 pass  # the server is being stopped
+
+    def hold_body(self, url, length, sent):
+        """Announces a body of `length` bytes, sends `sent` of them, and then as few as the server allows."""
+        host, port = url.removeprefix("http://").split(":")
+        connection = socket.create_connection((host, int(port)))
+        head = f"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n"
+        connection.sendall(head.encode())
+        connection.recv(100)  # 100 Continue: the server is waiting for the body
+        connection.sendall(b" " * sent)
+        threading.Thread(target=self.trickle, args=(connection,), daemon=True).start()
+        wait_for(lambda: post(url, request_body("q", ["d"])) == 503, "the held body does not lead to 503")
+
+    def trickle(self, connection):
+        while not self.stopping.wait(1):
+            try:
+                connection.sendall(b" " * 1024)
+            except OSError:
+                return  # the server is being stopped
 
 
 def request_body(query, documents):

@@ -169,18 +169,30 @@ fn the_header_timeout_does_not_close_idle_connections() {
 // Section F: a client that was still sending saw a broken pipe instead of the status.
 #[test]
 fn an_early_refusal_reaches_a_client_that_is_still_sending() {
-    let server = Server::start(&["--api-key", "secret"]);
-    for (key, length, status) in [("wrong", 7 * MIB, 401), ("secret", 40 * MIB, 413)] {
-        let mut stream = connect(&server);
-        write!(
-            stream,
-            "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-length: {length}\r\n\r\n"
-        )
-        .unwrap();
-        stream.write_all(&vec![b' '; length]).expect("the server takes the body of a refused request");
-        let answer = read_all(&mut stream);
-        assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains("connection: close"), "{answer}");
-    }
+    let keyed = Server::start(&["--api-key", "secret"]);
+    let key = "host: localhost\r\nauthorization: Bearer secret";
+    refuse_early(&keyed, "POST /v1/rerank", "host: localhost\r\nauthorization: Bearer wrong", 7 * MIB, 401);
+    refuse_early(&keyed, "POST /v1/rerank", key, 40 * MIB, 413);
+    refuse_early(&keyed, "POST /no/such/path", key, 40 * MIB, 404);
+    refuse_early(&keyed, "PUT /v1/rerank", key, 40 * MIB, 405);
+    refuse_early(&Server::start(&[]), "POST /v1/rerank", "host: evil.example", 40 * MIB, 403);
+    let capped = Server::start(&["--max-connections", "1"]);
+    let mut only = connect(&capped);
+    only.write_all(
+        b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 100\r\n\r\n",
+    )
+    .unwrap();
+    only.read_exact(&mut [0; 12]).unwrap(); // 100 Continue: the connection counts as busy
+    refuse_early(&capped, "POST /v1/rerank", "host: localhost", 40 * MIB, 503);
+}
+
+/// Sends a body of `length` bytes to a request that is refused before its body is read, then reads the response.
+fn refuse_early(server: &Server, target: &str, headers: &str, length: usize, status: u16) {
+    let mut stream = connect(server);
+    write!(stream, "{target} HTTP/1.1\r\n{headers}\r\ncontent-length: {length}\r\n\r\n").unwrap();
+    stream.write_all(&vec![b' '; length]).expect("the server takes the body of a refused request");
+    let answer = read_all(&mut stream);
+    assert!(answer.starts_with(&format!("HTTP/1.1 {status}")) && answer.contains("connection: close"), "{answer}");
 }
 
 // Findings K and 12: a log reader that stalled stopped the server, and SIGTERM did not end it.

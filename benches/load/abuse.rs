@@ -1,0 +1,113 @@
+//! Memory under 1,000 connections of mixed abuse (goal G4).
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use serde_json::json;
+use tokio::io::AsyncWriteExt;
+use tokio::task::JoinSet;
+
+use super::attack::large_request;
+use super::client::{Answer, Client, connect, post, requests};
+use super::server::ServerArgs;
+
+const MODEL: &str = "rerankd-mini";
+/// Default of --max-inflight-bytes.
+const BUDGET_MIB: f64 = 256.0;
+/// Time after the attack in which memory should be given back.
+const RECOVERY: Duration = Duration::from_secs(10);
+
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    server: ServerArgs,
+    /// Connections of the abuse
+    #[arg(long, default_value_t = 1000)]
+    connections: usize,
+    /// Seconds of the abuse
+    #[arg(long, default_value_t = 60)]
+    seconds: u64,
+}
+
+pub(crate) async fn run(args: Args) -> Result<()> {
+    let server = args.server.start(&[])?;
+    let client = Client::new(&server.address);
+    let small = requests("/v1/rerank", MODEL, 1, 20);
+    client.capacity(&small, 8, Duration::from_secs(3)).await; // warm-up
+    let base = server.watch.rss_mib();
+    server.watch.reset_peak();
+    let mut tasks = JoinSet::new();
+    for i in 0..args.connections {
+        tasks.spawn(abuse(server.address.clone(), i));
+    }
+    let outcomes = client.offer(&small, 20.0, Duration::from_secs(args.seconds), 64).await;
+    let (peak, threads) = (server.watch.peak_mib(), server.watch.threads());
+    drop(tasks);
+    tokio::time::sleep(RECOVERY).await;
+    let after = server.watch.rss_mib();
+    let answered = outcomes.iter().filter(|outcome| outcome.answer == Answer::Status(200)).count();
+    println!("{} connections of mixed abuse for {} s", args.connections, args.seconds);
+    println!(
+        "| base MiB | peak MiB | allowed: base + 1.25 x {BUDGET_MIB} | 10 s later | allowed: base + 10 % | threads | small requests with 200 |"
+    );
+    println!("|---|---|---|---|---|---|---|");
+    println!(
+        "| {base:.0} | {peak:.0} | {:.0} | {after:.0} | {:.0} | {threads} | {answered} of {} |",
+        base + 1.25 * BUDGET_MIB,
+        1.1 * base,
+        outcomes.len()
+    );
+    Ok(())
+}
+
+/// One connection after another, each with the same kind of abuse.
+async fn abuse(address: String, kind: usize) {
+    let head = |headers: &str| format!("POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n\r\n").into_bytes();
+    let many_empty = || {
+        post(
+            "/v1/rerank",
+            &format!(r#"{{"model":"{MODEL}","query":"q","documents":[{}""]}}"#, r#""","#.repeat(700_000)),
+        )
+    };
+    let echo = json!({"model": MODEL, "query": "q", "documents": ["a".repeat(1 << 20)], "return_documents": true, "max_chunks_per_doc": 1});
+    let (first, trickle): (Vec<u8>, &[u8]) = match kind % 10 {
+        // A header of 30 kB that does not end.
+        0 | 1 => {
+            (format!("POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nx-long: {}", "a".repeat(30_000)).into_bytes(), b"")
+        }
+        // Bodies that arrive at the slowest rate that is allowed, after nothing or after 1 MiB.
+        2 | 3 => (head("content-length: 8000000"), &[b' '; 512]),
+        4 => ([head("content-length: 8000000"), vec![b' '; 1 << 20]].concat(), &[b' '; 512]),
+        // A body in 1-byte chunks.
+        5 => ([head("transfer-encoding: chunked"), b"1\r\n \r\n".repeat(100_000)].concat(), b"1\r\n \r\n"),
+        // Answers of 1 MiB that are not read.
+        6 => (post("/v1/rerank", &echo.to_string()).repeat(4), b""),
+        // Millions of empty documents.
+        7 => (many_empty(), b""),
+        // Valid requests of 8 MiB, a few at a time.
+        8 if kind < 100 => (large_request(), b""),
+        // More small requests than the model can compute, pipelined, answers not read.
+        _ => (requests("/v1/rerank", MODEL, 20, 50)[kind % 64].repeat(20), b""),
+    };
+    loop {
+        let Ok(mut stream) = connect(&address).await else {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            continue;
+        };
+        let start = Instant::now();
+        let mut open = stream.write_all(&first).await.is_ok();
+        while open && start.elapsed() < Duration::from_secs(40) {
+            tokio::time::sleep(Duration::from_millis(500)).await;
+            open = match trickle {
+                b"" => stream.take_error().is_ok_and(|error| error.is_none()) && !is_closed(&stream),
+                bytes => stream.write_all(bytes).await.is_ok(),
+            };
+        }
+    }
+}
+
+/// Whether the server has closed the connection. What it has sent stays unread.
+fn is_closed(stream: &tokio::net::TcpStream) -> bool {
+    let mut byte = [std::mem::MaybeUninit::uninit()];
+    matches!(socket2::SockRef::from(stream).peek(&mut byte), Ok(0))
+}

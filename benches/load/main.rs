@@ -1,0 +1,69 @@
+//! Load, attacks and faults against a running server: the measurements of docs/reliability.md.
+//!
+//! ```sh
+//! cargo build --release --bin rerankd --example load
+//! target/release/examples/load curve --stub --json curve.jsonl   # goodput and latency against offered load
+//! target/release/examples/load attack                            # what other clients notice of an attacker
+//! benches/load/plot curve.jsonl > curve.svg
+//! ```
+//!
+//! Each command starts its own server, and prints a table; `--json FILE` appends every figure as a line of JSON.
+
+#![allow(clippy::print_stdout, reason = "the tables are the result")]
+
+mod abuse;
+mod attack;
+mod client;
+mod cost;
+mod curve;
+mod fairness;
+mod keys;
+mod report;
+mod server;
+mod sigterm;
+mod soak;
+mod stub;
+
+use clap::Parser;
+
+#[derive(Parser)]
+#[command(about = "Offers a rerank server more than it can do, attacks it, and reports what clients notice")]
+enum Command {
+    /// Offered load against goodput, latency and refusals
+    Curve(curve::Args),
+    /// Latency of a well-behaved client beside an attacker
+    Attack(attack::Args),
+    /// Memory under 1,000 connections of mixed abuse
+    Abuse(abuse::Args),
+    /// Processor time and memory for each byte of hostile requests
+    Cost(cost::Args),
+    /// Small requests beside a large one
+    Fairness(fairness::Args),
+    /// SIGTERM under load, again and again
+    Sigterm(sigterm::Args),
+    /// Mixed requests for a long time: slope of memory, descriptors, threads
+    Soak(soak::Args),
+    /// Time of a wrong key that differs in its first or last character
+    Keys(keys::Args),
+    /// Serves a model of known speed: 5 ms for each chunk, one after another
+    Stub(stub::Args),
+}
+
+fn main() -> anyhow::Result<()> {
+    let command = Command::parse();
+    rlimit::increase_nofile_limit(20_000)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match command {
+            Command::Curve(args) => curve::run(args).await,
+            Command::Attack(args) => attack::run(args).await,
+            Command::Abuse(args) => abuse::run(args).await,
+            Command::Cost(args) => cost::run(args).await,
+            Command::Fairness(args) => fairness::run(args).await,
+            Command::Sigterm(args) => sigterm::run(args).await,
+            Command::Soak(args) => soak::run(args).await,
+            Command::Keys(args) => keys::run(args).await,
+            Command::Stub(args) => stub::run(args).await,
+        }
+    })
+}
