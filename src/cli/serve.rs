@@ -16,13 +16,13 @@ use crate::config::machine::Machine;
 use crate::config::resolve::ServeSettings;
 use crate::telemetry;
 
-/// Open files besides client connections: logs, model files, reserved connections.
+/// Open files besides regular connections: logs, model files, reserved connections.
 const OTHER_FILES: u64 = 256;
 
 pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
-    let settings = args.resolve(&Machine::detect()).map_err(Failure::Config)?;
+    let mut settings = args.resolve(&Machine::detect()).map_err(Failure::Config)?;
     telemetry::prometheus();
-    raise_file_limit(settings.limits.max_connections);
+    settings.limits.max_connections = fit_connections(settings.limits.max_connections);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -33,16 +33,23 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     outcome
 }
 
-/// Raises the soft limit on open files so that `connections` connections fit, and warns if the hard limit is lower.
-fn raise_file_limit(connections: usize) {
+/// Raises the soft limit on open files so that `connections` connections fit. Returns how many fit: fewer if the hard limit is too
+/// low, with a warning. Above it, no connection could be accepted, not even a health check's.
+fn fit_connections(connections: usize) -> usize {
     let wanted = connections as u64 + OTHER_FILES;
     match rlimit::increase_nofile_limit(wanted) {
-        Ok(limit) if limit < wanted => tracing::warn!(
-            "only {limit} files may be open (ulimit -n), fewer than --max-connections {connections} needs; lower it or raise the \
-             limit"
-        ),
-        Ok(_) => {}
-        Err(error) => tracing::warn!(%error, "cannot raise the limit on open files"),
+        Ok(limit) if limit < wanted => {
+            let fit = (limit.saturating_sub(OTHER_FILES) as usize).max(1);
+            tracing::warn!(
+                "only {limit} files may be open (ulimit -n): --max-connections is {fit} instead of {connections}; raise the limit"
+            );
+            fit
+        }
+        Ok(_) => connections,
+        Err(error) => {
+            tracing::warn!(%error, "cannot raise the limit on open files");
+            connections
+        }
     }
 }
 

@@ -130,6 +130,15 @@ fn silent_connections_up_to_the_cap_make_room_for_new_ones() {
     wait_until_closed(&mut silent[0]);
 }
 
+// Fault F37 and finding L3: with all file descriptors in use, no connection was accepted, not even a health check's.
+#[test]
+fn a_low_limit_on_open_files_lowers_the_cap_and_leaves_room_for_health_checks() {
+    let server = Server::start_with_file_limit(300, &[]);
+    let _silent: Vec<TcpStream> = (0..250).map(|_| connect(&server)).collect();
+    assert!(get(&server, "/health").starts_with("HTTP/1.1 200"));
+    assert_eq!(server.scores(BODY).len(), 2);
+}
+
 // Finding I: unfinished headers of up to 500 kB were outside every budget.
 #[test]
 fn a_header_larger_than_the_limit_is_refused() {

@@ -30,13 +30,28 @@ impl Server {
 
     /// [`Server::start`] with environment variables.
     pub(crate) fn start_in(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
-        let mut child = rerankd()
-            .args(["serve", "--port", "0"])
-            .args(arguments)
-            .envs(environment.iter().copied())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut command = rerankd();
+        command.args(["serve", "--port", "0"]).args(arguments).envs(environment.iter().copied());
+        Self::start_command(command)
+    }
+
+    /// [`Server::start`] with at most `files` open files (`ulimit -n`).
+    pub(crate) fn start_with_file_limit(files: usize, arguments: &[&str]) -> Self {
+        let server = rerankd();
+        let mut command = Command::new("sh");
+        command.args(["-c", &format!("ulimit -n {files}; exec \"$0\" \"$@\"")]);
+        command.arg(server.get_program()).args(["serve", "--port", "0"]).args(arguments);
+        for (name, value) in server.get_envs() {
+            match value {
+                Some(value) => command.env(name, value),
+                None => command.env_remove(name),
+            };
+        }
+        Self::start_command(command)
+    }
+
+    fn start_command(mut command: Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut stderr = BufReader::new(child.stderr.take().unwrap());
         let mut log = String::new();
         let address = loop {
