@@ -185,7 +185,97 @@ mod tests {
         check(&[&[600], &[600], &[10]], 1000, &[&[(0, 0..1)], &[(1, 0..1), (2, 0..1)]]);
     }
 
+    /// A waiting pair of the reference. Its level follows from the tokens of its request before it.
+    #[derive(Debug, Clone)]
+    struct WaitingPair {
+        job: u64,
+        index: usize,
+        tokens: usize,
+        is_first_level: bool,
+    }
+
+    /// The policy, pair by pair: `waiting` is in order of arrival, then of pairs. Returns the batch in the order of planning.
+    fn reference_batch(waiting: &mut Vec<WaitingPair>, max_tokens: usize) -> Vec<WaitingPair> {
+        let is_next = |waiting: &[WaitingPair], i: usize| waiting[..i].iter().all(|pair| pair.job != waiting[i].job);
+        let has_second = (0..waiting.len()).any(|i| is_next(waiting, i) && !waiting[i].is_first_level);
+        let reserved = if has_second { max_tokens / 4 } else { 0 };
+        let (mut batch, mut room) = (Vec::new(), max_tokens);
+        for (phase, (is_first_level, reserved)) in
+            [(true, reserved), (true, 0), (false, 0), (true, 0)].into_iter().enumerate()
+        {
+            if phase == 1 && !batch.is_empty() {
+                continue;
+            }
+            let eligible =
+                |waiting: &[WaitingPair], i: usize| is_next(waiting, i) && waiting[i].is_first_level == is_first_level;
+            while let Some(i) = (0..waiting.len()).find(|&i| eligible(waiting, i)) {
+                let tokens = waiting[i].tokens;
+                if tokens + reserved > room && !(batch.is_empty() && reserved == 0) {
+                    break;
+                }
+                room = room.saturating_sub(tokens);
+                batch.push(waiting.remove(i));
+            }
+        }
+        batch
+    }
+
+    /// What happens to a queue.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Arrive(Vec<usize>),
+        Leave(usize),
+        Batch,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let lengths = prop_oneof![1usize..600, 1usize..3000];
+        let step = prop_oneof![
+            2 => prop::collection::vec(lengths, 1..16).prop_map(Step::Arrive),
+            1 => (0usize..8).prop_map(Step::Leave),
+            3 => Just(Step::Batch),
+        ];
+        prop::collection::vec(step, 1..16)
+    }
+
     proptest! {
+        #[test]
+        fn batches_are_those_of_the_reference(steps in steps(), max_tokens in 1usize..4000) {
+            let (mut waiting, mut reference) = (VecDeque::new(), Vec::new());
+            let drain = std::iter::repeat_with(|| Step::Batch);
+            for (job, step) in steps.into_iter().chain(drain).enumerate() {
+                match step {
+                    Step::Arrive(lengths) => {
+                        let mut before = 0;
+                        for (index, &tokens) in lengths.iter().enumerate() {
+                            let is_first_level = before < FIRST_SERVICE_TOKENS;
+                            reference.push(WaitingPair { job: job as u64, index, tokens, is_first_level });
+                            before += tokens;
+                        }
+                        waiting.push_back(Waiting::new(job as u64, lengths));
+                    }
+                    Step::Leave(i) => {
+                        if let Some(request) = waiting.remove(i) {
+                            reference.retain(|pair| pair.job != request.job);
+                        }
+                    }
+                    Step::Batch => {
+                        let is_last = reference.is_empty();
+                        let batch = next_batch(&mut waiting, max_tokens);
+                        let pairs = |slice: &Slice| slice.pairs.clone().map(|index| (slice.job, index)).collect::<Vec<_>>();
+                        let found: Vec<_> = batch.iter().flat_map(pairs).collect();
+                        let expected = reference_batch(&mut reference, max_tokens);
+                        let tokens: usize = expected.iter().map(|pair| pair.tokens).sum();
+                        prop_assert!(tokens <= max_tokens || expected.len() == 1);
+                        prop_assert_eq!(found, expected.iter().map(|pair| (pair.job, pair.index)).collect::<Vec<_>>());
+                        prop_assert!(is_last == batch.is_empty(), "a queue that is not empty gives a batch");
+                        if is_last && job >= 16 { break; }
+                    }
+                }
+            }
+            prop_assert!(waiting.is_empty());
+        }
+
         #[test]
         fn every_pair_is_planned_once_and_in_order(
             requests in prop::collection::vec(prop::collection::vec(1usize..3000, 1..20), 1..10), max_tokens in 1usize..4000,
