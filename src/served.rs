@@ -59,7 +59,7 @@ impl Model {
         if last_success.is_some_and(|at| busy || at.elapsed() < recent) {
             return Ok(());
         }
-        let pair = self.text.pair("health", "a pair like any other").map_err(RerankError::Internal)?;
+        let pair = self.text.probe().map_err(RerankError::Internal)?;
         let deadline = Deadline::after(timeout_s);
         let permit = self.scheduler.admit(ClientId::Only, pair.tokens(), None)?;
         let scored = self.scheduler.score(vec![pair], permit, Some(deadline));

@@ -38,12 +38,8 @@ pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Res
 async fn answer(app: &App, client: Client, body: Vec<u8>, id: String) -> (Result<Response, RerankError>, Dialect) {
     let deadline = Deadline::after(app.limits.request_timeout_s);
     let (is_large, max_documents) = (body.len() > LARGE_BYTES, app.limits.max_documents);
-    let parse = move || {
-        let json = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&body); // a UTF-8 byte order mark
-        let dialect = Dialect::of(json);
-        (dialect.parse(json, max_documents), dialect)
-    };
-    let (parsed, dialect) = match off_async_threads(is_large, parse).await {
+    let parse = move || Dialect::parse_body(&body, max_documents);
+    let (dialect, parsed) = match off_async_threads(is_large, parse).await {
         Ok(parsed) => parsed,
         Err(error) => return (Err(error), Dialect::Documents),
     };

@@ -18,6 +18,8 @@ mod server;
 mod state;
 
 pub use body::ApiLimits;
+#[doc(hidden)]
+pub use dialect::parse_request;
 pub use error::ApiError;
 pub use hosts::HostList;
 pub use keys::Keys;

@@ -20,7 +20,7 @@ use crate::backend::{
     cuda::{CudaBackend, CudaOptions},
 };
 use crate::backend::{Backend, cpu::CpuDtype};
-use crate::batch::Batch;
+use crate::batch::{Batch, Pair};
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::weights::Weights;
 #[cfg(feature = "cuda")]
@@ -146,7 +146,7 @@ impl<'a> Loader<'a> {
             .with_context(|| tokenizer_file.clone())?;
         check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
         let encoder = self.encoder(&config, &files.weights, &source.name)?;
-        check_score(encoder.as_ref(), &text)?;
+        check_score(encoder.as_ref(), &text.probe().with_context(|| tokenizer_file.clone())?)?;
         let description = format!(
             "{}; {} layers of hidden size {}; window {window} tokens; loaded in {:.1} s",
             encoder.describe(),
@@ -243,8 +243,8 @@ fn check_pair_format(source: &ModelSource, text: &TextEncoder) -> Result<()> {
 }
 
 /// Scores one pair, to find damaged weights and device failures at start.
-fn check_score(encoder: &dyn CrossEncoder, text: &TextEncoder) -> Result<()> {
-    let logits = encoder.score(&Batch::pack([&text.pair("Apple", "apple")?]))?;
+fn check_score(encoder: &dyn CrossEncoder, pair: &Pair) -> Result<()> {
+    let logits = encoder.score(&Batch::pack([pair]))?;
     ensure!(
         logits.len() == 1 && logits[0].is_finite(),
         "a test pair scores {logits:?} instead of one finite number; the weights are damaged or do not belong to this config.json"

@@ -306,7 +306,139 @@ mod tests {
         assert_eq!(order, [0, 10, 11, 12, 13, 14, 15, 16, 17, 18, 1], "900 tokens of each in turn");
     }
 
+    /// A waiting pair of the reference. Its level follows from the tokens of its request before it.
+    #[derive(Debug, Clone)]
+    struct WaitingPair {
+        job: u64,
+        client: ClientId,
+        index: usize,
+        tokens: usize,
+        is_first_level: bool,
+    }
+
+    /// The policy, pair by pair.
+    #[derive(Default)]
+    struct Reference {
+        /// In order of arrival, then of pairs.
+        waiting: Vec<WaitingPair>,
+        served: BTreeMap<ClientId, usize>,
+    }
+
+    impl Reference {
+        fn arrive(&mut self, job: u64, client: ClientId, lengths: &[usize]) {
+            let least = self.served.values().min().copied().unwrap_or(0);
+            self.served.entry(client).or_insert(least);
+            let mut before = 0;
+            for (index, &tokens) in lengths.iter().enumerate() {
+                let is_first_level = before < FIRST_SERVICE_TOKENS;
+                self.waiting.push(WaitingPair { job, client, index, tokens, is_first_level });
+                before += tokens;
+            }
+        }
+
+        fn leave(&mut self, job: u64) {
+            self.waiting.retain(|pair| pair.job != job);
+            self.forget_absent_clients();
+        }
+
+        fn forget_absent_clients(&mut self) {
+            self.served.retain(|client, _| self.waiting.iter().any(|pair| pair.client == *client));
+        }
+
+        /// Whether pair `i` is the first waiting pair of its request, and of this level.
+        fn is_eligible(&self, i: usize, is_first_level: bool) -> bool {
+            let pair = &self.waiting[i];
+            pair.is_first_level == is_first_level && self.waiting[..i].iter().all(|before| before.job != pair.job)
+        }
+
+        /// The next batch, in the order of planning.
+        fn batch(&mut self, max_tokens: usize) -> Vec<WaitingPair> {
+            let has_second = (0..self.waiting.len()).any(|i| self.is_eligible(i, false));
+            let reserved = if has_second { max_tokens / 4 } else { 0 };
+            let (mut batch, mut room) = (Vec::<WaitingPair>::new(), max_tokens);
+            for (phase, (is_first_level, reserved)) in
+                [(true, reserved), (true, 0), (false, 0), (true, 0)].into_iter().enumerate()
+            {
+                if phase == 1 && !batch.is_empty() {
+                    continue;
+                }
+                let mut current = None; // the request whose turn it is
+                loop {
+                    let eligible = (0..self.waiting.len()).filter(|&i| self.is_eligible(i, is_first_level));
+                    let next = eligible.min_by_key(|&i| {
+                        let pair = &self.waiting[i];
+                        (current != Some(pair.job), self.served[&pair.client], i)
+                    });
+                    let Some(i) = next else { break };
+                    let tokens = self.waiting[i].tokens;
+                    if tokens + reserved > room && !(batch.is_empty() && reserved == 0) {
+                        break;
+                    }
+                    room = room.saturating_sub(tokens);
+                    let pair = self.waiting.remove(i);
+                    *self.served.get_mut(&pair.client).unwrap() += tokens;
+                    current = Some(pair.job);
+                    batch.push(pair);
+                }
+            }
+            self.forget_absent_clients();
+            batch
+        }
+    }
+
+    /// What happens to a queue.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Arrive(ClientId, Vec<usize>),
+        Leave(usize),
+        Batch,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let lengths = prop_oneof![1usize..600, 1usize..3000];
+        let step = prop_oneof![
+            2 => (0u32..3, prop::collection::vec(lengths, 1..16))
+                .prop_map(|(key, lengths)| Step::Arrive(ClientId::Key(key), lengths)),
+            1 => (0usize..8).prop_map(Step::Leave),
+            3 => Just(Step::Batch),
+        ];
+        prop::collection::vec(step, 1..16)
+    }
+
     proptest! {
+        #[test]
+        fn batches_are_those_of_the_reference(steps in steps(), max_tokens in 1usize..4000) {
+            let (mut waiting, mut reference) = (WaitingList::default(), Reference::default());
+            let drain = std::iter::repeat_with(|| Step::Batch);
+            for (job, step) in steps.into_iter().chain(drain).enumerate() {
+                match step {
+                    Step::Arrive(client, lengths) => {
+                        reference.arrive(job as u64, client, &lengths);
+                        waiting.push(Waiting::new(job as u64, client, lengths));
+                    }
+                    Step::Leave(i) => {
+                        if let Some(job) = waiting.requests.get(i).map(|request| request.job) {
+                            waiting.remove(job);
+                            reference.leave(job);
+                        }
+                    }
+                    Step::Batch => {
+                        let is_last = reference.waiting.is_empty();
+                        let batch = waiting.next_batch(max_tokens);
+                        let pairs = |slice: &Slice| slice.pairs.clone().map(|index| (slice.job, index)).collect::<Vec<_>>();
+                        let found: Vec<_> = batch.iter().flat_map(pairs).collect();
+                        let expected = reference.batch(max_tokens);
+                        let tokens: usize = expected.iter().map(|pair| pair.tokens).sum();
+                        prop_assert!(tokens <= max_tokens || expected.len() == 1);
+                        prop_assert_eq!(found, expected.iter().map(|pair| (pair.job, pair.index)).collect::<Vec<_>>());
+                        prop_assert!(is_last == batch.is_empty(), "a queue that is not empty gives a batch");
+                        if is_last && job >= 16 { break; }
+                    }
+                }
+            }
+            prop_assert!(waiting.is_empty());
+        }
+
         #[test]
         fn every_pair_is_planned_once_and_in_order(
             requests in prop::collection::vec(prop::collection::vec(1usize..3000, 1..20), 1..10), max_tokens in 1usize..4000,

@@ -276,18 +276,30 @@ impl Job {
 mod tests {
     use std::time::Duration;
 
+    use proptest::prelude::*;
+
     use super::*;
     use crate::admission::{Admission, AdmissionLimits};
     use crate::client::ClientId;
 
     type Answer = oneshot::Receiver<Result<Scores, RerankError>>;
 
-    fn job(pairs: usize) -> (NewJob, Answer) {
-        let (reply, answer) = oneshot::channel();
+    fn admission() -> Arc<Admission> {
         let limits = AdmissionLimits { units: 1000, wait: Duration::MAX };
-        let total =
-            Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(ClientId::Only, pairs, None).unwrap();
-        let permit = QueuePermit { client: ClientId::Only, _total: total, first_service: None };
+        Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1))
+    }
+
+    fn job(pairs: usize) -> (NewJob, Answer) {
+        admitted_job(pairs, &admission())
+    }
+
+    fn admitted_job(pairs: usize, admission: &Arc<Admission>) -> (NewJob, Answer) {
+        let (reply, answer) = oneshot::channel();
+        let permit = QueuePermit {
+            client: ClientId::Only,
+            _total: admission.admit(ClientId::Only, pairs, None).unwrap(),
+            first_service: Some(admission.admit(ClientId::Only, pairs, None).unwrap()),
+        };
         (NewJob { pairs: vec![Pair::new(vec![1], vec![0]); pairs].into(), permit, deadline: None, reply }, answer)
     }
 
@@ -379,5 +391,155 @@ mod tests {
         let (late, _) = job(1);
         assert!(matches!(queue.push(late), Err(RerankError::ShuttingDown)));
         assert!(queue.take().is_none());
+    }
+
+    /// What happens to a queue. Numbers choose one of the clients or of the batches that run.
+    #[derive(Debug, Clone)]
+    enum Step {
+        Push(usize),
+        Leave(usize),
+        Take,
+        Finish(usize, Outcome),
+    }
+
+    /// How a batch ends.
+    #[derive(Debug, Clone, Copy)]
+    enum Outcome {
+        Logits,
+        /// The logit at this position, modulo the batch, is missing or NaN.
+        Missing(usize),
+        NotFinite(usize),
+        Error,
+        WorkerPanic,
+    }
+
+    /// What the reference knows of a request.
+    struct Client {
+        answer: Option<Answer>,
+        pairs: usize,
+        taken: usize,
+        delivered: usize,
+        failed: bool,
+    }
+
+    impl Client {
+        fn waits_for_a_batch(&self) -> bool {
+            self.answer.is_some() && !self.failed && self.taken < self.pairs
+        }
+
+        /// Checks that the request is answered exactly if it has failed or has all of its logits.
+        fn check(&mut self, id: u64) {
+            let Some(answer) = &mut self.answer else { return };
+            match answer.try_recv() {
+                Ok(Ok(scores)) => {
+                    assert!(!self.failed && self.delivered == self.pairs);
+                    assert_eq!(scores.logits, (0..self.pairs).map(|pair| logit(id, pair)).collect::<Vec<_>>());
+                }
+                Ok(Err(_)) => assert!(self.failed),
+                Err(oneshot::error::TryRecvError::Empty) => {
+                    assert!(!self.failed && self.delivered < self.pairs);
+                    return;
+                }
+                Err(oneshot::error::TryRecvError::Closed) => panic!("request {id} was dropped without an answer"),
+            }
+            self.answer = None;
+        }
+    }
+
+    fn logit(job: u64, pair: usize) -> f32 {
+        (job * 100 + pair as u64) as f32
+    }
+
+    fn finish(batch: BatchJob, outcome: Outcome, clients: &mut [Client]) {
+        let pairs = |part: &Part| part.0.pairs.clone().map(|pair| (part.0.job, pair)).collect::<Vec<_>>();
+        let all: Vec<(u64, usize)> = batch.parts.iter().flat_map(pairs).collect();
+        let mut logits: Vec<Option<f32>> = all.iter().map(|&(job, pair)| Some(logit(job, pair))).collect();
+        let spoiled = match outcome {
+            Outcome::Missing(at) => Some((at % all.len(), None)),
+            Outcome::NotFinite(at) => Some((at % all.len(), Some(f32::INFINITY))),
+            _ => None,
+        };
+        if let Some((at, logit)) = spoiled {
+            logits[at] = logit;
+        }
+        for (at, &(job, _)) in all.iter().enumerate() {
+            let client = &mut clients[job as usize];
+            match outcome {
+                Outcome::Error | Outcome::WorkerPanic => client.failed = true,
+                _ if spoiled.is_some_and(|(wrong, _)| wrong == at) => client.failed = true,
+                _ => client.delivered += 1,
+            }
+        }
+        match outcome {
+            Outcome::Error => batch.fail(|| RerankError::OutOfMemory),
+            Outcome::WorkerPanic => drop(batch),
+            _ => batch.deliver(&logits),
+        }
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let outcome = prop_oneof![
+            6 => Just(Outcome::Logits),
+            1 => any::<usize>().prop_map(Outcome::Missing),
+            1 => any::<usize>().prop_map(Outcome::NotFinite),
+            1 => Just(Outcome::Error),
+            1 => Just(Outcome::WorkerPanic),
+        ];
+        let step = prop_oneof![
+            3 => (1usize..6).prop_map(Step::Push),
+            1 => any::<usize>().prop_map(Step::Leave),
+            4 => Just(Step::Take),
+            3 => (any::<usize>(), outcome).prop_map(|(batch, outcome)| Step::Finish(batch, outcome)),
+        ];
+        prop::collection::vec(step, 1..40)
+    }
+
+    proptest! {
+        /// Against a reference that counts pairs: requests of any size arrive and leave, batches end in any order and way.
+        #[test]
+        fn every_request_gets_one_answer_with_its_own_logits(steps in steps(), max_batch_tokens in 1usize..8) {
+            let (queue, admission) = (queue(max_batch_tokens), admission());
+            let (mut clients, mut running) = (Vec::<Client>::new(), Vec::new());
+            let finish_one = || Step::Finish(0, Outcome::Logits);
+            let drain = (0..400).map(|i| if i % 2 == 0 { Step::Take } else { finish_one() });
+            let drain = drain.chain(std::iter::repeat_with(finish_one).take(40));
+            for step in steps.into_iter().chain(drain) {
+                match step {
+                    Step::Push(pairs) => {
+                        let (new, answer) = admitted_job(pairs, &admission);
+                        queue.push(new).unwrap();
+                        clients.push(Client { answer: Some(answer), pairs, taken: 0, delivered: 0, failed: false });
+                    }
+                    Step::Leave(i) if !clients.is_empty() => {
+                        let i = i % clients.len();
+                        clients[i].answer = None;
+                    }
+                    // Without such a client, `take` would wait for ever.
+                    Step::Take if clients.iter().any(Client::waits_for_a_batch) => {
+                        let batch = queue.take().unwrap();
+                        prop_assert!((1..=max_batch_tokens).contains(&batch.pairs().count()));
+                        for (slice, _) in &batch.parts {
+                            let client = &mut clients[slice.job as usize];
+                            prop_assert!(client.waits_for_a_batch() && client.taken == slice.pairs.start);
+                            client.taken = slice.pairs.end;
+                        }
+                        running.push(batch);
+                    }
+                    Step::Finish(i, outcome) if !running.is_empty() => {
+                        let i = i % running.len();
+                        finish(running.remove(i), outcome, &mut clients);
+                    }
+                    _ => {}
+                }
+                for (id, client) in clients.iter_mut().enumerate() {
+                    client.check(id as u64);
+                }
+                prop_assert_eq!(queue.running_since().is_some(), !running.is_empty());
+            }
+            prop_assert!(clients.iter().all(|client| client.answer.is_none()), "a request has no answer");
+            queue.close();
+            prop_assert!(queue.take().is_none());
+            prop_assert_eq!(admission.waiting(), 0, "a permit is held after its request");
+        }
     }
 }

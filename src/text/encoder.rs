@@ -192,7 +192,21 @@ impl TextEncoder {
         template::encode(&self.inner.tokenizer, text)
     }
 
-    /// The pair of a query and a document that fit into the window together. For tests, benches and health checks.
+    /// A short pair, for the check at start and for health checks.
+    ///
+    /// # Errors
+    /// The tokenizer fails, or makes so many tokens of two letters that the pair does not fit the window.
+    pub fn probe(&self) -> Result<Pair> {
+        let (pair, window) = (self.pair("a", "b")?, self.inner.window);
+        ensure!(
+            pair.tokens() <= window,
+            "the tokenizer makes {} tokens of two letters, the window is {window}",
+            pair.tokens()
+        );
+        Ok(pair)
+    }
+
+    /// The pair of a query and a document, however long. For tests and benches.
     ///
     /// # Errors
     /// The tokenizer fails.

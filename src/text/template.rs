@@ -1,7 +1,9 @@
 //! How a query and a document are joined to one sequence, derived from the model's tokenizer.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use anyhow::{Context, Result, anyhow, ensure};
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
 use crate::batch::Pair;
 
@@ -96,14 +98,19 @@ impl PairTemplate {
 
 /// A text's ids, without special tokens.
 pub(crate) fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-    let encoding = tokenizer.encode_fast(text, false).map_err(|e| anyhow!("the tokenizer failed: {e}"))?;
-    Ok(encoding.get_ids().to_vec())
+    Ok(encoding(|| tokenizer.encode_fast(text, false))?.get_ids().to_vec())
+}
+
+/// Runs the tokenizer. A damaged tokenizer.json, such as one with a wrong character map, can make it panic.
+fn encoding(encode: impl FnOnce() -> tokenizers::Result<Encoding>) -> Result<Encoding> {
+    let encoded = catch_unwind(AssertUnwindSafe(encode)).map_err(|_| anyhow!("the tokenizer panicked"))?;
+    encoded.map_err(|e| anyhow!("the tokenizer failed: {e}"))
 }
 
 /// The tokenizer's encoding of a pair: ids and token types. Both are checked against the embedding tables, because the
 /// post-processor may add ids that are not in the vocabulary.
 fn encode_pair(tokenizer: &Tokenizer, query: &str, document: &str, rows: EmbeddingRows) -> Result<Vec<(u32, u8)>> {
-    let encoding = tokenizer.encode_fast((query, document), true).map_err(|e| anyhow!("the tokenizer failed: {e}"))?;
+    let encoding = encoding(|| tokenizer.encode_fast((query, document), true))?;
     let checked = |(&id, &token_type): (&u32, &u32)| {
         ensure!(
             (id as usize) < rows.vocabulary,

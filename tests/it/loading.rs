@@ -202,6 +202,18 @@ fn invalid_json_is_rejected_with_the_file_name() {
     }
 }
 
+/// Found by fuzzing: this character map is read without an error, and the tokenizer panics when it uses it.
+#[test]
+fn a_character_map_on_which_the_tokenizer_panics_is_rejected() {
+    let model = Model::copy("xlmr");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(model.path("tokenizer.json")).unwrap()).unwrap();
+    // A double array of four units, all zero, and two replacements.
+    tokenizer["normalizer"] =
+        json!({"type": "Precompiled", "precompiled_charsmap": "EAAAAAAAAAAAAAAAAAAAAAAAAAAgAGEA"});
+    fs::write(model.path("tokenizer.json"), tokenizer.to_string()).unwrap();
+    model.check_rejected("a damaged character map", &["tokenizer.json", "the tokenizer panicked"]);
+}
+
 #[test]
 fn a_wrong_shard_index_is_rejected() {
     let index = |shard: &str| json!({"weight_map": {WORDS: shard, KEY: SHARD}}).to_string();

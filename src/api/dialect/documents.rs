@@ -262,6 +262,7 @@ mod tests {
             ("", "body"),
             (r#"["m","q",["a"],null]"#, "body"),
             (r#"{"model":"m","query":"q","documents":["a"]} {}"#, "body"),
+            (r#"{"":x}"#, "body"),
             (r#"{"model":"m","query":"q"}"#, "documents"),
             (r#"{"query":"q","documents":["a"]}"#, "model"),
             (r#"{"model":"m","model":"m","query":"q","documents":["a"]}"#, "model"),

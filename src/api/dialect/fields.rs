@@ -31,8 +31,11 @@ pub(super) fn json<'de, T: Deserialize<'de>>(body: &'de [u8]) -> Result<T, Reran
     }
     let mut json = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
-        let path = shorten(&error.path().to_string());
-        RerankError::invalid(if path == "." { "body".to_owned() } else { path }, shorten(&error.inner().to_string()))
+        let path = match shorten(&error.path().to_string()) {
+            path if path == "." || path.is_empty() => "body".to_owned(), // empty: a field whose name is empty
+            path => path,
+        };
+        RerankError::invalid(path, shorten(&error.inner().to_string()))
     })?;
     json.end().map_err(|error| RerankError::invalid("body", error.to_string()))?;
     Ok(value)

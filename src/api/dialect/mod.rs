@@ -18,6 +18,17 @@ pub(super) use parsed::ParsedRequest;
 
 use super::error::ApiError;
 use crate::error::RerankError;
+use crate::rerank::RerankRequest;
+
+/// Parses and validates the body of a request to a rerank path, in any dialect. The server's handler uses the same functions;
+/// this one is for fuzzing and tests of other crates.
+///
+/// # Errors
+/// [`RerankError::Invalid`] with the field's name.
+#[doc(hidden)]
+pub fn parse_request(body: &[u8], max_documents: usize) -> Result<RerankRequest, RerankError> {
+    Dialect::parse_body(body, max_documents).1.map(|parsed| parsed.request)
+}
 
 /// A dialect, named after its list of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,8 +44,15 @@ pub(super) enum Dialect {
 }
 
 impl Dialect {
+    /// The dialect of a body, with or without a UTF-8 byte order mark, and the body parsed in this dialect.
+    pub(super) fn parse_body(body: &[u8], max_documents: usize) -> (Self, Result<ParsedRequest, RerankError>) {
+        let json = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+        let dialect = Self::of(json);
+        (dialect, dialect.parse(json, max_documents))
+    }
+
     /// The dialect of a body. A body that is not valid JSON counts as [`Dialect::Documents`], whose parser reports the error.
-    pub(super) fn of(body: &[u8]) -> Self {
+    fn of(body: &[u8]) -> Self {
         #[derive(Deserialize)]
         struct Lists {
             documents: Option<IgnoredAny>,
@@ -54,7 +72,7 @@ impl Dialect {
     ///
     /// # Errors
     /// [`RerankError::Invalid`] with the field's name.
-    pub(super) fn parse(self, body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
+    fn parse(self, body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
         match self {
             Self::Documents => documents::parse(body, max_documents),
             Self::Texts => texts::parse(body, max_documents),
