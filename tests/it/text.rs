@@ -5,15 +5,18 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use rerankd::batch::Pair;
 use rerankd::checkpoint::config::ModelConfig;
 use rerankd::client::ClientId;
-use rerankd::text::{DocumentOptions, EmbeddingRows, TextEncoder};
+use rerankd::error::RerankError;
+use rerankd::text::{DocumentOptions, EmbeddingRows, TextEncoder, TextLimits};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::support::{fixture, limits, paragraphs, real};
+use crate::support::{fixture, limits, paragraphs, real, stub};
 
 const BGE: &str = "bge-reranker-v2-m3";
 const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
@@ -52,6 +55,28 @@ fn bge_pair_ids_match_the_tokenizer() {
 #[test]
 fn minilm_pair_ids_match_the_tokenizer() {
     check_real_pairs("minilm_pair_ids_match_the_tokenizer", MINILM);
+}
+
+// Finding F: tokenizing was outside admission.
+#[tokio::test]
+async fn a_request_is_refused_before_it_is_tokenized_when_too_much_text_waits() {
+    let limits = TextLimits { max_tokenizer_wait: Duration::from_nanos(1), ..limits() };
+    let rows = EmbeddingRows { vocabulary: 100, token_types: 2 };
+    let encoder = TextEncoder::new(stub::tokenizer_json().as_bytes(), rows, 64, limits).unwrap();
+    let options = DocumentOptions::default();
+    let large: Arc<[String]> = ["apple ".repeat(100_000)].into();
+    // Measures the speed, from which the limit of 1 ns follows: with anything waiting, nothing more is admitted.
+    encoder.encode(ClientId::Only, "apple", Arc::clone(&large), options).await.unwrap();
+    let mut first = std::pin::pin!(encoder.encode(ClientId::Only, "apple", Arc::clone(&large), options));
+    tokio::select! {
+        biased;
+        _ = &mut first => panic!("600,000 characters are tokenized on another thread"),
+        () = std::future::ready(()) => {}
+    }
+    let second = encoder.encode(ClientId::Only, "apple", ["banana".to_owned()].into(), options).await;
+    assert!(matches!(second, Err(RerankError::Overloaded { .. })), "{second:?}");
+    first.await.unwrap();
+    assert!(encoder.encode(ClientId::Only, "apple", large, options).await.is_ok());
 }
 
 /// Checks each paragraph of XQuAD in two languages with one of its questions and with an edge case, and all pairs of edge cases.
