@@ -109,7 +109,7 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiE
 }
 
 /// Readiness: models are loaded, and the server is not shutting down.
-#[utoipa::path(get, path = "/ready", responses((status = 200, description = "Send requests"), (status = 503, description = "Shutting down", body = super::error::ErrorBody)))]
+#[utoipa::path(get, path = "/ready", responses((status = 200, description = "Send requests"), (status = 503, description = "Loading or shutting down", body = super::error::ErrorBody)))]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     if app.draining.load(Relaxed) {
         return Err(RerankError::ShuttingDown.into());

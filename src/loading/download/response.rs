@@ -19,7 +19,7 @@ pub(super) struct FileHeaders {
     pub(super) commit: Option<String>,
     /// `X-Linked-Etag`, otherwise `ETag`
     pub(super) etag: Option<String>,
-    /// `X-Linked-Size`, otherwise `ResponseContent-Length`
+    /// `X-Linked-Size`, otherwise `Content-Length`
     pub(super) size: Option<u64>,
 }
 
