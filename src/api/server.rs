@@ -302,7 +302,8 @@ impl Drop for RequestGuard {
     }
 }
 
-/// The next connection. Connections that failed before they were accepted are skipped; after other errors (no file descriptors left) it pauses and retries.
+/// The next connection. Connections that failed before they were accepted are skipped. After other errors, such as no file
+/// descriptors left, it pauses and retries.
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {

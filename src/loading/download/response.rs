@@ -160,7 +160,7 @@ mod tests {
         }
     }
 
-    // Finding "200 for 206, 416 on resume" of docs/reliability.md: the start failed instead of downloading the whole file.
+    // Finding L10 of docs/reliability.md: the start failed instead of downloading the whole file.
     #[test]
     fn an_ignored_range_restarts_and_a_refused_one_is_discarded() {
         let action = body_action(&content(200, Some(10), None, None), 4, Some(10), None).unwrap();
