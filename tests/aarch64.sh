@@ -7,7 +7,7 @@
 # `transformers`, and batch invariance. It does not measure speed. On an AArch64 machine, run `cargo test` instead.
 #
 # It needs these Debian packages: qemu-user-static, gcc-aarch64-linux-gnu and libc6-dev-arm64-cross; and Rust's standard library
-# for the target: `rustup target add aarch64-unknown-linux-gnu`, or in RUSTC a compiler that has it.
+# for the target: `rustup target add aarch64-unknown-linux-gnu`, or set RUSTC to a compiler that has it.
 #
 # .ci/run does not call it: it takes minutes, and few machines have the tools.
 set -euo pipefail

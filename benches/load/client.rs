@@ -1,4 +1,5 @@
-//! An HTTP/1.1 client with a bounded number of connections, and its closed and open loops.
+//! An HTTP/1.1 client that keeps connections alive, and two ways to generate load: closed loop ([`Client::capacity`]) and open
+//! loop ([`Client::offer`]).
 
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -8,7 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-/// An open-loop request that gets no connection within this time is dropped, as by a client's pool.
+/// A request of [`Client::offer`] that finds all connections busy for this time is dropped, as by a client's connection pool.
 const CONNECTION_PATIENCE: Duration = Duration::from_secs(1);
 /// A request that is not answered within this time has failed.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(180);
@@ -57,7 +58,7 @@ impl Client {
         Self { address: address.into(), idle: Arc::default() }
     }
 
-    /// Sends one request. If an idle connection turns out to be closed, it is sent again on a new one.
+    /// Sends one request. If it fails on an idle connection, which the server may have closed, it is sent again on a new one.
     pub(crate) async fn ask(&self, request: &[u8], scheduled: Instant) -> Outcome {
         let asked = tokio::time::timeout(ANSWER_PATIENCE, self.response(request)).await;
         let (answer, has_retry_after) = match asked {
@@ -86,6 +87,9 @@ impl Client {
     }
 
     /// Answers per second of `clients` clients that each wait for their answer before they send the next request.
+    ///
+    /// # Panics
+    /// An answer is not 200.
     pub(crate) async fn capacity(&self, requests: &Arc<Vec<Vec<u8>>>, clients: usize, time: Duration) -> f64 {
         let start = Instant::now();
         let tasks: Vec<_> = (0..clients)
@@ -207,7 +211,7 @@ pub(crate) fn post(path: &str, body: &str) -> Vec<u8> {
         .into_bytes()
 }
 
-/// Random English-like text.
+/// Random English words.
 pub(crate) fn text(random: &mut fastrand::Rng, words: usize) -> String {
     const WORDS: [&str; 16] = [
         "river", "engine", "harbor", "window", "letter", "market", "forest", "signal", "bridge", "garden", "copper",

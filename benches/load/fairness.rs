@@ -1,4 +1,4 @@
-//! Small requests beside one of 1,000 documents (goal G7).
+//! Latency of small requests beside one of 1,000 documents (goal G7 of docs/reliability.md).
 
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ pub(crate) struct Args {
     /// Words of each of the large request's 1,000 documents
     #[arg(long, default_value_t = 100)]
     words: usize,
-    /// Rounds: the small requests alone, the large one alone, both
+    /// Rounds; each measures the large request alone, the small ones alone, and both together
     #[arg(long, default_value_t = 5)]
     runs: usize,
 }
@@ -76,7 +76,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Seconds and number of all batches so far, from /metrics.
+/// Total seconds and number of the batches so far, from /metrics.
 async fn batch_seconds(address: &str) -> Result<(f64, f64)> {
     let response = exchange(connect(address).await?, b"GET /metrics HTTP/1.1\r\nhost: localhost\r\n\r\n").await?;
     let text = String::from_utf8_lossy(&response.body).into_owned();

@@ -1,4 +1,5 @@
-//! Mixed requests, broken ones and clients that leave, for a long time (goal G6): memory, descriptors and threads stay constant.
+//! Mixed requests, broken ones and clients that leave, for a long time (goal G6 of docs/reliability.md). Reports memory, descriptors
+//! and threads, which should stay constant.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -24,7 +25,7 @@ pub(crate) struct Args {
     /// Minutes of the whole run; the first quarter is warm-up
     #[arg(long, default_value_t = 20.0)]
     minutes: f64,
-    /// Appends a line of JSON for every sample
+    /// File to which one line of JSON is appended for every sample
     #[arg(long)]
     json: Option<PathBuf>,
 }
@@ -36,7 +37,7 @@ struct Sample {
     threads: usize,
 }
 
-/// Time since the start and outcome of every request.
+/// Every request of the well-behaved clients: when its answer came, in seconds from the start, the answer, and the latency in ms.
 type Log = Arc<Mutex<Vec<(f64, Answer, f64)>>>;
 
 pub(crate) async fn run(args: Args) -> Result<()> {

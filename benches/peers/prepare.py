@@ -3,7 +3,7 @@
     python prepare.py FOLDER SHAPE ENGINE...
 
 FOLDER becomes a Hugging Face checkpoint (config.json, tokenizer.json, model.safetensors in f32) with workloads.json,
-reference.json (torch's logits in f32) and graphs/. Existing files are kept.
+reference.json (transformers' logits of workload b in f32) and graphs/. Existing files are kept, except workloads.json.
 """
 
 import json
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaFo
 import workloads
 from workloads import END, MASK, PADDING, START, UNKNOWN, Shape
 
-# Calibration inputs are random ids: enough for random weights, and not the pairs that are measured.
+# Calibration uses random ids, not the measured pairs. For random weights that is enough.
 CALIBRATION_PAIRS = 16
 CALIBRATION_TOKENS = 128
 
@@ -103,7 +103,7 @@ def randomize(model: nn.Module, device: str) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One word per token: `w5` is id 5. It is cheaper than a real tokenizer, which favors sentence-transformers."""
+    """One word per token: `w5` is id 5. This is cheaper than real tokenization, to the advantage of sentence-transformers."""
     special = {"<s>": START, "<pad>": PADDING, "</s>": END, "<unk>": UNKNOWN, "<mask>": MASK}
     vocabulary = special | {f"w{token}": token for token in range(len(special), workloads.VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -251,7 +251,7 @@ def write_onnx(shape: Shape, folder: Path, path: Path) -> None:
     counts = fused.get_fused_operator_statistics()
     print(f"  fused: { {name: count for name, count in counts.items() if count} }", file=sys.stderr)
     if counts.get("Attention", 0) + counts.get("MultiHeadAttention", 0) != shape.layers:
-        sys.exit("the optimizer has not fused every attention, so ONNX Runtime would be measured too slow")
+        sys.exit("the optimizer has not fused every attention, so ONNX Runtime would appear slower than it is")
     fused.save_model_to_file(str(path))
     plain.unlink()
 

@@ -1,5 +1,5 @@
-//! The check of Host and Origin on a server without keys. It stops web pages in the user's browser that reach the server under
-//! another host name (DNS rebinding) or from another site.
+//! The check of the Host and Origin headers on a loopback server without keys. It refuses the requests of web pages in the user's
+//! browser, whether they reach the server under another host name (DNS rebinding) or come from another site.
 
 use std::sync::Arc;
 

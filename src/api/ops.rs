@@ -97,7 +97,7 @@ pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -
 }
 
 /// Liveness: every model has finished a batch in the last 30 s, is running one, or passes an inference now.
-#[utoipa::path(get, path = "/health", responses((status = 200, description = "Every model infers"), (status = 503, description = "One does not", body = super::error::ErrorBody)))]
+#[utoipa::path(get, path = "/health", responses((status = 200, description = "Every model computes scores"), (status = 503, description = "A model does not, or the models are still loading", body = super::error::ErrorBody)))]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     for model in app.models()?.iter() {
         if let Err(error) = model.check(RECENT, PATIENCE_S).await {
@@ -109,7 +109,7 @@ pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiE
 }
 
 /// Readiness: models are loaded, and the server is not shutting down.
-#[utoipa::path(get, path = "/ready", responses((status = 200, description = "Send requests"), (status = 503, description = "Shutting down", body = super::error::ErrorBody)))]
+#[utoipa::path(get, path = "/ready", responses((status = 200, description = "Ready for requests"), (status = 503, description = "Loading or shutting down", body = super::error::ErrorBody)))]
 pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     if app.draining.load(Relaxed) {
         return Err(RerankError::ShuttingDown.into());
@@ -146,7 +146,7 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<serde_json:
 }
 
 /// Whether requests need a key: Xinference's client sends its key only if `auth` is true.
-#[utoipa::path(get, path = "/v1/cluster/auth", responses((status = 200, description = "auth: whether keys are asked for", content_type = "application/json")))]
+#[utoipa::path(get, path = "/v1/cluster/auth", responses((status = 200, description = "auth: whether requests need a key", content_type = "application/json")))]
 pub(super) async fn cluster_auth(State(app): State<Arc<App>>) -> Json<serde_json::Value> {
     Json(json!({"auth": !app.keys.is_open()}))
 }

@@ -49,7 +49,7 @@ pub struct ServerTimeouts {
     pub header: Duration,
     /// Maximum time between two requests on one connection.
     pub idle: Duration,
-    /// Maximum time without enough progress in writing a response.
+    /// A connection is closed if its client reads less than `MIN_WRITE_RATE` (`connection.rs`) of a response over this time.
     pub write: Duration,
     /// Time from the signal until connections are no longer accepted. Meanwhile /ready fails, which tells load balancers.
     pub shutdown_grace: Duration,
@@ -57,7 +57,7 @@ pub struct ServerTimeouts {
     pub drain: Duration,
 }
 
-/// A bound address.
+/// A socket that is bound to its address and does not listen yet.
 #[derive(Debug)]
 pub struct Server {
     socket: TcpSocket,
@@ -118,9 +118,9 @@ impl Slots {
         }
     }
 
-    /// A slot for a new connection, and its service. At the cap it is a reserved slot, and the oldest idle connection is told
-    /// to close. The new connection is served health checks and metrics only if no connection was idle or at most
-    /// [`HEALTH_CONNECTIONS`] reserved slots were left. `None` if all reserved slots are taken.
+    /// A slot for a new connection, and its service; `None` if all slots are taken. At the cap it is a reserved slot, and the
+    /// connection that has been idle for longest is told to close. If there is none, or at most [`HEALTH_CONNECTIONS`] reserved
+    /// slots are left, the new connection has [`Service::Overloaded`].
     fn take(&mut self) -> Option<(OwnedSemaphorePermit, Service)> {
         if let Ok(slot) = Arc::clone(&self.regular).try_acquire_owned() {
             return Some((slot, Service::Full));
@@ -232,9 +232,9 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
 /// Time to write the responses to requests that the drain timeout refused, before the process ends.
 const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
 
-/// The router as a hyper service that marks `state` as busy while a request is handled. The connection is closed after a
-/// response that is ready before its request's body has been read to its end, and after any response during the drain, so that
-/// clients do not send on connections that are about to close.
+/// The router as a hyper service that marks `state` as busy while a request is handled. It adds `connection: close` to a response
+/// that is ready before the whole request has been read, and to every response during the drain, so that clients do not send
+/// another request on a connection that is about to close.
 fn tracked(
     router: Router,
     app: Arc<App>,
@@ -254,7 +254,7 @@ fn tracked(
             if guard.0.is_receiving() || app.draining.load(Relaxed) {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
-            // The guard is dropped with the body: the request is finished when hyper has taken the whole body.
+            // The guard is dropped with the response's body: the request is finished when hyper has taken all of it.
             Ok(response.map(|body| Body::new(Guarded { body, _guard: guard })))
         }
     })
@@ -286,7 +286,7 @@ impl hyper::body::Body for Guarded {
     }
 }
 
-/// Marks a connection as busy while it lives.
+/// Marks a connection as busy as long as the guard exists.
 struct RequestGuard(Arc<ConnectionState>);
 
 impl RequestGuard {
@@ -302,7 +302,8 @@ impl Drop for RequestGuard {
     }
 }
 
-/// The next connection. Connections that failed before they were accepted are skipped; after other errors (no file descriptors left) it pauses and retries.
+/// The next connection. Connections that failed before they were accepted are skipped. After other errors, such as no file
+/// descriptors left, it pauses and retries.
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match listener.accept().await {

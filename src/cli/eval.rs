@@ -22,7 +22,7 @@ use crate::served::Models;
 use crate::telemetry;
 use crate::text::DocumentOptions;
 
-/// Topics in flight: one is tokenized while another is computed.
+/// Topics in flight, so that some are tokenized while others are computed.
 const CONCURRENT_TOPICS: usize = 4;
 
 #[derive(Debug, clap::Args)]
@@ -42,13 +42,13 @@ pub(super) struct EvalArgs {
     /// SQuAD: number of other paragraphs among the candidates of each question
     #[arg(long, value_name = "N", default_value_t = 9)]
     negatives: usize,
-    /// SQuAD: choose the other paragraphs by BM25 score instead of at random [default: false]
+    /// SQuAD: take the paragraphs that BM25 ranks highest instead of random ones [default: false]
     #[arg(long)]
     hard: bool,
     /// SQuAD: seed of the random choices
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// Maximum topics, taken at equal distances from the data set [default: all]
+    /// Maximum topics, evenly spaced over the data set [default: all]
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
     /// Ranks k at which recall@k is measured, separated by commas

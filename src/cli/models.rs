@@ -49,7 +49,7 @@ pub(super) fn run(args: &ListModelsArgs) -> Result<(), Failure> {
         return print(&format!("{:#}\n", json!(objects)));
     }
     let notes = format!(
-        "\nWINDOW is the maximum of tokens of a query and a chunk together; \"1024 of 8192\" can be raised to 8192 by --window.\n\
+        "\nWINDOW is the maximum number of tokens of a query and a chunk together; \"1024 of 8192\" can be raised to 8192 by --window.\n\
          Other BERT, RoBERTa and XLM-RoBERTa cross-encoders load from a folder or the Hugging Face hub: --model ./folder,\n\
          --model organization/name. They need config.json, tokenizer.json and the weights.\n\
          Cache folder: {}\n",

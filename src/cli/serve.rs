@@ -33,8 +33,8 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     outcome
 }
 
-/// Raises the soft limit on open files so that `connections` connections fit. Returns how many fit: fewer if the hard limit is too
-/// low, with a warning. Above it, no connection could be accepted, not even a health check's.
+/// Raises the soft limit on open files so that `connections` connections fit. Returns the cap on connections: `connections`, or as
+/// many as fit into the hard limit, with a warning. Without file descriptors left, not even a health check could connect.
 fn fit_connections(connections: usize) -> usize {
     let wanted = connections as u64 + OTHER_FILES;
     match rlimit::increase_nofile_limit(wanted) {

@@ -24,8 +24,8 @@ pub struct ModelArgs {
 
     /// Another name for a model, which requests may use; repeat it for several [default: none]
     ///
-    /// The model is loaded once. Without =MODEL it is the first one. Models from the list of known models also have the names that
-    /// `rerankd models` shows.
+    /// The model is loaded once. Without =MODEL it is the first one. Models from the list of known models already have the aliases
+    /// that `rerankd models --json` shows.
     #[arg(long = "alias", id = "alias", value_name = "ALIAS[=MODEL]", env = "RERANKD_ALIAS", value_delimiter = ',')]
     pub aliases: Vec<String>,
 

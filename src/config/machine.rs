@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use crate::backend::cpu::CpuBackend;
 
-/// The machine and the user that this process runs as. Tests construct their own.
+/// What this process found on its machine and in its environment. Tests construct their own.
 #[derive(Debug, Clone)]
 pub struct Machine {
-    /// Processors that this process may use: affinity masks and cgroup quotas count.
+    /// Number of processors that this process may use, as limited by its affinity mask and cgroup quota.
     pub processors: usize,
     /// Whether the CPU has bf16 dot-product instructions.
     pub has_bf16: bool,
@@ -22,7 +22,7 @@ pub struct Machine {
 pub enum CudaAvailability {
     /// There is a GPU, and its driver and libraries work.
     Usable,
-    /// There is a GPU, but it cannot be used; the reason.
+    /// There is a GPU, but it cannot be used, for this reason.
     Unusable(String),
     /// There is no GPU.
     Absent,

@@ -78,7 +78,7 @@ pub fn entries() -> &'static [Entry] {
     &CATALOGUE
 }
 
-/// The entry with this name, alias or short name (`bge-reranker-v2-m3`), in upper or lower case.
+/// The entry with this name, alias or short name (`bge-reranker-v2-m3`); case is ignored.
 pub fn find(name: &str) -> Option<&'static Entry> {
     entries().iter().find(|entry| {
         entry.names().any(|own| own.eq_ignore_ascii_case(name)) || short_name(&entry.name).eq_ignore_ascii_case(name)

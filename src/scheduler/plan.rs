@@ -28,7 +28,7 @@ pub(super) struct Waiting {
     pub(super) planned: usize,
 }
 
-/// The requests that are not planned to their end.
+/// The requests that have pairs in no batch yet.
 #[derive(Debug, Default)]
 pub(super) struct WaitingList {
     /// In order of arrival.
@@ -238,7 +238,7 @@ mod tests {
         }
         let batch = waiting.next_batch(1000);
         let large: usize = batch.iter().filter(|slice| slice.job == 0).map(|slice| slice.pairs.len()).sum();
-        assert_eq!(large, 3, "{batch:?}");
+        assert_eq!(large, 3, "250 tokens are reserved, and pairs have 100: {batch:?}");
     }
 
     #[test]
@@ -306,7 +306,7 @@ mod tests {
         assert_eq!(order, [0, 10, 11, 12, 13, 14, 15, 16, 17, 18, 1], "900 tokens of each in turn");
     }
 
-    /// A waiting pair of the reference. Its level follows from the tokens of its request before it.
+    /// A waiting pair of the reference. Its level follows from the tokens of the pairs before it in its request.
     #[derive(Debug, Clone)]
     struct WaitingPair {
         job: u64,
@@ -409,7 +409,7 @@ mod tests {
         #[test]
         fn batches_are_those_of_the_reference(steps in steps(), max_tokens in 1usize..4000) {
             let (mut waiting, mut reference) = (WaitingList::default(), Reference::default());
-            let drain = std::iter::repeat_with(|| Step::Batch);
+            let drain = std::iter::repeat_with(|| Step::Batch); // after the given steps, of which there are at most 15
             for (job, step) in steps.into_iter().chain(drain).enumerate() {
                 match step {
                     Step::Arrive(client, lengths) => {

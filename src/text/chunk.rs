@@ -1,7 +1,8 @@
 //! Splits long documents into overlapping chunks. Pure arithmetic on token counts: no text, no tokenizer.
 //!
 //! The usual algorithm behind SiliconFlow's `max_chunks_per_doc` and `overlap_tokens`: every token is in a chunk, adjacent
-//! chunks have `overlap` tokens in common, and a document's score is the maximum over its chunks.
+//! chunks have `overlap` tokens in common (an aligned last chunk may have more), and a document's score is the maximum over its
+//! chunks.
 
 use std::ops::Range;
 
@@ -11,7 +12,7 @@ pub enum Tail {
     /// It ends at the document's end and is as long as the others: more context than `Short`, with the same number of chunks.
     #[default]
     Aligned,
-    /// It begins one stride after the chunk before it and is shorter than the others.
+    /// It begins one stride after the chunk before it and may be shorter than the others.
     Short,
 }
 

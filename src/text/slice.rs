@@ -1,9 +1,9 @@
 //! Splits long texts into slices before they are tokenized, so that no text occupies a thread for long.
 //!
 //! Tokenization costs at worst 1 to 4 microseconds and some 600 bytes of memory per character, and a tokenizer truncates
-//! only after tokenizing the whole text. If possible, a slice ends before a run of white space, and the next slice begins with that run. The
-//! pre-tokenizers of the supported models (BERT's, Metaspace, byte-level) never join tokens across such a position, so the ids
-//! are those of the whole text. In a text without white space (Chinese, a million "!") a slice ends after punctuation,
+//! only after tokenizing the whole text. If possible, a slice ends before a run of white space, and the next slice begins with
+//! that run. The pre-tokenizers of the supported models (BERT's, Metaspace, byte-level) never join tokens across such a position,
+//! so the ids are those of the whole text. In a text without white space (Chinese, a million "!") a slice ends after punctuation,
 //! and otherwise anywhere; the word at that position may then get other ids than in the whole text.
 
 use std::ops::Range;

@@ -197,14 +197,14 @@ struct Thread {
 struct BoxCopy {
     unsigned char* to;
     const unsigned char* from;
-    unsigned rows, rows_there;
+    unsigned rows, rows_there; // of the box; of these, rows within the matrix (the others are zero)
     size_t stride;
 };
 
 // An mbarrier, and the TMA copies that it waits for.
 struct PhaseBarrier {
     unsigned arrivals = 0, missing = 0, phase = 0;
-    long expected = 0, landed = 0; // bytes of this phase
+    long expected = 0, landed = 0; // bytes of this phase: announced by arrivals, and copied
     std::vector<BoxCopy> pending;
 };
 
@@ -220,7 +220,7 @@ struct Slots {
 struct Registers {
     unsigned* at[WARP];
     unsigned count;
-    std::vector<unsigned> shown;
+    std::vector<unsigned> shown; // the values at that time, lane after lane
 
     std::vector<unsigned> held() const {
         std::vector<unsigned> values;
@@ -235,9 +235,9 @@ struct Registers {
 // A warp's part of a wgmma: 16 rows of sums.
 struct Wgmma {
     Registers *sums, *a; // `a` is null if that operand is in shared memory
-    uint64_t a_rows, b_rows;
+    uint64_t a_rows, b_rows; // matrix descriptors of the operands in shared memory
     unsigned columns;
-    bool adds, done;
+    bool adds, done; // whether it adds to the sums, whether it has been computed
 };
 
 // Sums of pending wgmmas: the number of wgmmas, and the values. The registers hold NaN bytes meanwhile.
@@ -353,7 +353,7 @@ inline void run_warp_as_far_as_it_gets(unsigned warp) {
         unsigned count[5] = {};
         for (unsigned lane = 0; lane < WARP; ++lane) ++count[static_cast<int>(block.thread[warp * WARP + lane].state)];
         const char* name = block.warp[warp].collective ? block.warp[warp].collective : "a collective";
-        fprintf(stderr, "    warp %u: in %s %u, at the barrier %u, at a phase of another %u, finished %u\n", warp, name,
+        fprintf(stderr, "    warp %u: in %s %u, at __syncthreads %u, at an mbarrier %u, finished %u\n", warp, name,
                 count[static_cast<int>(State::IN_COLLECTIVE)], count[static_cast<int>(State::AT_BARRIER)],
                 count[static_cast<int>(State::AT_PHASE)], count[static_cast<int>(State::FINISHED)]);
     }
@@ -363,7 +363,7 @@ inline void run_warp_as_far_as_it_gets(unsigned warp) {
 inline void check_warpgroups() {
     for (unsigned warp = 0; warp < block.threads / WARP; ++warp) {
         const Warp& own = block.warp[warp];
-        if (own.started != block.warp[warp / 4 * 4].started) fail("wgmma: warp %u starts others than its warpgroup", warp);
+        if (own.started != block.warp[warp / 4 * 4].started) fail("wgmma: warp %u has not executed the same wgmmas as its warpgroup", warp);
         if (!own.wgmma_sums.empty()) fail("wgmma: warp %u ends before its wgmmas complete", warp);
     }
 }
@@ -380,7 +380,7 @@ inline void complete(const BoxCopy& copy) {
         }
 }
 
-// Whether the phase of this parity is complete. Phases complete only when asked for.
+// Whether the phase of this parity is complete. Completes the current phase if all its arrivals have come: nothing else does.
 inline bool phase_is_over(unsigned address, unsigned parity) {
     const auto found = block.barriers.find(address);
     if (found == block.barriers.end()) fail("mbarrier: there is none at shared address %#x", address);
@@ -778,9 +778,9 @@ inline Registers* given_registers(Warp& warp, const Slots& slots, unsigned* Wgmm
     }
     Registers& known = warp.registers.emplace(given.at[0], given).first->second;
     if (known.count != count) known = given; // the compiler placed other registers at this address before
-    const bool in_hand = warp.wgmma_sums.count(&known) != 0;
+    const bool is_pending = warp.wgmma_sums.count(&known) != 0;
     if (known.shown.empty()) known.shown = known.held();
-    if (!in_hand && known.shown != known.held()) fail("wgmma: its registers have changed since the last wgmma.fence");
+    if (!is_pending && known.shown != known.held()) fail("wgmma: its registers have changed since the last wgmma.fence");
     return &known;
 }
 
@@ -792,7 +792,7 @@ inline void start_wgmma(Slots& slots) {
     for (unsigned lane = 1; lane < WARP; ++lane) {
         memcpy(&others, slots.words[lane], sizeof others);
         const bool same = others.a_rows == operands.a_rows && others.b_rows == operands.b_rows && others.adds == operands.adds;
-        if (!same) fail("wgmma: a warp's lanes name several operands");
+        if (!same) fail("wgmma: the lanes of a warp pass different operands");
     }
     Wgmma wgmma = {given_registers(warp, slots, &WgmmaOperands::sums, operands.columns / 2),
                    operands.a ? given_registers(warp, slots, &WgmmaOperands::a, 4) : nullptr,
@@ -888,7 +888,7 @@ inline void fence_mbarrier_init() { emulated::block.barriers_fenced = true; }
 inline void mbarrier_arrive_expect_tx(unsigned barrier, unsigned bytes) {
     emulated::phase_is_over(barrier, 0); // completes a pending phase first
     emulated::PhaseBarrier& its = emulated::block.barriers.at(barrier);
-    if (its.missing == 0) emulated::fail("mbarrier: more arrivals than it was started for");
+    if (its.missing == 0) emulated::fail("mbarrier: more arrivals than it was initialized for");
     --its.missing;
     its.expected += bytes;
 }

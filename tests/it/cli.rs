@@ -62,9 +62,10 @@ fn models_lists_the_catalogue() {
     assert!(json.as_array().unwrap().len() >= 7);
 }
 
-/// The protocol that benches/peers uses: one JSON line a run on standard input, one JSON line back.
+/// The protocol that benches/peers uses: for each line of JSON on standard input, one line of JSON on standard output. `mode` is
+/// for other engines and is ignored.
 #[test]
-fn bench_runs_the_requested_workload_and_mode() {
+fn bench_answers_each_request_with_the_times_and_logits_of_its_workload() {
     let folder = tempfile::tempdir().unwrap();
     let workloads = folder.path().join("workloads.json");
     std::fs::write(&workloads, r#"{"x": [[2, 7, 3], [2, 9, 9, 3]], "y": [[5]]}"#).unwrap();

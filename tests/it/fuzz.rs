@@ -1,4 +1,4 @@
-//! The fuzz targets on their committed inputs and on seeded mutations of these. fuzz/README.md has the real fuzzing.
+//! The fuzz targets on their committed inputs and on reproducible mutations of these. fuzz/README.md describes fuzzing with libFuzzer.
 
 #[path = "../../fuzz/src/targets/mod.rs"]
 mod targets;
@@ -26,7 +26,7 @@ fn check(target: &str, run: fn(&[u8]), mutations: usize) {
     }
 }
 
-/// Runs the target and, if it panics, writes the input to a file and names it.
+/// Runs the target. If it panics, writes the input to a file and panics with the file's name.
 fn attempt(run: fn(&[u8]), input: &[u8], what: &str) {
     if std::panic::catch_unwind(|| run(input)).is_err() {
         let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("fuzz-failure");

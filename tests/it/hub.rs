@@ -26,7 +26,7 @@ const WEIGHTS: &str = "model.safetensors";
 
 // The stand-in.
 
-/// How the stand-in answers one request for content instead of the right way.
+/// How the stand-in answers one request instead of the right way.
 #[derive(Clone)]
 enum Fault {
     /// Only this status line and these headers, each ended by `\r\n`.
@@ -481,7 +481,7 @@ fn two_processes_with_one_cache_download_each_file_once() {
     assert_eq!(incomplete_files(home.path()), Vec::<PathBuf>::new());
 }
 
-// Findings G9 and N: a killed process left an unverified file under its final name.
+// Goal G9 and finding N: a killed process left an unverified file under its final name.
 #[test]
 fn a_download_killed_100_times_loses_and_damages_nothing() {
     const KILLS_IN_BODY: usize = 80;
@@ -510,7 +510,7 @@ fn a_download_killed_100_times_loses_and_damages_nothing() {
         let requests = hub.content_requests().len();
         let sent = hub.notify_when_sent();
         let mut child = spawn_download(&hub.address, home.path());
-        // The body was complete before: the process verifies and publishes without a request.
+        // If the body was complete before, the process verifies and publishes it without a request.
         if before < content.len() && !is_published(&cache, &content) {
             sent.recv_timeout(Duration::from_secs(60)).expect("the process requests the weights");
             assert_eq!(hub.content_requests()[requests].range_start, before, "kill {kill}: every byte is kept");
@@ -554,7 +554,7 @@ fn a_signal_while_a_model_is_downloaded_stops_the_server() {
 
 // The library: faults that a download survives.
 
-// Finding M: no retry before the body. Findings "200 for 206, 416 on resume" and F53: a lost start.
+// Finding M: faults before the body were not retried. Finding L10 and fault F53: the server did not start.
 #[test]
 fn recoverable_faults_end_with_the_right_content() {
     use Fault::{ChangedTag, CutAfter, HoldAfter, IgnoreRange, Silent, Status, Trickle, WrongBytes, WrongRange};
@@ -676,7 +676,7 @@ fn lasting_faults_are_reported_and_leave_no_file() {
         ),
         ("unauthorized", "HF_TOKEN", Box::new(metadata(status("401 Unauthorized")))),
         ("forbidden", "HF_TOKEN", Box::new(metadata(status("403 Forbidden")))),
-        // Finding "302 without Location": the client panicked.
+        // Finding L11: the client panicked.
         ("no location", "location", Box::new(metadata(status("302 Found")))),
         (
             "redirect loop",

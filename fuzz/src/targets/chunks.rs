@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use rerankd::text::{Chunking, Tail};
 
-/// Longest list of chunks that is compared. Larger counts are compared as numbers.
+/// The first chunks of a document are compared with the reference one by one, up to this many. Of the others, only the count is
+/// checked.
 const MAX_LISTED: usize = 2000;
 
 /// The input is five numbers: tokens (6 bytes), room (3), overlap (2), chunk limit (8), tail (1).
@@ -42,7 +43,7 @@ pub fn check(tokens: usize, chunking: Chunking) {
     }
 }
 
-/// The first `limit` chunks, one step at a time, and whether the list ends there.
+/// The first `limit` chunks, computed one after another, and whether these are all.
 pub fn reference(tokens: usize, chunking: Chunking, limit: usize) -> (Vec<Range<usize>>, bool) {
     let overlap = chunking.overlap.min(chunking.room / 4);
     let mut chunks = Vec::new();

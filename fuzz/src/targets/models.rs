@@ -48,7 +48,7 @@ static LOADERS: LazyLock<Mutex<Loaders>> = LazyLock::new(|| {
     Mutex::new(Loaders { folder, loaders, runtime })
 });
 
-/// A model folder either loads and scores, or is an error that names a file.
+/// A model folder either loads and scores, or gives an error that names a file or says that the test pair was not scored.
 pub fn run(input: &[u8]) {
     let Some([config, tokenizer, weights]) = files(input) else { return };
     let Loaders { folder, loaders, runtime } = &*LOADERS.lock().unwrap_or_else(PoisonError::into_inner);

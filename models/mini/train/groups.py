@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 WORK, TOKENIZER = os.environ.get("MINI_WORK", "./work"), sys.argv[1]
 GROUPS = {"en": 42000, "zh": 14000}
-NEGATIVES, LONGEST = 7, 340
+NEGATIVES, LONGEST = 7, 340     # negatives per group; tokens of a document
 WEIGHT = {"wiki-summaries": 5, "wiki-pages": 12, "news": 8, "factbook": 2, "anarchism": 2.5, "wordnet": .25, "gcide": .3,
           "foldoc": 1, "debian-packages": .3, "libreoffice": .5, "man": .4, "gnome": .8, "handbook": 2, "history": 2,
           "peoples-daily": 4, "news-segmented": 2.5, "reviews": .4, "three-kingdoms": 1.5, "poets": 1, "linux-doc": .5}
@@ -29,7 +29,9 @@ rng = random.Random(3)
 
 
 def synonyms():
-    """English: co-members of a WordNet synset. Chinese: words with the same gloss in CC-CEDICT."""
+    """Returns synonyms in English (words of the same WordNet synset), synonyms in Chinese (words with the same gloss in CC-CEDICT),
+    and the English nouns of each WordNet category (lexicographer file).
+    """
     english, chinese, siblings = collections.defaultdict(set), collections.defaultdict(set), collections.defaultdict(list)
     for path in sorted(glob.glob(f"{WORK}/deb/wordnet-base/usr/share/wordnet/data.*")):
         for line in open(path, encoding="latin-1"):
@@ -62,7 +64,7 @@ def inflect(word):
 
 
 def reword(words, strength):
-    """Applies word drop, inflection and synonyms, each with a low probability, so that most of the query remains."""
+    """Drops, inflects or replaces each word, with the probabilities 0.12, 0.10 and 0.18 times `strength`."""
     out = []
     for word in words:
         dice, low = rng.random() / strength, word.lower()
@@ -211,7 +213,7 @@ def chinese_keywords(sentence):
 
 
 def make_query(row, sentence):
-    """Returns (query, kind). The title is used only if the passage mentions it."""
+    """Returns (query, kind) for a passage `row` and its key sentence."""
     english, title, dice = row["lang"] == "en", row["title"], rng.random()
     if row["source"] in ("wordnet", "gcide", "foldoc", "devil", "poets") and title and dice < .5:
         forms = (["{}", "{}", "what is {}", "{} meaning", "What is {}?", "define {}", "meaning of {}"] if english
@@ -257,7 +259,10 @@ def bm25_matrix(token_lists, vocabulary):
 
 
 def word_groups(tokenizer, n):
-    """One-word queries and documents: the same word in another case is gold, its WordNet siblings are negatives."""
+    """One-word queries, documents of one word or of a short phrase with it. The query's word is gold, possibly in another case.
+
+    Other nouns of its WordNet category are the negatives.
+    """
     groups, kinds = [], [k for k in SIBLINGS if len(SIBLINGS[k]) > 50]
     case = lambda w: rng.choice([w, w, w.title(), w.upper() if rng.random() < .2 else w])
     whole = {k: [w for w in SIBLINGS[k] if len(tokenizer.encode(w, add_special_tokens=False).ids) <= 2] for k in kinds}
@@ -272,7 +277,11 @@ def word_groups(tokenizer, n):
 
 
 def negatives(index, ranked, rows, tokens, i, key):
-    """Seven passages: up to two of the same document, up to four BM25 neighbors of mixed rank, and random ones to fill up."""
+    """Seven passages: up to two of the same document, up to four BM25 neighbors of mixed rank, and random ones to fill up.
+
+    `index` has the rows of the language, `ranked` positions in it, best BM25 score first. `key` is the token range of the key
+    sentence in passage `i`.
+    """
     a, b = key
     sentence, size = set(tokens[i][a:b].tolist()), min(len(tokens[i]), LONGEST)
 
@@ -292,7 +301,7 @@ def negatives(index, ranked, rows, tokens, i, key):
 
 
 def cut(tokens, passage, length, key=None):
-    """A window of at most `length` tokens. With a key, it holds as much of the key sentence as fits."""
+    """A random window of at most `length` tokens. With a key (the token range of the key sentence), it has as much of it as fits."""
     low, high = 0, max(0, len(tokens[passage]) - length)
     if key and high:
         low, high = max(0, min(key[1] - length, key[0], high)), min(high, max(key[0], key[1] - length))
@@ -301,7 +310,10 @@ def cut(tokens, passage, length, key=None):
 
 
 def documents(tokens, i, key, others, kind):
-    """The group's documents, gold first, as lists of (passage, first token, end). Two in three groups use whole passages."""
+    """The group's documents, gold first, as lists of (passage, first token, end).
+
+    Two in three groups use passages of up to LONGEST tokens, the others shorter windows.
+    """
     length = LONGEST if rng.random() < .67 else rng.randint(30, 200)
     docs = [cut(tokens, i, length, key)] + [cut(tokens, j, length) for j in others]
     a, b = key

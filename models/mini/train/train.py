@@ -18,7 +18,7 @@ import initialise
 
 WORK = os.environ.get("MINI_WORK", "./work")
 NEGATIVES, TOKEN_BUDGET, WORD_GROUPS = 7, 6000, 6     # the budget is per process and step
-HELD_OUT = {"en": 240, "zh": 100}
+HELD_OUT = {"en": 240, "zh": 100}     # questions for the evaluation at each checkpoint
 
 
 class Groups:

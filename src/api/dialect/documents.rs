@@ -110,14 +110,15 @@ pub(crate) struct RerankAnswer {
     meta: Meta,
     /// The served model's name.
     model: String,
-    /// `list` if the request has `top_k` or `truncation`, else `rerank`: Voyage's clients refuse `rerank`, others `list`.
+    /// `list` if the request has `top_k` or `truncation`, else `rerank`. Voyage's clients refuse `rerank`; other clients refuse
+    /// `list`.
     object: &'static str,
     /// Seconds since 1970-01-01 UTC.
     created: u64,
     usage: Usage,
 }
 
-/// One document.
+/// The score of one document.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct AnswerResult {
     /// Its position in the request, from 0.
@@ -136,7 +137,7 @@ pub(crate) struct AnswerDocument {
     text: String,
 }
 
-/// One document, under Voyage's names.
+/// The score of one document, under Voyage's names.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct VoyageResult {
     index: usize,

@@ -1,4 +1,5 @@
-//! One file per dialect, the JSON of one API: bytes -> `RerankRequest`, `Ranking` -> bytes.
+//! A dialect is the JSON format of one API. Each has a file here, which parses a body into a `RerankRequest` and writes a `Ranking`
+//! as a response.
 //!
 //! Every rerank path accepts every dialect. The name of the list of documents (`documents`, `texts`, `input`, `passages`) tells
 //! which dialect a body has.

@@ -1,8 +1,9 @@
 //! `rerankd bench --json`: measurements on request, for programs that compare several servers.
 //!
-//! After start-up one line announces `{"engine", "ready": true, "version"}`, on a CPU with the measured `"peak"` in operations a
-//! second. Then each line `{"workload", "runs"}` of standard input is answered by one line `{"engine", "workload", "seconds",
-//! "tokens", "logits"}`. The program ends with its input.
+//! When the model is loaded, one line is printed: `{"engine", "ready": true, "version"}`, on a CPU also with `"peak"`, the measured
+//! peak rate in operations per second. Then each line `{"workload", "runs"}` of standard input is answered by one line
+//! `{"engine", "workload", "seconds", "tokens", "logits"}`; other fields, such as `"mode"`, are ignored. The program ends when
+//! standard input ends.
 
 use anyhow::Context;
 use indicatif::ProgressBar;

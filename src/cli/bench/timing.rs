@@ -1,4 +1,4 @@
-//! Runs of a workload, timed.
+//! Runs a workload and measures the time.
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};

@@ -67,10 +67,12 @@ impl HttpClient {
         Ok(Self { agent, endpoint: options.endpoint.clone(), token: options.token.clone() })
     }
 
-    /// What the hub says about a file; `None` if the repository does not have it.
+    /// What the hub says about a file of `at.repository` at `revision`: `at.revision`, or the commit that it was resolved to. `None`
+    /// if the repository does not have the file.
     ///
     /// # Errors
-    /// No usable answer; no access; no such repository or revision, where the hub tells.
+    /// No connection, no access, an unusable response, or no such repository or revision. A 404 that does not say which of these is
+    /// missing counts as a missing file.
     pub(super) fn metadata(&self, at: &Revision, revision: &str, file: &str) -> Result<Option<FileMetadata>, HubError> {
         let mut uri = url::file_url(&self.endpoint, at, revision, file)?;
         let mut found = FileHeaders::default();
@@ -90,7 +92,7 @@ impl HttpClient {
             found.commit = found.commit.or_else(|| text(headers, "x-repo-commit"));
             found.etag = found.etag.or_else(|| text(headers, "x-linked-etag"));
             found.size = found.size.or_else(|| number(headers, "x-linked-size"));
-            // A redirect to a storage service often allows GET only, so it is not followed when all is known.
+            // Storage services often allow GET only, so a redirect is not followed once the entity tag is known.
             if status.is_redirection() && found.etag.is_none() {
                 uri = url::redirect_target(&uri, text(headers, "location").as_deref())?;
                 continue;
@@ -161,7 +163,7 @@ impl HttpClient {
         url::parse_http(&self.endpoint).is_ok_and(|endpoint| url::same_origin(uri, &endpoint))
     }
 
-    /// Sorts statuses that are neither success nor redirect.
+    /// Ok for a success or a redirect, otherwise the status as an error.
     fn check_status(&self, uri: &Uri, response: &Response<Body>, at: &Revision) -> Result<(), HubError> {
         let status = response.status();
         let message = format!("{} answered {status} for {at}", url::origin(uri));

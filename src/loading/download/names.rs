@@ -1,4 +1,5 @@
-//! Names that become paths or URLs. Every value here is checked when it is made, so later code can use it as it is.
+//! Names that become paths or URLs. [`Commit`] and [`EntityTag`] are checked when they are made; a [`Revision`] and a file name by
+//! their check functions, before they are used.
 
 use std::fmt;
 
@@ -11,7 +12,7 @@ const MAX_NAME_BYTES: usize = 200;
 /// One revision of one repository.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Revision {
-    /// `organisation/name`
+    /// `organization/name`, or `name` alone.
     pub repository: String,
     /// A commit, a tag or a branch.
     pub revision: String,
@@ -104,7 +105,7 @@ impl EntityTag {
         }
     }
 
-    /// The name of the lock and of the incomplete file: the digest itself, or a hash of an opaque tag.
+    /// The name of the lock and of the incomplete file, without the extension: the digest, or a hash that includes an opaque tag.
     pub(super) fn work_name(&self, repository: &str, file: &str) -> String {
         match self {
             Self::Sha256(digest) | Self::GitBlob(digest) => digest.clone(),
@@ -112,7 +113,8 @@ impl EntityTag {
         }
     }
 
-    /// The name of the blob; `None` if it is the content's SHA-256, which only the download gives.
+    /// The name of the blob: the digest. `None` for an opaque tag: that blob is named after the SHA-256 of its content, which is
+    /// known only after the download.
     pub(super) fn blob_name(&self) -> Option<&str> {
         match self {
             Self::Sha256(digest) | Self::GitBlob(digest) => Some(digest),

@@ -19,7 +19,7 @@ pub(super) struct FileHeaders {
     pub(super) commit: Option<String>,
     /// `X-Linked-Etag`, otherwise `ETag`
     pub(super) etag: Option<String>,
-    /// `X-Linked-Size`, otherwise `ResponseContent-Length`
+    /// `X-Linked-Size`, otherwise `Content-Length`
     pub(super) size: Option<u64>,
 }
 
@@ -160,7 +160,7 @@ mod tests {
         }
     }
 
-    // Finding "200 for 206, 416 on resume" of docs/reliability.md: the start failed instead of downloading the whole file.
+    // Finding L10 of docs/reliability.md: the start failed instead of downloading the whole file.
     #[test]
     fn an_ignored_range_restarts_and_a_refused_one_is_discarded() {
         let action = body_action(&content(200, Some(10), None, None), 4, Some(10), None).unwrap();

@@ -111,7 +111,7 @@ mod tests {
         assert!(!same_origin(&uri("http://127.0.0.1:80/"), &uri("http://127.0.0.2:80/")));
     }
 
-    // Finding "302 without Location" of docs/reliability.md: the client panicked.
+    // Finding L11 of docs/reliability.md: the client panicked.
     #[test]
     fn redirects_resolve_against_the_request() {
         let from = uri("https://hub.example:8443/org/name/resolve/main/f?x=1");

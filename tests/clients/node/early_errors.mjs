@@ -1,4 +1,4 @@
-// Errors that the server sends while a large body is still being sent: ../python/early_errors.py for JavaScript.
+// Errors that the server sends while a large body is still being sent: the same test as ../python/early_errors.py, in JavaScript.
 
 import http from "node:http";
 import { Readable } from "node:stream";
@@ -9,7 +9,8 @@ const CHUNK_BYTES = 256 << 10;
 const REPETITIONS = 2;
 const KEY = process.env.RERANKD_KEY;
 
-// Column -> server, path, key, status, part of the message, whether there is a Retry-After.
+// Column of the table -> server, path, key, status, part of the message, whether there is a Retry-After.
+// The servers are those of servers.py: CLOSED has a key, FULL has no memory left for bodies, CAPPED no connection left.
 const CASES = {
   401: ["CLOSED", "/v1/rerank", "a-wrong-key", 401, "Invalid token", false],
   404: ["CLOSED", "/no/such/path", KEY, 404, "does not exist", false],
@@ -38,7 +39,7 @@ async function withFetch(url, headers, body) {
   return [answer.status, answer.headers.get("retry-after"), await answer.json()];
 }
 
-/** What axios, got and node-fetch are built on. */
+/** node:http, on which axios, got and node-fetch are built. */
 function withNodeHttp(url, headers, body) {
   return new Promise((resolve, reject) => {
     const request = http.request(url, { method: "POST", headers, agent: false });

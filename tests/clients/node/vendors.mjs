@@ -1,4 +1,4 @@
-// Vendors' SDKs: Cohere (latest and 7), Voyage, Mixedbread (two), Together; and `post` of the OpenAI SDK.
+// Vendors' SDKs: Cohere (versions 8 and 7), Voyage, Mixedbread (two packages), Together; and `post` of the OpenAI SDK.
 
 import Mixedbread from "@mixedbread/sdk";
 import { MixedbreadAIClient, MixedbreadAIError } from "@mixedbread-ai/sdk";

@@ -24,7 +24,8 @@ REPETITIONS = 2
 TIMEOUT_S = 60
 KEY = os.environ["RERANKD_KEY"]
 
-# Column -> server, path, key, status, part of the message, whether there is a Retry-After.
+# Column of the table -> server, path, key, status, part of the message, whether there is a Retry-After.
+# The servers are those of servers.py: CLOSED has a key, FULL has no memory left for bodies, CAPPED no connection left.
 CASES = {
     "401": ("CLOSED", "/v1/rerank", "a-wrong-key", 401, "Invalid token", False),
     "404": ("CLOSED", "/no/such/path", KEY, 404, "does not exist", False),

@@ -44,7 +44,7 @@ def with_jina(server, model, top_n, texts):
 
 def with_infinity(server, model, top_n, texts):
     client = AuthenticatedClient(base_url=server.url, token=server.key, raise_on_unexpected_status=True)
-    # Its field has the type of the client without a key; AuthenticatedClient is no subclass of it.
+    # The field `client` is declared as Client, of which AuthenticatedClient is no subclass: model_construct skips that check.
     return rank_with(InfinityRerank.model_construct(client=client, model=model, top_n=count(top_n)))
 
 

@@ -14,8 +14,8 @@ def provider(name, path):
     return rank
 
 
-# The package ignores the HTTP status; reading results from an error's dictionary fails.
-NO_KEY = (KeyError, TypeError)
+# The package ignores the HTTP status and looks for results in the error's JSON: a dictionary key is missing.
+NO_RESULTS = (KeyError, TypeError)
 for name, path in (
     ("cohere", "/v1/rerank"),
     ("jina", "/v1/rerank"),
@@ -27,8 +27,8 @@ for name, path in (
         f"rerankers ({name})",
         "rerankers",
         provider(name, path),
-        wrong_key=NO_KEY,
-        unknown_model=NO_KEY,
-        overload=NO_KEY,
+        wrong_key=NO_RESULTS,
+        unknown_model=NO_RESULTS,
+        overload=NO_RESULTS,
         not_offered=None,
     )

@@ -6,7 +6,7 @@
 //   the streams that the synchronized one depends on. The semantics of legacy streams are implemented too.
 // - A copy accesses pinned memory when it runs. Pageable memory is read during the call, or written before it returns.
 // - Device memory is NaN bytes when allocated. Each allocation ends at a guard page, and freed addresses are never reused: a
-//   kernel that accesses memory outside ends the process with a message.
+//   kernel that accesses memory outside live allocations ends the process with a message.
 // - Copies outside live allocations return CUDA_ERROR_ILLEGAL_ADDRESS, which is sticky until the process ends.
 // - Calls that are illegal during a capture fail with the real error codes and invalidate the capture.
 //
@@ -359,8 +359,8 @@ void run_first(Lock& lock, const shared_ptr<Stream>& stream) {
 }
 
 // Runs a stream up to and including operation `number`, after the dependencies of each operation. This terminates, because
-// dependencies always have smaller numbers. The stream is held by value: while an operation runs, other
-// threads may record the event or destroy the stream that it came from.
+// dependencies always have smaller numbers. The stream is a parameter by value, which keeps it alive: while an operation runs,
+// other threads may overwrite or destroy whatever `stream` was taken from.
 void run_until(Lock& lock, const shared_ptr<Stream> stream, uint64_t number) {
     Context& context = *stream->context;
     while (!stream->queue.empty() && stream->queue.front().number <= number) {
@@ -897,7 +897,7 @@ EXPORT Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
     return result;
 }
 
-// Waits for the whole context, as the real driver does, although this is undocumented.
+// Waits for the whole context, as the real driver does (undocumented).
 EXPORT Result cuMemFree_v2(DevicePointer pointer) {
     Execution both;
     Context* context = nullptr;
@@ -1051,7 +1051,7 @@ EXPORT Result cuStreamDestroy_v2(void* handle) {
 
 namespace {
 
-// Synchronizing a capturing stream invalidates the capture; synchronizing another stream is unsafe.
+// Synchronizing a capturing stream invalidates the capture; for another stream the rules of unsafe_in_capture apply.
 Result may_wait(Stream& stream) {
     if (stream.capture) {
         stream.capture->invalid = true;

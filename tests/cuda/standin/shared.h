@@ -40,7 +40,7 @@ enum Result : int {
     CAPTURE_WRONG_THREAD = 908,
 };
 
-// Appends a line to the file STANDIN_LOG, if set. A line is one write, so threads and libraries can share the file.
+// Appends a line to the file that STANDIN_LOG names, if set. A line is one write, so threads and libraries can share the file.
 __attribute__((format(printf, 1, 2))) inline void log_line(const char* format, ...) {
     static const char* const path = getenv("STANDIN_LOG");
     if (path == nullptr || *path == 0) return;
@@ -57,8 +57,8 @@ __attribute__((format(printf, 1, 2))) inline void log_line(const char* format, .
     if (write(file, line, length + 1) < 0) return;
 }
 
-// Appends work to a stream, or to the graph that the stream captures. It runs later, possibly several times, and returns SUCCESS or a
-// sticky error. `drop` frees the payload, also if this call fails.
+// Appends `work` to a stream, or to the graph that the stream captures. It runs later (in a graph at every replay) and returns
+// SUCCESS or an error that sticks to the context. `drop` frees the payload, also if this call fails.
 EXPORT Result standin_enqueue(void* stream, Result (*work)(void* payload), void* payload, void (*drop)(void* payload));
 
 // Whether the bytes lie in one live allocation of device memory. To be called by running work.

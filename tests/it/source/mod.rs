@@ -212,7 +212,7 @@ fn module_path(file: &str) -> ModulePath {
     module
 }
 
-/// The names that all `use` items bring into the file, those in functions too.
+/// The names that the `use` items of the file bring into scope, also inside functions.
 fn imports(tokens: &[Token]) -> Vec<Import> {
     let mut imports = Vec::new();
     for (i, token) in tokens.iter().enumerate() {
@@ -284,7 +284,7 @@ fn definitions(tokens: &[Token]) -> BTreeMap<String, (String, usize)> {
     definitions
 }
 
-/// Every `a::b` of the code, as far as it is plain names.
+/// Every path `a::b` outside `use` items, up to the first part that is not a plain name, with its line.
 fn paths(tokens: &[Token]) -> Vec<(Vec<String>, usize)> {
     let mut paths = Vec::new();
     let is_name = |i: usize| tokens.get(i).is_some_and(|token| token.is_name());
@@ -331,7 +331,7 @@ fn imports_are_followed_through_re_exports_to_the_defining_file() {
 }
 
 #[test]
-fn a_child_that_imports_from_its_parents_file_is_an_edge_both_ways() {
+fn a_parent_and_a_child_that_import_from_each_other_are_two_edges() {
     let source = parse(&[
         ("src/a/mod.rs", "mod child;\nuse child::run;\npub trait Parent {}\nfn f() { run() }"),
         ("src/a/child.rs", "pub(super) fn run() {}\n\nimpl super::Parent for u8 {}"),
