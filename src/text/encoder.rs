@@ -394,6 +394,7 @@ struct DocumentIds {
 /// Slices that are tokenized by one call: part of a long document, or several short documents.
 type Unit = Vec<(usize, Range<usize>)>;
 
+/// Splits documents into units. Also returns one [`DocumentIds`] for each document, without ids yet.
 fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<DocumentIds>) {
     let mut units = Vec::new();
     let mut open: Unit = Vec::new();

@@ -1,4 +1,4 @@
-//! `rerankd bench --json`: measurements on request, for programs that compare several servers.
+//! `rerankd bench --json`: measurements on request, for programs that compare several engines.
 //!
 //! After start-up one line announces `{"engine", "ready": true, "version"}`, on a CPU with the measured `"peak"` in operations a
 //! second. Then each line `{"workload", "runs"}` of standard input is answered by one line `{"engine", "workload", "seconds",
