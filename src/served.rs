@@ -10,7 +10,7 @@ use crate::loading::{LoadOptions, LoadedModel, Loader};
 use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
 use crate::text::TextEncoder;
 
-/// A worker that runs one batch for longer fails the health check. Even a large model on a small CPU is faster.
+/// A model that computes one batch for longer fails the health check. Even a large model on a small CPU needs less time.
 const MAX_BATCH_TIME: Duration = Duration::from_secs(120);
 
 /// Maximum characters of a requested model name in an error message.

@@ -1,4 +1,4 @@
-//! Memory under 1,000 connections of mixed abuse (goal G4).
+//! Memory under 1,000 connections of mixed abuse (goal G4 of docs/reliability.md).
 
 use std::time::{Duration, Instant};
 
@@ -21,10 +21,10 @@ const RECOVERY: Duration = Duration::from_secs(10);
 pub(crate) struct Args {
     #[command(flatten)]
     server: ServerArgs,
-    /// Connections of the abuse
+    /// Number of abusive connections
     #[arg(long, default_value_t = 1000)]
     connections: usize,
-    /// Seconds of the abuse
+    /// Duration of the abuse in seconds
     #[arg(long, default_value_t = 60)]
     seconds: u64,
 }
@@ -60,8 +60,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// One connection after another, each with the same kind of abuse.
-async fn abuse(address: String, kind: usize) {
+/// Opens one connection after another, each with the same kind of abuse: the last digit of `number` chooses it.
+async fn abuse(address: String, number: usize) {
     let head = |headers: &str| format!("POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n\r\n").into_bytes();
     let many_empty = || {
         post(
@@ -70,24 +70,24 @@ async fn abuse(address: String, kind: usize) {
         )
     };
     let echo = json!({"model": MODEL, "query": "q", "documents": ["a".repeat(1 << 20)], "return_documents": true, "max_chunks_per_doc": 1});
-    let (first, trickle): (Vec<u8>, &[u8]) = match kind % 10 {
+    let (first, trickle): (Vec<u8>, &[u8]) = match number % 10 {
         // A header of 30 kB that does not end.
         0 | 1 => {
             (format!("POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nx-long: {}", "a".repeat(30_000)).into_bytes(), b"")
         }
-        // Bodies that arrive at the slowest rate that is allowed, after nothing or after 1 MiB.
+        // Bodies that arrive at 1 KiB/s, five times the minimum rate. One kind starts with 1 MiB at once.
         2 | 3 => (head("content-length: 8000000"), &[b' '; 512]),
         4 => ([head("content-length: 8000000"), vec![b' '; 1 << 20]].concat(), &[b' '; 512]),
         // A body in 1-byte chunks.
         5 => ([head("transfer-encoding: chunked"), b"1\r\n \r\n".repeat(100_000)].concat(), b"1\r\n \r\n"),
         // Answers of 1 MiB that are not read.
         6 => (post("/v1/rerank", &echo.to_string()).repeat(4), b""),
-        // Millions of empty documents.
+        // 700,000 empty documents.
         7 => (many_empty(), b""),
-        // Valid requests of 8 MiB, a few at a time.
-        8 if kind < 100 => (large_request(), b""),
+        // Valid requests of 8 MB, on ten connections.
+        8 if number < 100 => (large_request(), b""),
         // More small requests than the model can compute, pipelined, answers not read.
-        _ => (requests("/v1/rerank", MODEL, 20, 50)[kind % 64].repeat(20), b""),
+        _ => (requests("/v1/rerank", MODEL, 20, 50)[number % 64].repeat(20), b""),
     };
     loop {
         let Ok(mut stream) = connect(&address).await else {

@@ -1,4 +1,4 @@
-//! Processor time and memory of the server for each byte of hostile requests (goal G5).
+//! Processor time and memory of the server for each byte of hostile requests (goal G5 of docs/reliability.md).
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -13,7 +13,8 @@ use super::server::{ServerArgs, ServerProcess, Watch};
 
 const MODEL: &str = "rerankd-mini";
 const MIB: usize = 1 << 20;
-/// Processor time is read in steps of 10 ms: an input is sent until the server has used this much, or [`MAX_TIMES`] times.
+/// Processor time has a resolution of 10 ms, so each input is sent until the server has used this much time, but at most
+/// [`MAX_TIMES`] times.
 const ENOUGH_CPU_S: f64 = 0.5;
 const MAX_TIMES: usize = 200;
 
@@ -56,10 +57,11 @@ pub(crate) async fn run(args: Args) -> Result<()> {
 
 struct Row {
     status: String,
-    /// For one time.
+    /// Processor time of the server for sending the input once.
     cpu_s: f64,
+    /// The same of this process.
     client_cpu_s: f64,
-    /// Highest resident memory above that before the first time.
+    /// Highest resident memory while the input is first sent, less that before, in MiB.
     memory_mib: f64,
 }
 
@@ -130,7 +132,7 @@ fn chunked(body: &[u8], chunk: usize) -> Vec<u8> {
     wire
 }
 
-/// The fault list's inputs, by its numbers.
+/// Names and bytes of the inputs. F and a number is a fault of docs/reliability.md.
 fn inputs() -> Vec<(&'static str, Vec<u8>)> {
     let rerank = |body: &str| post("/v1/rerank", body);
     let raw = |documents: String| rerank(&format!(r#"{{"model":"{MODEL}","query":"q","documents":{documents}}}"#));
@@ -174,6 +176,6 @@ fn inputs() -> Vec<(&'static str, Vec<u8>)> {
             "rank_fields beside fields",
             rerank(&json!({"model": MODEL, "query": "q", "documents": [fields], "rank_fields": names(200_000)}).to_string()),
         ),
-        ("fields that no one wants", raw(format!("[{{{}\"text\":\"d\"}}]", "\"a\":\"b\",".repeat(MIB - 100)))),
+        ("unused fields of a document", raw(format!("[{{{}\"text\":\"d\"}}]", "\"a\":\"b\",".repeat(MIB - 100)))),
     ]
 }

@@ -1,4 +1,5 @@
-//! Whether the time of a refusal tells how much of a key was right (goal G21): a Mann-Whitney test of two wrong keys.
+//! Whether the time of a refusal tells how much of a key was right (goal G21 of docs/reliability.md): a Mann-Whitney test of two
+//! wrong keys.
 
 use std::time::{Duration, Instant};
 
@@ -14,7 +15,7 @@ const KEY: &str = "0123456789abcdef0123456789abcdef";
 pub(crate) struct Args {
     #[command(flatten)]
     server: ServerArgs,
-    /// Requests, half with each key
+    /// Number of requests, each with one of the two keys at random
     #[arg(long, default_value_t = 100_000)]
     requests: usize,
 }
@@ -49,7 +50,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// The z score of the Mann-Whitney U test (normal approximation; ties in nanoseconds are rare and share no correction).
+/// The z score of the Mann-Whitney U test, in the normal approximation. Ties are rare, as times are in nanoseconds; they are not
+/// corrected for.
 fn mann_whitney(a: &[Duration], b: &[Duration]) -> f64 {
     let mut all: Vec<(Duration, bool)> = a.iter().map(|&t| (t, true)).chain(b.iter().map(|&t| (t, false))).collect();
     fastrand::shuffle(&mut all); // ties are then in random order

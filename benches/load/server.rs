@@ -37,12 +37,12 @@ pub(crate) struct ServerProcess {
     log: Option<PathBuf>,
 }
 
-/// A process; all figures are NaN or 0 if it is unknown.
+/// A process whose resources are read from /proc. All figures are NaN or 0 if its id is not known.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Watch(Option<u32>);
 
 impl ServerArgs {
-    /// Starts the server with `more` flags and waits until it is ready.
+    /// Starts the server with the additional flags `more` and waits until its model is loaded.
     pub(crate) fn start(&self, more: &[&str]) -> Result<ServerProcess> {
         if let Some(address) = &self.address {
             return Ok(ServerProcess { address: address.clone(), watch: Watch(self.pid), child: None, log: None });

@@ -29,7 +29,7 @@ pub(crate) struct Args {
     serve: ServeArgs,
 }
 
-/// When the last batch was due.
+/// The stub model. Holds the time at which the last batch ends.
 struct FixedSpeed(Mutex<Instant>);
 
 impl CrossEncoder for FixedSpeed {
@@ -52,9 +52,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let settings = args.serve.resolve(&Machine::detect())?;
     let _log = telemetry::init_logs(telemetry::LogFormat::Text, "info");
     telemetry::prometheus();
-    let listener_server = Server::bind(settings.address)?;
-    let address = listener_server.address();
-    let listener = listener_server.listen()?;
+    let server = Server::bind(settings.address)?;
+    let address = server.address();
+    let listener = server.listen()?;
     let rows = EmbeddingRows { vocabulary: 16_000, token_types: 1 };
     let tokenizer = include_bytes!("../../models/mini/tokenizer.json");
     let loaded = LoadedModel {

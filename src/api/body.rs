@@ -1,4 +1,4 @@
-//! Request bodies. Memory is reserved for the bytes that have arrived, not for the announced length; a client must send at a
+//! Reads whole request bodies from the stream of `request_body.rs`. Memory is reserved for the bytes that have arrived, not for the announced length; a client must send at a
 //! minimum rate.
 
 use std::sync::Arc;
@@ -34,7 +34,7 @@ pub struct ApiLimits {
 
 /// Initial capacity of a body's buffer, in bytes. It doubles when it is full.
 const INITIAL_CAPACITY: usize = 4096;
-/// Bytes of memory that a request takes for each byte of its body: the body, its texts, their tokens and the response.
+/// Bytes of memory charged for each byte of a body: an estimate of the body, its texts, their tokens and the response.
 const MEMORY_PER_BODY_BYTE: usize = 4;
 /// Minimum bytes of a body that arrive in each [`RATE_WINDOW`].
 const MIN_BYTES_PER_WINDOW: usize = 1024;

@@ -1,4 +1,4 @@
-//! The body of a request as it arrives on a connection.
+//! The stream of a request's body as it arrives on a connection. `body.rs` reads it.
 //!
 //! A response may be complete before its request's body has arrived: a wrong key, an unknown path, a body over a limit. If the
 //! server closed the connection then, the kernel would reset it, and a client that is still sending could lose the response. The
@@ -21,7 +21,7 @@ use super::connection::ConnectionState;
 const MAX_DISCARDED_BYTES: usize = 64 << 20;
 /// Maximum time for which an unread body is discarded.
 const MAX_DISCARD_TIME: Duration = Duration::from_secs(10);
-/// Maximum bodies that are discarded at the same time; of further ones, the rest is not read.
+/// Maximum bodies that are discarded at the same time. The rest of any further one is not read.
 const MAX_DISCARDING: usize = 64;
 
 /// Slots for bodies that are being discarded.
@@ -50,7 +50,7 @@ impl DiscardSlots {
     }
 }
 
-/// A request's body that reports its end to the connection. Dropped before its end, it is discarded.
+/// A request's body that reports its end to the connection. If it is dropped before its end, the rest is read and discarded.
 #[derive(Debug)]
 pub(super) struct RequestBody {
     /// `None` only while it is dropped.

@@ -29,7 +29,7 @@ pub struct Topic {
     pub documents: Vec<String>,
     /// Relevance of each candidate; 0 is not relevant.
     pub relevance: Vec<u32>,
-    /// Relevance of each document that is judged relevant, whether a candidate or not.
+    /// Relevance of each document that is judged relevant, whether a candidate or not, in any order. For recall and ideal DCG.
     pub relevant: Vec<u32>,
 }
 

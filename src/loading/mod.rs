@@ -74,7 +74,7 @@ pub struct LoadOptions {
     pub profile: Option<Arc<Profile>>,
 }
 
-/// Loads models onto one device. Models from the same loader share its compute threads.
+/// Loads models with the same options. The models share the loader's compute threads.
 #[derive(Debug)]
 pub struct Loader<'a> {
     hub: &'a Hub,

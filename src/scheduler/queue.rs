@@ -393,12 +393,16 @@ mod tests {
         assert!(queue.take().is_none());
     }
 
-    /// What happens to a queue. Numbers choose one of the clients or of the batches that run.
+    /// What happens to a queue.
     #[derive(Debug, Clone)]
     enum Step {
+        /// A request of this many pairs arrives.
         Push(usize),
+        /// The client of this request leaves. The number counts modulo the requests.
         Leave(usize),
+        /// A worker takes a batch.
         Take,
+        /// This batch ends. The number counts modulo the batches that run.
         Finish(usize, Outcome),
     }
 
@@ -406,15 +410,16 @@ mod tests {
     #[derive(Debug, Clone, Copy)]
     enum Outcome {
         Logits,
-        /// The logit at this position, modulo the batch, is missing or NaN.
+        /// The logit at this position, modulo the batch's size, is missing.
         Missing(usize),
+        /// The logit at this position, modulo the batch's size, is infinite.
         NotFinite(usize),
         Error,
         WorkerPanic,
     }
 
     /// What the reference knows of a request.
-    struct Client {
+    struct Request {
         answer: Option<Answer>,
         pairs: usize,
         taken: usize,
@@ -422,7 +427,7 @@ mod tests {
         failed: bool,
     }
 
-    impl Client {
+    impl Request {
         fn waits_for_a_batch(&self) -> bool {
             self.answer.is_some() && !self.failed && self.taken < self.pairs
         }
@@ -450,7 +455,7 @@ mod tests {
         (job * 100 + pair as u64) as f32
     }
 
-    fn finish(batch: BatchJob, outcome: Outcome, clients: &mut [Client]) {
+    fn finish(batch: BatchJob, outcome: Outcome, requests: &mut [Request]) {
         let pairs = |part: &Part| part.0.pairs.clone().map(|pair| (part.0.job, pair)).collect::<Vec<_>>();
         let all: Vec<(u64, usize)> = batch.parts.iter().flat_map(pairs).collect();
         let mut logits: Vec<Option<f32>> = all.iter().map(|&(job, pair)| Some(logit(job, pair))).collect();
@@ -463,11 +468,11 @@ mod tests {
             logits[at] = logit;
         }
         for (at, &(job, _)) in all.iter().enumerate() {
-            let client = &mut clients[job as usize];
+            let request = &mut requests[job as usize];
             match outcome {
-                Outcome::Error | Outcome::WorkerPanic => client.failed = true,
-                _ if spoiled.is_some_and(|(wrong, _)| wrong == at) => client.failed = true,
-                _ => client.delivered += 1,
+                Outcome::Error | Outcome::WorkerPanic => request.failed = true,
+                _ if spoiled.is_some_and(|(wrong, _)| wrong == at) => request.failed = true,
+                _ => request.delivered += 1,
             }
         }
         match outcome {
@@ -499,7 +504,7 @@ mod tests {
         #[test]
         fn every_request_gets_one_answer_with_its_own_logits(steps in steps(), max_batch_tokens in 1usize..8) {
             let (queue, admission) = (queue(max_batch_tokens), admission());
-            let (mut clients, mut running) = (Vec::<Client>::new(), Vec::new());
+            let (mut requests, mut running) = (Vec::<Request>::new(), Vec::new());
             let finish_one = || Step::Finish(0, Outcome::Logits);
             let drain = (0..400).map(|i| if i % 2 == 0 { Step::Take } else { finish_one() });
             let drain = drain.chain(std::iter::repeat_with(finish_one).take(40));
@@ -508,35 +513,35 @@ mod tests {
                     Step::Push(pairs) => {
                         let (new, answer) = admitted_job(pairs, &admission);
                         queue.push(new).unwrap();
-                        clients.push(Client { answer: Some(answer), pairs, taken: 0, delivered: 0, failed: false });
+                        requests.push(Request { answer: Some(answer), pairs, taken: 0, delivered: 0, failed: false });
                     }
-                    Step::Leave(i) if !clients.is_empty() => {
-                        let i = i % clients.len();
-                        clients[i].answer = None;
+                    Step::Leave(i) if !requests.is_empty() => {
+                        let i = i % requests.len();
+                        requests[i].answer = None;
                     }
-                    // Without such a client, `take` would wait for ever.
-                    Step::Take if clients.iter().any(Client::waits_for_a_batch) => {
+                    // Without such a request, `take` would wait forever.
+                    Step::Take if requests.iter().any(Request::waits_for_a_batch) => {
                         let batch = queue.take().unwrap();
                         prop_assert!((1..=max_batch_tokens).contains(&batch.pairs().count()));
                         for (slice, _) in &batch.parts {
-                            let client = &mut clients[slice.job as usize];
-                            prop_assert!(client.waits_for_a_batch() && client.taken == slice.pairs.start);
-                            client.taken = slice.pairs.end;
+                            let request = &mut requests[slice.job as usize];
+                            prop_assert!(request.waits_for_a_batch() && request.taken == slice.pairs.start);
+                            request.taken = slice.pairs.end;
                         }
                         running.push(batch);
                     }
                     Step::Finish(i, outcome) if !running.is_empty() => {
                         let i = i % running.len();
-                        finish(running.remove(i), outcome, &mut clients);
+                        finish(running.remove(i), outcome, &mut requests);
                     }
                     _ => {}
                 }
-                for (id, client) in clients.iter_mut().enumerate() {
-                    client.check(id as u64);
+                for (id, request) in requests.iter_mut().enumerate() {
+                    request.check(id as u64);
                 }
                 prop_assert_eq!(queue.running_since().is_some(), !running.is_empty());
             }
-            prop_assert!(clients.iter().all(|client| client.answer.is_none()), "a request has no answer");
+            prop_assert!(requests.iter().all(|request| request.answer.is_none()), "a request has no answer");
             queue.close();
             prop_assert!(queue.take().is_none());
             prop_assert_eq!(admission.waiting(), 0, "a permit is held after its request");

@@ -12,7 +12,7 @@ pub struct SchedulerLimits {
     pub max_batch_tokens: usize,
     /// Maximum tokens that are admitted and not yet computed.
     pub max_queue_tokens: usize,
-    /// Maximum time that a new request waits for its first service, at the measured speed.
+    /// Maximum time that a new request waits for the requests in the first level of the queue, at the measured speed.
     pub max_queue_wait: Duration,
     /// Maximum time of one batch. If it runs longer, the device counts as hung and the process ends.
     pub batch_timeout: Duration,
@@ -55,6 +55,6 @@ pub struct QueuePermit {
     pub(super) client: ClientId,
     /// All tokens of the request.
     pub(super) _total: Permit,
-    /// The tokens of its first service, until they have been planned.
+    /// Its tokens in the first level of the queue, until they are in batches.
     pub(super) first_service: Option<Permit>,
 }

@@ -1,7 +1,7 @@
 //! A model's tokenizer and pair template: turns a request into pairs of token ids.
 //!
-//! Tokenization runs on blocking threads in units of about 16 KiB, so that requests take turns. A request is admitted by its
-//! bytes before it is tokenized, and each document is tokenized only as far as its chunks reach.
+//! Tokenization runs on blocking threads in units of at most some tens of KiB, so that requests take turns. A request is admitted
+//! by its bytes before it is tokenized, and each document is tokenized only as far as its chunks reach.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -394,6 +394,7 @@ struct DocumentIds {
 /// Slices that are tokenized by one call: part of a long document, or several short documents.
 type Unit = Vec<(usize, Range<usize>)>;
 
+/// Splits documents into units. Also returns one [`DocumentIds`] for each document, without ids yet.
 fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<DocumentIds>) {
     let mut units = Vec::new();
     let mut open: Unit = Vec::new();

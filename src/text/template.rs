@@ -18,15 +18,15 @@ pub struct EmbeddingRows {
 /// `[CLS] query [SEP] document [SEP]`, `<s> query </s> </s> document </s>`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct PairTemplate {
-    before: Segment,
+    before: SpecialTokens,
     query_type: u8,
-    between: Segment,
+    between: SpecialTokens,
     document_type: u8,
-    after: Segment,
+    after: SpecialTokens,
 }
 
-/// Special tokens and their segment ids.
-type Segment = Vec<(u32, u8)>;
+/// The ids of some special tokens, each with its segment id.
+type SpecialTokens = Vec<(u32, u8)>;
 
 impl PairTemplate {
     /// Derives the template from the tokenizer's encoding of one pair, then verifies it with two others.
@@ -37,13 +37,13 @@ impl PairTemplate {
         let q = find(&whole, &query, 0).context("the tokenizer gives a query other tokens in a pair than alone")?;
         let d = find(&whole, &document, q + query.len())
             .context("the tokenizer gives a document other tokens in a pair than alone")?;
-        let segment = |from: usize, to: usize| whole[from..to].to_vec();
+        let specials = |from: usize, to: usize| whole[from..to].to_vec();
         let template = Self {
-            before: segment(0, q),
+            before: specials(0, q),
             query_type: whole[q].1,
-            between: segment(q + query.len(), d),
+            between: specials(q + query.len(), d),
             document_type: whole[d].1,
-            after: segment(d + document.len(), whole.len()),
+            after: specials(d + document.len(), whole.len()),
         };
         ensure!(
             template.special_tokens() > 0,
@@ -67,7 +67,7 @@ impl PairTemplate {
     pub(crate) fn pair(&self, query: &[u32], document: &[u32]) -> Pair {
         let tokens = self.special_tokens() + query.len() + document.len();
         let (mut ids, mut types) = (Vec::with_capacity(tokens), Vec::with_capacity(tokens));
-        let mut text = |text: &[u32], segment: u8, specials: &Segment| {
+        let mut text = |text: &[u32], segment: u8, specials: &SpecialTokens| {
             ids.extend_from_slice(text);
             types.resize(ids.len(), segment);
             ids.extend(specials.iter().map(|&(id, _)| id));
@@ -81,8 +81,8 @@ impl PairTemplate {
 
     /// The template as text, as in the model catalogue: `[CLS] query [SEP] document [SEP]`.
     pub(crate) fn format(&self, tokenizer: &Tokenizer) -> String {
-        let specials = |segment: &Segment| {
-            segment
+        let specials = |tokens: &SpecialTokens| {
+            tokens
                 .iter()
                 .map(|&(id, _)| tokenizer.id_to_token(id).unwrap_or_else(|| id.to_string()))
                 .collect::<Vec<_>>()

@@ -46,6 +46,7 @@ class Servers:
             # A body that never ends holds all the memory for bodies of one server, and the only connection of the other.
             body = ["--max-body-bytes", str(64 * MIB), "--max-inflight-bytes", str(64 * MIB), "--body-timeout", "3600"]
             self.urls["FULL"] = self.start("full", *body)
+            # The server's buffer doubles when it is full: 33 MiB take one of 64 MiB.
             self.hold_body(self.urls["FULL"], 64 * MIB, 33 * MIB)
             self.urls["CAPPED"] = self.start("capped", "--max-connections", "1", "--body-timeout", "3600")
             self.hold_body(self.urls["CAPPED"], 8 * MIB, 0)
@@ -91,7 +92,7 @@ class Servers:
                 pass  # the server is being stopped
 
     def hold_body(self, url, length, sent):
-        """Announces a body of `length` bytes, sends `sent` of them, and then as few as the server allows."""
+        """Announces a body of `length` bytes, sends `sent` of them at once, and then 1 KiB each second: the server requires less."""
         host, port = url.removeprefix("http://").split(":")
         connection = socket.create_connection((host, int(port)))
         head = f"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: {length}\r\n\r\n"

@@ -546,7 +546,8 @@ void check_activate(u32 function, const char* name, double (*reference_of)(doubl
 #ifdef HAS_GEMM_WGMMA
 double identity_or_gelu(u32 function, double x) { return function == 0 ? gelu_erf(x) : x; }
 
-// Covers more and fewer tiles than blocks, and more depth steps than pipeline stages.
+// `function` is 0 for GELU by erf, 3 for the identity. The calls in `main` cover more and fewer tiles than blocks, and more depth
+// steps than pipeline stages.
 void check_gemm(u32 rows, u32 outputs, u32 inputs, u32 function, bool with_residual, unsigned blocks) {
     const auto spread = [](double size) { return [size](size_t) { return size * normal(); }; };
     const auto x = filled<element>(size_t(rows) * inputs, spread(1));
@@ -612,7 +613,8 @@ void check_quantize(u32 function, const char* name, double (*reference_of)(doubl
         filled<element>(rows * columns, [](size_t i) { return value_of(static_cast<u16>(i % 0x7c00 | i / 0x7c00 << 15)); });
     std::vector<double> reference;
     for (element x : host) reference.push_back(reference_of(value_of(x)));
-    auto rows_in = Buffer<u32>::of({rows / 2}); // only half of the rows: all magnitudes, of both signs
+    // The first half of the rows has every value. The kernel must leave out the second half.
+    auto rows_in = Buffer<u32>::of({rows / 2});
     auto x = Buffer<element>::of(host);
     auto out = Buffer<e4m3>::unset(host.size() / 2);
     reference.resize(out.size());

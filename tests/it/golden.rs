@@ -202,8 +202,8 @@ fn scores_are_batch_invariant() {
             let pairs: Vec<Pair> =
                 sequences.into_iter().map(|ids| Pair::new(ids.clone(), vec![0; ids.len()])).collect();
             check_batch_invariance(&[&reference], &pairs);
-            for same in &ours {
-                check_batch_invariance(&same.iter().collect::<Vec<_>>(), &pairs);
+            for models in &ours {
+                check_batch_invariance(&models.iter().collect::<Vec<_>>(), &pairs);
             }
             Ok(())
         })
@@ -220,8 +220,8 @@ fn minilm_scores_are_batch_invariant() {
     let reference = load(&folder).unwrap();
     batches.iter().for_each(|pairs| check_batch_invariance(&[&reference], pairs));
     let some: Vec<Pair> = pairs.iter().skip(1).step_by(5).cloned().collect();
-    for same in cpu_models(&folder) {
-        check_batch_invariance(&same.iter().collect::<Vec<_>>(), &some);
+    for models in cpu_models(&folder) {
+        check_batch_invariance(&models.iter().collect::<Vec<_>>(), &some);
     }
 }
 
@@ -329,6 +329,7 @@ async fn minilm_ranks_the_right_xquad_paragraph_first() {
 }
 
 const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
+/// About how many questions of XQuAD are asked without `RERANKD_FULL_EVAL=1`.
 const SAMPLE: usize = 10;
 
 /// The pairs of an architecture family and the tensors that `transformers` computed for them.

@@ -52,7 +52,7 @@ fn a_wrong_tensor_is_named_in_the_error() {
             &["roberta.encoder.layer.3.output.dense.bias", "no place"],
         ),
         (
-            "a row less than the vocabulary",
+            "one row fewer than the vocabulary",
             |t| drop(t.insert(WORDS.into(), t[WORDS].narrow(0, 0, 299).unwrap())),
             &[WORDS, "[299, 64]", "[300, 64]"],
         ),
@@ -122,7 +122,7 @@ fn a_trailing_byte_is_rejected() {
     bytes.push(0);
     fs::write(model.path(WEIGHTS), &bytes).unwrap();
     let (found, described) = (format!("{} bytes", described + 1), described.to_string());
-    model.check_rejected("a byte more", &[WEIGHTS, &found, &described]);
+    model.check_rejected("one byte more", &[WEIGHTS, &found, &described]);
 }
 
 /// The claimed length must be checked before memory is allocated for it.
@@ -148,9 +148,9 @@ fn an_inconsistent_safetensors_header_is_rejected() {
         ("leaves a gap", "data_offsets", |start, end| json!([start + 2, end])),
         ("ends before it starts", "data_offsets", |start, end| json!([end, start])),
         ("ends beyond the file", "data_offsets", |start, _| json!([start, 1u64 << 40])),
-        ("ends beyond all numbers", "data_offsets", |start, _| json!([start, u64::MAX])),
+        ("ends at the largest u64", "data_offsets", |start, _| json!([start, u64::MAX])),
         ("starts before the file", "data_offsets", |_, end| json!([-1, end])),
-        ("has more elements than there are numbers", "shape", |_, _| json!([1u64 << 63, 1u64 << 63])),
+        ("has more elements than a u64 can count", "shape", |_, _| json!([1u64 << 63, 1u64 << 63])),
         ("has fewer elements than bytes", "shape", |_, _| json!([32, 63])),
         ("is of an unknown type", "dtype", |_, _| json!("F31")),
     ];
@@ -263,7 +263,7 @@ fn a_pytorch_file_without_a_checkpoint_is_rejected() {
     for length in [1, 2, 22, 23, 100, 4096, 70_000] {
         let bytes: Vec<u8> = (0..length).map(|_| next(&mut noise)).collect();
         check(&format!("{length} bytes of noise"), &bytes);
-        check(&format!("{length} bytes of noise after a zip's mark"), &[b"PK\x03\x04", &bytes[..]].concat());
+        check(&format!("{length} bytes of noise after a zip's signature"), &[b"PK\x03\x04", &bytes[..]].concat());
     }
 }
 

@@ -185,7 +185,8 @@ impl<'a> Parts<'a> {
         Some(Self { method, target, headers, body: rest })
     }
 
-    /// `None` if a part is not valid HTTP. The length of the body's frames depends on the number of headers.
+    /// `None` if a part is not valid HTTP. The body arrives in frames. The number of headers chooses their
+    /// length, so that the fuzzer can change it.
     fn request(&self) -> Option<Request<Body>> {
         let mut builder = Request::builder().method(self.method).uri(self.target);
         for &(name, value) in &self.headers {

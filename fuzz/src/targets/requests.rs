@@ -40,7 +40,7 @@ fn check_promises(request: &RerankRequest, body_bytes: usize) {
 /// Compares query, documents and `top_n` with those of a `serde_json::Value`, the plainest way to read them.
 fn check_against_value(request: &RerankRequest, body: &[u8]) {
     let json = body.strip_prefix("\u{feff}".as_bytes()).unwrap_or(body);
-    // Values are limited in depth; requests are not in fields that are ignored.
+    // `Value` has a limit on nesting. A request does not have it in fields that are ignored.
     let Ok(value) = serde_json::from_slice::<Value>(json) else { return };
     let list = ["documents", "texts", "input", "passages"].into_iter().find(|list| !value[*list].is_null()).unwrap();
     let query =
@@ -54,14 +54,14 @@ fn check_against_value(request: &RerankRequest, body: &[u8]) {
     for (document, text) in documents.iter().zip(request.documents.iter()) {
         match document {
             Value::String(expected) => assert_eq!(expected, text),
-            // Of an object's repeated fields, the first text counts, and a `Value` has the last.
+            // If a field is repeated, the request has the first text, and a `Value` the last.
             other => assert!(other.is_object(), "{other} is a document"),
         }
     }
     assert!(list == "input" || list == "passages" || value["top_n"].is_null() || request.top_n.is_some());
 }
 
-/// The validated request as a plain body is the same request.
+/// The validated request, written as a plain body and parsed again, is the same.
 fn check_round_trip(request: &RerankRequest) {
     let body = json!({
         "model": request.model.as_deref().unwrap_or("m"), "query": request.query, "documents": &request.documents[..],

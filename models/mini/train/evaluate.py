@@ -1,6 +1,6 @@
 """Evaluates on XQuAD (a question against its gold paragraph and 9 others) and on a few everyday examples.
 
-    python evaluate.py MODEL_DIR XQUAD_DIR [--questions 200] [--teacher TEACHER_DIR]
+    python evaluate.py MODEL_DIR XQUAD_DIR [--questions N] [--teacher TEACHER_DIR]
 
 Two sets of negatives: 9 random ones, and the 9 that BM25 ranks highest. BM25's recall@1 is the baseline.
 XQuAD is used for evaluation only. Pairs are truncated to 512 tokens; the document is shortened.

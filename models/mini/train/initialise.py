@@ -4,7 +4,7 @@ A cross-encoder of this size, trained for an hour, does not learn by itself to m
 the document. Therefore W_q = W_k = one random projection, so that attention starts as token similarity (after Trockman &
 Kolter 2023), and a few residual dimensions have an initial meaning:
 
-    identity   random vector of a piece; pieces with common characters share a part of it
+    identity   random vector of a piece (an entry of the vocabulary); pieces with common characters share a part of it
     meaning    PPMI-SVD vector computed from the training passages (64 dimensions)
     feature    rarity (idf), special token, Chinese
     wave       positions as a square wave, from which a head tells whether a token comes before another
@@ -29,6 +29,7 @@ WAVE, LOCAL, PREVIOUS, SCRATCH = slice(168, 184), slice(184, 208), slice(208, 23
 # Of FEATURE: idf; 1 for a normal token and -1 for a special one; marks of <s>, </s> and Chinese.
 RARE, PLAIN, IS_START, IS_SEPARATOR, IS_HAN = range(160, 165)
 # Of SCRATCH: the segment; matches by piece, by meaning and by bigram; pooled matches; density of matches; their position.
+# S + 4 to S + 6 are matches of rare tokens (by piece, meaning and bigram), and S + 7 is rare tokens without a match.
 S = SCRATCH.start
 SEGMENT, SAME, LIKE, PAIR, POOLED, DENSE, MATCH_POSITION = S, S + 1, S + 2, S + 3, S + 8, S + 16, S + 20
 
@@ -139,7 +140,11 @@ class Block:
             self.k[row, sin], self.k[row + 1, cos] = scale, scale
 
     def match(self, head, parts, sink, rng):
-        """Attention to similar tokens of the other segment, or to <s> if there are none."""
+        """Attention to similar tokens of the other segment, or to <s> if there are none: `sink` is the attention score of <s>.
+
+        `parts`: dimensions to compare, size of their projection, gain. 8 is the square root of the head size, and 3.8 the value of
+        IS_START in <s> after the layer norm.
+        """
         base = head * HEAD
         self.q[base, SEGMENT], self.k[base, SEGMENT] = -2.3, 2.3           # other segment +6, same segment -6
         self.bq[base + 1], self.k[base + 1, IS_START] = 8 / 3.8 * sink, 1
@@ -158,8 +163,9 @@ class Block:
             self.v[head * HEAD + 1 + i, WAVE.start + i] = .7
             self.o[MATCH_POSITION + i, head * HEAD + 1 + i] = .5
 
-    def copy(self, head, pairs):
-        for i, (source, target, scale) in enumerate(pairs):
+    def copy(self, head, triples):
+        """Adds the dimension `source` of the attended tokens, times `scale`, to the dimension `target`, for each triple."""
+        for i, (source, target, scale) in enumerate(triples):
             row = head * HEAD + 10 + i
             self.v[row, :], self.v[row, source] = 0, 1
             self.o[target, row] = scale

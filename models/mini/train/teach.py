@@ -1,9 +1,9 @@
-"""Scores English groups with the teacher (ms-marco-MiniLM-L-12-v2): all eight documents, at the length the student sees.
+"""Scores English groups with the teacher (ms-marco-MiniLM-L-12-v2): all eight documents of a group, at the length that the student sees.
 
     python teach.py TEACHER_DIR --minutes 12
 
-The teacher costs about two thirds of a training step per token, so its time is limited. Questions about prose come first.
-Groups that are not reached in time are trained without teacher scores. Scores are stored by the group's index in groups.pkl.
+The teacher costs about two thirds of a training step per token, so its time is limited, and it scores only
+questions about prose. All other groups, and those not reached in time, are trained without teacher scores. Scores are stored by the group's index in groups.pkl.
 """
 import argparse, json, os, pickle, time
 import numpy as np, torch

@@ -289,7 +289,7 @@ pub(super) fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option
     deserializer.deserialize_any(WholeVisitor)
 }
 
-/// A boolean, `"true"` or `"false"` in any case, or null.
+/// A boolean, `"true"` or `"false"` in upper or lower case, or null.
 pub(super) fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
     struct FlagVisitor;
     impl Visitor<'_> for FlagVisitor {

@@ -1,4 +1,4 @@
-//! `rerankd bench --json`: measurements on request, for programs that compare several servers.
+//! `rerankd bench --json`: measurements on request, for programs that compare several engines.
 //!
 //! When the model is loaded, one line is printed: `{"engine", "ready": true, "version"}`, on a CPU also with `"peak"`, the measured
 //! peak rate in operations per second. Then each line `{"workload", "runs"}` of standard input is answered by one line

@@ -34,7 +34,7 @@ pub(super) struct BenchArgs {
     runs: u32,
     /// Read benchmark requests as JSON from standard input, one per line [default: false]
     ///
-    /// For programs that compare several servers. The request {"workload":"a","runs":3} is answered by one JSON line with the
+    /// For programs that compare several engines. The request {"workload":"a","runs":3} is answered by one JSON line with the
     /// seconds of each run, the number of tokens and the logits.
     #[arg(long)]
     json: bool,

@@ -57,9 +57,8 @@ pub(super) fn read(path: &Path, model: &LoadedModel) -> Result<Workloads> {
     Ok(workloads)
 }
 
-/// Packs a workload into batches as the model runs them. A model that computes one batch at a time gets the whole workload as one
-/// batch; a model with several execution contexts gets batches of at most `batch_tokens` tokens. A longer pair gets
-/// a batch of its own.
+/// Packs a workload into batches. A model that computes one batch at a time gets the whole workload as one batch. A model that
+/// computes several at a time gets batches of at most `batch_tokens` tokens; a longer pair is a batch of its own.
 pub(super) fn pack(model: &LoadedModel, pairs: &[Pair], batch_tokens: usize) -> Vec<Batch> {
     let limit = if model.encoder.max_concurrent_batches() == 1 { usize::MAX } else { batch_tokens };
     let mut batches: Vec<(usize, Vec<&Pair>)> = Vec::new();

@@ -50,6 +50,7 @@ impl RepoCache {
         self.root.join("blobs").join(name)
     }
 
+    /// `work_name` is from `EntityTag::work_name`: hexadecimal digits.
     pub(super) fn incomplete(&self, work_name: &str) -> PathBuf {
         self.root.join("blobs").join(format!("{work_name}.incomplete"))
     }
@@ -133,7 +134,7 @@ fn replace_with_symlink(target: &Path, link: &Path) -> io::Result<()> {
     }
 }
 
-/// A name that no other process uses: revisions and files never start with a dot.
+/// A name that no other process uses, and no revision or file of a repository, as theirs never start with a dot.
 fn temporary_beside(path: &Path) -> PathBuf {
     path.with_file_name(format!(".{}-{:016x}.tmp", std::process::id(), fastrand::u64(..)))
 }

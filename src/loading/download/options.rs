@@ -25,7 +25,7 @@ impl HubOptions {
 /// Timeouts and retries of the network code. Tests shorten them.
 #[derive(Debug, Clone)]
 pub struct NetworkPolicy {
-    /// Limit for name resolution, and again for connecting with TLS.
+    /// Maximum time of name resolution, and also of connecting with TLS after it.
     pub connect_timeout: Duration,
     /// Longest wait for response headers, and for each read of a body.
     pub read_timeout: Duration,

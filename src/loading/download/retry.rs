@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::error::HubError;
 use super::options::NetworkPolicy;
 
-/// Longest `Retry-After` that is read; longer ones are cut to [`NetworkPolicy::max_delay`] anyway.
+/// A longer `Retry-After` counts as this one. [`delay`] limits it further, to [`NetworkPolicy::max_delay`].
 const LONGEST_RETRY_AFTER_S: u64 = 24 * 3600;
 
 /// Counts failed attempts and sleeps between them.

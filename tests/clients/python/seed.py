@@ -1,8 +1,8 @@
 """The example request and the checks for every client.
 
 A client's file defines `rank(server, model, top_n, texts)`. It sends the request through the client and returns
-(index, score, text or None) for each result, in the client's order. `check` runs it against the three servers of `../run` and
-prints one line of JSON.
+(index, score, text or None) for each result, in the client's order. `check` runs it against three servers of
+`../servers.py` (without a key, with a key, and busy) and prints one line of JSON.
 """
 
 import json
@@ -110,7 +110,7 @@ def check(client, package, rank, *, wrong_key, unknown_model, overload, logits=F
 
 
 def not_possible(client, package, reason):
-    """Prints a row for a client whose server cannot be configured, with the reason."""
+    """Prints a row for a client that cannot be directed to this server, with the reason."""
     cell = {"state": "n/a", "note": reason}
     print(json.dumps({"client": client, "version": f"{package} {version(package)}", "cells": {"success": cell}}), flush=True)
 

@@ -62,7 +62,7 @@ pub(crate) fn cpu(dtype: CpuDtype, threads: usize) -> DeviceChoice {
     DeviceChoice::Cpu { dtype, threads, pin_threads: false }
 }
 
-/// [`load`] on a device.
+/// As [`load`], on another device.
 pub(crate) fn load_on(device: DeviceChoice, folder: &Path) -> Result<LoadedModel> {
     let source = ModelSource::parse(&folder.display().to_string())?;
     let options = LoadOptions { device, window: None, limits: limits(), profile: None };

@@ -28,7 +28,7 @@ pub(crate) fn skip(test: &str, reason: &str) {
     );
 }
 
-/// Whether a line of `list` starts the name of the test.
+/// Whether the test's name starts with a name in `list`.
 fn is_allowed(test: &str, list: &str) -> bool {
     list.lines()
         .filter(|line| !line.starts_with('#'))
