@@ -1,7 +1,7 @@
 //! Offered load against goodput, latency and refusals (goals G1, G2 and G3 of docs/reliability.md).
 //!
 //! A closed loop measures the capacity, then an open loop offers multiples of it. Goodput is the rate of answers with status 200
-//! within the deadline, over the time until the last answer.
+//! that arrive within the deadline, over the time until the last answer.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -1,5 +1,5 @@
-//! SIGTERM under load, again and again (goal G8 of docs/reliability.md): every request that was sent before the signal is answered; later ones get an
-//! answer, or find the port closed.
+//! SIGTERM under load, again and again (goal G8 of docs/reliability.md): every request that was sent before the signal is
+//! answered; later ones get an answer, or find the port closed.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
