@@ -64,10 +64,10 @@ fn base(threads: usize) -> LoadedModel {
     let json = r#"{"model_type":"xlm-roberta","vocab_size":16000,"hidden_size":768,"num_hidden_layers":12,
         "num_attention_heads":12,"intermediate_size":3072,"max_position_embeddings":514,"pad_token_id":1,"num_labels":1}"#;
     let config = ModelConfig::parse(json).expect("a valid shape");
-    std::fs::write(folder.path().join("config.json"), json).expect("room");
+    std::fs::write(folder.path().join("config.json"), json).expect("a writable folder");
     let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/mini/tokenizer.json");
-    std::fs::copy(tokenizer, folder.path().join("tokenizer.json")).expect("room");
-    random::write_checkpoint(&config, &folder.path().join("model.safetensors")).expect("room");
+    std::fs::copy(tokenizer, folder.path().join("tokenizer.json")).expect("a writable folder");
+    random::write_checkpoint(&config, &folder.path().join("model.safetensors")).expect("a writable folder");
     let dtype = match std::env::var("RERANKD_BENCH_DTYPE").as_deref() {
         Ok("f32") => CpuDtype::F32,
         Ok("int8") => CpuDtype::Int8,
@@ -90,7 +90,7 @@ fn base(threads: usize) -> LoadedModel {
     };
     let source = ModelSource::parse(&format!("base={}", folder.path().display())).expect("a folder");
     let hub = Hub::new(HubOptions { cache: PathBuf::new(), endpoint: String::new(), token: None, offline: true });
-    Loader::new(&hub, &options).and_then(|loader| loader.load(&source)).expect("complete")
+    Loader::new(&hub, &options).and_then(|loader| loader.load(&source)).expect("the model loads")
 }
 
 /// `n` documents of about 520 English tokens, each with the words in a different order.

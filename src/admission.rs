@@ -4,8 +4,8 @@
 //! units and in the seconds that it takes at the measured speed. A limit in seconds suits a laptop and a GPU alike.
 //!
 //! Several clients share a limit by dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory
-//! packet switches", 1998): a client may hold at most as much as is free. So one client alone can take half of the room, n
-//! clients 1 / (n + 1) each, and there is always room for a client that holds nothing.
+//! packet switches", 1998): a client may hold at most as much as is free. So one client alone can take half of the room, and n
+//! clients 1 / (n + 1) each. An exception is a client that holds nothing: its first request may take all that is free.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
@@ -17,9 +17,9 @@ use crate::error::RerankError;
 
 /// Weight of a new job in the running estimate of the speed.
 const SMOOTHING: f64 = 0.2;
-/// Jobs that are measured before work is refused because it takes too long: the first ones may be slow.
+/// Jobs that are measured before requests are refused as [`RerankError::CannotFinish`]: the first jobs may be slow.
 const MIN_MEASURED_JOBS: usize = 3;
-/// Retry-After is increased by a random share of itself, at most this one, so that refused clients do not all return at once.
+/// Retry-After is increased by a random fraction of itself, up to this one, so that refused clients do not all return at once.
 const RETRY_JITTER: f64 = 0.5;
 /// Maximum Retry-After, in seconds.
 const MAX_RETRY_AFTER_S: f64 = 60.0;
@@ -73,7 +73,7 @@ impl Admitted {
         match client {
             _ if own == 0 => free,
             ClientId::Only => free,
-            // own + units <= free - units
+            // So that after adding units: own + units <= free - units.
             ClientId::Key(_) => free.saturating_sub(own) / 2,
         }
     }
@@ -109,8 +109,8 @@ impl Admission {
         }
     }
 
-    /// Admits `units` units of `client` or refuses them. When nothing is admitted, any amount is accepted that can finish within
-    /// `patience`, the time until the request's deadline: the size of a request has its own limit.
+    /// Admits `units` units of `client` or refuses them. `patience` is the time until the request's deadline. When nothing else
+    /// is admitted, any amount that can finish within `patience` is accepted; other limits bound the size of a request.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`] if there is no room; [`RerankError::CannotFinish`] if the request alone takes longer than
@@ -238,7 +238,7 @@ mod tests {
         ))
     }
 
-    /// An admission of a speed of 1000 units per second.
+    /// An admission with a measured speed of 1000 units per second.
     fn measured(units: usize, wait_s: u64) -> Arc<Admission> {
         let admission = admission(units, wait_s);
         (0..MIN_MEASURED_JOBS).for_each(|_| admission.done(1000, Duration::from_secs(1)));
@@ -288,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn one_slow_first_job_refuses_no_long_request() {
+    fn one_measured_job_is_too_few_to_refuse_a_long_request() {
         let admission = admission(1_000_000, 5);
         admission.done(1, Duration::from_secs(1));
         assert!(admit(&admission, 3, Some(Duration::from_secs(2))).is_ok());
@@ -318,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn a_permit_grows_within_the_limit_and_alone_beyond_it() {
+    fn a_permit_grows_within_the_limit_or_beyond_it_if_nothing_else_is_admitted() {
         let admission = admission(100, 3600);
         let mut first = admit(&admission, 0, None).unwrap();
         first.grow_to(500).unwrap();

@@ -22,16 +22,16 @@ pub enum ClientId {
 /// Limits on what each client may send. `None` is no limit.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RateLimits {
-    /// Requests per minute, which may also come at once.
+    /// Requests per minute; all of them may come at once.
     pub requests_per_minute: Option<NonZeroU32>,
-    /// Tokens of work per minute, which may also come at once.
+    /// Tokens to score per minute; all of them may come at once.
     pub tokens_per_minute: Option<NonZeroU32>,
 }
 
 /// The sender of a request. Clones share what is left of its rate limits.
 #[derive(Debug, Clone, Default)]
 pub struct Client {
-    /// Identifies it where clients share something.
+    /// Identifies the client where clients share queues and memory.
     pub id: ClientId,
     requests: Option<Arc<RateLimit>>,
     tokens: Option<Arc<RateLimit>>,
@@ -64,7 +64,7 @@ impl Client {
         self.requests.as_ref().map_or(Ok(()), |limit| limit.take(1))
     }
 
-    /// Counts the tokens of a request's work.
+    /// Counts the tokens that a request has to score.
     ///
     /// # Errors
     /// [`RerankError::RateLimited`]; [`RerankError::TooMuchWork`] if the request alone exceeds the limit of a minute.
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_minutes_quota_may_be_used_at_once_and_then_waits() {
+    fn a_minutes_quota_may_be_used_at_once_and_more_is_refused() {
         let limits = RateLimits { requests_per_minute: NonZeroU32::new(2), tokens_per_minute: NonZeroU32::new(1000) };
         let client = Client::new(ClientId::Key(0), limits);
         let clone = client.clone();
@@ -110,7 +110,7 @@ mod tests {
         assert!(client.take_tokens(900).is_ok());
         assert!(matches!(client.take_tokens(900), Err(RerankError::RateLimited { unit: "tokens", .. })));
         assert!(matches!(client.take_tokens(1001), Err(RerankError::TooMuchWork { tokens: 1001, limit: 1000 })));
-        assert!(client.take_tokens(0).is_ok(), "a request of known pairs costs nothing");
+        assert!(client.take_tokens(0).is_ok(), "a request without tokens is always allowed");
     }
 
     #[test]

@@ -11,9 +11,9 @@
 //! - [`admission`]: work is admitted whole or refused at once, by size, estimated wait, and the shares of clients.
 //! - [`scheduler`]: the queue, batch composition, the workers that run batches, and their supervision.
 //! - [`encoder`]: the graph of each model architecture, generic over [`backend::Backend`].
-//! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`checkpoint`]: a model's configuration and weights, checked against each other.
 //! - [`loading`]: from a model's name to a model that scores: catalogue, downloads, start-up checks. Called once, at start.
+//! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - [`batch`], [`error`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
 //!
@@ -23,8 +23,8 @@
 //! - a clock in `scheduler/plan.rs`: batch composition is a pure function;
 //! - `unsafe` outside `backend/cpu` and `backend/cuda`;
 //! - environment variables outside `config`;
-//! - files in `api`, `rerank`, `served`, `text`, `scheduler` and `encoder`;
-//! - `cfg(feature)` outside `backend`, and the choice of a device in `config` and `loading`.
+//! - file access in `api`, `rerank`, `served`, `text`, `scheduler` and `encoder`;
+//! - `cfg(feature)` outside `backend`, except where `config` and `loading` choose the device.
 
 #![deny(unsafe_code)]
 

@@ -136,7 +136,7 @@ fn describe_metrics() {
     describe_counter!("rerankd_worker_restarts_total", "Workers restarted after a panic, by model");
     describe_counter!(
         "rerankd_connections_refused_total",
-        "Connections closed on arrival because --max-connections was reached"
+        "Connections closed on arrival because --max-connections and the reserved connections were used up"
     );
     describe_counter!("rerankd_log_lines_dropped_total", "Log lines dropped because standard error was too slow");
     describe_counter!("rerankd_chunks_dropped_total", "Chunks not scored because of max_chunks_per_doc");

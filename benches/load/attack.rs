@@ -1,4 +1,4 @@
-//! What a well-behaved client notices of an attacker (goal: its p99 less than doubles).
+//! What a well-behaved client notices of an attacker (goal: the client's p99 latency less than doubles).
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -12,11 +12,12 @@ use super::client::{Answer, Client, Outcome, connect, post, requests, text};
 use super::report::{append_json, latencies_ms, median, quantile};
 use super::server::ServerArgs;
 
-/// Sockets of the attacker that holds them.
+/// Connections of [`Attack::HeldSockets`].
 const HELD_SOCKETS: usize = 64;
-/// Connections of the attacker that sends long documents.
+/// Connections of [`Attack::LongDocuments`].
 const TOKENIZER_CONNECTIONS: usize = 4;
 const MODEL: &str = "rerankd-mini";
+/// Maximum connections of the well-behaved client.
 const CONNECTIONS: usize = 64;
 
 #[derive(Debug, Clone, clap::Args)]
@@ -26,13 +27,13 @@ pub(crate) struct Args {
     /// Share of the capacity that the well-behaved client uses
     #[arg(long, default_value_t = 0.3)]
     load: f64,
-    /// Words of its one document
+    /// Words in the one document of each of its requests
     #[arg(long, default_value_t = 20)]
     words: usize,
     /// Seconds of each measurement
     #[arg(long, default_value_t = 10)]
     seconds: u64,
-    /// Pairs of a measurement alone and one under attack
+    /// Times that each attack is measured: once without it, once under it
     #[arg(long, default_value_t = 3)]
     runs: usize,
     /// Only attacks whose name contains this
@@ -60,7 +61,7 @@ impl Attack {
         ("longest documents, 4 at a time", Self::LongDocuments),
     ];
 
-    /// Runs until it is dropped.
+    /// Starts the attack. It runs until the returned tasks are dropped.
     fn start(self, address: &str) -> JoinSet<()> {
         let mut tasks = JoinSet::new();
         match self {
@@ -100,8 +101,9 @@ async fn repeat(address: String, request: Vec<u8>) {
     }
 }
 
-/// Holds one socket in the worst way for its kind, and opens another when it is closed.
-async fn hold_socket(address: String, kind: usize) {
+/// Holds a connection open, and opens another when the server closes it. `index % 3` chooses how: a body that arrives slowly, an
+/// unfinished header, or a response that is not read.
+async fn hold_socket(address: String, index: usize) {
     let answered = json!({"model": MODEL, "query": "q", "documents": ["a".repeat(1 << 20)], "return_documents": true, "max_chunks_per_doc": 1});
     let unread = post("/v1/rerank", &answered.to_string());
     loop {
@@ -109,7 +111,7 @@ async fn hold_socket(address: String, kind: usize) {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        let first: &[u8] = match kind % 3 {
+        let first: &[u8] = match index % 3 {
             0 => b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-length: 8000000\r\n\r\n",
             1 => b"POST /v1/rerank HTTP/1.1\r\nhost:",
             _ => &unread,
@@ -117,8 +119,8 @@ async fn hold_socket(address: String, kind: usize) {
         let mut open = stream.write_all(first).await.is_ok();
         while open {
             tokio::time::sleep(Duration::from_secs(1)).await;
-            // A header gets no more bytes; an unread answer gets pipelined requests until the kernel's buffers are full.
-            open = match kind % 3 {
+            // Only the slow body gets more bytes. The other two check whether the server has closed the connection.
+            open = match index % 3 {
                 0 => stream.write_all(&[b' '; 512]).await.is_ok(),
                 1 => {
                     stream.writable().await.is_ok()
@@ -163,7 +165,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
             append_json(args.json.as_deref(), &line)?;
             alone.push(before);
             attacked.push(during);
-            tokio::time::sleep(Duration::from_secs(3)).await; // work of the attacker that was admitted
+            tokio::time::sleep(Duration::from_secs(3)).await; // the attacker's admitted work ends
         }
         let of = |runs: &[(f64, f64)], figure: fn(&(f64, f64)) -> f64| median(runs.iter().map(figure));
         let ratio = median(alone.iter().zip(&attacked).map(|(alone, attacked)| attacked.1 / alone.1));

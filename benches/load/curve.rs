@@ -1,7 +1,7 @@
-//! Offered load against goodput, latency and refusals (goals G1, G2, G3).
+//! Offered load against goodput, latency and refusals (goals G1, G2 and G3 of docs/reliability.md).
 //!
 //! A closed loop measures the capacity, then an open loop offers multiples of it. Goodput is the rate of answers with status 200
-//! within the deadline, over the time until the last answer.
+//! that arrive within the deadline, over the time until the last answer.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use super::client::{Answer, Client, Outcome, requests};
 use super::report::{append_json, latencies_ms, median, quantile};
 use super::server::{ServerArgs, Watch};
 
-/// Pause between two loads, and the least time for which the server must be idle.
+/// Pause between two loads.
 const PAUSE: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Clone, clap::Args)]
@@ -58,7 +58,7 @@ pub(crate) struct Args {
     json: Option<PathBuf>,
 }
 
-/// The figures of one load.
+/// The figures of one load: rates in requests per second, times in milliseconds, CPU time in seconds, the rest counts.
 #[derive(Debug, Clone)]
 struct Row {
     factor: f64,
@@ -151,7 +151,7 @@ fn print(args: &Args, rows: &[Row]) {
         args.name, args.documents, args.words, args.runs, args.seconds
     );
     println!(
-        "| offered | goodput of capacity | worst run | 200: p50 ms | 200: p99 ms | 503 | with Retry-After | 503: p99 ms | other \
+        "| offered | goodput / capacity | worst run | 200: p50 ms | 200: p99 ms | 503 | with Retry-After | 503: p99 ms | other \
          status | broken | unsent | RSS MiB |"
     );
     println!("|---|---|---|---|---|---|---|---|---|---|---|---|");

@@ -1,4 +1,4 @@
-//! Load, attacks and faults against a running server: the measurements of docs/reliability.md.
+//! Load, attacks and faults against a real server process: the measurements of docs/reliability.md.
 //!
 //! ```sh
 //! cargo build --release --bin rerankd --example load
@@ -7,7 +7,8 @@
 //! benches/load/plot curve.jsonl > curve.svg
 //! ```
 //!
-//! Each command starts its own server, and prints a table; `--json FILE` appends every figure as a line of JSON.
+//! Each command but `stub` starts its own server, unless `--address` names one, and prints a table. `curve`, `attack`, `cost`
+//! and `soak` also append their figures to `--json FILE`, as lines of JSON.
 
 #![allow(clippy::print_stdout, reason = "the tables are the result")]
 
@@ -43,7 +44,7 @@ enum Command {
     Sigterm(sigterm::Args),
     /// Mixed requests for a long time: slope of memory, descriptors, threads
     Soak(soak::Args),
-    /// Time of a wrong key that differs in its first or last character
+    /// Response time for a wrong key that differs from the right one in its first or in its last character
     Keys(keys::Args),
     /// Serves a model of known speed: 5 ms for each chunk, one after another
     Stub(stub::Args),

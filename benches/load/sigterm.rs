@@ -1,5 +1,5 @@
-//! SIGTERM under load, again and again (goal G8): every request that was sent before the signal is answered; later ones get an
-//! answer, or find the port closed.
+//! SIGTERM under load, again and again (goal G8 of docs/reliability.md): every request that was sent before the signal is
+//! answered; later ones get an answer, or find the port closed.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -28,7 +28,7 @@ pub(crate) struct Args {
 
 /// A request of one cycle.
 struct Sent {
-    /// When its last byte was handed to the kernel; `None` if it was not sent.
+    /// When its last byte was handed to the kernel, or writing failed; `None` if there was no connection.
     at: Option<Instant>,
     /// Whether it was sent on a connection that had served another request.
     is_reused: bool,
@@ -52,9 +52,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         tokio::time::sleep(Duration::from_millis(fastrand::u64(100..600))).await;
         let signal = Instant::now();
         server.terminate()?;
-        let (exit, code) = tokio::task::block_in_place(|| (server.wait(), Instant::now()));
-        exits.push(ms(code - signal));
-        *codes.entry(exit?).or_default() += 1;
+        let (code, exited) = tokio::task::block_in_place(|| (server.wait(), Instant::now()));
+        exits.push(ms(exited - signal));
+        *codes.entry(code?).or_default() += 1;
         stop.store(true, Relaxed);
         for client in clients {
             client.await?;

@@ -10,8 +10,8 @@ pub mod support {
 
 pub mod targets;
 
-/// Silences panics that the stub model was asked for, and no longer aborts at panics that the server turns into errors.
-/// libFuzzer still ends at every panic that leaves a target.
+/// Replaces libFuzzer's panic hook, which would abort at panics that the server catches and turns into errors. Panics that the
+/// stub model was asked for are not printed. A panic that leaves a target still ends the run.
 pub fn allow_caught_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let text = panic.to_string();

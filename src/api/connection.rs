@@ -40,7 +40,7 @@ pub(super) struct ConnectionTimeouts {
 #[derive(Debug)]
 pub(super) struct ConnectionState {
     phase: Mutex<Phase>,
-    /// Whether part of a response may not be written to the socket yet.
+    /// From the start of a request until its whole response is written to the socket.
     is_writing: AtomicBool,
     /// Whether the request's protocol version has interim responses: HTTP/1.1, not HTTP/1.0.
     has_interim: AtomicBool,
@@ -52,7 +52,7 @@ pub(super) struct ConnectionState {
 enum Phase {
     /// Between requests since this time.
     Idle(Instant),
-    /// Part of a request's header has arrived, the first byte at this time.
+    /// Part of a request's header has arrived, the first byte at this time; or the connection was opened at this time.
     Header(Instant),
     /// A request's body is arriving.
     Receiving,
@@ -98,12 +98,13 @@ impl ConnectionState {
         *self.phase() == Phase::Receiving
     }
 
-    /// hyper has the whole response; part of it may not be written to the socket yet.
+    /// hyper has the whole response, but has perhaps not written all of it to the socket.
     pub(super) fn request_finished(&self) {
         *self.phase() = Phase::Idle(Instant::now());
     }
 
-    /// Since when closing the connection would interrupt neither a request nor a response, if it would not now.
+    /// Since when the connection could be closed without interrupting a request or a response. An unfinished header does not
+    /// count as a request. `None` while there is a request or a response.
     pub(super) fn idle_since(&self) -> Option<Instant> {
         match *self.phase() {
             Phase::Idle(since) | Phase::Header(since) if !self.is_writing.load(Relaxed) => Some(since),
@@ -136,7 +137,7 @@ impl ConnectionState {
         }
     }
 
-    /// Deadline for the next byte, or for the whole header; `None` while a request is handled.
+    /// Deadline for the next byte, or for the whole header; `None` from a request's complete header to its response.
     fn read_deadline(&self, timeouts: &ConnectionTimeouts) -> Option<Instant> {
         match *self.phase() {
             Phase::Idle(since) => Some(since + timeouts.idle),
@@ -245,7 +246,8 @@ impl AsyncRead for TimedStream {
                 let phase = *self.state.phase();
                 match phase {
                     Phase::Busy => return self.poll_half_closed(cx).map(Err),
-                    // hyper may hold the rest of the body, and looks for the end of the connection before it hands that on.
+                    // hyper may have read the rest of the body, and checks for the end of the stream before it passes that
+                    // on. So the end is reported a little later.
                     Phase::Receiving if !self.is_end_due() => {
                         self.read_timer.as_mut().reset(Instant::now() + PROBE_INTERVAL);
                         ready!(self.read_timer.as_mut().poll(cx));
@@ -257,7 +259,7 @@ impl AsyncRead for TimedStream {
             }
             return Poll::Ready(result);
         }
-        // hyper does not read again when a request ends, so the timer must be armed while it is handled, too.
+        // hyper does not read again when a request ends, so the timer must also be armed while a request is handled.
         let deadline = self.state.read_deadline(&self.timeouts).unwrap_or_else(|| Instant::now() + self.timeouts.idle);
         self.read_timer.as_mut().reset(deadline);
         ready!(self.read_timer.as_mut().poll(cx));

@@ -6,14 +6,14 @@ use subtle::{ConditionallySelectable, ConstantTimeEq};
 
 use crate::client::{Client, ClientId, RateLimits};
 
-/// Keys of fewer characters are guessed too easily, so their use is logged.
+/// Keys of fewer characters are guessed too easily, so a warning is logged at start.
 const SHORT_KEY_CHARS: usize = 16;
 
 /// The valid keys, as SHA-256 digests, and their clients. If there are none, requests need no key.
 #[derive(Clone, Default)]
 pub struct Keys {
     known: Vec<Key>,
-    /// Of requests without a key, if none is needed.
+    /// The client of all requests if no key is needed.
     anyone: Client,
     short_keys: usize,
 }
@@ -67,8 +67,8 @@ impl Keys {
         self.short_keys
     }
 
-    /// The client with the key, which is compared with every valid one in constant time. Without valid keys, everybody is the
-    /// same client.
+    /// The client with the key; `None` if the key is missing or wrong. The key is compared with every valid one in constant
+    /// time. If no key is needed, everybody is the same client.
     pub(super) fn client(&self, key: Option<&str>) -> Option<&Client> {
         if self.is_open() {
             return Some(&self.anyone);

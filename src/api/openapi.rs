@@ -110,7 +110,7 @@ macro_rules! rerank_path {
 rerank_path!(
     v1_rerank,
     "/v1/rerank",
-    "Ranks documents: SiliconFlow, Cohere, Jina, Voyage and most others.",
+    "Ranks documents as SiliconFlow, Cohere, Jina, Voyage and most others do.",
     AnyBody<'_>,
     AnyAnswer,
     AnyError

@@ -21,13 +21,13 @@ use crate::text::{Tail, TextLimits};
 
 /// Default token budget of one batch on a CPU.
 pub const CPU_BATCH_TOKENS: usize = 2048;
-/// Default token budget of one batch on a GPU. With it, every GEMM of both large models is a whole number of waves: its
-/// 128 x 256 tiles fill the 132 multiprocessors of an H100 or H200 without a partial last wave.
+/// Default token budget of one batch on a GPU. With it, a GEMM whose number of outputs is a multiple of 256 is a whole
+/// number of waves: its 128 x 256 tiles fill the 132 multiprocessors of an H100 or H200 without a partial last wave.
 #[cfg(feature = "cuda")]
 pub const CUDA_BATCH_TOKENS: usize = 16_896;
 
 /// Values of `--device` in this build.
-const DEVICES: &str = if cfg!(feature = "cuda") { "cpu, cuda, cuda:N, auto or candle" } else { "cpu or candle" };
+const DEVICES: &str = if cfg!(feature = "cuda") { "cpu, cuda, cuda:N, auto or candle" } else { "cpu, auto or candle" };
 
 /// The models to load, and how to load and run them.
 #[derive(Debug)]
@@ -266,7 +266,8 @@ impl ServeArgs {
     /// Checks the flags and resolves them for `machine`.
     ///
     /// # Errors
-    /// As [`ModelArgs::resolve`]; also if the key file cannot be read or contains no key, or if a key is empty.
+    /// As [`ModelArgs::resolve`]. Also: the key file cannot be read or contains no key; `--api-key` is given but empty, and there
+    /// is no other key; a key has characters that clients cannot send; there are rate limits but no key; a limit is 0.
     pub fn resolve(&self, machine: &Machine) -> Result<ServeSettings> {
         refuse_zero(&[
             ("--max-body-bytes", Some(self.max_body_bytes)),

@@ -65,10 +65,10 @@ pub enum WeightsFile {
 
 impl ModelSource {
     /// Parses `[NAME=]MODEL[@REVISION]`, where MODEL is a folder, a name in the catalogue, or `organization/name` on the hub. A
-    /// folder takes precedence. Without a revision it is the catalogue's commit, or the branch `main`.
+    /// folder takes precedence. The default revision is the catalogue's commit, or else the branch `main`.
     ///
     /// # Errors
-    /// MODEL is none of these, or a part is empty. The message lists the catalogue.
+    /// MODEL is none of these; the message then lists the catalogue. Or NAME or MODEL is empty.
     pub fn parse(argument: &str) -> Result<Self> {
         let (given_name, model) = match argument.split_once('=').filter(|_| !Path::new(argument).is_dir()) {
             Some((name, model)) => (Some(name), model),
@@ -119,7 +119,8 @@ impl ModelSource {
         )
     }
 
-    /// Whether all files are on this machine, so that loading downloads nothing.
+    /// Whether the files are on this machine: configuration, tokenizer, and a checkpoint or its index. The shards of an index
+    /// are not looked for.
     pub fn is_cached(&self, hub: &Hub) -> bool {
         match &self.location {
             ModelLocation::Builtin | ModelLocation::Folder(_) => true,

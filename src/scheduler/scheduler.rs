@@ -19,7 +19,8 @@ use crate::error::RerankError;
 pub struct Scheduler {
     /// All admitted tokens. A request is admitted only if it can be computed after them before its deadline.
     total: Arc<Admission>,
-    /// The admitted tokens that wait for first service: a new request waits for these.
+    /// The admitted tokens that wait in the first level of the queue, at most [`FIRST_SERVICE_TOKENS`] of each request. A new
+    /// request waits for these only.
     first_service: Arc<Admission>,
     queue: Arc<Queue>,
     workers: Vec<std::thread::JoinHandle<()>>,
@@ -89,7 +90,7 @@ impl Scheduler {
         self.queue.max_batch_tokens()
     }
 
-    /// When a batch last gave scores.
+    /// When the last successful batch ended.
     pub fn last_success(&self) -> Option<Instant> {
         self.queue.last_success()
     }

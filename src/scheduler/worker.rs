@@ -19,7 +19,7 @@ pub(super) struct Worker {
     pub(super) model: String,
     pub(super) encoder: Arc<dyn CrossEncoder>,
     pub(super) queue: Arc<Queue>,
-    /// They estimate waiting times from the speed of large batches.
+    /// Are told the time of large batches, from which they estimate waiting times.
     pub(super) admissions: [Arc<Admission>; 2],
     pub(super) end_process: EndProcess,
 }

@@ -45,7 +45,8 @@ run() {
     esac
 }
 
-# Jobs run in the background, one per CPU, each in its own folder $work/N. start FUNCTION: starts one with the variables of now.
+# Jobs run in the background, one per CPU, each in its own folder $work/N. start FUNCTION: starts one, with a copy of
+# the shell's variables.
 # Its output goes to $work/N.out and its number of failures to $work/N/failures.
 parallel=$(nproc 2>/dev/null || echo 2)
 jobs_started=0
@@ -55,7 +56,7 @@ start() {
     mkdir "$work/$jobs_started"
     (
         work=$work/$jobs_started failures=0
-        echo 1 >"$work/failures" # if it dies
+        echo 1 >"$work/failures" # counts if the job dies
         "$1"
         echo $failures >"$work/failures"
     ) >"$work/$jobs_started.out" 2>&1 &

@@ -112,7 +112,7 @@ def machine_code(cuobjdump, cubin):
 
 def accesses_in_flight(code):
     """Instructions that access the sums of a wgmma, or write its first operand, before the wait for it, along every path of a kernel.
-    ptxas may reuse the operand's registers as soon as the wgmma has started, although it may not have read them yet."""
+    ptxas may reuse the operand's registers as soon as the wgmma has started, although the wgmma may not have read them yet."""
     # A wgmma is (first register of the sums, number of sums, first register of the operand). `started` has the uncommitted ones,
     # `groups` the committed groups.
     index_of = {address: i for i, (address, *_) in enumerate(code)}

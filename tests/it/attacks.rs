@@ -55,10 +55,10 @@ fn get(server: &Server, path: &str) -> String {
 
 // Finding 4: 8 MiB as 1-byte chunks took 300 to 400 MiB, 32 bytes and a read buffer for each frame.
 #[test]
-fn a_body_in_one_byte_chunks_costs_no_more_memory_than_in_one_piece() {
+fn a_body_in_one_byte_chunks_takes_little_memory() {
     let server = Server::start(&[]);
     let text = "word ".repeat(4 * MIB / 5);
-    let body = format!(r#"{{"model":"m","query":"q","documents":["{text}"]}}"#); // an unknown model: only the body costs
+    let body = format!(r#"{{"model":"m","query":"q","documents":["{text}"]}}"#); // an unknown model, so that only the body takes memory
     let head = "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ntransfer-encoding: chunked\r\n\r\n";
     let mut wire = head.as_bytes().to_vec();
     for byte in body.bytes() {
@@ -76,7 +76,7 @@ fn a_body_in_one_byte_chunks_costs_no_more_memory_than_in_one_piece() {
 
 // Findings E and 2: 32 sockets that announced a body and sent none used up the memory budget.
 #[test]
-fn announced_bodies_that_do_not_arrive_deny_nothing_to_others() {
+fn announced_bodies_that_do_not_arrive_do_not_block_other_clients() {
     let server = Server::start(&[]);
     let idle: Vec<TcpStream> = (0..100)
         .map(|i| {
@@ -100,7 +100,7 @@ fn a_body_that_stops_arriving_is_answered_with_408() {
     assert!(answer.starts_with("HTTP/1.1 408") && answer.contains("connection: close"), "{answer}");
 }
 
-// Findings G and 3: readers that do not read held their answers for ever.
+// Findings G and 3: clients that did not read held their answers for ever.
 #[test]
 fn a_client_that_does_not_read_its_answer_is_disconnected() {
     let server = Server::start(&["--write-timeout", "1", "--max-documents", "10"]);
@@ -161,7 +161,8 @@ fn a_half_closed_client_is_answered() {
     assert!(read_all(&mut stream).contains("HTTP/1.1 200 OK"));
 }
 
-// Findings O and 11: an idle connection was closed by the header timeout, which is shorter than the pools' idle times.
+// Findings O and 11: an idle connection was closed by the header timeout, which is shorter than the time for
+// which clients' connection pools keep idle connections.
 #[test]
 fn the_header_timeout_does_not_close_idle_connections() {
     let server = Server::start(&["--header-timeout", "1"]);
@@ -175,7 +176,7 @@ fn the_header_timeout_does_not_close_idle_connections() {
     assert_eq!(read_all(&mut idle).matches("HTTP/1.1 200").count(), 1, "the rest of the first answer, and the second");
 }
 
-// Section F: a client that was still sending saw a broken pipe instead of the status.
+// Finding C2: a client that was still sending saw a broken pipe instead of the status.
 #[test]
 fn an_early_refusal_reaches_a_client_that_is_still_sending() {
     let keyed = Server::start(&["--api-key", "secret"]);
@@ -227,7 +228,7 @@ fn a_stalled_log_reader_stops_neither_requests_nor_the_exit() {
     assert_eq!(server.exit_code(), Some(0));
 }
 
-// Section F: a page in the user's browser could use a server without keys (DNS rebinding, cross-site requests).
+// Findings P5 and low 10: a page in the user's browser could use a server without keys (DNS rebinding, cross-site requests).
 #[test]
 fn a_server_without_keys_answers_to_known_hosts_and_origins_only() {
     let server = Server::start(&["--allowed-host", "rerank.example"]);
@@ -246,7 +247,7 @@ fn a_server_without_keys_answers_to_known_hosts_and_origins_only() {
     assert!(answer.starts_with("HTTP/1.1 200"), "keys protect the server, whatever its name: {answer}");
 }
 
-// Section E: while models were loading, connections were refused.
+// Finding P11: while models were loading, connections were refused.
 #[test]
 fn requests_are_answered_with_503_while_models_are_loading() {
     let silent_hub = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -278,7 +279,7 @@ fn requests_are_answered_with_503_while_models_are_loading() {
     child.wait().unwrap();
 }
 
-// Finding M: every failure at start was 78, "trying again changes nothing".
+// Finding M: every failure at start had the exit code 78, "trying again changes nothing".
 #[test]
 fn a_hub_that_cannot_be_reached_is_a_temporary_failure() {
     let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
@@ -289,7 +290,7 @@ fn a_hub_that_cannot_be_reached_is_a_temporary_failure() {
     assert_eq!(output.status.code(), Some(69), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-// A client that gives up must not cost more than the batch that is being computed.
+// Finding L6: for a client that gives up, no more than the running batch is computed.
 #[test]
 fn a_client_that_closes_its_connection_cancels_its_request() {
     let mut server = Server::start(&["--max-batch-tokens", "256"]);

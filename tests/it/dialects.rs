@@ -26,7 +26,7 @@ async fn text_embeddings_inference_requests_get_its_response_shape() {
     let expected = json!([{"index": 1, "score": 1.0, "text": "red apple"}, {"index": 2, "score": 0.0, "text": "apple"}, {"index": 0, "score": -1.0, "text": "x"}]);
     assert_eq!(answer.json(), expected);
     let answer = post(&app, "/rerank", ask(json!({"top_n": 1}))).await;
-    assert_eq!(answer.json(), json!([{"index": 1, "score": sigmoid(1.0)}]), "LiteLLM sends it");
+    assert_eq!(answer.json(), json!([{"index": 1, "score": sigmoid(1.0)}]), "LiteLLM sends top_n");
     for (body, status, kind, contains) in [
         (json!({"query": "", "texts": ["a"]}), 400, "Validation", "query"),
         (json!({"query": "q", "texts": []}), 400, "Validation", "texts"),
@@ -51,7 +51,7 @@ async fn text_embeddings_inference_requests_get_its_response_shape() {
 }
 
 #[tokio::test]
-async fn voyage() {
+async fn voyage_requests_get_its_response_shape() {
     let (app, _) = app();
     let request = json!({"model": "m", "query": "red apple", "documents": ["x", "red apple", "apple"], "top_k": 2, "return_documents": true, "truncation": true});
     let answer = rerank(&app, request).await;
@@ -65,7 +65,7 @@ async fn voyage() {
     let plain =
         rerank(&app, json!({"model": "m", "query": "apple", "documents": ["x"], "top_k": null, "truncation": null}))
             .await;
-    assert!(plain.json().get("data").is_none(), "only where it was asked in Voyage's words");
+    assert!(plain.json().get("data").is_none(), "data is only for requests with Voyage's fields");
     assert_eq!(plain.json()["object"], "rerank");
     check_error(
         &rerank(&app, json!({"model": "m", "query": "q", "documents": ["x"], "top_k": 0})).await,

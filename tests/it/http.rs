@@ -34,7 +34,7 @@ async fn the_documented_example_gets_the_documented_response() {
     assert!(found["id"].as_str().is_some_and(|id| !id.is_empty()) && found["created"].as_u64() > Some(1_700_000_000));
     found["id"] = json!("…");
     found["created"] = json!(1);
-    // [CLS] red apple [SEP] document [SEP]: 5 special and query tokens beside 1, 1, 2 and 0.
+    // [CLS] red apple [SEP] document [SEP]: 5 tokens in each of 4 pairs, and 1, 1, 2 and 0 of the documents.
     let tokens = json!({"input_tokens": 24, "output_tokens": 0});
     let expected = json!({
         "id": "…",
@@ -89,8 +89,9 @@ async fn a_long_document_scores_as_its_best_chunk() {
     let answer = rerank(&app, body(json!([format!("{padding} red apple"), "apple", padding]))).await;
     assert_eq!(answer.order(), [0, 1, 2]);
     assert_eq!(answer.score(0), sigmoid(1.0));
-    // Room 64 - 2 - 3 = 59, stride 59 - 59 / 4 = 45: 302 tokens make 1 + ceil(243 / 45) = 7 chunks, 300 as many, and
-    // equal chunks are computed once: the first document's first 6 are all x, as are the third's 7.
+    // A chunk has room for 64 - 2 - 3 = 59 tokens, and the stride is 59 - 59 / 4 = 45. So 302 tokens make
+    // 1 + ceil(243 / 45) = 7 chunks, and so do 300. Equal chunks are computed once: the first 6 chunks of the first
+    // document and the 7 of the third are all x.
     assert_eq!(watch.pairs.load(Ordering::SeqCst), 3);
     let mut capped = body(json!([format!("{padding} red apple")]));
     capped["max_chunks_per_doc"] = json!(6);
@@ -147,7 +148,7 @@ async fn each_error_status_has_its_body() {
     check_error(&answer, 404, 404, "not_found_error", "/v1/rerank");
     let answer = rerank(&app, body(json!(["x".repeat(100_001)]))).await;
     check_error(&answer, 413, 413, "request_too_large", "100000 bytes");
-    // 2 documents of 15,000 tokens are 334 chunks each, at most 64 tokens long: over the 20,000 of one request.
+    // Each document of 15,000 tokens is split into 334 chunks, in pairs of at most 64 tokens: over the request's 20,000.
     let answer = rerank(&app, body(json!(["x ".repeat(15_000), "y ".repeat(15_000)]))).await;
     check_error(&answer, 413, 413, "request_too_large", "the limit is 20000");
     let request = Request::post("/v1/rerank").header("content-encoding", "gzip").body(Body::from("x")).unwrap();
@@ -415,7 +416,7 @@ async fn very_long_texts_are_answered_or_rejected_by_their_token_count() {
     assert_eq!(get(&app, "/health").await.status, 200);
 }
 
-// Findings B and 1: rank_fields times fields was quadratic, and both lists were bounded by the body alone.
+// Findings B and 1: the time was the product of rank_fields and fields, both limited by the size of the body only.
 #[tokio::test]
 async fn rank_fields_are_bounded_and_only_wanted_fields_are_read() {
     let (app, _) = app();

@@ -1,11 +1,11 @@
-"""Builds the groups of the second phase: questions against the paragraphs of a small pool, as from a few articles.
+"""Builds the groups of the second phase: questions against a small pool of paragraphs, as if a few articles were searched.
 
     python pools.py TOKENIZER_JSON
 
 A pool has 240 passages, up to five of one document. A group is a question, its gold passage and the seven other passages of
 the pool that BM25 over words ranks highest. The question's words are reordered in chunks, some come from a neighboring
 sentence, some are dropped, inflected or replaced by synonyms. BM25 is a strong ranker on such a pool. Its scores are the
-graded targets: they tell how much of the question each passage covers, where a gold label carries one bit.
+graded targets: they tell how much of the question each passage covers, whereas a gold label is one bit.
 """
 import glob, json, pickle, re, zlib
 import numpy as np

@@ -30,7 +30,7 @@ def main():
     is_han = lambda c: "\u4e00" <= c <= "\u9fff"
     keep = {c for c, _ in [x for x in count.most_common() if is_han(x[0])][:HAN_CHARACTERS]}
     keep |= {c for c, _ in [x for x in count.most_common() if not is_han(x[0])][:OTHER_CHARACTERS]}
-    texts = ["".join(c if c in keep else " " for c in t) for t in texts]   # rare characters become <unk>
+    texts = ["".join(c if c in keep else " " for c in t) for t in texts]   # rare characters get no piece; later they are <unk>
 
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizer

@@ -52,7 +52,7 @@ pub(super) fn run(
 
 /// Rows of the table, per run: calls, time, share of the run, minimum time by the roofline.
 ///
-/// `operations` are the sums over `runs` runs, and `run` is the mean seconds of a run.
+/// `operations` are the sums over `runs` runs, and `run` is the mean time of a run in seconds.
 fn operation_rows(operations: &[Operation], runs: f64, run: f64) -> Vec<Vec<String>> {
     let row = |name: &str, calls: String, seconds: f64, roofline: f64| {
         let known = roofline > 0.0;

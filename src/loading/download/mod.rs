@@ -2,8 +2,8 @@
 //!
 //! A download is two requests. `HEAD` gives the commit, the size and the digest of a file; `GET` gives the content at that
 //! commit. The content is written to `<blob>.incomplete`, which a later request or process continues, and gets its final
-//! name only after size and digest were checked and the file was synced. Text from the hub becomes a path only after a
-//! check (`names`), and the access token is sent to the endpoint's own origin only (`url`).
+//! name only after size and digest (if the hub announced them) were checked and the file was synced. Text from the hub
+//! becomes a path only after a check (`names`), and the access token is sent to the endpoint's own origin only (`url`).
 
 mod cache;
 mod error;
@@ -70,8 +70,8 @@ impl Hub {
     /// The path of the file in the cache; it is downloaded and verified if it is not there.
     ///
     /// # Errors
-    /// It does not exist, the hub cannot be reached, or the content is not what the hub announced. The chain of
-    /// causes has a [`HubError`] unless the file does not exist.
+    /// The file does not exist, or is not cached when offline; the hub cannot be reached; or the content is not what the hub
+    /// announced. In the last two cases the chain of causes has a [`HubError`].
     pub fn fetch(&self, at: &Revision, file: &str) -> Result<PathBuf> {
         self.fetch_optional(at, file)?.ok_or_else(|| anyhow!("{at} has no file {file}"))
     }

@@ -26,7 +26,7 @@ pub(super) struct Partial {
 impl Partial {
     /// Opens or creates the file. Bytes of an earlier process are kept only if a digest can check them in the end.
     pub(super) fn open(path: &Path, etag: &EntityTag) -> Result<Self, HubError> {
-        // Not through a symbolic link, which could point to another file.
+        // Anything but a regular file is removed first: a symbolic link could point to another file.
         if fs::symlink_metadata(path).is_ok_and(|metadata| !metadata.is_file()) {
             fs::remove_file(path).map_err(HubError::cache("remove", path))?;
         }
@@ -63,7 +63,7 @@ impl Partial {
         Ok(())
     }
 
-    /// Checks the content, syncs it to disk and returns its SHA-256.
+    /// Checks the content against the digest that the hub announced, if any, syncs it to disk and returns its SHA-256.
     pub(super) fn finish(&mut self, etag: &EntityTag) -> Result<String, HubError> {
         let sha256 = format!("{:x}", self.sha256.clone().finalize());
         match etag {

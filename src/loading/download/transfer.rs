@@ -33,14 +33,14 @@ impl Transfer<'_> {
     /// Downloads into `incomplete`, continuing what is there, and returns the SHA-256 of the verified, synced file.
     ///
     /// # Errors
-    /// The hub fails for good, the content is not the announced one (the file is removed), or the cache cannot be
+    /// The hub fails after all retries, the content is not the announced one (the file is removed), or the cache cannot be
     /// written (the file is kept for the next start).
     pub(super) fn run(&self, incomplete: &Path) -> Result<String, HubError> {
         let mut partial = Partial::open(incomplete, &self.metadata.etag)?;
         let mut may_restart = true;
-        let size = self.metadata.size.map_or_else(|| "unknown number".to_owned(), |size| size.to_string());
+        let size = self.metadata.size.map_or_else(|| "an unknown number of".to_owned(), |size| size.to_string());
         tracing::info!(
-            "downloading {} of {}: {size} bytes, {} of them are here already",
+            "downloading {} of {}: {size} bytes, {} of them from an earlier attempt",
             self.file,
             self.at,
             partial.length
@@ -164,7 +164,7 @@ impl Transfer<'_> {
     }
 
     fn interrupted(&self, length: u64, total: Option<u64>, reason: &str) -> HubError {
-        let total = total.map_or_else(|| "unknown number".to_owned(), |total| total.to_string());
+        let total = total.map_or_else(|| "an unknown number of".to_owned(), |total| total.to_string());
         HubError::unavailable(format!("{}: interrupted after {length} of {total} bytes: {reason}", self.file))
     }
 }
@@ -202,7 +202,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rate_below_the_minimum_ends_the_window() {
+    fn a_rate_below_the_minimum_over_a_whole_window_is_an_error() {
         let policy = NetworkPolicy {
             read_timeout: Duration::from_secs(10),
             min_bytes_per_second: 100,

@@ -1,4 +1,4 @@
-"""Cohere's SDK: both clients and the asynchronous one. Runs with the latest version and with version 5."""
+"""Cohere's SDK: its two synchronous clients and the asynchronous one of its v2 API. Runs with the latest version and with version 5."""
 
 import asyncio
 from functools import partial

@@ -70,9 +70,9 @@ def mixedbread_ai(server, model, top_n, texts):
     return rank_with(MixedbreadAIRerank(model=model, api_key=server.key, top_n=count(top_n), max_retries=0))
 
 
-# These two raise RuntimeError with the answer if it has no `results`.
+# SiliconFlowRerank and JinaRerank raise RuntimeError with the answer if it has no `results`.
 OF_RESULTS = {"wrong_key": RuntimeError, "unknown_model": RuntimeError, "overload": RuntimeError}
-# This client ignores the HTTP status; its check of the answer's length fails.
+# TextEmbeddingInference ignores the HTTP status; then its check of the answer's length fails.
 OF_TEI = {"wrong_key": AssertionError, "unknown_model": AssertionError, "overload": (AssertionError, TypeError)}
 NO_MODEL = {"unknown model": "this request format has no model field"}
 

@@ -1,8 +1,8 @@
 // A stand-in for libcublasLt.so.13: cublasLtMatmul with the real ABI, on a CPU, in the streams of driver.cpp.
 //
 // D = activation(alpha * op(A) op(B) + beta * C + bias), column-major, batched by strides. A and B are both f16, bf16 or
-// f32; C and D have that type or, of f16 and bf16, f32. Or A and B are both E4M3, on devices that have it, with A transposed,
-// B not, and sizes and leading dimensions of multiples of 16; C and D are then f16 or bf16. Sums are f32, and rounded once to
+// f32; C and D have the same type, or f32. Or A and B are both E4M3, on devices that have it, with A transposed and B not; all
+// sizes and leading dimensions are then multiples of 16, and C and D are f16 or bf16. Sums are f32, and rounded once to
 // D's type. Epilogues: none, RELU, GELU (by tanh), each with BIAS or without; the bias has m elements of D's type.
 //
 // There are three algorithms, which sum over k in different orders and so differ in the last bits. As in the real library, the
@@ -52,7 +52,7 @@ enum Epilogue : unsigned { NO_EPILOGUE = 1, RELU = 2, BIAS = 4, GELU = 32 };
 
 struct Layout {
     int type = F32;
-    int order = 0; // columns
+    int order = 0; // column-major
     uint64_t rows = 0, columns = 0;
     int64_t leading = 0;
     int batches = 1;
@@ -65,8 +65,8 @@ struct Description {
     unsigned epilogue = NO_EPILOGUE;
     const void* bias = nullptr;
     int64_t bias_batch_stride = 0;
-    int bias_type = -1; // D's
-    bool unknown = false; // an unsupported attribute was set to another value than its default
+    int bias_type = -1; // -1: the type of D
+    bool unknown = false; // an unsupported attribute was set
 };
 
 struct Preference {
@@ -196,12 +196,13 @@ struct Gemm {
     size_t workspace_bytes;
 };
 
-// D is computed in tiles of 16 x 6, which fit the registers of AVX2. Operands are packed into panels of that width, with the elements
-// of one k adjacent, and zeros past the edge.
+// D is computed in tiles of 16 x 6, which fit the registers of AVX2. A is packed into panels of 16 rows, B into panels of 6
+// columns. In a panel the elements of one k are adjacent; past the edge of the matrix there are zeros.
 constexpr size_t TILE_ROWS = 16, TILE_COLUMNS = 6;
 typedef float Lanes __attribute__((vector_size(4 * TILE_ROWS), aligned(4), may_alias));
 
-// [outer / width, k, width] from a matrix whose element (k, outer) is at k * k_stride + outer * outer_stride.
+// Packed panels, [ceil(outer / width), k, width], from a matrix whose element (k, outer) is at
+// k * k_stride + outer * outer_stride.
 std::vector<float> packed(const void* from, int type, bool tf32, uint64_t outer, size_t outer_stride, uint64_t k,
                           size_t k_stride, size_t width) {
     const size_t panels = (outer + width - 1) / width;
@@ -228,7 +229,7 @@ std::vector<float> packed(const void* from, int type, bool tf32, uint64_t outer,
     return panel_values;
 }
 
-// One tile over `k` steps, each sum in order.
+// The sums of one tile over `k` values, added in order of k.
 void multiply(const float* a_panel, const float* b_panel, size_t k, Lanes (&sums)[TILE_COLUMNS]) {
     Lanes sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {}, sum4 = {}, sum5 = {};
     for (size_t i = 0; i < k; ++i, a_panel += TILE_ROWS, b_panel += TILE_COLUMNS) {

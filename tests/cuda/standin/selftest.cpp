@@ -712,7 +712,7 @@ void check_all_is_lost(void* stream, Pointer x) {
     CHECK(name == string("CUDA_ERROR_ILLEGAL_ADDRESS"));
 }
 
-void injected_launch() { // launch:3, the second launch of a graph
+void injected_launch() { // launch:3: the third launch fails, here the graph's second
     open_device();
     void* const stream = new_stream();
     void* const add = function(load(), "add_one");
@@ -820,7 +820,7 @@ struct Case {
     uint64_t m, n, k;
     float alpha = 1, beta = 0;
     int batches = 1;
-    int padding = 0; // of the leading dimensions
+    int padding = 0; // leading dimension minus rows
 };
 
 struct Matrix {
@@ -1166,7 +1166,7 @@ struct Test {
     const char* name;
     void (*run)();
     std::vector<string> environment;
-    int signal = 0; // that ends it
+    int signal = 0; // the signal that must end the process; 0: it must exit with 0
 };
 
 const std::vector<Test>& tests() {

@@ -20,7 +20,7 @@ pub(crate) struct Code {
 }
 
 impl Code {
-    /// Reads a file. The second part names its test modules that are files of their own.
+    /// Reads a file. Also returns the names of its test modules that are in files of their own.
     pub(crate) fn parse(text: &str) -> (Self, Vec<String>) {
         let (tokens, test_modules) = without_tests(tokens(text));
         (Self { tokens }, test_modules)
@@ -112,7 +112,7 @@ fn after_string(chars: &[char], start: usize) -> usize {
     i + 1
 }
 
-/// Takes out every item after `#[cfg(test)]`, and names those that are `mod name;`.
+/// Leaves out every item after `#[cfg(test)]`. Also returns the names of those that are `mod name;`.
 fn without_tests(tokens: Vec<Token>) -> (Vec<Token>, Vec<String>) {
     const ATTRIBUTE: [&str; 7] = ["#", "[", "cfg", "(", "test", ")", "]"];
     let (mut kept, mut modules) = (Vec::new(), Vec::new());
@@ -146,7 +146,7 @@ fn without_tests(tokens: Vec<Token>) -> (Vec<Token>, Vec<String>) {
 }
 
 #[test]
-fn comments_and_literals_are_no_code() {
+fn comments_and_literals_are_left_out() {
     let text = r##"a // b
         /* c /* d */ e */ f<'g>('h', '\'', "i \" j", r#"k " l"#, b"m") n::o 0xff"##;
     let words: Vec<String> = tokens(text).into_iter().filter(Token::is_name).map(|token| token.text).collect();
@@ -155,7 +155,7 @@ fn comments_and_literals_are_no_code() {
 }
 
 #[test]
-fn items_for_tests_are_taken_out() {
+fn items_for_tests_are_left_out() {
     let (code, modules) =
         Code::parse("fn a() {} #[cfg(test)] mod b { fn c() { [0; 2] } } #[cfg(test)] mod d; fn e() {}");
     assert!(code.lines_of(&["c"]).is_empty() && code.lines_of(&["d"]).is_empty());

@@ -1,9 +1,9 @@
 //! A stub model behind the real HTTP application, with scores that are easy to compute by hand.
 //!
 //! Its tokenizer knows [`WORDS`] and splits at whitespace. Its logit is the number of tokens of the chunk that are also in the
-//! query, minus one. A query with the word "nan" scores NaN; one with the word "panic" panics.
+//! query, minus one, plus the model's bias. A query with the word "nan" scores NaN; one with the word "panic" panics.
 
-#![allow(unreachable_pub, dead_code, reason = "benches include this file and use a part of it")]
+#![allow(unreachable_pub, dead_code, reason = "benches and the fuzz crate include this file and use a part of it")]
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -62,7 +62,7 @@ impl Watch {
         }
     }
 
-    /// Closes the gate: each further batch waits for one message. Dropping the sender opens the gate for good.
+    /// Closes the gate: each further batch waits for one message from the returned sender. Dropping the sender opens the gate.
     pub fn close_gate(&self) -> Sender<()> {
         let (open, gate) = channel();
         *self.gate.lock().unwrap() = Some(gate);
