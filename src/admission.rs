@@ -17,7 +17,7 @@ use crate::error::RerankError;
 
 /// Weight of a new job in the running estimate of the speed.
 const SMOOTHING: f64 = 0.2;
-/// Jobs that are measured before requests are refused as [`RerankError::CannotFinish`]: the first jobs may be slow.
+/// Jobs that are measured before requests are refused because of time: the first jobs may be slow.
 const MIN_MEASURED_JOBS: usize = 3;
 /// Retry-After is increased by a random fraction of itself, up to this one, so that refused clients do not all return at once.
 const RETRY_JITTER: f64 = 0.5;
@@ -121,7 +121,7 @@ impl Admission {
         units: usize,
         patience: Option<Duration>,
     ) -> Result<Permit, RerankError> {
-        let needed = self.seconds_for(units).filter(|_| self.measured_jobs.load(Relaxed) >= MIN_MEASURED_JOBS);
+        let needed = self.seconds_for(units).filter(|_| self.is_measured());
         if let (Some(patience), Some(needed)) = (patience, needed)
             && needed > patience.as_secs_f64()
         {
@@ -181,6 +181,10 @@ impl Admission {
         Some(f64::from_bits(self.speed.load(Relaxed))).filter(|&speed| speed > 0.0)
     }
 
+    fn is_measured(&self) -> bool {
+        self.measured_jobs.load(Relaxed) >= MIN_MEASURED_JOBS
+    }
+
     fn seconds_for(&self, units: usize) -> Option<f64> {
         self.speed().map(|speed| units as f64 / speed)
     }
@@ -188,7 +192,8 @@ impl Admission {
     /// Maximum admitted units: the fixed limit, or fewer if not all of them finish within the allowed wait and `patience`.
     fn limit(&self, patience: Option<Duration>) -> usize {
         let wait = patience.map_or(self.limits.wait, |patience| patience.min(self.limits.wait));
-        let by_time = self.speed().map_or(usize::MAX, |speed| (speed * wait.as_secs_f64()) as usize);
+        let speed = self.speed().filter(|_| self.is_measured());
+        let by_time = speed.map_or(usize::MAX, |speed| (speed * wait.as_secs_f64()) as usize);
         self.limits.units.min(by_time)
     }
 
@@ -291,7 +296,8 @@ mod tests {
     fn one_measured_job_is_too_few_to_refuse_a_long_request() {
         let admission = admission(1_000_000, 5);
         admission.done(1, Duration::from_secs(1));
-        assert!(admit(&admission, 3, Some(Duration::from_secs(2))).is_ok());
+        let first = admit(&admission, 3, Some(Duration::from_secs(2)));
+        assert!(first.is_ok() && admit(&admission, 3, Some(Duration::from_secs(2))).is_ok());
     }
 
     #[test]

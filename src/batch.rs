@@ -39,7 +39,7 @@ impl Pair {
 }
 
 /// Pairs packed end to end: the input of one forward pass.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct Batch {
     ids: Vec<u32>,
     type_ids: Vec<u32>,
@@ -47,10 +47,17 @@ pub struct Batch {
     offsets: Vec<usize>,
 }
 
+impl Default for Batch {
+    /// No sequences.
+    fn default() -> Self {
+        Self { ids: Vec::new(), type_ids: Vec::new(), positions: Vec::new(), offsets: vec![0] }
+    }
+}
+
 impl Batch {
     /// Packs `pairs` in the given order.
     pub fn pack<'a>(pairs: impl IntoIterator<Item = &'a Pair>) -> Self {
-        let mut batch = Self { offsets: vec![0], ..Self::default() };
+        let mut batch = Self::default();
         for pair in pairs {
             batch.ids.extend_from_slice(pair.ids());
             batch.type_ids.extend(pair.type_ids().iter().map(|&t| u32::from(t)));
@@ -62,7 +69,7 @@ impl Batch {
 
     /// A new batch of some of the sequences, in the given order.
     pub fn select(&self, sequences: &[usize]) -> Self {
-        let mut batch = Self { offsets: vec![0], ..Self::default() };
+        let mut batch = Self::default();
         for &sequence in sequences {
             let rows = self.offsets[sequence]..self.offsets[sequence + 1];
             batch.ids.extend_from_slice(&self.ids[rows.clone()]);

@@ -38,7 +38,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     for run in 0..args.runs {
         let before = batch_seconds(&server.address).await?;
         let start = Instant::now();
-        failed += usize::from(client.ask(&large[run], start).await.answer != Answer::Status(200));
+        failed += usize::from(client.ask(&large[run % large.len()], start).await.answer != Answer::Status(200));
         let took = start.elapsed();
         large_alone.push(ms(took));
         let after = batch_seconds(&server.address).await?;
@@ -46,7 +46,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         alone.push(quantile(&latencies_ms(&client.offer(&small, rate, took, CONNECTIONS).await, 200), 0.99));
         let asked = tokio::spawn({
             let (client, large) = (client.clone(), std::sync::Arc::clone(&large));
-            async move { client.ask(&large[run], Instant::now()).await }
+            async move { client.ask(&large[run % large.len()], Instant::now()).await }
         });
         let outcomes = client.offer(&small, rate, took, CONNECTIONS).await;
         failed += outcomes.iter().filter(|outcome| outcome.answer != Answer::Status(200)).count();

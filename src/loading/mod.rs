@@ -5,6 +5,7 @@ pub mod catalogue;
 pub mod download;
 pub mod source;
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -159,8 +160,8 @@ impl<'a> Loader<'a> {
         let mut aliases: Vec<String> = entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
         aliases.push(catalogue::short_name(&source.name).to_owned());
         aliases.extend(source.aliases.iter().cloned());
-        aliases.retain(|alias| !alias.eq_ignore_ascii_case(&source.name));
-        aliases.dedup();
+        let mut known = HashSet::from([source.name.to_ascii_lowercase()]);
+        aliases.retain(|alias| known.insert(alias.to_ascii_lowercase()));
         Ok(LoadedModel {
             name: source.name.clone(),
             aliases,

@@ -29,10 +29,13 @@ pub(super) type EndProcess = fn(&str) -> !;
 pub(super) fn end_process(reason: &str) -> ! {
     tracing::error!("{reason}; ending with exit code {EXIT_DEVICE_LOST} so that the process can be started again");
     thread::sleep(RESPONSE_FLUSH_GRACE);
-    thread::spawn(|| {
+    let timer = thread::Builder::new().spawn(|| {
         thread::sleep(EXIT_TIMEOUT);
         signal_hook::low_level::exit(EXIT_DEVICE_LOST);
     });
+    if timer.is_err() {
+        signal_hook::low_level::exit(EXIT_DEVICE_LOST); // no timer could end exit handlers that hang
+    }
     std::process::exit(EXIT_DEVICE_LOST);
 }
 

@@ -300,10 +300,10 @@ impl TextEncoder {
             }
         }
         drop(results);
-        for ((text, skipped), document) in texts.iter_mut().zip(&bytes_skipped).zip(documents.iter()) {
+        for (text, skipped) in texts.iter_mut().zip(&bytes_skipped) {
             let skipped = skipped.load(Relaxed);
             if skipped > 0 {
-                let read = document.len().saturating_sub(skipped).max(1);
+                let read = text.bytes.saturating_sub(skipped).max(1);
                 text.tokens += (text.tokens as f64 * skipped as f64 / read as f64).ceil() as usize;
             }
         }
@@ -385,8 +385,10 @@ impl EncodedRequest {
 struct DocumentIds {
     /// Token ids as far as the document's chunks reach.
     ids: Vec<u32>,
-    /// Tokens of the whole document; extrapolated if only its first part was tokenized.
+    /// Tokens of the document's first `bytes`; extrapolated if only a part of them was tokenized.
     tokens: usize,
+    /// Bytes of its text after truncation to the maximum characters.
+    bytes: usize,
     /// Whether its text was truncated before tokenization.
     truncated: bool,
 }
@@ -402,7 +404,8 @@ fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<DocumentIds>
     let mut texts = Vec::with_capacity(documents.len());
     for (document, text) in documents.iter().enumerate() {
         let (ranges, truncated) = slice::slices(text, SLICE_CHARS, max_chars);
-        texts.push(DocumentIds { truncated, ..DocumentIds::default() });
+        let bytes = ranges.last().map_or(0, |range| range.end);
+        texts.push(DocumentIds { bytes, truncated, ..DocumentIds::default() });
         for range in ranges {
             open_bytes += range.len();
             open.push((document, range));

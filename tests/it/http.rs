@@ -384,7 +384,7 @@ async fn openapi_lists_every_status() {
     let contract = get(&app, "/openapi.json").await.json();
     assert!(contract["openapi"].as_str().unwrap().starts_with("3."));
     let responses = contract["paths"]["/v1/rerank"]["post"]["responses"].as_object().unwrap();
-    for status in ["200", "400", "401", "408", "413", "415", "500", "503", "504"] {
+    for status in ["200", "400", "401", "408", "413", "415", "429", "500", "503", "504"] {
         assert!(responses.contains_key(status), "{status}");
     }
 }

@@ -73,7 +73,10 @@ impl Hub {
     /// The file does not exist, or is not cached when offline; the hub cannot be reached; or the content is not what the hub
     /// announced. In the last two cases the chain of causes has a [`HubError`].
     pub fn fetch(&self, at: &Revision, file: &str) -> Result<PathBuf> {
-        self.fetch_optional(at, file)?.ok_or_else(|| anyhow!("{at} has no file {file}"))
+        self.fetch_optional(at, file)?.ok_or_else(|| match self.options.offline {
+            true => anyhow!("{file} of {at} is not cached"),
+            false => anyhow!("{at} has no file {file}"),
+        })
     }
 
     /// As [`Hub::fetch`], with `None` for a file that the repository does not have, or that is not cached when offline.

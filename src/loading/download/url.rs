@@ -31,12 +31,15 @@ pub(super) fn redirect_target(from: &Uri, location: Option<&str>) -> Result<Uri,
         .ok_or_else(|| HubError::InvalidResponse(format!("{} redirects without a location header", origin(from))))?;
     let scheme = from.scheme_str().unwrap_or_default();
     let authority = from.authority().map(|authority| authority.as_str()).unwrap_or_default();
-    let target = if location.contains("://") {
+    let is_scheme = |text: &str| text.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'+' | b'-' | b'.'));
+    let target = if location.split_once("://").is_some_and(|(scheme, _)| is_scheme(scheme)) {
         location.to_owned()
     } else if location.starts_with("//") {
         format!("{scheme}:{location}")
     } else if location.starts_with('/') {
         format!("{scheme}://{authority}{location}")
+    } else if location.starts_with('?') {
+        format!("{scheme}://{authority}{}{location}", from.path())
     } else {
         let folder = from.path().rsplit_once('/').map_or("", |(folder, _)| folder);
         format!("{scheme}://{authority}{folder}/{location}")
@@ -119,6 +122,8 @@ mod tests {
             ("https://cdn.example/f?sig=1", "https://cdn.example/f?sig=1"),
             ("//cdn.example/f", "https://cdn.example/f"),
             ("/new/f", "https://hub.example:8443/new/f"),
+            ("/new/f?from=https://x/", "https://hub.example:8443/new/f?from=https://x/"),
+            ("?x=2", "https://hub.example:8443/org/name/resolve/main/f?x=2"),
             ("g#part", "https://hub.example:8443/org/name/resolve/main/g"),
         ] {
             assert_eq!(redirect_target(&from, Some(location)).unwrap(), uri(target));

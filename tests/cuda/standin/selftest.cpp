@@ -919,9 +919,12 @@ int check_gemm(Blas& blas, const Case& shape) {
             }
         }
         // The padding between columns is untouched.
-        for (uint64_t row = shape.m; row < d.leading; ++row) {
-            for (size_t byte = 0; byte < bytes_of(shape.output); ++byte) {
-                CHECK(d.bytes[d.index(row, 0, 0) * bytes_of(shape.output) + byte] == char(0xFF));
+        const size_t width = bytes_of(shape.output);
+        for (int batch = 0; batch < shape.batches; ++batch) {
+            for (uint64_t column = 0; column < shape.n; ++column) {
+                for (size_t at = d.index(shape.m, column, batch) * width; at < d.index(d.leading, column, batch) * width; ++at) {
+                    CHECK(d.bytes[at] == char(0xFF));
+                }
             }
         }
     }
