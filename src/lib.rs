@@ -14,7 +14,7 @@
 //! - [`checkpoint`]: a model's configuration and weights, checked against each other.
 //! - [`loading`]: from a model's name to a model that scores: catalogue, downloads, start-up checks. Called once, at start.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
-//! - [`batch`], [`error`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
+//! - [`batch`], [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;
@@ -40,6 +40,7 @@ pub mod eval;
 pub mod loading;
 pub mod rerank;
 pub mod scheduler;
+pub mod score;
 pub mod secret;
 pub mod served;
 pub mod telemetry;

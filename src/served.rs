@@ -7,6 +7,7 @@ use crate::loading::download::Hub;
 use crate::loading::source::ModelSource;
 use crate::loading::{LoadOptions, LoadedModel, Loader};
 use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
+use crate::score::ScoreMap;
 use crate::text::TextEncoder;
 
 /// Maximum time of one batch, of a large model on a small CPU.
@@ -26,6 +27,8 @@ pub struct Model {
     pub dtype: &'static str,
     /// Other names that requests may use.
     pub aliases: Vec<String>,
+    /// From logits to scores.
+    pub score_map: ScoreMap,
     /// Text to pairs.
     pub text: TextEncoder,
     /// Pairs to logits.
@@ -42,9 +45,9 @@ impl Model {
     /// # Errors
     /// The operating system refuses a thread.
     pub fn start(loaded: LoadedModel, limits: SchedulerLimits) -> std::io::Result<Self> {
-        let LoadedModel { name, aliases, text, dtype, encoder, .. } = loaded;
+        let LoadedModel { name, aliases, score_map, text, dtype, encoder, .. } = loaded;
         let scheduler = Scheduler::start(&name, encoder, limits)?;
-        Ok(Self { name, dtype, aliases, text, scheduler })
+        Ok(Self { name, dtype, aliases, score_map, text, scheduler })
     }
 
     /// Checks that an inference has succeeded within `recent`, or succeeds now within `patience_s` seconds. A model that has
