@@ -12,6 +12,7 @@ use rerankd::config::args::ServeArgs;
 use rerankd::config::machine::Machine;
 use rerankd::encoder::CrossEncoder;
 use rerankd::loading::LoadedModel;
+use rerankd::score::ScoreMap;
 use rerankd::served::{Model, Models};
 use rerankd::telemetry;
 use rerankd::text::{EmbeddingRows, TextEncoder};
@@ -58,6 +59,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let rows = EmbeddingRows { vocabulary: 16_000, token_types: 1 };
     let tokenizer = include_bytes!("../../models/mini/tokenizer.json");
     let loaded = LoadedModel {
+        score_map: ScoreMap::default(),
         name: "rerankd-mini".to_owned(),
         aliases: Vec::new(),
         text: TextEncoder::new(tokenizer, rows, WINDOW, settings.models.load.limits)?,
