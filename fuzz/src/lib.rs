@@ -1,14 +1,14 @@
 //! What the fuzz targets share with the integration tests.
 
 #[path = "../../tests/it/support/stub.rs"]
-mod stub;
-
-/// The paths of the integration tests, which `targets` uses.
-pub mod support {
-    pub use crate::stub;
-}
+pub mod stub;
 
 pub mod targets;
+
+/// The stub model under its path in the integration tests, which `targets` uses.
+mod support {
+    pub(crate) use crate::stub;
+}
 
 /// Replaces libFuzzer's panic hook, which would abort at panics that the server catches and turns into errors. Panics that the
 /// stub model was asked for are not printed. A panic that leaves a target still ends the run.

@@ -6,6 +6,9 @@ mod targets;
 use std::fs;
 use std::path::Path;
 
+use proptest::prelude::*;
+use rerankd::text::{Chunking, Tail};
+
 /// Runs a target on every file of `fuzz/seeds/TARGET`, then on `mutations` inputs that are derived from them.
 fn check(target: &str, run: fn(&[u8]), mutations: usize) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/seeds").join(target);
@@ -74,4 +77,15 @@ fn a_request_gets_a_documented_response_and_the_scores_of_the_reference() {
 #[test]
 fn a_model_folder_loads_and_scores_or_is_refused() {
     check("models", targets::models::run, 1000);
+}
+
+proptest! {
+    /// The sizes of real requests, which random bytes seldom have.
+    #[test]
+    fn chunks_of_real_sizes_are_those_of_the_reference(
+        tokens in 0usize..20_000, room in 1usize..2_000, overlap in 0usize..=80, max_chunks in 1usize..40, short in any::<bool>(),
+    ) {
+        let tail = if short { Tail::Short } else { Tail::Aligned };
+        targets::chunks::check(tokens, Chunking { room, overlap, max_chunks, tail });
+    }
 }

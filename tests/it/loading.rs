@@ -202,16 +202,24 @@ fn invalid_json_is_rejected_with_the_file_name() {
     }
 }
 
-/// Found by fuzzing: this character map is read without an error, and the tokenizer panics when it uses it.
+/// Found by fuzzing: these parts are read without an error, and the tokenizer panics when it uses them.
 #[test]
-fn a_character_map_on_which_the_tokenizer_panics_is_rejected() {
-    let model = Model::copy("xlmr");
-    let mut tokenizer: Value = serde_json::from_slice(&fs::read(model.path("tokenizer.json")).unwrap()).unwrap();
+fn a_tokenizer_that_panics_is_rejected() {
     // A double array of four units, all zero, and two replacements.
-    tokenizer["normalizer"] =
-        json!({"type": "Precompiled", "precompiled_charsmap": "EAAAAAAAAAAAAAAAAAAAAAAAAAAgAGEA"});
-    fs::write(model.path("tokenizer.json"), tokenizer.to_string()).unwrap();
-    model.check_rejected("a damaged character map", &["tokenizer.json", "the tokenizer panicked"]);
+    let map = json!({"type": "Precompiled", "precompiled_charsmap": "EAAAAAAAAAAAAAAAAAAAAAAAAAAgAGEA"});
+    let token = json!({"SpecialToken": {"id": "<unknown>", "type_id": 0}});
+    let sequence = |id: &str| json!({"Sequence": {"id": id, "type_id": 0}});
+    let template = json!({
+        "type": "TemplateProcessing", "single": [sequence("A")], "pair": [token, sequence("A"), sequence("B")],
+        "special_tokens": {},
+    });
+    for (part, content) in [("normalizer", map), ("post_processor", template)] {
+        let model = Model::copy("xlmr");
+        let mut tokenizer: Value = serde_json::from_slice(&fs::read(model.path("tokenizer.json")).unwrap()).unwrap();
+        tokenizer[part] = content;
+        fs::write(model.path("tokenizer.json"), tokenizer.to_string()).unwrap();
+        model.check_rejected(part, &["tokenizer.json", "the tokenizer panicked"]);
+    }
 }
 
 #[test]

@@ -4,8 +4,9 @@
 //! is not part of this: a request that the `http` crate cannot represent is ignored.
 
 use std::ops::Range;
-use std::sync::{Arc, LazyLock};
+use std::sync::LazyLock;
 
+use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::http::{Method, Request, StatusCode};
 use futures_util::stream;
@@ -13,6 +14,7 @@ use http_body_util::{BodyExt, Limited};
 use rerankd::api::{ApiLimits, App, HostList, Keys, parse_request, router};
 use rerankd::client::RateLimits;
 use rerankd::rerank::RerankRequest;
+use rerankd::served::Models;
 use rerankd::text::{Chunking, Tail};
 use serde_json::Value;
 use tower::ServiceExt;
@@ -32,8 +34,8 @@ const MAX_RESPONSE_BYTES: usize = 16 << 20;
 
 struct Servers {
     runtime: tokio::runtime::Runtime,
-    open: Arc<App>,
-    closed: Arc<App>,
+    open: Router,
+    closed: Router,
 }
 
 static SERVERS: LazyLock<Servers> = LazyLock::new(|| {
@@ -41,8 +43,8 @@ static SERVERS: LazyLock<Servers> = LazyLock::new(|| {
     let hosts = Some(HostList::new([]));
     let app = |keys, hosts| {
         let app = App::new(keys, LIMITS, hosts);
-        app.set_models(rerankd::served::Models::new(vec![stub::model("m", 0.0, stub::QUEUE).0]).unwrap());
-        app
+        app.set_models(Models::new(vec![stub::model("m", 0.0, stub::QUEUE).0]).unwrap());
+        router(&app)
     };
     Servers {
         runtime,
@@ -77,9 +79,9 @@ pub fn run(input: &[u8]) {
     assert!(is_open || has_key || answer.status == StatusCode::UNAUTHORIZED, "{method} {path}: {}", answer.status);
 }
 
-fn send(app: &Arc<App>, request: Request<Body>) -> TestResponse {
+fn send(server: &Router, request: Request<Body>) -> TestResponse {
     SERVERS.runtime.block_on(async {
-        let (parts, body) = router(app).oneshot(request).await.unwrap().into_parts();
+        let (parts, body) = server.clone().oneshot(request).await.unwrap().into_parts();
         let bytes = Limited::new(body, MAX_RESPONSE_BYTES).collect().await.expect("a bounded response").to_bytes();
         let text = String::from_utf8_lossy(&bytes).into_owned();
         TestResponse { status: parts.status, headers: parts.headers, text }
