@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
 
-use super::client::{Answer, Client, Outcome, connect, post, requests, text};
+use super::client::{ATTACKERS_KEY, Answer, Client, KEY, Outcome, connect, post_with_key, requests, text};
 use super::report::{append_json, latencies_ms, median, quantile};
 use super::server::ServerArgs;
 
@@ -35,6 +35,9 @@ pub(crate) struct Args {
     /// Pairs of a measurement alone and one under attack
     #[arg(long, default_value_t = 3)]
     runs: usize,
+    /// Serve without keys: the server cannot tell the attacker from the other client
+    #[arg(long)]
+    without_keys: bool,
     /// Only attacks whose name contains this
     #[arg(long, default_value = "")]
     only: String,
@@ -85,12 +88,20 @@ impl Attack {
 pub(crate) fn large_request() -> Vec<u8> {
     let random = &mut fastrand::Rng::with_seed(1);
     let documents: Vec<String> = (0..1000).map(|_| text(random, 1200)).collect();
-    post("/v1/rerank", &json!({"model": MODEL, "query": "q", "documents": documents}).to_string())
+    post_with_key(
+        ATTACKERS_KEY,
+        "/v1/rerank",
+        &json!({"model": MODEL, "query": "q", "documents": documents}).to_string(),
+    )
 }
 
 fn long_documents() -> Vec<u8> {
     let documents = vec!["!".repeat(262_144); 31];
-    post("/v1/rerank", &json!({"model": MODEL, "query": "q", "documents": documents}).to_string())
+    post_with_key(
+        ATTACKERS_KEY,
+        "/v1/rerank",
+        &json!({"model": MODEL, "query": "q", "documents": documents}).to_string(),
+    )
 }
 
 async fn repeat(address: String, request: Vec<u8>) {
@@ -103,14 +114,14 @@ async fn repeat(address: String, request: Vec<u8>) {
 /// Holds one socket in the worst way for its kind, and opens another when it is closed.
 async fn hold_socket(address: String, kind: usize) {
     let answered = json!({"model": MODEL, "query": "q", "documents": ["a".repeat(1 << 20)], "return_documents": true, "max_chunks_per_doc": 1});
-    let unread = post("/v1/rerank", &answered.to_string());
+    let unread = post_with_key(ATTACKERS_KEY, "/v1/rerank", &answered.to_string());
     loop {
         let Ok(mut stream) = connect(&address).await else {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
         let first: &[u8] = match kind % 3 {
-            0 => b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-length: 8000000\r\n\r\n",
+            0 => b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer attacker\r\ncontent-length: 8000000\r\n\r\n",
             1 => b"POST /v1/rerank HTTP/1.1\r\nhost:",
             _ => &unread,
         };
@@ -120,7 +131,10 @@ async fn hold_socket(address: String, kind: usize) {
             // A header gets no more bytes; an unread answer gets pipelined requests until the kernel's buffers are full.
             open = match kind % 3 {
                 0 => stream.write_all(&[b' '; 512]).await.is_ok(),
-                1 => stream.writable().await.is_ok() && stream.try_read(&mut [0; 1]).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock),
+                1 => {
+                    stream.writable().await.is_ok()
+                        && stream.try_read(&mut [0; 1]).is_err_and(|e| e.kind() == std::io::ErrorKind::WouldBlock)
+                }
                 _ => stream.take_error().is_ok_and(|error| error.is_none()),
             };
         }
@@ -130,16 +144,20 @@ async fn hold_socket(address: String, kind: usize) {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let small = requests("/v1/rerank", MODEL, 1, args.words);
     println!(
-        "a client at {:.0} % of the capacity, one document of {} words a request; medians of {} pairs of {} s",
+        "a client at {:.0} % of the capacity{}, one document of {} words a request; medians of {} pairs of {} s",
         100.0 * args.load,
+        if args.without_keys { ", no keys" } else { ", attacker with another key" },
         args.words,
         args.runs,
         args.seconds
     );
-    println!("| attack | requests/s | p50 alone ms | p50 attacked ms | p99 alone ms | p99 attacked ms | ratio of p99 | not 200 |");
+    println!(
+        "| attack | requests/s | p50 alone ms | p50 attacked ms | p99 alone ms | p99 attacked ms | ratio of p99 | not 200 |"
+    );
     println!("|---|---|---|---|---|---|---|---|");
     for (name, attack) in Attack::ALL.into_iter().filter(|(name, _)| name.contains(&args.only)) {
-        let server = args.server.start(&[])?;
+        let keys: &[&str] = if args.without_keys { &[] } else { &["--api-key", KEY, "--api-key", ATTACKERS_KEY] };
+        let server = args.server.start(keys)?;
         let client = Client::new(&server.address);
         client.capacity(&small, 16, Duration::from_secs(1)).await;
         let rate = args.load * client.capacity(&small, 16, Duration::from_secs(3)).await;

@@ -27,7 +27,9 @@ pub(crate) struct Args {
 }
 
 pub(crate) async fn run(args: Args) -> Result<()> {
-    println!("| input | MB | status | server CPU ms | us/KB | server CPU / client CPU | memory MiB | memory / byte sent |");
+    println!(
+        "| input | MB | status | server CPU ms | us/KB | server CPU / client CPU | memory MiB | memory / byte sent |"
+    );
     println!("|---|---|---|---|---|---|---|---|");
     for (name, wire) in inputs() {
         // A fresh server, so that memory of an earlier input does not hide that of this one.
@@ -135,7 +137,8 @@ fn inputs() -> Vec<(&'static str, Vec<u8>)> {
     let document = |text: String| rerank(&request(json!([text])));
     let get = |headers: String| format!("GET /v1/models HTTP/1.1\r\nhost: localhost\r\n{headers}\r\n\r\n").into_bytes();
     let names = |n: usize| (0..n).map(|i| format!("z{i}")).collect::<Vec<_>>();
-    let fields: serde_json::Map<String, serde_json::Value> = (0..300_000).map(|i| (format!("f{i}"), json!(""))).collect();
+    let fields: serde_json::Map<String, serde_json::Value> =
+        (0..300_000).map(|i| (format!("f{i}"), json!(""))).collect();
     let random = &mut fastrand::Rng::with_seed(7);
     let query = super::client::text(random, 160_000);
     vec![

@@ -57,8 +57,14 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     }
     let [alone, beside, large_alone, large_beside, batch] =
         [alone, beside, large_alone, large_beside, batches].map(median);
-    println!("small requests at {rate:.0}/s ({:.0} % of the capacity); medians of {} rounds", 100.0 * args.load, args.runs);
-    println!("| small p99 alone | beside the large one | allowed: alone + 2 batches | one batch | large alone | beside small ones | not 200 |");
+    println!(
+        "small requests at {rate:.0}/s ({:.0} % of the capacity); medians of {} rounds",
+        100.0 * args.load,
+        args.runs
+    );
+    println!(
+        "| small p99 alone | beside the large one | allowed: alone + 2 batches | one batch | large alone | beside small ones | not 200 |"
+    );
     println!("|---|---|---|---|---|---|---|");
     println!(
         "| {alone:.1} ms | {beside:.1} ms | {:.1} ms | {batch:.1} ms | {:.2} s | {:.2} s ({:+.0} %) | {failed} |",

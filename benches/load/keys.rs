@@ -22,7 +22,8 @@ pub(crate) struct Args {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let server = args.server.start(&["--api-key", KEY])?;
     let wrong = [format!("x{}", &KEY[1..]), format!("{}x", &KEY[..KEY.len() - 1])];
-    let requests = wrong.map(|key| format!("GET /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n\r\n"));
+    let requests =
+        wrong.map(|key| format!("GET /v1/models HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\n\r\n"));
     let mut times: [Vec<Duration>; 2] = Default::default();
     let mut connection = None;
     for _ in 0..args.requests {
@@ -40,7 +41,10 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     }
     let z = mann_whitney(&times[0], &times[1]);
     let [first, last] = times.map(|times| 1e6 * median(times.iter().map(Duration::as_secs_f64)));
-    println!("{} requests: wrong first character {first:.1} us, wrong last character {last:.1} us (medians)", args.requests);
+    println!(
+        "{} requests: wrong first character {first:.1} us, wrong last character {last:.1} us (medians)",
+        args.requests
+    );
     println!("Mann-Whitney z = {z:.2}; a difference at p = 0.01 would be |z| > 2.58");
     Ok(())
 }

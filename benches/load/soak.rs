@@ -47,7 +47,13 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let mut tasks = JoinSet::new();
     for (documents, words, pause_ms) in [(1, 20, 20), (4, 60, 100), (20, 100, 400), (100, 50, 2000), (3, 2000, 3000)] {
         let client = Client::new(&server.address);
-        tasks.spawn(well_behaved(client, requests("/v1/rerank", MODEL, documents, words), pause_ms, start, Arc::clone(&log)));
+        tasks.spawn(well_behaved(
+            client,
+            requests("/v1/rerank", MODEL, documents, words),
+            pause_ms,
+            start,
+            Arc::clone(&log),
+        ));
     }
     for _ in 0..2 {
         tasks.spawn(leaver(server.address.clone()));
@@ -71,25 +77,40 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let end = (server.watch.descriptors(), server.watch.threads());
     let warm: Vec<&Sample> = samples.iter().filter(|sample| sample.minutes >= args.minutes / 4.0).collect();
     let (first, last) = warm.split_at(warm.len() / 2);
-    let most = |samples: &[&Sample], of: fn(&Sample) -> usize| samples.iter().map(|sample| of(sample)).max().unwrap_or(0);
+    let most =
+        |samples: &[&Sample], of: fn(&Sample) -> usize| samples.iter().map(|sample| of(sample)).max().unwrap_or(0);
     let log = std::mem::take(&mut *log.lock().expect("no client panicked"));
     let mut answers = BTreeMap::<String, usize>::new();
     log.iter().for_each(|(_, answer, _)| *answers.entry(format!("{answer:?}")).or_default() += 1);
     println!("{:.0} minutes; answers to well-behaved clients: {answers:?}", args.minutes);
-    println!("memory: {:.1} MiB at the end, slope {:+.2} MiB/h after the first quarter", warm.last().map_or(f64::NAN, |s| s.rss_mib), 60.0 * slope(&warm));
+    println!(
+        "memory: {:.1} MiB at the end, slope {:+.2} MiB/h after the first quarter",
+        warm.last().map_or(f64::NAN, |s| s.rss_mib),
+        60.0 * slope(&warm)
+    );
     println!(
         "descriptors: {} idle, at most {} and {} in the halves after warm-up, {} at the end",
-        idle.0, most(first, |s| s.descriptors), most(last, |s| s.descriptors), end.0
+        idle.0,
+        most(first, |s| s.descriptors),
+        most(last, |s| s.descriptors),
+        end.0
     );
     println!(
         "threads: {} idle, at most {} and {}, {} at the end",
-        idle.1, most(first, |s| s.threads), most(last, |s| s.threads), end.1
+        idle.1,
+        most(first, |s| s.threads),
+        most(last, |s| s.threads),
+        end.1
     );
     let p99 = |from: f64, to: f64| {
         let latencies = log.iter().filter(|(at, _, _)| (from..to).contains(&(at / 60.0 / args.minutes)));
         quantile(&sorted(latencies.map(|(_, _, ms)| *ms).collect()), 0.99)
     };
-    println!("p99 of all well-behaved requests: {:.0} ms in the second quarter, {:.0} ms in the last", p99(0.25, 0.5), p99(0.75, 1.0));
+    println!(
+        "p99 of all well-behaved requests: {:.0} ms in the second quarter, {:.0} ms in the last",
+        p99(0.25, 0.5),
+        p99(0.75, 1.0)
+    );
     Ok(())
 }
 

@@ -170,7 +170,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
             slots.add(&state);
         }
         let stream = TimedStream::new(stream, Arc::clone(&state), connection_timeouts);
-        let service = 
+        let service =
             tracked(routers[service as usize].clone(), Arc::clone(&app), Arc::clone(&state), discard_slots.clone());
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         let regular = Arc::clone(&slots.regular);

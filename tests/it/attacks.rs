@@ -178,7 +178,10 @@ fn an_early_refusal_reaches_a_client_that_is_still_sending() {
     refuse_early(&Server::start(&[]), "POST /v1/rerank", "host: evil.example", 40 * MIB, 403);
     let capped = Server::start(&["--max-connections", "1"]);
     let mut only = connect(&capped);
-    only.write_all(b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 100\r\n\r\n").unwrap();
+    only.write_all(
+        b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nexpect: 100-continue\r\ncontent-length: 100\r\n\r\n",
+    )
+    .unwrap();
     only.read_exact(&mut [0; 12]).unwrap(); // 100 Continue: the connection counts as busy
     refuse_early(&capped, "POST /v1/rerank", "host: localhost", 40 * MIB, 503);
 }
