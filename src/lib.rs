@@ -8,6 +8,7 @@
 //! - [`served`]: the served models by name.
 //! - [`text`]: from text to pairs of token ids; long documents are split into overlapping chunks.
 //! - [`client`]: who sends a request, and the rate limits of its API key.
+//! - [`background`]: threads of low priority for large requests.
 //! - [`admission`]: work is admitted whole or refused at once, by size, estimated wait, and the shares of clients.
 //! - [`scheduler`]: the queue, batch composition, the workers that run batches, and their supervision.
 //! - [`encoder`]: the graph of each model architecture, generic over [`backend::Backend`].
@@ -31,6 +32,7 @@
 pub mod admission;
 pub mod api;
 pub mod backend;
+pub mod background;
 pub mod batch;
 pub mod checkpoint;
 pub mod cli;

@@ -8,7 +8,7 @@ use serde_json::json;
 use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
 
-use super::client::{Answer, Client, Outcome, connect, post, requests, text};
+use super::client::{ATTACKERS_KEY, Answer, Client, KEY, Outcome, connect, post_with_key, requests, text};
 use super::report::{append_json, latencies_ms, median, quantile};
 use super::server::ServerArgs;
 
@@ -36,6 +36,9 @@ pub(crate) struct Args {
     /// Times that each attack is measured: once without it, once under it
     #[arg(long, default_value_t = 3)]
     runs: usize,
+    /// Serve without keys: the server cannot tell the attacker from the other client
+    #[arg(long)]
+    without_keys: bool,
     /// Only attacks whose name contains this
     #[arg(long, default_value = "")]
     only: String,
@@ -86,12 +89,20 @@ impl Attack {
 pub(crate) fn large_request() -> Vec<u8> {
     let random = &mut fastrand::Rng::with_seed(1);
     let documents: Vec<String> = (0..1000).map(|_| text(random, 1200)).collect();
-    post("/v1/rerank", &json!({"model": MODEL, "query": "q", "documents": documents}).to_string())
+    post_with_key(
+        ATTACKERS_KEY,
+        "/v1/rerank",
+        &json!({"model": MODEL, "query": "q", "documents": documents}).to_string(),
+    )
 }
 
 fn long_documents() -> Vec<u8> {
     let documents = vec!["!".repeat(262_144); 31];
-    post("/v1/rerank", &json!({"model": MODEL, "query": "q", "documents": documents}).to_string())
+    post_with_key(
+        ATTACKERS_KEY,
+        "/v1/rerank",
+        &json!({"model": MODEL, "query": "q", "documents": documents}).to_string(),
+    )
 }
 
 async fn repeat(address: String, request: Vec<u8>) {
@@ -105,14 +116,14 @@ async fn repeat(address: String, request: Vec<u8>) {
 /// unfinished header, or a response that is not read.
 async fn hold_socket(address: String, index: usize) {
     let answered = json!({"model": MODEL, "query": "q", "documents": ["a".repeat(1 << 20)], "return_documents": true, "max_chunks_per_doc": 1});
-    let unread = post("/v1/rerank", &answered.to_string());
+    let unread = post_with_key(ATTACKERS_KEY, "/v1/rerank", &answered.to_string());
     loop {
         let Ok(mut stream) = connect(&address).await else {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
         let first: &[u8] = match index % 3 {
-            0 => b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\ncontent-length: 8000000\r\n\r\n",
+            0 => b"POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer attacker\r\ncontent-length: 8000000\r\n\r\n",
             1 => b"POST /v1/rerank HTTP/1.1\r\nhost:",
             _ => &unread,
         };
@@ -135,8 +146,9 @@ async fn hold_socket(address: String, index: usize) {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let small = requests("/v1/rerank", MODEL, 1, args.words);
     println!(
-        "a client at {:.0} % of the capacity, one document of {} words a request; medians of {} pairs of {} s",
+        "a client at {:.0} % of the capacity{}, one document of {} words a request; medians of {} pairs of {} s",
         100.0 * args.load,
+        if args.without_keys { ", no keys" } else { ", attacker with another key" },
         args.words,
         args.runs,
         args.seconds
@@ -146,7 +158,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     );
     println!("|---|---|---|---|---|---|---|---|");
     for (name, attack) in Attack::ALL.into_iter().filter(|(name, _)| name.contains(&args.only)) {
-        let server = args.server.start(&[])?;
+        let keys: &[&str] = if args.without_keys { &[] } else { &["--api-key", KEY, "--api-key", ATTACKERS_KEY] };
+        let server = args.server.start(keys)?;
         let client = Client::new(&server.address);
         client.capacity(&small, 16, Duration::from_secs(1)).await;
         let rate = args.load * client.capacity(&small, 16, Duration::from_secs(3)).await;

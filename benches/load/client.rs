@@ -204,11 +204,23 @@ pub(crate) fn answer_of(error: &io::Error) -> Answer {
     }
 }
 
-/// A POST request on the wire.
+/// Keys of the clients, where the server knows clients by their keys.
+pub(crate) const KEY: &str = "well-behaved";
+pub(crate) const ATTACKERS_KEY: &str = "attacker";
+
+/// A POST request on the wire, of the well-behaved client.
 pub(crate) fn post(path: &str, body: &str) -> Vec<u8> {
+    post_with_key(KEY, path, body)
+}
+
+/// A POST request on the wire.
+pub(crate) fn post_with_key(key: &str, path: &str, body: &str) -> Vec<u8> {
     let length = body.len();
-    format!("POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n{body}")
-        .into_bytes()
+    format!(
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n\
+         content-length: {length}\r\n\r\n{body}"
+    )
+    .into_bytes()
 }
 
 /// Random English words.

@@ -10,12 +10,13 @@ use super::body::{ReadBody, hold_until_written};
 use super::dialect::{Dialect, ParsedRequest};
 use super::observe::{RequestId, RequestStats};
 use super::state::App;
+use crate::background;
 use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, rerank as rank};
 use crate::scheduler::Deadline;
 
-/// Bodies of more bytes are parsed on blocking threads, and their responses are written there.
+/// Bodies of more bytes are parsed on background threads, and their responses are written there.
 const LARGE_BYTES: usize = 64 * 1024;
 
 /// Ranks documents by their relevance to a query.
@@ -63,7 +64,7 @@ async fn answer(app: &App, client: Client, body: Vec<u8>, id: String) -> (Result
     (ranked.await, dialect)
 }
 
-/// Runs `work` on a blocking thread if it is large, so that it does not delay other connections.
+/// Runs `work` on a background thread if it is large, so that it does not delay other connections.
 async fn off_async_threads<T: Send + 'static>(
     is_large: bool,
     work: impl FnOnce() -> T + Send + 'static,
@@ -71,7 +72,7 @@ async fn off_async_threads<T: Send + 'static>(
     if !is_large {
         return Ok(work());
     }
-    tokio::task::spawn_blocking(work).await.map_err(|error| RerankError::Internal(error.into()))
+    background::run(work).await
 }
 
 /// Adds `server-timing`, in ms, and `x-rerankd-truncated`.

@@ -1,7 +1,8 @@
 //! A model's tokenizer and pair template: turns a request into pairs of token ids.
 //!
-//! Tokenization runs on blocking threads in units of at most some tens of KiB, so that requests take turns. A request is admitted
-//! by its bytes before it is tokenized, and each document is tokenized only as far as its chunks reach.
+//! Tokenization runs in units of at most some tens of KiB, so that requests take turns; that of large requests runs on threads of low
+//! priority. A request is admitted by its bytes before it is tokenized, and each document is tokenized only as far as its chunks
+//! reach.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -20,6 +21,7 @@ use super::chunk::{Chunking, Tail};
 use super::slice::{self, SLICE_CHARS};
 use super::template::{self, EmbeddingRows, PairTemplate};
 use crate::admission::{Admission, AdmissionLimits};
+use crate::background;
 use crate::batch::Pair;
 use crate::client::ClientId;
 use crate::error::RerankError;
@@ -27,7 +29,7 @@ use crate::error::RerankError;
 /// Minimum window: space for a query and a document in addition to the special tokens.
 const MIN_WINDOW: usize = 16;
 
-/// Requests of at most this many bytes have their own tokenizer slots, so they do not wait for large requests.
+/// Requests of at most this many bytes are tokenized apart from larger ones, see [`SizeClass`].
 const SMALL_REQUEST_BYTES: usize = 64 * 1024;
 
 /// Assumed maximum bytes per token, for estimating the cost of a document that is tokenized in part.
@@ -102,12 +104,40 @@ pub struct Truncation {
 #[derive(Debug, Clone)]
 pub struct TextEncoder {
     inner: Arc<Inner>,
-    /// Permits for units of small requests, see [`SMALL_REQUEST_BYTES`].
-    small_slots: Arc<Semaphore>,
-    /// Permits for units of all other requests.
-    large_slots: Arc<Semaphore>,
+    small: SizeClass,
+    large: SizeClass,
+}
+
+/// Where the requests of one size are tokenized. Small requests neither wait for large ones nor are refused because of them.
+#[derive(Debug, Clone)]
+struct SizeClass {
+    /// Permits for units that are tokenized at the same time.
+    slots: Arc<Semaphore>,
     /// Admission to the tokenizer, in bytes.
     admission: Arc<Admission>,
+    /// Whether the work runs on threads of low priority.
+    in_background: bool,
+}
+
+impl SizeClass {
+    fn new(limits: &TextLimits, in_background: bool) -> Self {
+        let threads = limits.threads.max(1);
+        let gauge = metrics::gauge!("rerankd_tokenizer_bytes");
+        let admission_limits = AdmissionLimits { units: MAX_TOKENIZER_BYTES, wait: limits.max_tokenizer_wait };
+        Self {
+            slots: Arc::new(Semaphore::new(threads)),
+            admission: Arc::new(Admission::new(gauge, admission_limits, threads)),
+            in_background,
+        }
+    }
+
+    /// Runs `work` outside the async threads.
+    async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, RerankError> {
+        if self.in_background {
+            return background::run(work).await;
+        }
+        tokio::task::spawn_blocking(work).await.map_err(|error| RerankError::Internal(error.into()))
+    }
 }
 
 #[derive(Debug)]
@@ -143,13 +173,9 @@ impl TextEncoder {
         let template = PairTemplate::of(&tokenizer, rows)?;
         let least = MIN_WINDOW.max(template.special_tokens() + 4);
         ensure!(window >= least, "a window of {window} tokens is too small; the minimum is {least}");
-        let threads = limits.threads.max(1);
-        let slots = || Arc::new(Semaphore::new(threads));
-        let gauge = metrics::gauge!("rerankd_tokenizer_bytes");
-        let admission_limits = AdmissionLimits { units: MAX_TOKENIZER_BYTES, wait: limits.max_tokenizer_wait };
-        let admission = Arc::new(Admission::new(gauge, admission_limits, threads));
+        let (small, large) = (SizeClass::new(&limits, false), SizeClass::new(&limits, true));
         let inner = Arc::new(Inner { tokenizer, template, window, limits });
-        Ok(Self { inner, small_slots: slots(), large_slots: slots(), admission })
+        Ok(Self { inner, small, large })
     }
 
     /// The pair template as text: `<s> query </s> </s> document </s>`.
@@ -230,21 +256,21 @@ impl TextEncoder {
         let cost = |text: &String| text.len().min(reach.saturating_mul(MAX_BYTES_PER_TOKEN));
         let bytes =
             query.len().min(self.max_query_tokens() * MAX_BYTES_PER_TOKEN) + documents.iter().map(cost).sum::<usize>();
-        let _permit = self.admission.admit(client, bytes, None)?;
-        let slots = if bytes <= SMALL_REQUEST_BYTES { &self.small_slots } else { &self.large_slots };
+        let class = if bytes <= SMALL_REQUEST_BYTES { &self.small } else { &self.large };
+        let _permit = class.admission.admit(client, bytes, None)?;
 
-        let (query, query_truncated) = self.query_ids(query, slots).await?;
+        let (query, query_truncated) = self.query_ids(query, class).await?;
         let chunking = self.chunking(query.len(), options);
         let reach = chunking.reach().min(options.max_tokens_per_doc.unwrap_or(usize::MAX));
-        let texts = self.document_ids(documents, reach, slots).await?;
+        let texts = self.document_ids(documents, reach, class).await?;
         let inner = Arc::clone(&self.inner);
         let truncation = Truncation { query: query_truncated, ..Truncation::default() };
         let pairs = move || inner.pairs(&query, &texts, chunking, options.max_tokens_per_doc, truncation);
-        tokio::task::spawn_blocking(pairs).await.map_err(|e| RerankError::Internal(e.into()))?
+        class.run(pairs).await?
     }
 
     /// The query's ids, truncated to its share of the window, and whether there were more.
-    async fn query_ids(&self, query: &str, slots: &Arc<Semaphore>) -> Result<(Vec<u32>, bool), RerankError> {
+    async fn query_ids(&self, query: &str, class: &SizeClass) -> Result<(Vec<u32>, bool), RerankError> {
         let limit = self.max_query_tokens();
         let text: Arc<[String]> = [query.to_owned()].into();
         let mut ids = Vec::new();
@@ -253,7 +279,7 @@ impl TextEncoder {
                 break;
             }
             let unit = vec![(0, range)];
-            ids.extend(self.tokenize(Arc::clone(&text), unit, slots).await?.into_iter().flat_map(|(_, ids)| ids));
+            ids.extend(self.tokenize(Arc::clone(&text), unit, class).await?.into_iter().flat_map(|(_, ids)| ids));
         }
         let truncated = ids.len() > limit;
         ids.truncate(limit);
@@ -265,10 +291,15 @@ impl TextEncoder {
         &self,
         documents: Arc<[String]>,
         reach: usize,
-        slots: &Arc<Semaphore>,
+        class: &SizeClass,
     ) -> Result<Vec<DocumentIds>, RerankError> {
         let limits = &self.inner.limits;
-        let (units, mut texts) = units(&documents, limits.max_document_chars);
+        let (units, mut texts) = if documents.iter().map(String::len).sum::<usize>() <= SMALL_REQUEST_BYTES {
+            units(&documents, limits.max_document_chars)
+        } else {
+            let (documents, max_chars) = (Arc::clone(&documents), limits.max_document_chars);
+            background::run(move || units(&documents, max_chars)).await?
+        };
         let tokens_so_far: Vec<AtomicUsize> = texts.iter().map(|_| AtomicUsize::new(0)).collect();
         let bytes_skipped: Vec<AtomicUsize> = texts.iter().map(|_| AtomicUsize::new(0)).collect();
         let needed = |(document, range): &(usize, Range<usize>)| {
@@ -282,7 +313,7 @@ impl TextEncoder {
         // dropped here.
         let jobs = units.into_iter().filter_map(|mut unit| {
             unit.retain(&needed);
-            (!unit.is_empty()).then(|| self.tokenize(Arc::clone(&documents), unit, slots))
+            (!unit.is_empty()).then(|| self.tokenize(Arc::clone(&documents), unit, class))
         });
         let mut results = stream::iter(jobs).buffered(limits.threads.max(1));
         let mut total = 0;
@@ -310,15 +341,15 @@ impl TextEncoder {
         Ok(texts)
     }
 
-    /// Tokenizes one unit on a blocking thread. Units of different requests take turns, as `slots` is a fair semaphore.
+    /// Tokenizes one unit. Units of different requests take turns, because the semaphore of slots is fair.
     async fn tokenize(
         &self,
         texts: Arc<[String]>,
         unit: Unit,
-        slots: &Arc<Semaphore>,
+        class: &SizeClass,
     ) -> Result<Vec<(usize, Vec<u32>)>, RerankError> {
-        let slot = Arc::clone(slots).acquire_owned().await.map_err(|e| RerankError::Internal(e.into()))?;
-        let (inner, admission) = (Arc::clone(&self.inner), Arc::clone(&self.admission));
+        let slot = Arc::clone(&class.slots).acquire_owned().await.map_err(|e| RerankError::Internal(e.into()))?;
+        let (inner, admission) = (Arc::clone(&self.inner), Arc::clone(&class.admission));
         let work = move || {
             let _slot = slot;
             let bytes: usize = unit.iter().map(|(_, range)| range.len()).sum();
@@ -332,7 +363,7 @@ impl TextEncoder {
             }
             ids
         };
-        tokio::task::spawn_blocking(work).await.map_err(|e| RerankError::Internal(e.into()))?
+        class.run(work).await?
     }
 }
 
