@@ -16,6 +16,7 @@
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - [`batch`], [`error`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
+//! - `sync`, [`failpoint`]: leaf modules for tests of thread schedules and of faults.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;
@@ -24,7 +25,7 @@
 //! - `unsafe` outside `backend/cpu` and `backend/cuda`;
 //! - environment variables outside `config`;
 //! - file access in `api`, `rerank`, `served`, `text`, `scheduler` and `encoder`;
-//! - `cfg(feature)` outside `backend`, except where `config` and `loading` choose the device.
+//! - `cfg(feature)` outside `backend`, `sync`, `failpoint` and tests, except where `config` and `loading` choose the device.
 
 #![deny(unsafe_code)]
 
@@ -44,5 +45,6 @@ pub mod rerank;
 pub mod scheduler;
 pub mod secret;
 pub mod served;
+mod sync;
 pub mod telemetry;
 pub mod text;
