@@ -40,6 +40,7 @@ pub mod config;
 pub mod encoder;
 pub mod error;
 pub mod eval;
+pub mod failpoint;
 pub mod loading;
 pub mod rerank;
 pub mod scheduler;

@@ -23,6 +23,7 @@ use crate::admission::{Admission, AdmissionLimits};
 use crate::batch::Pair;
 use crate::client::ClientId;
 use crate::error::RerankError;
+use crate::failpoint::failpoint;
 
 /// Minimum window: space for a query and a document in addition to the special tokens.
 const MIN_WINDOW: usize = 16;
@@ -321,6 +322,7 @@ impl TextEncoder {
         let (inner, admission) = (Arc::clone(&self.inner), Arc::clone(&self.admission));
         let work = move || {
             let _slot = slot;
+            failpoint!("tokenizer-unit");
             let bytes: usize = unit.iter().map(|(_, range)| range.len()).sum();
             let start = Instant::now();
             let ids = |(text, range): (usize, Range<usize>)| {
