@@ -8,12 +8,13 @@
 //! clients 1 / (n + 1) each. An exception is a client that holds nothing: its first request may take all that is free.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crate::client::ClientId;
 use crate::error::RerankError;
+use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use crate::sync::{Mutex, MutexGuard};
 
 /// Weight of a new job in the running estimate of the speed.
 const SMOOTHING: f64 = 0.2;
@@ -342,5 +343,57 @@ mod tests {
         assert_eq!((retry_after(None, 0.0), retry_after(Some(0.01), 0.99)), (1, 2));
         assert_eq!((retry_after(Some(10.0), 0.0), retry_after(Some(10.0), 0.99)), (10, 15));
         assert_eq!(retry_after(Some(1e9), 0.99), 60);
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "shuttle")]
+mod schedules {
+    use super::*;
+    use crate::sync::schedules::{check_random, choose};
+    use crate::sync::thread;
+
+    const LIMIT: usize = 10;
+
+    /// Three threads of two clients admit work of one size and let it grow to another.
+    fn run(sizes: fn() -> (usize, usize)) {
+        let limits = AdmissionLimits { units: LIMIT, wait: Duration::MAX };
+        let admission = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1));
+        let client = |number: u32| {
+            let admission = Arc::clone(&admission);
+            thread::spawn(move || {
+                for _ in 0..2 {
+                    let (first, more) = sizes();
+                    let Ok(mut permit) = admission.admit(ClientId::Key(number % 2), first, None) else { continue };
+                    check(&admission, &permit);
+                    permit.grow_to(more).ok();
+                    check(&admission, &permit);
+                }
+            })
+        };
+        let threads: Vec<_> = (0..3).map(client).collect();
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(admission.waiting(), 0);
+        assert!(admission.lock().by_client.is_empty());
+    }
+
+    /// What a client may rely on while it holds a permit.
+    fn check(admission: &Admission, permit: &Permit) {
+        let total = admission.waiting();
+        match permit.units {
+            0 => {} // work of others, of any size
+            1..=LIMIT => assert!((permit.units..=LIMIT).contains(&total), "{total}"),
+            units => assert_eq!(total, units, "work beyond the limit is admitted alone"),
+        }
+    }
+
+    #[test]
+    fn shuttle_admitted_work_stays_within_the_limit_and_ends_at_zero() {
+        check_random(|| run(|| (choose(6), choose(9))));
+    }
+
+    #[test]
+    fn shuttle_work_beyond_the_limit_is_admitted_alone() {
+        check_random(|| run(|| ([0, 4, 25][choose(3)], [0, 7, 30][choose(3)])));
     }
 }

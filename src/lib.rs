@@ -17,6 +17,7 @@
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - [`batch`], [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
+//! - `sync`, [`failpoint`]: leaf modules for tests of thread schedules and of faults.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;
@@ -25,7 +26,7 @@
 //! - `unsafe` outside `backend/cpu` and `backend/cuda`;
 //! - environment variables outside `config`;
 //! - file access in `api`, `rerank`, `served`, `text`, `scheduler` and `encoder`;
-//! - `cfg(feature)` outside `backend`, except where `config` and `loading` choose the device.
+//! - `cfg(feature)` outside `backend`, `sync`, `failpoint` and tests, except where `config` and `loading` choose the device.
 
 #![deny(unsafe_code)]
 
@@ -41,11 +42,13 @@ pub mod config;
 pub mod encoder;
 pub mod error;
 pub mod eval;
+pub mod failpoint;
 pub mod loading;
 pub mod rerank;
 pub mod scheduler;
 pub mod score;
 pub mod secret;
 pub mod served;
+mod sync;
 pub mod telemetry;
 pub mod text;

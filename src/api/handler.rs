@@ -13,6 +13,7 @@ use super::state::App;
 use crate::background;
 use crate::client::Client;
 use crate::error::RerankError;
+use crate::failpoint::failpoint;
 use crate::rerank::{Ranking, rerank as rank};
 use crate::scheduler::Deadline;
 
@@ -21,6 +22,7 @@ const LARGE_BYTES: usize = 64 * 1024;
 
 /// Ranks documents by their relevance to a query.
 pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Response {
+    failpoint!("request-handler");
     let id = request.extensions().get::<RequestId>().map(|id| id.0.clone()).unwrap_or_default();
     let client = request.extensions().get::<Client>().cloned().unwrap_or_default();
     let (parts, body) = request.into_parts();

@@ -28,6 +28,7 @@ use super::connection::{ConnectionState, ConnectionTimeouts, TimedStream};
 use super::request_body::{DiscardSlots, RequestBody};
 use super::router::{overloaded_router, router};
 use super::state::App;
+use crate::failpoint::failpoint;
 
 /// Length of the kernel's queue of connections that are not accepted yet.
 const BACKLOG: u32 = 1024;
@@ -306,7 +307,7 @@ impl Drop for RequestGuard {
 /// descriptors left, it pauses and retries.
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
-        match listener.accept().await {
+        match try_accept(listener).await {
             Ok((stream, _)) => {
                 stream.set_nodelay(true).ok();
                 SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE)).ok();
@@ -319,6 +320,11 @@ async fn accept(listener: &TcpListener) -> TcpStream {
             }
         }
     }
+}
+
+async fn try_accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    failpoint!("accept-connection", Err(io::Error::from_raw_os_error(24))); // EMFILE: too many open files
+    listener.accept().await
 }
 
 /// Whether only the connection that was to be accepted failed, so that the next one can be accepted at once.

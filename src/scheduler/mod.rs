@@ -7,6 +7,9 @@ mod plan;
 mod queue;
 #[allow(clippy::module_inception, reason = "the type's own file; this one is the module's map")]
 mod scheduler;
+#[cfg(test)]
+#[cfg(feature = "shuttle")]
+mod schedules;
 mod supervisor;
 mod types;
 mod worker;

@@ -1,7 +1,7 @@
 //! One model's waiting requests and their logits. Callers push requests; workers take batches and deliver logits.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use tokio::sync::oneshot;
@@ -10,6 +10,7 @@ use super::plan::{Slice, Waiting, WaitingList};
 use super::types::{Deadline, QueuePermit, Scores};
 use crate::batch::Pair;
 use crate::error::RerankError;
+use crate::sync::{Condvar, Mutex, MutexGuard};
 
 /// A request for the queue, with the channel for its reply.
 #[derive(Debug)]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::queue::Queue;
 use crate::error::RerankError;
+use crate::failpoint::failpoint;
 
 /// Exit code when a device is lost or does not answer (EX_SOFTWARE in sysexits.h). Only a new process can use the device again.
 pub const EXIT_DEVICE_LOST: i32 = 70;
@@ -46,6 +47,7 @@ pub(super) struct RestartBudget(VecDeque<Instant>);
 impl RestartBudget {
     /// Counts a restart at `now`; false if that is one too many within [`RESTART_WINDOW`].
     pub(super) fn allows(&mut self, now: Instant) -> bool {
+        failpoint!("any-number-of-restarts", true);
         while self.0.front().is_some_and(|&at| now.duration_since(at) > RESTART_WINDOW) {
             self.0.pop_front();
         }

@@ -13,6 +13,7 @@ use crate::backend::BackendError;
 use crate::batch::{Batch, Pair};
 use crate::encoder::CrossEncoder;
 use crate::error::RerankError;
+use crate::failpoint::failpoint;
 
 /// What the workers of one model share.
 pub(super) struct Worker {
@@ -47,12 +48,14 @@ impl Worker {
         let batch_tokens = metrics::histogram!("rerankd_batch_tokens", "model" => model.clone());
         let batch_seconds = metrics::histogram!("rerankd_batch_seconds", "model" => model.clone());
         while let Some(job) = self.queue.take() {
+            failpoint!("worker-before-batch");
             let pairs: Vec<&Pair> = job.pairs().collect();
             let tokens: usize = pairs.iter().map(|pair| pair.tokens()).sum();
             let start = Instant::now();
             match score(self.encoder.as_ref(), &pairs) {
                 Ok(logits) => {
                     let took = start.elapsed();
+                    failpoint!("worker-after-batch");
                     if tokens * 4 >= self.queue.max_batch_tokens() {
                         self.admissions.iter().for_each(|admission| admission.done(tokens, took));
                     }
@@ -102,6 +105,8 @@ fn score(encoder: &dyn CrossEncoder, pairs: &[&Pair]) -> Result<Vec<Option<f32>>
 }
 
 fn run(encoder: &dyn CrossEncoder, batch: &Batch) -> Result<Vec<f32>, BackendError> {
+    failpoint!("encoder-out-of-memory", Err(BackendError::OutOfMemory("injected".into())));
+    failpoint!("encoder-error", Err(BackendError::Failed("injected".into())));
     let logits = catch_unwind(AssertUnwindSafe(|| encoder.score(batch)))
         .unwrap_or_else(|panic| Err(BackendError::Failed(format!("panic: {}", message(panic.as_ref())).into())))?;
     if logits.len() == batch.sequences() {

@@ -25,6 +25,7 @@ use crate::background;
 use crate::batch::Pair;
 use crate::client::ClientId;
 use crate::error::RerankError;
+use crate::failpoint::failpoint;
 
 /// Minimum window: space for a query and a document in addition to the special tokens.
 const MIN_WINDOW: usize = 16;
@@ -352,6 +353,7 @@ impl TextEncoder {
         let (inner, admission) = (Arc::clone(&self.inner), Arc::clone(&class.admission));
         let work = move || {
             let _slot = slot;
+            failpoint!("tokenizer-unit");
             let bytes: usize = unit.iter().map(|(_, range)| range.len()).sum();
             let start = Instant::now();
             let ids = |(text, range): (usize, Range<usize>)| {

@@ -845,3 +845,48 @@ fn an_optional_file_that_does_not_exist_is_no_error() {
     assert!(client.fetch(&main_revision(), "added_tokens.json").unwrap_err().to_string().contains("added_tokens.json"));
     assert_eq!(hub.requests().len(), 2, "404 is not retried");
 }
+
+#[cfg(feature = "failpoints")]
+mod failpoints {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_named_damages_nothing_and_the_next_start_continues() {
+        let mut files = fixture_files("xlmr");
+        files.insert(WEIGHTS.to_owned(), HubFile::large(random_bytes(1_000_000)));
+        for (fault, transfers_more) in
+            [("download-write=3*off->return", true), ("download-sync=return", false), ("download-rename=return", false)]
+        {
+            let hub = StandIn::serve(files.clone());
+            let content = hub.content(WEIGHTS);
+            let home = tempfile::tempdir().unwrap();
+            let cache = home.path().join("hub");
+            // The fault is for the weights; the small files are cached before.
+            for file in ["config.json", "tokenizer.json"] {
+                hub.client(&cache, None).fetch(&main_revision(), file).unwrap();
+            }
+            let requests = hub.content_requests().len();
+
+            let mut command = binary(&hub.address, home.path());
+            let output = command.args(["download", REPOSITORY]).env("FAILPOINTS", fault).output().unwrap();
+            let message = stderr(&output);
+            assert_eq!(output.status.code(), Some(78), "{fault}: {message}");
+            let blobs = repository_folder(&cache).join("blobs").display().to_string();
+            assert!(message.contains(&blobs) && message.contains("free some space"), "{fault}: {message}");
+            assert!(!is_published(&cache, &content), "{fault}");
+            let [incomplete] = &incomplete_files(&cache)[..] else { panic!("{fault}: no incomplete file") };
+            let kept = std::fs::read(incomplete).unwrap();
+            assert!(!kept.is_empty() && content.starts_with(&kept), "{fault}: the file is damaged");
+            assert_eq!(kept.len() < content.len(), transfers_more, "{fault}");
+
+            let output = spawn_download(&hub.address, home.path()).wait_with_output().unwrap();
+            assert!(output.status.success(), "{fault}: {}", stderr(&output));
+            let snapshot = repository_folder(&cache).join("snapshots").join(COMMIT).join(WEIGHTS);
+            assert!(std::fs::read(snapshot).unwrap() == content, "{fault}");
+            assert_eq!(incomplete_files(&cache), Vec::<PathBuf>::new(), "{fault}");
+            let starts: Vec<usize> = hub.content_requests()[requests..].iter().map(|seen| seen.range_start).collect();
+            let expected = if transfers_more { vec![0, kept.len()] } else { vec![0] };
+            assert_eq!(starts, expected, "{fault}: every byte is transferred once");
+        }
+    }
+}

@@ -7,13 +7,15 @@
 use std::any::Any;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use crate::sync::atomic::{AtomicUsize, Ordering};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Condvar, IS_SIMULATED, Mutex, MutexGuard};
+
 /// How long a helper spins before it sleeps: longer than the serial code between two operations.
-const SPIN: Duration = Duration::from_micros(50);
+const SPIN: Duration = if IS_SIMULATED { Duration::ZERO } else { Duration::from_micros(50) };
 
 /// Threads that all run the same task, one task at a time.
 #[derive(Debug)]
@@ -98,7 +100,7 @@ impl ThreadPool {
         let helper = |number: usize| {
             let shared = Arc::clone(&shared);
             let core = (!cores.is_empty()).then(|| cores[number % cores.len()]);
-            std::thread::Builder::new().name(format!("compute-{number}")).spawn(move || {
+            thread::Builder::new().name(format!("compute-{number}")).spawn(move || {
                 core.map(core_affinity::set_for_current);
                 helper_loop(&shared, number);
             })
@@ -152,7 +154,7 @@ impl ThreadPool {
         let begun = Instant::now();
         while self.shared.running.load(Ordering::Acquire) > 0 {
             // With more threads than cores, a helper may need this thread's core to finish.
-            if begun.elapsed() > SPIN { std::thread::yield_now() } else { std::hint::spin_loop() }
+            if begun.elapsed() >= SPIN { thread::yield_now() } else { std::hint::spin_loop() }
         }
         let helper_panic = self.shared.lock().panic.take();
         if let Some(panic) = outcome.err().or(helper_panic) {
@@ -253,5 +255,92 @@ mod tests {
             assert!(outcome.is_err());
         }
         pool.broadcast(&|_| {});
+    }
+}
+
+#[cfg(test)]
+#[cfg(feature = "shuttle")]
+mod schedules {
+    use super::*;
+    use crate::sync::atomic::AtomicBool;
+    use crate::sync::schedules::{check_all, check_random, choose};
+
+    const THREADS: usize = 3;
+
+    /// Calls `caller` with the pool and a number, on two threads at once. The pool is dropped by the one that ends last.
+    fn two_callers(caller: impl Fn(&ThreadPool, usize) + Send + Sync + 'static) {
+        let pool = Arc::new(ThreadPool::new(THREADS, false).unwrap());
+        let caller = Arc::new(caller);
+        let start = |number| {
+            let (pool, caller) = (Arc::clone(&pool), Arc::clone(&caller));
+            thread::spawn(move || caller(&pool, number))
+        };
+        let callers: Vec<_> = (0..2).map(start).collect();
+        drop(pool);
+        callers.into_iter().for_each(|caller| caller.join().unwrap());
+    }
+
+    #[test]
+    fn shuttle_callers_take_turns_and_every_thread_runs_each_task_once() {
+        check_random(|| {
+            let is_busy = AtomicBool::new(false);
+            two_callers(move |pool, _| {
+                for _ in 0..2 {
+                    let _threads = pool.lock_threads();
+                    assert!(!is_busy.swap(true, Ordering::Relaxed), "two callers use the threads");
+                    let runs = [const { AtomicUsize::new(0) }; THREADS];
+                    pool.broadcast(&|thread| {
+                        runs[thread].fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert_eq!(runs.map(AtomicUsize::into_inner), [1; THREADS]);
+                    is_busy.store(false, Ordering::Relaxed);
+                }
+            });
+        });
+    }
+
+    #[test]
+    fn shuttle_for_each_passes_every_item_to_one_thread() {
+        check_random(|| {
+            two_callers(|pool, _| {
+                let seen = [const { AtomicUsize::new(0) }; 4];
+                pool.for_each((0..4).collect(), |item: usize| {
+                    seen[item].fetch_add(1, Ordering::Relaxed);
+                });
+                assert_eq!(seen.map(AtomicUsize::into_inner), [1; 4]);
+            });
+        });
+    }
+
+    #[test]
+    fn shuttle_a_panic_reaches_the_caller_of_its_task_and_no_other() {
+        check_random(|| {
+            two_callers(|pool, number| {
+                // One thread panics, then all, then none.
+                for panics in [|thread, number| thread == number, |_, _| true, |_: usize, _: usize| false] {
+                    let _threads = pool.lock_threads();
+                    let task = |thread| {
+                        if panics(thread, number) {
+                            resume_unwind(Box::new("injected")); // unlike `panic!`, ends no schedule
+                        }
+                    };
+                    let outcome = catch_unwind(AssertUnwindSafe(|| pool.broadcast(&task)));
+                    assert_eq!(outcome.is_err(), (0..THREADS).any(|thread| panics(thread, number)));
+                }
+            });
+        });
+    }
+
+    #[test]
+    fn shuttle_dropping_the_pool_ends_every_helper() {
+        check_random(|| {
+            let pool = ThreadPool::new(THREADS, false).unwrap();
+            (0..choose(3)).for_each(|_| pool.broadcast(&|_| {}));
+        });
+    }
+
+    #[test]
+    fn shuttle_every_schedule_of_dropping_a_pool_ends() {
+        check_all(|| drop(ThreadPool::new(2, false).unwrap()));
     }
 }

@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::HubError;
 use super::names::{Commit, Revision};
+use crate::failpoint::failpoint;
 
 /// Paths and atomic updates of one repository's cache folder.
 #[derive(Debug)]
@@ -76,7 +77,7 @@ impl RepoCache {
     /// The cache cannot be written.
     pub(super) fn publish(&self, incomplete: &Path, blob_name: &str) -> Result<(), HubError> {
         let blob = self.blob(blob_name);
-        fs::rename(incomplete, &blob).map_err(HubError::cache("create", &blob))?;
+        rename(incomplete, &blob).map_err(HubError::cache("create", &blob))?;
         sync_folder_of(&blob)
     }
 
@@ -118,6 +119,11 @@ impl RepoCache {
     fn ref_path(&self) -> PathBuf {
         self.root.join("refs").join(&self.revision.revision)
     }
+}
+
+fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    failpoint!("download-rename", Err(io::ErrorKind::StorageFull.into()));
+    fs::rename(from, to)
 }
 
 /// Creates the link, or replaces whatever has its name. Never writes through an existing link.

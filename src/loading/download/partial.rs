@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use super::error::HubError;
 use super::names::EntityTag;
 use super::response::FileMetadata;
+use crate::failpoint::failpoint;
 
 /// The incomplete file and the hash of its bytes so far.
 pub(super) struct Partial {
@@ -43,7 +44,7 @@ impl Partial {
     }
 
     pub(super) fn append(&mut self, bytes: &[u8]) -> Result<(), HubError> {
-        if let Err(error) = self.file.write_all(bytes) {
+        if let Err(error) = self.write(bytes) {
             // Part of the bytes may have been written: keep only those that were hashed.
             self.file.set_len(self.length).ok();
             return Err(HubError::cache("write", &self.path)(error));
@@ -75,8 +76,21 @@ impl Partial {
             }
             EntityTag::Opaque(_) => {}
         }
-        self.file.sync_all().map_err(HubError::cache("sync", &self.path))?;
+        self.sync().map_err(HubError::cache("sync", &self.path))?;
         Ok(sha256)
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        failpoint!("download-write", {
+            self.file.write_all(&bytes[..bytes.len() / 2])?;
+            Err(io::ErrorKind::StorageFull.into())
+        });
+        self.file.write_all(bytes)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        failpoint!("download-sync", Err(io::ErrorKind::StorageFull.into()));
+        self.file.sync_all()
     }
 }
 

@@ -87,16 +87,7 @@ impl Server {
 
     /// Sends a rerank request and returns the scores in the order of the request's documents.
     pub(crate) fn scores(&self, body: &str) -> Vec<f64> {
-        let answer = self.rerank(body);
-        let json: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
-        let mut results: Vec<(u64, f64)> = json["results"]
-            .as_array()
-            .unwrap_or_else(|| panic!("{answer}"))
-            .iter()
-            .map(|result| (result["index"].as_u64().unwrap(), result["relevance_score"].as_f64().unwrap()))
-            .collect();
-        results.sort_by_key(|&(index, _)| index);
-        results.into_iter().map(|(_, score)| score).collect()
+        scores_of(&self.rerank(body))
     }
 
     pub(crate) fn signal(&self, name: &str) {
@@ -124,6 +115,19 @@ impl Server {
         self.stderr.read_to_string(&mut log).unwrap();
         log
     }
+}
+
+/// The scores of a rerank response, in the order of the request's documents.
+pub(crate) fn scores_of(answer: &str) -> Vec<f64> {
+    let json: Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+    let mut results: Vec<(u64, f64)> = json["results"]
+        .as_array()
+        .unwrap_or_else(|| panic!("{answer}"))
+        .iter()
+        .map(|result| (result["index"].as_u64().unwrap(), result["relevance_score"].as_f64().unwrap()))
+        .collect();
+    results.sort_by_key(|&(index, _)| index);
+    results.into_iter().map(|(_, score)| score).collect()
 }
 
 impl Drop for Server {
