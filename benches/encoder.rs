@@ -46,13 +46,16 @@ fn encoder(engine: &str, (layers, c, heads, f): (usize, usize, usize, usize)) ->
     let weights = Weights::open(&path).expect("the weights are read");
     let threads = std::thread::available_parallelism().map_or(1, Into::into);
     let cpu = |dtype| CpuBackend::new(dtype, Arc::new(ThreadPool::new(threads, false).expect("threads")));
-    let loaded = match engine {
-        "f32" => encoder::load(&config, weights, cpu(CpuDtype::F32)),
-        "bf16" => encoder::load(&config, weights, cpu(CpuDtype::Bf16)),
-        "int8" => encoder::load(&config, weights, cpu(CpuDtype::Int8)),
-        _ => encoder::load(&config, weights, CandleBackend::cpu(threads).expect("threads")),
+    let dtype = match engine {
+        "f32" => CpuDtype::F32,
+        "bf16" => CpuDtype::Bf16,
+        "int8" => CpuDtype::Int8,
+        _ => {
+            let backend = CandleBackend::cpu(threads).expect("threads");
+            return Arc::new(encoder::load(&config, weights, backend).expect("the model is loaded"));
+        }
     };
-    loaded.expect("the model is loaded")
+    Arc::new(encoder::load(&config, weights, cpu(dtype)).expect("the model is loaded"))
 }
 
 fn pair(tokens: usize) -> Pair {

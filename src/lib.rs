@@ -15,7 +15,7 @@
 //! - [`loading`]: from a model's name to a model that scores: catalogue, downloads, start-up checks. Called once, at start.
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
-//! - [`batch`], [`error`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
+//! - [`batch`], [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;
@@ -42,6 +42,7 @@ pub mod eval;
 pub mod loading;
 pub mod rerank;
 pub mod scheduler;
+pub mod score;
 pub mod secret;
 pub mod served;
 pub mod telemetry;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::client::Client;
 use crate::error::RerankError;
 use crate::scheduler::{Deadline, Scores};
+use crate::score::ScoreMap;
 use crate::served::Models;
 use crate::text::{DocumentOptions, EncodedRequest, Truncation};
 
@@ -48,7 +49,7 @@ pub struct Ranking {
 pub struct Ranked {
     /// Position in the request.
     pub index: usize,
-    /// `sigmoid(logit)` of its best chunk, in [0, 1].
+    /// The model's score map of `logit`, in [0, 1].
     pub score: f64,
     /// The model's output for its best chunk.
     pub logit: f32,
@@ -81,28 +82,23 @@ pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, 
     client.take_tokens(tokens)?;
     let EncodedRequest { pairs, documents, truncation } = encoded;
     let scores = model.scheduler.score(pairs, permit, request.deadline).await?;
-    let results = best_first(&scores, &documents, request.top_n);
+    let results = best_first(&scores, model.score_map, &documents, request.top_n);
     let timings = Timings { tokenize, queue: scores.queued, inference: scores.computed };
     Ok(Ranking { model: model.name.clone(), results, tokens, truncation, timings })
 }
 
 /// Each document's best chunk, sorted by logit descending, then index, truncated to `top_n`. The sigmoid saturates at 1 for
 /// logits above 36, so it cannot order them.
-fn best_first(scores: &Scores, documents: &[Vec<usize>], top_n: Option<usize>) -> Vec<Ranked> {
+fn best_first(scores: &Scores, map: ScoreMap, documents: &[Vec<usize>], top_n: Option<usize>) -> Vec<Ranked> {
     let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| scores.logits[pair]).fold(f32::NEG_INFINITY, f32::max);
     let ranked = |(index, chunks)| {
         let logit = best(chunks);
-        Ranked { index, score: sigmoid(logit), logit }
+        Ranked { index, score: map.score(logit), logit }
     };
     let mut results: Vec<Ranked> = documents.iter().enumerate().map(ranked).collect();
     results.sort_by(|a, b| b.logit.total_cmp(&a.logit).then(a.index.cmp(&b.index)));
     results.truncate(top_n.unwrap_or(usize::MAX));
     results
-}
-
-/// Computed in f64, so that scores near 1 remain distinct.
-fn sigmoid(logit: f32) -> f64 {
-    1.0 / (1.0 + (-f64::from(logit)).exp())
 }
 
 #[cfg(test)]
@@ -113,16 +109,11 @@ mod tests {
     fn best_chunk_wins_and_ties_keep_the_order() {
         let scores = Scores { logits: vec![0.5, 2.0, -1.0, 2.0], queued: Duration::ZERO, computed: Duration::ZERO };
         let documents = [vec![2], vec![0, 1], vec![3], vec![2, 0]];
-        let order = |top_n| best_first(&scores, &documents, top_n).iter().map(|r| r.index).collect::<Vec<_>>();
+        let order = |top_n| {
+            best_first(&scores, ScoreMap::default(), &documents, top_n).iter().map(|r| r.index).collect::<Vec<_>>()
+        };
         assert_eq!(order(None), [1, 2, 3, 0]);
         assert_eq!(order(Some(2)), [1, 2]);
         assert_eq!(order(Some(99)), [1, 2, 3, 0]);
-    }
-
-    #[test]
-    fn scores_are_probabilities() {
-        assert_eq!(sigmoid(0.0), 0.5);
-        assert!(sigmoid(-200.0) >= 0.0 && sigmoid(200.0) <= 1.0);
-        assert!(sigmoid(20.0) < sigmoid(30.0));
     }
 }

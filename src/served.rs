@@ -8,6 +8,7 @@ use crate::loading::download::Hub;
 use crate::loading::source::ModelSource;
 use crate::loading::{LoadOptions, LoadedModel, Loader};
 use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
+use crate::score::ScoreMap;
 use crate::text::TextEncoder;
 
 /// A model that computes one batch for longer fails the health check. Even a large model on a small CPU needs less time.
@@ -27,6 +28,8 @@ pub struct Model {
     pub dtype: &'static str,
     /// Other names that requests may use.
     pub aliases: Vec<String>,
+    /// From logits to scores.
+    pub score_map: ScoreMap,
     /// Text to pairs.
     pub text: TextEncoder,
     /// Pairs to logits.
@@ -43,9 +46,9 @@ impl Model {
     /// # Errors
     /// The operating system refuses a thread.
     pub fn start(loaded: LoadedModel, limits: SchedulerLimits) -> std::io::Result<Self> {
-        let LoadedModel { name, aliases, text, dtype, encoder, .. } = loaded;
+        let LoadedModel { name, aliases, score_map, text, dtype, encoder, .. } = loaded;
         let scheduler = Scheduler::start(&name, encoder, limits)?;
-        Ok(Self { name, dtype, aliases, text, scheduler })
+        Ok(Self { name, dtype, aliases, score_map, text, scheduler })
     }
 
     /// Checks that an inference has succeeded within `recent`, or succeeds now within `timeout_s` seconds. A model that has

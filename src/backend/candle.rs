@@ -13,7 +13,7 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use super::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
-    NormWeights, Timed,
+    NormWeights, RotaryTable, Timed,
 };
 use crate::batch::Batch;
 
@@ -35,8 +35,8 @@ pub struct CandleBackend {
 #[derive(Debug)]
 pub struct Embeddings {
     words: Tensor,
-    positions: Tensor,
-    types: Tensor,
+    positions: Option<Tensor>,
+    types: Option<Tensor>,
     norm: Norm,
 }
 
@@ -53,6 +53,13 @@ pub struct Norm {
     weight: Tensor,
     bias: Tensor,
     eps: f32,
+}
+
+/// A rotary position embedding as candle tensors, both `[positions, D / 2]`.
+#[derive(Debug)]
+pub struct Rotary {
+    cos: Tensor,
+    sin: Tensor,
 }
 
 /// Erf GELU of each value, on the CPU: the reference for kernels that apply it in their epilogue.
@@ -95,18 +102,44 @@ impl CandleBackend {
         Ok(Tensor::new(values, &self.device)?)
     }
 
-    /// `softmax(q k^T / sqrt(D)) v` for one sequence. `q` is `[Lq, C]`, `k` and `v` are `[L, C]`; returns `[Lq, C]`.
-    fn attend(shape: AttentionShape, q: &Tensor, k: &Tensor, v: &Tensor) -> candle_core::Result<Tensor> {
+    /// `softmax(q k^T / sqrt(D)) v` for one sequence. `q` is `[Lq, C]`, the first Lq of its L tokens; `k` and `v` are `[L,
+    /// C]`. With a window, a query attends to keys at a distance of at most `window`. Returns `[Lq, C]`.
+    fn attend(
+        shape: AttentionShape,
+        window: Option<usize>,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+    ) -> candle_core::Result<Tensor> {
         let AttentionShape { heads, head_size } = shape;
         let by_head = |x: &Tensor| x.reshape(((), heads, head_size))?.transpose(0, 1)?.contiguous(); // [H, L, D]
         let (q, k, v) = (by_head(&q.contiguous()?)?, by_head(&k.contiguous()?)?, by_head(&v.contiguous()?)?);
         let k = k.transpose(1, 2)?.contiguous()?; // [H, D, L]
         let q = (q / (head_size as f64).sqrt())?;
-        let rows = q.dim(1)?;
+        let (rows, length) = (q.dim(1)?, k.dim(2)?);
         let mut blocks = Vec::with_capacity(rows.div_ceil(ATTENTION_ROWS));
         for start in (0..rows).step_by(ATTENTION_ROWS) {
-            let q = q.narrow(1, start, ATTENTION_ROWS.min(rows - start))?.contiguous()?;
-            let weights = softmax_last_dim(&q.matmul(&k)?)?;
+            let queries = start..rows.min(start + ATTENTION_ROWS);
+            let q = q.narrow(1, start, queries.len())?.contiguous()?;
+            let scores = match window {
+                None => q.matmul(&k)?,
+                Some(window) => {
+                    let keys = start.saturating_sub(window)..length.min(queries.end + window);
+                    let k = k.narrow(2, keys.start, keys.len())?.contiguous()?;
+                    let visible =
+                        |query: usize, key: usize| if query.abs_diff(key) <= window { 0.0 } else { f32::NEG_INFINITY };
+                    let keys = &keys;
+                    let mask: Vec<f32> =
+                        queries.clone().flat_map(|query| keys.clone().map(move |key| visible(query, key))).collect();
+                    let mask = Tensor::from_vec(mask, (queries.len(), keys.len()), q.device())?;
+                    q.matmul(&k)?.broadcast_add(&mask)?
+                }
+            };
+            let weights = softmax_last_dim(&scores)?;
+            let v = match window {
+                None => v.clone(),
+                Some(window) => v.narrow(1, start.saturating_sub(window), scores.dim(2)?)?.contiguous()?,
+            };
             blocks.push(weights.matmul(&v)?);
         }
         Tensor::cat(&blocks, 1)?.transpose(0, 1)?.contiguous()?.reshape((rows, heads * head_size))
@@ -119,6 +152,7 @@ impl Backend for CandleBackend {
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
+    type Rotary = Rotary;
 
     fn describe(&self) -> String {
         format!("candle, f32, {}", if self.device.is_cpu() { "CPU" } else { "CUDA" })
@@ -127,8 +161,8 @@ impl Backend for CandleBackend {
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
         Ok(Embeddings {
             words: self.upload(tables.words)?,
-            positions: self.upload(tables.positions)?,
-            types: self.upload(tables.types)?,
+            positions: tables.positions.map(|table| self.upload(table)).transpose()?,
+            types: tables.types.map(|table| self.upload(table)).transpose()?,
             norm: self.norm(tables.norm)?,
         })
     }
@@ -141,15 +175,25 @@ impl Backend for CandleBackend {
         Ok(Norm { weight: self.upload(weights.weight)?, bias: self.upload(weights.bias)?, eps: weights.eps as f32 })
     }
 
+    fn rotary(&self, table: RotaryTable) -> Result<Rotary, BackendError> {
+        let shape = vec![table.positions, table.frequencies.len()];
+        let (cos, sin) = table.cos_sin();
+        let upload = |data| self.upload(HostTensor { shape: shape.clone(), data });
+        Ok(Rotary { cos: upload(cos)?, sin: upload(sin)? })
+    }
+
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         self.pool.install(|| graph(&(), batch))
     }
 
     fn embed(&self, (): &(), weights: &Embeddings, batch: &Batch) -> Result<Tensor, BackendError> {
-        let words = weights.words.index_select(&self.indices(batch.ids())?, 0)?;
-        let positions = weights.positions.index_select(&self.indices(batch.positions())?, 0)?;
-        let types = weights.types.index_select(&self.indices(batch.type_ids())?, 0)?;
-        self.layer_norm(&(), &weights.norm, ((words + types)? + positions)?)
+        let mut sum = weights.words.index_select(&self.indices(batch.ids())?, 0)?;
+        for (table, indices) in [(&weights.types, batch.type_ids()), (&weights.positions, batch.positions())] {
+            if let Some(table) = table {
+                sum = (sum + table.index_select(&self.indices(indices)?, 0)?)?;
+            }
+        }
+        self.layer_norm(&(), &weights.norm, sum)
     }
 
     fn apply(
@@ -165,10 +209,11 @@ impl Backend for CandleBackend {
         let y = matmul(x, &weight)?.broadcast_add(&bias)?;
         Ok(match epilogue {
             Epilogue::Bias => y,
-            Epilogue::Activation(Activation::Gelu) => y.gelu_erf()?,
-            Epilogue::Activation(Activation::GeluTanh) => y.gelu()?,
-            Epilogue::Activation(Activation::Relu) => y.relu()?,
-            Epilogue::Activation(Activation::Tanh) => y.tanh()?,
+            Epilogue::Activation(activation) => activate(activation, &y)?,
+            Epilogue::Gated(activation) => {
+                let columns = y.dim(1)? / 2;
+                (activate(activation, &y.narrow(1, 0, columns)?.contiguous()?)? * y.narrow(1, columns, columns)?)?
+            }
             Epilogue::Residual(residual) => (y + residual)?,
         })
     }
@@ -177,13 +222,39 @@ impl Backend for CandleBackend {
         Ok(layer_norm(&x, &weights.weight, &weights.bias, weights.eps)?)
     }
 
-    fn attention(&self, (): &(), shape: AttentionShape, qkv: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
+    fn pre_norm(&self, (): &(), weights: &Norm, x: &Tensor) -> Result<Tensor, BackendError> {
+        self.layer_norm(&(), weights, x.clone())
+    }
+
+    fn rotate(&self, (): &(), rotary: &Rotary, heads: usize, x: Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
+        let (tokens, columns) = x.dims2()?;
+        let half = rotary.cos.dim(1)?;
+        let positions = self.indices(batch.positions())?;
+        let angle = |table: &Tensor| table.index_select(&positions, 0)?.reshape((tokens, 1, half));
+        let (cos, sin) = (angle(&rotary.cos)?, angle(&rotary.sin)?);
+        let rotated = x.narrow(1, 0, heads * 2 * half)?.contiguous()?.reshape((tokens, heads, 2 * half))?;
+        let (a, b) = (rotated.narrow(2, 0, half)?, rotated.narrow(2, half, half)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        let rotated = Tensor::cat(&[first, second], 2)?.reshape((tokens, heads * 2 * half))?;
+        let rest = x.narrow(1, heads * 2 * half, columns - heads * 2 * half)?.contiguous()?;
+        Ok(Tensor::cat(&[rotated, rest], 1)?)
+    }
+
+    fn attention(
+        &self,
+        (): &(),
+        shape: AttentionShape,
+        window: Option<usize>,
+        qkv: &Tensor,
+        batch: &Batch,
+    ) -> Result<Tensor, BackendError> {
         let c = shape.heads * shape.head_size;
         let mut contexts = Vec::with_capacity(batch.sequences());
         for rows in batch.ranges() {
             let own = qkv.narrow(0, rows.start, rows.len())?;
             let part = |i: usize| own.narrow(D::Minus1, i * c, c);
-            contexts.push(Self::attend(shape, &part(0)?, &part(1)?, &part(2)?)?);
+            contexts.push(Self::attend(shape, window, &part(0)?, &part(1)?, &part(2)?)?);
         }
         Ok(Tensor::cat(&contexts, 0)?)
     }
@@ -192,6 +263,7 @@ impl Backend for CandleBackend {
         &self,
         (): &(),
         shape: AttentionShape,
+        window: Option<usize>,
         q: &Tensor,
         kv: &Tensor,
         batch: &Batch,
@@ -201,13 +273,18 @@ impl Backend for CandleBackend {
         for (sequence, rows) in batch.ranges().enumerate() {
             let own = kv.narrow(0, rows.start, rows.len())?;
             let part = |i: usize| own.narrow(D::Minus1, i * c, c);
-            contexts.push(Self::attend(shape, &q.narrow(0, sequence, 1)?, &part(0)?, &part(1)?)?);
+            contexts.push(Self::attend(shape, window, &q.narrow(0, sequence, 1)?, &part(0)?, &part(1)?)?);
         }
         Ok(Tensor::cat(&contexts, 0)?)
     }
 
     fn gather_cls(&self, (): &(), x: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
         Ok(x.index_select(&self.indices(&batch.cls_rows())?, 0)?)
+    }
+
+    fn mean_rows(&self, (): &(), x: &Tensor, batch: &Batch) -> Result<Tensor, BackendError> {
+        let means = batch.ranges().map(|rows| x.narrow(0, rows.start, rows.len())?.mean_keepdim(0));
+        Ok(Tensor::cat(&means.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
     }
 
     fn download(&self, (): &(), x: &Tensor) -> Result<Vec<f32>, BackendError> {
@@ -225,6 +302,16 @@ impl Timed for CandleBackend {
 
     fn elapsed_seconds(&self, from: &Instant, to: &Instant) -> Result<f64, BackendError> {
         Ok(to.duration_since(*from).as_secs_f64())
+    }
+}
+
+fn activate(activation: Activation, x: &Tensor) -> candle_core::Result<Tensor> {
+    match activation {
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
+        Activation::Relu => x.relu(),
+        Activation::Silu => x.silu(),
+        Activation::Tanh => x.tanh(),
     }
 }
 

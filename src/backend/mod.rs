@@ -1,4 +1,4 @@
-//! The trait [`Backend`]: some ten fused operations over packed buffers. All computation is behind it, and no model is
+//! The trait [`Backend`]: some dozen fused operations over packed buffers. All computation is behind it, and no model is
 //! known here.
 //!
 //! An architecture is a graph over these operations (`encoder`); a device is an implementation of them. [`candle`] is
@@ -28,16 +28,16 @@ pub struct HostTensor {
     pub data: Vec<f32>,
 }
 
-/// Weights of the embedding: three tables whose rows are added, and the layer norm of the sum.
+/// Weights of the embedding: tables whose rows are added, and the layer norm of the sum.
 #[derive(Debug)]
 pub struct EmbeddingTables {
     /// `[vocabulary, C]`
     pub words: HostTensor,
     /// `[positions, C]`. Row 0 is for a sequence's first token: the unused first rows of a RoBERTa checkpoint are
-    /// removed at load.
-    pub positions: HostTensor,
-    /// `[types, C]`
-    pub types: HostTensor,
+    /// removed at load. `None` if attention has the positions (see [`RotaryTable`]).
+    pub positions: Option<HostTensor>,
+    /// `[types, C]`; `None` if the model does not distinguish token types.
+    pub types: Option<HostTensor>,
     pub norm: NormWeights,
 }
 
@@ -46,10 +46,28 @@ pub struct EmbeddingTables {
 pub struct NormWeights {
     /// `[C]`
     pub weight: HostTensor,
-    /// `[C]`
+    /// `[C]`; zeros if the model has none.
     pub bias: HostTensor,
     /// Added to the variance.
     pub eps: f64,
+}
+
+/// The angles of a rotary position embedding (Su et al. 2021): at position p, pair i of a head is rotated by
+/// `p * frequencies[i]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RotaryTable {
+    /// Radians per position, `[D / 2]`. Pair i is columns i and i + D / 2 of the head ("rotate half").
+    pub frequencies: Vec<f32>,
+    /// Positions that occur: 0 to `positions - 1`.
+    pub positions: usize,
+}
+
+impl RotaryTable {
+    /// Cosines and sines of all angles, each `[positions, D / 2]`. Angles are products in f32, as in `transformers`.
+    pub fn cos_sin(&self) -> (Vec<f32>, Vec<f32>) {
+        let angles = (0..self.positions).flat_map(|p| self.frequencies.iter().map(move |f| p as f32 * f));
+        angles.map(|angle| (angle.cos(), angle.sin())).unzip()
+    }
 }
 
 /// An element-wise non-linearity.
@@ -61,6 +79,8 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`
     Relu,
+    /// `x / (1 + exp(-x))`: `silu` or `swish` in checkpoints.
+    Silu,
     /// Hyperbolic tangent. Used in classification heads only.
     Tanh,
 }
@@ -72,6 +92,10 @@ pub enum Epilogue<'a, B> {
     Bias,
     /// Add the bias, then apply the activation.
     Activation(Activation),
+    /// Add the bias, then `activation(gate) * value`, where the first half of the outputs is the gate and the second
+    /// half the value (GLU variants; Shazeer 2020). The result has half as many columns. For layers loaded with
+    /// [`LayerRole::Gated`] only, and always for all of their outputs.
+    Gated(Activation),
     /// Add the bias and the residual, `[rows, outputs]`.
     Residual(&'a B),
 }
@@ -129,6 +153,8 @@ pub type Graph<'a, B> = &'a (dyn Fn(&<B as Backend>::ExecContext, &Batch) -> Res
 pub enum LayerRole {
     /// In an encoder layer: nearly all of the work. Computed in the backend's configured precision.
     Encoder,
+    /// In an encoder layer, with [`Epilogue::Gated`]: `weight` is `[2F, inputs]`.
+    Gated,
     /// In the classification head: only S rows. Computed in the highest precision that the backend has.
     Head,
 }
@@ -145,6 +171,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     type Linear: Send + Sync;
     /// [`NormWeights`] on the device.
     type Norm: Send + Sync;
+    /// [`RotaryTable`] on the device.
+    type Rotary: Send + Sync;
 
     /// Implementation, precision and device, for the start-up log.
     fn describe(&self) -> String;
@@ -163,6 +191,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
     fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Self::Linear, BackendError>;
     /// Loads a layer norm to the device.
     fn norm(&self, weights: NormWeights) -> Result<Self::Norm, BackendError>;
+    /// Loads a rotary position embedding to the device.
+    fn rotary(&self, table: RotaryTable) -> Result<Self::Rotary, BackendError>;
 
     /// Runs `graph` over `batch`, as a whole or in parts split between sequences. Returns the logits `[S]` in the
     /// batch's order.
@@ -173,7 +203,8 @@ pub trait Backend: Sized + Send + Sync + 'static {
         self.run(batch, graph)
     }
 
-    /// `norm(words[id] + positions[position] + types[type])` for each token. Returns `[T, C]`.
+    /// `norm(words[id] + positions[position] + types[type])` for each token, without the tables that the model does not
+    /// have. Returns `[T, C]`.
     fn embed(
         &self,
         ctx: &Self::ExecContext,
@@ -181,7 +212,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
     /// A linear layer, `epilogue(x W^T)`, for the rows `outputs` of W. `x` is `[rows, inputs]`; returns `[rows,
-    /// outputs.len()]`.
+    /// outputs.len()]`, or half as many columns with [`Epilogue::Gated`].
     fn apply(
         &self,
         ctx: &Self::ExecContext,
@@ -190,27 +221,47 @@ pub trait Backend: Sized + Send + Sync + 'static {
         x: &Self::Buffer,
         epilogue: Epilogue<'_, Self::Buffer>,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Layer norm of each row. Shape is unchanged.
+    /// Layer norm of each row, in place. Shape is unchanged.
     fn layer_norm(
         &self,
         ctx: &Self::ExecContext,
         weights: &Self::Norm,
         x: Self::Buffer,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Bidirectional attention of each token to all tokens of its sequence. `qkv` is `[T, 3C]`; returns `[T, C]`.
+    /// Layer norm of each row as the input of a linear layer of the encoder, `[rows, C]`. `x` is kept: it is the residual
+    /// stream of a pre-norm layer.
+    fn pre_norm(
+        &self,
+        ctx: &Self::ExecContext,
+        weights: &Self::Norm,
+        x: &Self::Buffer,
+    ) -> Result<Self::Buffer, BackendError>;
+    /// Rotates the first `heads` heads of each token's row by the token's position, in place. `x` is `[T, columns]`.
+    fn rotate(
+        &self,
+        ctx: &Self::ExecContext,
+        rotary: &Self::Rotary,
+        heads: usize,
+        x: Self::Buffer,
+        batch: &Batch,
+    ) -> Result<Self::Buffer, BackendError>;
+    /// Bidirectional attention of each token to the tokens of its sequence; with a window, to those at a distance of at
+    /// most `window` only. `qkv` is `[T, 3C]`; returns `[T, C]`.
     fn attention(
         &self,
         ctx: &Self::ExecContext,
         shape: AttentionShape,
+        window: Option<usize>,
         qkv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Attention of each sequence's first token (CLS) to all tokens of its sequence. `q` is `[S, C]`, `kv` is `[T,
-    /// 2C]`; returns `[S, C]`.
+    /// The same attention, of each sequence's first token (CLS) only. `q` is `[S, C]`, `kv` is `[T, 2C]`; returns `[S,
+    /// C]`.
     fn cls_attention(
         &self,
         ctx: &Self::ExecContext,
         shape: AttentionShape,
+        window: Option<usize>,
         q: &Self::Buffer,
         kv: &Self::Buffer,
         batch: &Batch,
@@ -222,6 +273,9 @@ pub trait Backend: Sized + Send + Sync + 'static {
         x: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError>;
+    /// The mean of each sequence's rows: `[T, columns]` to `[S, columns]`.
+    fn mean_rows(&self, ctx: &Self::ExecContext, x: &Self::Buffer, batch: &Batch)
+    -> Result<Self::Buffer, BackendError>;
     /// Copies the buffer's values to the host, row-major.
     fn download(&self, ctx: &Self::ExecContext, x: &Self::Buffer) -> Result<Vec<f32>, BackendError>;
 }

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
-    NormWeights, Roofline, Timed,
+    NormWeights, Roofline, RotaryTable, Timed,
 };
 use crate::batch::Batch;
 
@@ -158,6 +158,7 @@ impl<B: Timed> Backend for Profiled<B> {
     type Embeddings = Embeddings<B::Embeddings>;
     type Linear = Linear<B::Linear>;
     type Norm = B::Norm;
+    type Rotary = B::Rotary;
 
     fn describe(&self) -> String {
         format!("{}, profiled", self.inner.describe())
@@ -179,6 +180,10 @@ impl<B: Timed> Backend for Profiled<B> {
 
     fn norm(&self, weights: NormWeights) -> Result<B::Norm, BackendError> {
         self.inner.norm(weights)
+    }
+
+    fn rotary(&self, table: RotaryTable) -> Result<B::Rotary, BackendError> {
+        self.inner.rotary(table)
     }
 
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
@@ -219,26 +224,24 @@ impl<B: Timed> Backend for Profiled<B> {
         x: &Self::Buffer,
         epilogue: Epilogue<'_, Self::Buffer>,
     ) -> Result<Self::Buffer, BackendError> {
-        let (rows, columns, inputs) = (x.rows, outputs.len(), weights.inputs);
-        let (suffix, residual_values) = match epilogue {
-            Epilogue::Bias => ("", 0),
-            Epilogue::Activation(Activation::Gelu) => (", GELU", 0),
-            Epilogue::Activation(Activation::GeluTanh) => (", tanh GELU", 0),
-            Epilogue::Activation(Activation::Relu) => (", ReLU", 0),
-            Epilogue::Activation(Activation::Tanh) => (", tanh", 0),
-            Epilogue::Residual(_) => (", residual", rows * columns),
+        let (rows, inputs) = (x.rows, weights.inputs);
+        let (suffix, columns, residual_values) = match epilogue {
+            Epilogue::Bias => (String::new(), outputs.len(), 0),
+            Epilogue::Activation(activation) => (format!(", {}", name(activation)), outputs.len(), 0),
+            Epilogue::Gated(activation) => (format!(", gated {}", name(activation)), outputs.len() / 2, 0),
+            Epilogue::Residual(_) => (", residual".to_owned(), outputs.len(), rows * outputs.len()),
         };
         let name = match (weights.role, x.cls_only) {
             (LayerRole::Head, _) => "head".to_owned(),
-            (LayerRole::Encoder, true) => format!("CLS: GEMM {inputs} -> {columns}{suffix}"),
-            (LayerRole::Encoder, false) => format!("GEMM {inputs} -> {columns}{suffix}"),
+            (LayerRole::Encoder | LayerRole::Gated, true) => format!("CLS: GEMM {inputs} -> {}{suffix}", outputs.len()),
+            (LayerRole::Encoder | LayerRole::Gated, false) => format!("GEMM {inputs} -> {}{suffix}", outputs.len()),
         };
         let work = match weights.role {
             LayerRole::Head => Work::default(),
-            LayerRole::Encoder => Work {
-                gemm_operations: 2 * rows * inputs * columns,
+            LayerRole::Encoder | LayerRole::Gated => Work {
+                gemm_operations: 2 * rows * inputs * outputs.len(),
                 activations: rows * (inputs + columns) + residual_values,
-                weights: inputs * columns,
+                weights: inputs * outputs.len(),
                 ..Work::default()
             },
         };
@@ -246,6 +249,7 @@ impl<B: Timed> Backend for Profiled<B> {
             let epilogue = match epilogue {
                 Epilogue::Bias => Epilogue::Bias,
                 Epilogue::Activation(activation) => Epilogue::Activation(activation),
+                Epilogue::Gated(activation) => Epilogue::Gated(activation),
                 Epilogue::Residual(residual) => Epilogue::Residual(&residual.inner),
             };
             b.apply(ctx, &weights.inner, outputs, &x.inner, epilogue)
@@ -266,17 +270,48 @@ impl<B: Timed> Backend for Profiled<B> {
         Ok(Buffer { inner, rows, columns, cls_only })
     }
 
+    fn pre_norm(
+        &self,
+        ctx: &B::ExecContext,
+        weights: &B::Norm,
+        x: &Self::Buffer,
+    ) -> Result<Self::Buffer, BackendError> {
+        let name = if x.cls_only { "CLS: layer norm" } else { "layer norm" };
+        let work = Work { activations: 2 * x.rows * x.columns, ..Work::default() };
+        let inner = self.time(ctx, name, work, |b| b.pre_norm(ctx, weights, &x.inner))?;
+        Ok(Buffer { inner, ..*x })
+    }
+
+    fn rotate(
+        &self,
+        ctx: &B::ExecContext,
+        rotary: &B::Rotary,
+        heads: usize,
+        x: Self::Buffer,
+        batch: &Batch,
+    ) -> Result<Self::Buffer, BackendError> {
+        let Buffer { inner, rows, columns, cls_only } = x;
+        // At most all columns are read and written.
+        let work = Work { activations: 2 * rows * columns, ..Work::default() };
+        let inner = self.time(ctx, "rotary", work, |b| b.rotate(ctx, rotary, heads, inner, batch))?;
+        Ok(Buffer { inner, rows, columns, cls_only })
+    }
+
     fn attention(
         &self,
         ctx: &B::ExecContext,
         shape: AttentionShape,
+        window: Option<usize>,
         qkv: &Self::Buffer,
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
-        let squares: usize = batch.ranges().map(|rows| rows.len() * rows.len()).sum();
-        let work = Work { attention_operations: 4 * squares * c, activations: 4 * qkv.rows * c, ..Work::default() };
-        let inner = self.time(ctx, "attention", work, |b| b.attention(ctx, shape, &qkv.inner, batch))?;
+        let (name, scores) = match window {
+            None => ("attention", batch.ranges().map(|rows| rows.len() * rows.len()).sum::<usize>()),
+            Some(window) => ("local attention", batch.ranges().map(|rows| visible_pairs(rows.len(), window)).sum()),
+        };
+        let work = Work { attention_operations: 4 * scores * c, activations: 4 * qkv.rows * c, ..Work::default() };
+        let inner = self.time(ctx, name, work, |b| b.attention(ctx, shape, window, &qkv.inner, batch))?;
         Ok(Buffer { inner, rows: qkv.rows, columns: c, cls_only: false })
     }
 
@@ -284,6 +319,7 @@ impl<B: Timed> Backend for Profiled<B> {
         &self,
         ctx: &B::ExecContext,
         shape: AttentionShape,
+        window: Option<usize>,
         q: &Self::Buffer,
         kv: &Self::Buffer,
         batch: &Batch,
@@ -291,8 +327,8 @@ impl<B: Timed> Backend for Profiled<B> {
         let c = shape.heads * shape.head_size;
         let work =
             Work { attention_operations: 4 * kv.rows * c, activations: 2 * (kv.rows + q.rows) * c, ..Work::default() };
-        let inner =
-            self.time(ctx, "CLS: attention", work, |b| b.cls_attention(ctx, shape, &q.inner, &kv.inner, batch))?;
+        let inner = self
+            .time(ctx, "CLS: attention", work, |b| b.cls_attention(ctx, shape, window, &q.inner, &kv.inner, batch))?;
         Ok(Buffer { inner, rows: q.rows, columns: c, cls_only: true })
     }
 
@@ -303,7 +339,43 @@ impl<B: Timed> Backend for Profiled<B> {
         Ok(Buffer { inner, rows, columns: x.columns, cls_only: true })
     }
 
+    fn mean_rows(&self, ctx: &B::ExecContext, x: &Self::Buffer, batch: &Batch) -> Result<Self::Buffer, BackendError> {
+        let rows = batch.sequences();
+        let work = Work { activations: (x.rows + rows) * x.columns, ..Work::default() };
+        let inner = self.time(ctx, "mean", work, |b| b.mean_rows(ctx, &x.inner, batch))?;
+        Ok(Buffer { inner, rows, columns: x.columns, cls_only: true })
+    }
+
     fn download(&self, ctx: &B::ExecContext, x: &Self::Buffer) -> Result<Vec<f32>, BackendError> {
         self.inner.download(ctx, &x.inner)
+    }
+}
+
+fn name(activation: Activation) -> &'static str {
+    match activation {
+        Activation::Gelu => "GELU",
+        Activation::GeluTanh => "tanh GELU",
+        Activation::Relu => "ReLU",
+        Activation::Silu => "SiLU",
+        Activation::Tanh => "tanh",
+    }
+}
+
+/// Pairs of a query and a key at a distance of at most `window`, in a sequence of n tokens.
+fn visible_pairs(n: usize, window: usize) -> usize {
+    let window = window.min(n - 1);
+    n * (2 * window + 1) - window * (window + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::visible_pairs;
+
+    #[test]
+    fn visible_pairs_are_counted_at_both_ends_of_a_sequence() {
+        for (n, window) in [(1, 0), (1, 5), (7, 0), (7, 2), (7, 6), (7, 9)] {
+            let pairs = (0..n).flat_map(|i: usize| (0..n).filter(move |&j| i.abs_diff(j) <= window)).count();
+            assert_eq!(visible_pairs(n, window), pairs, "{n} {window}");
+        }
     }
 }

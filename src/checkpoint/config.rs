@@ -1,7 +1,6 @@
-//! `config.json` -> [`ModelConfig`]: the dimensions that a graph is built from, validated once, here.
+//! The dimensions and conventions that a graph is built from. `parse.rs` reads them from a `config.json`.
 
-use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Map, Value};
+use anyhow::{Result, ensure};
 
 use crate::backend::Activation;
 
@@ -17,14 +16,71 @@ const MAX_PARAMETERS: u64 = 1 << 34;
 /// The largest `layer_norm_eps`. Published encoders have 1e-12 to 1e-5; a large value makes every norm return its bias.
 const MAX_LAYER_NORM_EPS: f64 = 0.1;
 
-/// The encoder families that have a graph in [`crate::encoder`].
+/// The encoder families that have a graph in [`crate::encoder`]. They differ in the names of their tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
-    /// BERT: two token types; the head is pooler + classifier.
+    /// BERT: learned positions, two token types.
     Bert,
-    /// RoBERTa, XLM-RoBERTa, CamemBERT: positions start after the padding id; the head is classifier.dense +
-    /// classifier.out_proj.
+    /// RoBERTa, XLM-RoBERTa, CamemBERT: positions start after the padding id.
     Roberta,
+    /// ELECTRA: BERT with another head.
+    Electra,
+    /// ModernBERT: pre-norm, rotary positions, local and global attention, gated feed-forward layers.
+    ModernBert,
+    /// The "new" model of gte-multilingual: BERT with rotary positions and gated feed-forward layers.
+    NewModel,
+}
+
+/// Whether a sublayer's layer norm is before it (pre-norm) or after it and its residual (post-norm).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormOrder {
+    Pre,
+    Post,
+}
+
+/// Which parts of an encoder layer have biases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Biases {
+    /// The linear layers of attention.
+    pub attention: bool,
+    /// The first linear layer of the feed-forward network.
+    pub feed_forward_input: bool,
+    /// Its second linear layer.
+    pub feed_forward_output: bool,
+    /// Layer norms.
+    pub norm: bool,
+}
+
+/// How a layer's attention uses positions.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct LayerAttention {
+    /// The largest distance that a token attends to; `None` is the whole sequence.
+    pub window: Option<usize>,
+    /// An index into [`ModelConfig::rotary`].
+    pub rotary: Option<usize>,
+}
+
+/// How a sequence's rows become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pooling {
+    /// The first token's row.
+    Cls,
+    /// The mean of all rows.
+    Mean,
+}
+
+/// The classification head: a pooling, and a chain of modules that ends in one output.
+#[derive(Debug, Clone, PartialEq)]
+pub struct HeadConfig {
+    pub pooling: Pooling,
+    pub modules: Vec<HeadModule>,
+}
+
+/// A module of a classification head. Its tensors are `name.weight` and `name.bias`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum HeadModule {
+    Dense { name: String, inputs: usize, outputs: usize, bias: bool, activation: Option<Activation> },
+    Norm { name: String, size: usize, bias: bool, eps: f64 },
 }
 
 /// A cross-encoder's dimensions and conventions.
@@ -43,122 +99,68 @@ pub struct ModelConfig {
     pub intermediate_size: usize,
     /// Applied between the two feed-forward layers.
     pub activation: Activation,
+    /// Whether the first feed-forward layer has 2F outputs, a gate and a value.
+    pub gated: bool,
+    pub norm_order: NormOrder,
     /// Added to a layer norm's variance.
     pub layer_norm_eps: f64,
-    /// Rows of the position embedding, as stored.
+    pub biases: Biases,
+    /// The longest sequence, in tokens.
+    pub max_window: usize,
+    /// Rows of the position embedding, as stored; 0 if there is none.
     pub position_rows: usize,
     /// The position embedding's row of the first token: 0 for BERT, `pad_token_id + 1` for the RoBERTa family.
     pub position_offset: usize,
-    /// Rows of the token type embedding.
+    /// Rows of the token type embedding; 0 if there is none.
     pub type_vocab_size: usize,
+    /// The frequencies of each distinct rotary embedding, `[D / 2]`.
+    pub rotary: Vec<Vec<f32>>,
+    /// Of each layer, `[layers]`.
+    pub layer_attention: Vec<LayerAttention>,
+    pub head: HeadConfig,
 }
 
-/// The fields of a `config.json`. A field that is absent or null has its `transformers` default or is an error; each
-/// error names its field.
-struct Fields(Map<String, Value>);
-
-impl Fields {
-    fn get(&self, field: &str) -> Option<&Value> {
-        self.0.get(field).filter(|value| !value.is_null())
-    }
-
-    fn optional_integer(&self, field: &str) -> Result<Option<usize>> {
-        let Some(value) = self.get(field) else { return Ok(None) };
-        let integer = value.as_u64().and_then(|integer| usize::try_from(integer).ok());
-        Ok(Some(integer.with_context(|| format!("{field} is {value}; expected a non-negative integer"))?))
-    }
-
-    fn integer(&self, field: &str) -> Result<usize> {
-        self.optional_integer(field)?.with_context(|| format!("{field} is missing"))
-    }
-
-    fn text(&self, field: &str) -> Result<Option<&str>> {
-        let Some(value) = self.get(field) else { return Ok(None) };
-        Ok(Some(value.as_str().with_context(|| format!("{field} is {value}; expected a string"))?))
-    }
-
-    /// Entries of `id2label`, else `num_labels`, else 1.
-    fn labels(&self) -> Result<usize> {
-        match self.get("id2label") {
-            Some(Value::Object(labels)) => Ok(labels.len()),
-            Some(value) => bail!("id2label is {value}; expected an object"),
-            None => Ok(self.optional_integer("num_labels")?.unwrap_or(1)),
+impl HeadModule {
+    /// The prefix of the module's tensors.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Dense { name, .. } | Self::Norm { name, .. } => name,
         }
+    }
+
+    fn parameters(&self) -> u64 {
+        let (weight, outputs, bias) = match *self {
+            Self::Dense { inputs, outputs, bias, .. } => (inputs * outputs, outputs, bias),
+            Self::Norm { size, bias, .. } => (size, size, bias),
+        };
+        (weight + if bias { outputs } else { 0 }) as u64
     }
 }
 
 impl ModelConfig {
-    /// Reads the text of a `config.json`.
-    ///
-    /// # Errors
-    /// An unknown architecture or activation, more than one label, relative positions, and dimensions that are missing,
-    /// out of range, or do not divide. The error names the field.
-    pub fn parse(json: &str) -> Result<Self> {
-        let fields: Map<String, Value> = serde_json::from_str(json).context("not a JSON object")?;
-        let fields = Fields(fields);
-        let architecture = match fields.text("model_type")?.context("model_type is missing")? {
-            "bert" => Architecture::Bert,
-            "roberta" | "xlm-roberta" | "camembert" => Architecture::Roberta,
-            other => bail!(
-                "model_type is {other:?}; supported are bert, roberta, xlm-roberta and camembert. \
-                 Choose a cross-encoder of one of these families (`rerankd models` lists some)"
-            ),
-        };
-        let labels = fields.labels()?;
-        ensure!(labels == 1, "the model has {labels} labels; a reranker has exactly one (num_labels, id2label)");
-        if let Some(kind) = fields.text("position_embedding_type")?.filter(|&kind| kind != "absolute") {
-            bail!("position_embedding_type is {kind:?}; only \"absolute\" is supported");
-        }
-        let activation = match fields.text("hidden_act")?.unwrap_or("gelu") {
-            "gelu" => Activation::Gelu,
-            "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
-            "relu" => Activation::Relu,
-            other => bail!("hidden_act is {other:?}; supported are gelu, gelu_new, gelu_pytorch_tanh and relu"),
-        };
-        let layer_norm_eps = match fields.get("layer_norm_eps") {
-            Some(value) => value
-                .as_f64()
-                .with_context(|| format!("layer_norm_eps is {value}; expected a small positive number"))?,
-            None => 1e-12,
-        };
-        let (position_offset, default_types) = match architecture {
-            Architecture::Bert => (0, 2),
-            Architecture::Roberta => (fields.optional_integer("pad_token_id")?.unwrap_or(1).saturating_add(1), 1),
-        };
-        let config = Self {
-            architecture,
-            vocab_size: fields.integer("vocab_size")?,
-            hidden_size: fields.integer("hidden_size")?,
-            layers: fields.integer("num_hidden_layers")?,
-            heads: fields.integer("num_attention_heads")?,
-            intermediate_size: fields.integer("intermediate_size")?,
-            activation,
-            layer_norm_eps,
-            position_rows: fields.integer("max_position_embeddings")?,
-            position_offset,
-            type_vocab_size: fields.optional_integer("type_vocab_size")?.unwrap_or(default_types),
-        };
-        config.check()?;
-        Ok(config)
-    }
-
-    /// The longest sequence, in tokens, that the position embedding has rows for.
-    pub fn max_window(&self) -> usize {
-        self.position_rows - self.position_offset
+    /// D
+    pub fn head_size(&self) -> usize {
+        self.hidden_size / self.heads
     }
 
     /// Values in all of the model's tensors. Fits u64: `check` bounds each factor first.
-    fn parameters(&self) -> u64 {
+    pub(super) fn parameters(&self) -> u64 {
         let [c, f, layers] = [self.hidden_size, self.intermediate_size, self.layers].map(|n| n as u64);
+        let inputs = if self.gated { 2 * f } else { f };
         let embedding_rows = (self.vocab_size + self.position_rows + self.type_vocab_size) as u64;
-        let attention = 4 * (c * c + c);
-        let feed_forward = 2 * f * c + f + c;
-        let norms = 4 * c;
-        let head = c * c + c + c + 1;
-        (embedding_rows + 2) * c + layers * (attention + feed_forward + norms) + head
+        let attention = 4 * c * c + if self.biases.attention { 4 * c } else { 0 };
+        let feed_forward = inputs * c
+            + f * c
+            + if self.biases.feed_forward_input { inputs } else { 0 }
+            + if self.biases.feed_forward_output { c } else { 0 };
+        let norm = if self.biases.norm { 2 * c } else { c };
+        let head = self.head.modules.iter().map(HeadModule::parameters).sum::<u64>();
+        embedding_rows * c + norm + layers * (attention + feed_forward + 2 * norm) + head
     }
 
-    fn check(&self) -> Result<()> {
+    /// # Errors
+    /// A dimension is out of range, or dimensions do not fit together. The error names the field.
+    pub(super) fn check(&self) -> Result<()> {
         // 1 << 16 inputs also keep an int8 sum within i32: 65,536 * 255 * 127 < 2^31.
         for (field, value, limit) in [
             ("vocab_size", self.vocab_size, 1 << 24),
@@ -166,8 +168,9 @@ impl ModelConfig {
             ("num_hidden_layers", self.layers, 1 << 10),
             ("num_attention_heads", self.heads, 1 << 10),
             ("intermediate_size", self.intermediate_size, 1 << 16),
-            ("max_position_embeddings", self.position_rows, 1 << 20),
-            ("type_vocab_size", self.type_vocab_size, 1 << 8),
+            ("max_position_embeddings", self.max_window + self.position_offset, 1 << 20),
+            // The embedding tables of token types and positions may be absent.
+            ("type_vocab_size", self.type_vocab_size.max(1), 1 << 8),
         ] {
             ensure!((1..=limit).contains(&value), "{field} is {value}; expected 1 to {limit}");
         }
@@ -203,119 +206,10 @@ impl ModelConfig {
             self.hidden_size / self.heads
         );
         ensure!(
-            self.position_offset < self.position_rows,
-            "max_position_embeddings {} leaves no position after pad_token_id {}",
-            self.position_rows,
-            self.position_offset - 1
-        );
-        ensure!(
             self.layer_norm_eps > 0.0 && self.layer_norm_eps <= MAX_LAYER_NORM_EPS,
             "layer_norm_eps is {}; expected a positive number up to {MAX_LAYER_NORM_EPS}",
             self.layer_norm_eps
         );
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const BGE: &str = r#"{"model_type":"xlm-roberta","vocab_size":250002,"hidden_size":1024,"num_hidden_layers":24,
-        "num_attention_heads":16,"intermediate_size":4096,"hidden_act":"gelu","layer_norm_eps":1e-5,
-        "max_position_embeddings":8194,"type_vocab_size":1,"pad_token_id":1,"id2label":{"0":"LABEL_0"}}"#;
-
-    /// Parses [`BGE`] with `from` replaced by `to`, and returns the error.
-    fn error_with(from: &str, to: &str) -> String {
-        assert!(BGE.contains(from));
-        format!("{:#}", ModelConfig::parse(&BGE.replace(from, to)).unwrap_err())
-    }
-
-    #[test]
-    fn xlm_roberta_positions_start_after_the_padding_id() {
-        let config = ModelConfig::parse(BGE).unwrap();
-        assert_eq!(
-            (config.architecture, config.position_offset, config.max_window()),
-            (Architecture::Roberta, 2, 8192)
-        );
-    }
-
-    #[test]
-    fn the_parameter_count_of_bge_reranker_v2_m3_is_right() {
-        // bge-reranker-v2-m3 has 567,755,777 parameters.
-        assert_eq!(ModelConfig::parse(BGE).unwrap().parameters(), 567_755_777);
-    }
-
-    #[test]
-    fn absent_and_null_fields_have_their_transformers_defaults() {
-        let parse = |json: &str| ModelConfig::parse(json).unwrap();
-        let null = BGE
-            .replace(r#""hidden_act":"gelu""#, r#""hidden_act":null"#)
-            .replace(r#""layer_norm_eps":1e-5"#, r#""layer_norm_eps":null"#)
-            .replace(r#""pad_token_id":1"#, r#""pad_token_id":null"#)
-            .replace(r#"{"0":"LABEL_0"}"#, "null");
-        let absent = r#"{"model_type":"xlm-roberta","vocab_size":250002,"hidden_size":1024,"num_hidden_layers":24,
-            "num_attention_heads":16,"intermediate_size":4096,"max_position_embeddings":8194}"#;
-        assert_eq!(parse(&null), parse(absent));
-        assert_eq!(parse(absent).layer_norm_eps, 1e-12);
-    }
-
-    #[test]
-    fn invalid_fields_are_rejected_by_name() {
-        for (from, to, named) in [
-            ("xlm-roberta", "llama", "model_type"),
-            (r#""model_type":"xlm-roberta","#, "", "model_type is missing"),
-            (r#""hidden_size":1024,"#, "", "hidden_size is missing"),
-            (r#"{"0":"LABEL_0"}"#, r#"{"0":"A","1":"B"}"#, "2 labels"),
-            (r#"{"0":"LABEL_0"}"#, "[]", "id2label"),
-            (r#""num_attention_heads":16"#, r#""num_attention_heads":0"#, "num_attention_heads"),
-            (r#""num_attention_heads":16"#, r#""num_attention_heads":15"#, "not a multiple"),
-            (r#""num_attention_heads":16"#, r#""num_attention_heads":1"#, "heads of 1024"),
-            (r#""pad_token_id":1"#, r#""pad_token_id":8193"#, "max_position_embeddings"),
-            (r#""pad_token_id":1"#, r#""pad_token_id":18446744073709551615"#, "max_position_embeddings"),
-            (r#""hidden_size":1024"#, r#""hidden_size":18446744073709551615"#, "hidden_size"),
-            (r#""hidden_size":1024"#, r#""hidden_size":18446744073709551616"#, "hidden_size"),
-            (r#""hidden_size":1024"#, r#""hidden_size":"1024""#, "hidden_size"),
-            (r#""hidden_size":1024"#, r#""hidden_size":-1"#, "hidden_size"),
-            (r#""hidden_act":"gelu""#, r#""hidden_act":"mish""#, "hidden_act"),
-            (
-                r#""pad_token_id":1"#,
-                r#""pad_token_id":1,"position_embedding_type":"relative_key""#,
-                "position_embedding_type",
-            ),
-        ] {
-            let error = error_with(from, to);
-            assert!(error.contains(named), "{to}: {error}");
-        }
-    }
-
-    #[test]
-    fn layer_norm_eps_must_be_positive_and_small() {
-        for eps in ["0", "-1e-5", "1e30", "\"tiny\""] {
-            let error = error_with(r#""layer_norm_eps":1e-5"#, &format!(r#""layer_norm_eps":{eps}"#));
-            assert!(error.contains("layer_norm_eps"), "{eps}: {error}");
-        }
-    }
-
-    #[test]
-    fn dimensions_whose_product_is_too_large_are_rejected() {
-        for (from, to, named) in [
-            (r#""vocab_size":250002"#, r#""vocab_size":16777216"#, "vocab_size 16777216 times hidden_size 1024"),
-            (r#""hidden_size":1024"#, r#""hidden_size":65536"#, "vocab_size 250002 times hidden_size 65536"),
-            (
-                r#""vocab_size":250002,"hidden_size":1024"#,
-                r#""vocab_size":100,"hidden_size":65536"#,
-                "num_hidden_layers 24 and vocab_size 100 make a model of",
-            ),
-        ] {
-            let error = error_with(from, to);
-            assert!(error.contains(named), "{to}: {error}");
-        }
-    }
-
-    #[test]
-    fn feed_forward_layers_whose_int8_sums_would_overflow_are_rejected() {
-        let error = error_with(r#""intermediate_size":4096"#, r#""intermediate_size":65537"#);
-        assert!(error.contains("intermediate_size"), "{error}");
     }
 }

@@ -41,7 +41,8 @@ impl<T: Read + Seek + Send> ReadSeek for T {}
 /// taken.
 pub struct Weights {
     files: Vec<CheckpointFile>,
-    index: HashMap<String, usize>,
+    /// The file of each tensor, and its name there.
+    index: HashMap<String, (usize, String)>,
     taken: BTreeSet<String>,
     bytes: u64,
     on_progress: Box<dyn FnMut(u64) + Send>,
@@ -138,7 +139,7 @@ impl Weights {
         }
         let weights = Self::from_files(files)?;
         for (tensor, shard) in &index.weight_map {
-            let held = weights.index.get(tensor).map(|&i| weights.files[i].name.as_str());
+            let held = weights.index.get(tensor).map(|&(i, _)| weights.files[i].name.as_str());
             ensure!(
                 held.is_some_and(|name| name.ends_with(shard.as_str())),
                 "{}: tensor {tensor} is not in the shard {shard}",
@@ -149,16 +150,40 @@ impl Weights {
     }
 
     fn from_files(files: Vec<CheckpointFile>) -> Result<Self> {
-        let mut index = HashMap::new();
-        for (i, file) in files.iter().enumerate() {
-            for name in file.names() {
-                if let Some(other) = index.insert(name.clone(), i) {
-                    bail!("tensor {name} is in {} and in {}", files[other].name, file.name);
-                }
+        let mut weights = Self {
+            files: Vec::new(),
+            index: HashMap::new(),
+            taken: BTreeSet::new(),
+            bytes: 0,
+            on_progress: Box::new(|_| {}),
+        };
+        for file in files {
+            weights.add_file("", file)?;
+        }
+        Ok(weights)
+    }
+
+    fn add_file(&mut self, prefix: &str, file: CheckpointFile) -> Result<()> {
+        for name in file.names() {
+            let in_model = format!("{prefix}{name}");
+            if let Some((other, _)) = self.index.insert(in_model, (self.files.len(), name.clone())) {
+                bail!("tensor {name} is in {} and in {}", self.files[other].name, file.name);
             }
         }
-        let bytes = files.iter().map(CheckpointFile::bytes).sum();
-        Ok(Self { files, index, taken: BTreeSet::new(), bytes, on_progress: Box::new(|_| {}) })
+        self.bytes += file.bytes();
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// Adds the tensors of the checkpoint at `path`, as of [`Weights::open`], under names that start with `prefix`.
+    ///
+    /// # Errors
+    /// Those of [`Weights::open`]; a tensor of the same name exists.
+    pub fn add(&mut self, prefix: &str, path: &Path) -> Result<()> {
+        for file in Self::open(path)?.files {
+            self.add_file(prefix, file)?;
+        }
+        Ok(())
     }
 
     /// Bytes of tensor data in the checkpoint.
@@ -182,9 +207,9 @@ impl Weights {
     /// The tensor is missing, has another shape than `shape`, is not of a float type, or holds a NaN, an infinity or a
     /// magnitude above 1e9.
     pub fn take(&mut self, name: &str, shape: &[usize]) -> Result<HostTensor> {
-        let file = self.check_shape(name, shape)?;
+        let (file, in_file) = self.check_shape(name, shape)?;
         let file = &mut self.files[file];
-        let (data, bytes) = file.read(name).with_context(|| format!("{}: tensor {name}", file.name))?;
+        let (data, bytes) = file.read(&in_file).with_context(|| format!("{}: tensor {name}", file.name))?;
         if let Some(i) = data.iter().position(|value| value.is_nan() || value.abs() > MAX_MAGNITUDE) {
             bail!("{}: tensor {name} holds {} at element {i}; the file is damaged", file.name, data[i]);
         }
@@ -193,15 +218,15 @@ impl Weights {
         Ok(HostTensor { shape: shape.to_vec(), data })
     }
 
-    /// Looks a tensor up and compares its shape, without reading it. Returns the index of its file.
-    fn check_shape(&self, name: &str, shape: &[usize]) -> Result<usize> {
-        let Some(&file) = self.index.get(name) else {
+    /// Looks a tensor up and compares its shape, without reading it. Returns the index of its file, and its name there.
+    fn check_shape(&self, name: &str, shape: &[usize]) -> Result<(usize, String)> {
+        let Some((file, name_in_file)) = self.index.get(name).cloned() else {
             let files: Vec<&str> = self.files.iter().map(|f| f.name.as_str()).collect();
             bail!("{}: tensor {name} is missing; config.json asks for it with shape {shape:?}", files.join(", "));
         };
-        let (found, in_file) = (self.files[file].shape(name), &self.files[file].name);
+        let (found, in_file) = (self.files[file].shape(&name_in_file), &self.files[file].name);
         ensure!(found == shape, "{in_file}: tensor {name} has shape {found:?}; config.json asks for {shape:?}");
-        Ok(file)
+        Ok((file, name_in_file))
     }
 
     /// Reads several tensors, each of shape `shape`, and concatenates them along the first dimension:
@@ -232,7 +257,7 @@ impl Weights {
             self.index.keys().filter(|name| !self.taken.contains(*name) && !unused(name)).collect();
         extra.sort();
         if let Some(first) = extra.first() {
-            let file = &self.files[self.index[*first]].name;
+            let file = &self.files[self.index[*first].0].name;
             bail!(
                 "{file}: tensor {first} has no place in this architecture ({} such tensors); \
                  config.json does not describe these weights",

@@ -1,37 +1,52 @@
-//! The classification head: from each sequence's first token (CLS) to one logit.
+//! The classification head: from each sequence's pooled row to one logit.
 
 use anyhow::Result;
 
+use super::parts::Parts;
 use crate::backend::{Activation, Backend, BackendError, Epilogue, LayerRole};
-use crate::checkpoint::config::{Architecture, ModelConfig};
-use crate::checkpoint::weights::Weights;
+use crate::checkpoint::config::{HeadConfig, HeadModule, Pooling};
 
-/// `out(tanh(dense(cls)))`. The layers are named pooler and classifier in BERT, and classifier.dense and
-/// classifier.out_proj in RoBERTa.
+/// A chain of linear layers and layer norms. The last has one output.
 pub(super) struct Head<B: Backend> {
-    dense: B::Linear,
-    out: B::Linear,
-    hidden_size: usize,
+    pub(super) pooling: Pooling,
+    modules: Vec<Module<B>>,
+}
+
+enum Module<B: Backend> {
+    Dense { linear: B::Linear, outputs: usize, activation: Option<Activation> },
+    Norm(B::Norm),
 }
 
 impl<B: Backend> Head<B> {
-    pub(super) fn load(config: &ModelConfig, weights: &mut Weights, backend: &B) -> Result<Self> {
-        let c = config.hidden_size;
-        let (dense, out) = match config.architecture {
-            Architecture::Bert => ("bert.pooler.dense", "classifier"),
-            Architecture::Roberta => ("classifier.dense", "classifier.out_proj"),
+    pub(super) fn load(config: &HeadConfig, parts: &mut Parts<'_, B>) -> Result<Self> {
+        let mut load = |module: &HeadModule| -> Result<Module<B>> {
+            Ok(match module {
+                &HeadModule::Dense { ref name, inputs, outputs, bias, activation } => {
+                    let linear = parts.linear(name, outputs, inputs, bias, LayerRole::Head)?;
+                    Module::Dense { linear, outputs, activation }
+                }
+                &HeadModule::Norm { ref name, size, bias, eps } => Module::Norm(parts.norm(name, size, bias, eps)?),
+            })
         };
-        let mut linear = |name: &str, outputs: usize| -> Result<B::Linear> {
-            let weight = weights.take(&format!("{name}.weight"), &[outputs, c])?;
-            Ok(backend.linear(weight, weights.take(&format!("{name}.bias"), &[outputs])?, LayerRole::Head)?)
-        };
-        Ok(Self { dense: linear(dense, c)?, out: linear(out, 1)?, hidden_size: c })
+        Ok(Self { pooling: config.pooling, modules: config.modules.iter().map(&mut load).collect::<Result<_>>()? })
     }
 
     /// `[S, C]` to `[S, 1]`.
-    pub(super) fn logits(&self, backend: &B, ctx: &B::ExecContext, cls: &B::Buffer) -> Result<B::Buffer, BackendError> {
-        let dense =
-            backend.apply(ctx, &self.dense, 0..self.hidden_size, cls, Epilogue::Activation(Activation::Tanh))?;
-        backend.apply(ctx, &self.out, 0..1, &dense, Epilogue::Bias)
+    pub(super) fn logits(
+        &self,
+        backend: &B,
+        ctx: &B::ExecContext,
+        mut pooled: B::Buffer,
+    ) -> Result<B::Buffer, BackendError> {
+        for module in &self.modules {
+            pooled = match module {
+                Module::Dense { linear, outputs, activation } => {
+                    let epilogue = activation.map_or(Epilogue::Bias, Epilogue::Activation);
+                    backend.apply(ctx, linear, 0..*outputs, &pooled, epilogue)?
+                }
+                Module::Norm(norm) => backend.layer_norm(ctx, norm, pooled)?,
+            };
+        }
+        Ok(pooled)
     }
 }

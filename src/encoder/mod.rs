@@ -1,15 +1,19 @@
-//! The models' forward passes: one file per architecture family, generic over [`Backend`].
+//! The models' forward passes, generic over [`Backend`]. `transformer` is the graph of all encoders, in `layer`s and with a
+//! `head`. Each family has a file that says where its tensors are.
 
 mod bert;
 mod cross_encoder;
 mod head;
+mod layer;
+mod modernbert;
+mod new_model;
+mod parts;
 mod replicas;
+mod transformer;
 
-pub use bert::{Bert, Stage};
 pub use cross_encoder::CrossEncoder;
 pub use replicas::Replicas;
-
-use std::sync::Arc;
+pub use transformer::{Stage, Transformer};
 
 use anyhow::Result;
 
@@ -21,8 +25,10 @@ use crate::checkpoint::weights::Weights;
 ///
 /// # Errors
 /// A tensor is missing, unexpected, of the wrong shape or damaged, or the device fails.
-pub fn load<B: Backend>(config: &ModelConfig, weights: Weights, backend: B) -> Result<Arc<dyn CrossEncoder>> {
+pub fn load<B: Backend>(config: &ModelConfig, weights: Weights, backend: B) -> Result<Transformer<B>> {
     match config.architecture {
-        Architecture::Bert | Architecture::Roberta => Ok(Arc::new(Bert::load(config, weights, backend)?)),
+        Architecture::Bert | Architecture::Roberta | Architecture::Electra => bert::load(config, weights, backend),
+        Architecture::ModernBert => modernbert::load(config, weights, backend),
+        Architecture::NewModel => new_model::load(config, weights, backend),
     }
 }

@@ -4,6 +4,8 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
+use crate::score::ScoreMap;
+
 /// File name and text of each entry.
 static FILES: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/catalogue_files.rs"));
 
@@ -41,6 +43,9 @@ pub struct Entry {
     pub window: Window,
     /// How the query and the document are joined.
     pub pair: PairFormat,
+    /// From logits to scores. The default is the sigmoid.
+    #[serde(default)]
+    pub score: ScoreMap,
 }
 
 /// A model's files on the hub.
@@ -53,6 +58,9 @@ pub struct HubFiles {
     pub revision: String,
     /// File name of the checkpoint; a repository may have several.
     pub weights: String,
+    /// Whether the head is a chain of sentence-transformers modules (modules.json).
+    #[serde(default)]
+    pub modules: bool,
 }
 
 /// The maximum length of a pair in tokens, including special tokens.
@@ -108,6 +116,7 @@ mod tests {
         let mut names = HashSet::new();
         for entry in entries() {
             assert!(entry.window.default <= entry.window.max, "{}", entry.name);
+            assert!(entry.score.is_valid(), "{}", entry.name);
             assert!(
                 entry.hub.as_ref().is_none_or(|hub| {
                     hub.revision.len() == 40 && hub.revision.bytes().all(|b| b.is_ascii_hexdigit())

@@ -23,14 +23,16 @@ use crate::backend::{
 use crate::backend::{Backend, cpu::CpuDtype};
 use crate::batch::{Batch, Pair};
 use crate::checkpoint::config::ModelConfig;
+use crate::checkpoint::modules::{ModuleEntry, parse_score_map};
 use crate::checkpoint::weights::Weights;
 #[cfg(feature = "cuda")]
 use crate::encoder::Replicas;
 use crate::encoder::{self, CrossEncoder};
+use crate::score::ScoreMap;
 use crate::telemetry;
 use crate::text::{EmbeddingRows, TextEncoder, TextLimits};
 use download::Hub;
-use source::{ModelSource, WeightsFile};
+use source::{ModelFiles, ModelSource, WeightsFile};
 
 /// Default window in tokens of a model that is not in the catalogue, if its position embeddings allow as much.
 const DEFAULT_WINDOW: usize = 1024;
@@ -89,6 +91,8 @@ pub struct LoadedModel {
     pub name: String,
     /// Other names that requests may use.
     pub aliases: Vec<String>,
+    /// From logits to scores.
+    pub score_map: ScoreMap,
     /// From text to pairs of token ids.
     pub text: TextEncoder,
     /// From batches of pairs to logits.
@@ -139,14 +143,18 @@ impl<'a> Loader<'a> {
         let start = Instant::now();
         let files = source.files(self.hub)?;
         let (config_json, config_file) = &files.config;
-        let config = ModelConfig::parse(config_json).with_context(|| config_file.clone())?;
+        let entries: Vec<ModuleEntry> = files.modules.iter().map(|module| module.entry.clone()).collect();
+        let configs: Vec<String> = files.modules.iter().skip(1).map(|module| module.config.clone()).collect();
+        let config =
+            ModelConfig::parse_with_modules(config_json, &entries, &configs).with_context(|| config_file.clone())?;
+        let score_map = score_map(source, &files)?;
         let window = window(source, &config, self.options.window)?;
         let (tokenizer_json, tokenizer_file) = &files.tokenizer;
         let rows = EmbeddingRows { vocabulary: config.vocab_size, token_types: config.type_vocab_size };
         let text = TextEncoder::new(tokenizer_json, rows, window, self.options.limits)
             .with_context(|| tokenizer_file.clone())?;
         check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
-        let encoder = self.encoder(&config, &files.weights, &source.name)?;
+        let encoder = self.encoder(&config, &files, &source.name)?;
         check_score(encoder.as_ref(), &text.probe().with_context(|| tokenizer_file.clone())?)?;
         let description = format!(
             "{}; {} layers of hidden size {}; window {window} tokens; loaded in {:.1} s",
@@ -165,6 +173,7 @@ impl<'a> Loader<'a> {
         Ok(LoadedModel {
             name: source.name.clone(),
             aliases,
+            score_map,
             text,
             dtype: self.options.device.name(),
             encoder,
@@ -173,24 +182,26 @@ impl<'a> Loader<'a> {
         })
     }
 
-    fn encoder(&self, config: &ModelConfig, file: &WeightsFile, name: &str) -> Result<Arc<dyn CrossEncoder>> {
+    fn encoder(&self, config: &ModelConfig, files: &ModelFiles, name: &str) -> Result<Arc<dyn CrossEncoder>> {
         match (&self.options.device, &self.pool) {
             (DeviceChoice::Cpu { dtype, .. }, Some(pool)) => {
-                self.encoder_on(config, file, name, CpuBackend::new(*dtype, Arc::clone(pool)))
+                self.encoder_on(config, files, name, CpuBackend::new(*dtype, Arc::clone(pool)))
             }
             (DeviceChoice::Cpu { .. }, None) => bail!("the CPU backend has no thread pool"),
-            (DeviceChoice::Candle { threads }, _) => self.encoder_on(config, file, name, CandleBackend::cpu(*threads)?),
+            (DeviceChoice::Candle { threads }, _) => {
+                self.encoder_on(config, files, name, CandleBackend::cpu(*threads)?)
+            }
             #[cfg(feature = "cuda")]
             (DeviceChoice::Cuda(ordinals, options), _) => {
-                let shape = AttentionShape { heads: config.heads, head_size: config.hidden_size / config.heads };
+                let shape = AttentionShape { heads: config.heads, head_size: config.head_size() };
                 let replica = |&ordinal: &usize| {
-                    self.encoder_on(config, file, name, CudaBackend::open(ordinal, shape, options.clone())?)
+                    self.encoder_on(config, files, name, CudaBackend::open(ordinal, shape, options.clone())?)
                 };
                 Ok(Replicas::of(ordinals.iter().map(replica).collect::<Result<_>>()?))
             }
             #[cfg(feature = "candle-cuda")]
             (DeviceChoice::CandleCuda { ordinal, threads }, _) => {
-                self.encoder_on(config, file, name, CandleBackend::cuda(*ordinal, *threads)?)
+                self.encoder_on(config, files, name, CandleBackend::cuda(*ordinal, *threads)?)
             }
         }
     }
@@ -199,24 +210,45 @@ impl<'a> Loader<'a> {
     fn encoder_on<B: Backend + Timed>(
         &self,
         config: &ModelConfig,
-        file: &WeightsFile,
+        files: &ModelFiles,
         name: &str,
         backend: B,
     ) -> Result<Arc<dyn CrossEncoder>> {
-        let mut weights = match file {
+        let mut weights = match &files.weights {
             WeightsFile::Path(path) => Weights::open(path)?,
             WeightsFile::Bytes(name, bytes) => Weights::from_bytes(name, bytes)?,
         };
+        for module in &files.modules {
+            if let Some(path) = &module.weights {
+                weights.add(&format!("{}/", module.entry.path), path)?;
+            }
+        }
         let bar = telemetry::progress_bytes(weights.bytes(), &format!("loading {name}"));
         let observed = bar.clone();
         weights.on_progress(move |bytes| observed.inc(bytes));
         let encoder = match &self.options.profile {
-            Some(profile) => encoder::load(config, weights, Profiled::new(backend, Arc::clone(profile))),
-            None => encoder::load(config, weights, backend),
+            Some(profile) => shared(encoder::load(config, weights, Profiled::new(backend, Arc::clone(profile)))),
+            None => shared(encoder::load(config, weights, backend)),
         };
         bar.finish_and_clear();
         encoder
     }
+}
+
+fn shared(encoder: Result<impl CrossEncoder + 'static>) -> Result<Arc<dyn CrossEncoder>> {
+    Ok(Arc::new(encoder?))
+}
+
+/// The catalogue's score map, else the checkpoint's.
+fn score_map(source: &ModelSource, files: &ModelFiles) -> Result<ScoreMap> {
+    if let Some(entry) = source.entry {
+        return Ok(entry.score);
+    }
+    let (settings, file) = match &files.sentence_transformers {
+        Some((settings, file)) => (Some(settings.as_str()), file),
+        None => (None, &files.config.1),
+    };
+    parse_score_map(&files.config.0, settings).with_context(|| file.clone())
 }
 
 /// The window in tokens: `requested`, or else the model's default as far as its position embeddings reach.
@@ -224,7 +256,7 @@ impl<'a> Loader<'a> {
 /// # Errors
 /// `requested` is larger than the model's maximum.
 fn window(source: &ModelSource, config: &ModelConfig, requested: Option<usize>) -> Result<usize> {
-    let positions = config.max_window();
+    let positions = config.max_window;
     let max = source.entry.map_or(positions, |entry| entry.window.max.min(positions));
     let default = source.entry.map_or(DEFAULT_WINDOW, |entry| entry.window.default);
     if let Some(window) = requested {

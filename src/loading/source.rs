@@ -5,13 +5,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use super::catalogue::{self, Entry};
+use super::catalogue::{self, Entry, HubFiles};
 use super::download::{Hub, Revision};
 use crate::checkpoint::file::read_text;
+use crate::checkpoint::modules::{ModuleEntry, parse_modules};
 use crate::checkpoint::weights::shard_names;
 
 /// File names of checkpoints, in order of preference.
 const WEIGHT_FILES: [&str; 3] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
+
+/// The list of the modules of a model in the format of sentence-transformers, and its settings.
+const MODULES_FILE: &str = "modules.json";
+const SENTENCE_TRANSFORMERS_FILE: &str = "config_sentence_transformers.json";
 
 /// Longest config.json and tokenizer.json that are read, in bytes. The largest published tokenizers have some 20 MB.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
@@ -40,8 +45,8 @@ pub enum ModelLocation {
     Builtin,
     /// A folder with config.json, tokenizer.json and a checkpoint.
     Folder(PathBuf),
-    /// A repository on the hub, and the checkpoint's file name if the catalogue has it.
-    Hub(Revision, Option<&'static str>),
+    /// A repository on the hub, and its files if the catalogue has them.
+    Hub(Revision, Option<&'static HubFiles>),
 }
 
 /// A model's files on this machine.
@@ -52,6 +57,20 @@ pub struct ModelFiles {
     /// Content of tokenizer.json, and its path for messages.
     pub tokenizer: (Cow<'static, [u8]>, String),
     pub weights: WeightsFile,
+    /// The modules of a model in the format of sentence-transformers; empty in other models.
+    pub modules: Vec<ModuleFiles>,
+    /// Content of config_sentence_transformers.json and its path, if the model has one.
+    pub sentence_transformers: Option<(String, String)>,
+}
+
+/// A module of a model in the format of sentence-transformers. The first module's files are the model's own.
+#[derive(Debug)]
+pub struct ModuleFiles {
+    pub entry: ModuleEntry,
+    /// Content of config.json; empty for the first module.
+    pub config: String,
+    /// The checkpoint, if the module has one of its own.
+    pub weights: Option<PathBuf>,
 }
 
 /// A checkpoint.
@@ -97,7 +116,7 @@ impl ModelSource {
                 None => ModelLocation::Builtin,
                 Some(hub) => {
                     let revision = revision.unwrap_or_else(|| hub.revision.clone());
-                    ModelLocation::Hub(Revision { repository: hub.repository.clone(), revision }, Some(&hub.weights))
+                    ModelLocation::Hub(Revision { repository: hub.repository.clone(), revision }, Some(hub))
                 }
             };
             return Ok(Self { name: entry.name.clone(), entry: Some(entry), location, aliases: Vec::new() });
@@ -125,7 +144,7 @@ impl ModelSource {
         match &self.location {
             ModelLocation::Builtin | ModelLocation::Folder(_) => true,
             ModelLocation::Hub(at, weights) => {
-                let weights = weights.map_or(WEIGHT_FILES.to_vec(), |file| vec![file]);
+                let weights = weights.map_or(WEIGHT_FILES.to_vec(), |known| vec![known.weights.as_str()]);
                 ["config.json", "tokenizer.json"].iter().all(|file| hub.cached(at, file).is_some())
                     && weights.iter().any(|file| hub.cached(at, file).is_some())
             }
@@ -140,7 +159,7 @@ impl ModelSource {
         match &self.location {
             ModelLocation::Builtin => Ok(builtin_files()),
             ModelLocation::Folder(folder) => folder_files(folder),
-            ModelLocation::Hub(at, weights) => hub_files(hub, at, *weights),
+            ModelLocation::Hub(at, known) => hub_files(hub, at, *known),
         }
     }
 }
@@ -154,18 +173,21 @@ fn builtin_files() -> ModelFiles {
             "models/mini/model.safetensors (embedded in the binary)",
             include_bytes!("../../models/mini/model.safetensors"),
         ),
+        modules: Vec::new(),
+        sentence_transformers: None,
     }
 }
 
 fn folder_files(folder: &Path) -> Result<ModelFiles> {
-    let weights = WEIGHT_FILES.iter().map(|file| folder.join(file)).find(|path| path.exists());
-    let Some(weights) = weights else {
-        bail!("{}: no checkpoint in this folder; expected one of {}", folder.display(), WEIGHT_FILES.join(", "))
-    };
-    read_files(&folder.join("config.json"), &folder.join("tokenizer.json"), weights)
+    let fetch = |file: &str| Ok(Some(folder.join(file)).filter(|path| path.exists()));
+    let none =
+        || format!("{}: no checkpoint in this folder; expected one of {}", folder.display(), WEIGHT_FILES.join(", "));
+    let weights = first_checkpoint("", &fetch)?.with_context(none)?;
+    let is_chain = folder.join(MODULES_FILE).exists();
+    read_files(&|file| Ok(folder.join(file)), &fetch, weights, is_chain)
 }
 
-fn hub_files(hub: &Hub, at: &Revision, known_weights: Option<&str>) -> Result<ModelFiles> {
+fn hub_files(hub: &Hub, at: &Revision, known: Option<&HubFiles>) -> Result<ModelFiles> {
     let fetch = |file: &str| -> Result<PathBuf> {
         hub.fetch(at, file).with_context(|| {
             let why = if hub.is_offline() {
@@ -176,35 +198,75 @@ fn hub_files(hub: &Hub, at: &Revision, known_weights: Option<&str>) -> Result<Mo
             format!("{file} of {at}: {why} (cache folder: {})", hub.cache_folder().display())
         })
     };
-    let (config, tokenizer) = (fetch("config.json")?, fetch("tokenizer.json")?);
-    let weights = match known_weights {
-        Some(file) => fetch(file)?,
-        None => {
-            let mut found = None;
-            for file in WEIGHT_FILES {
-                found = hub.fetch_optional(at, file)?;
-                if found.is_some() {
-                    break;
-                }
-            }
-            found.with_context(|| {
-                format!("{at}: no checkpoint in the repository; expected one of {}", WEIGHT_FILES.join(", "))
-            })?
-        }
+    let fetch_optional = |file: &str| hub.fetch_optional(at, file);
+    fetch("config.json")?;
+    fetch("tokenizer.json")?;
+    let weights = match known {
+        Some(known) => fetch(&known.weights)?,
+        None => first_checkpoint("", &fetch_optional)?.with_context(|| {
+            format!("{at}: no checkpoint in the repository; expected one of {}", WEIGHT_FILES.join(", "))
+        })?,
     };
     if weights.to_string_lossy().ends_with(".index.json") {
         for shard in shard_names(&weights)? {
             fetch(&shard)?;
         }
     }
-    read_files(&config, &tokenizer, weights)
+    match known {
+        // The catalogue says what the model has, so nothing else is asked for.
+        Some(known) => read_files(&fetch, &|_| Ok(None), weights, known.modules),
+        None => read_files(&fetch, &fetch_optional, weights, fetch_optional(MODULES_FILE)?.is_some()),
+    }
 }
 
-fn read_files(config: &Path, tokenizer: &Path, weights: PathBuf) -> Result<ModelFiles> {
+/// The first of [`WEIGHT_FILES`] that exists in `folder`, which is empty or ends in a slash.
+fn first_checkpoint(folder: &str, fetch_optional: &dyn Fn(&str) -> Result<Option<PathBuf>>) -> Result<Option<PathBuf>> {
+    for file in WEIGHT_FILES {
+        let found = fetch_optional(&format!("{folder}{file}"))?;
+        if found.is_some() {
+            return Ok(found);
+        }
+    }
+    Ok(None)
+}
+
+/// Reads the files of a model. `fetch` returns the path of a file, and `fetch_optional` also that there is none.
+fn read_files(
+    fetch: &dyn Fn(&str) -> Result<PathBuf>,
+    fetch_optional: &dyn Fn(&str) -> Result<Option<PathBuf>>,
+    weights: PathBuf,
+    is_chain: bool,
+) -> Result<ModelFiles> {
+    let text = |path: &Path, limit| Ok::<_, anyhow::Error>((read_text(path, limit)?, path.display().to_string()));
+    let (config, tokenizer) = (fetch("config.json")?, fetch("tokenizer.json")?);
+    let mut modules = Vec::new();
+    if is_chain {
+        let path = fetch(MODULES_FILE)?;
+        let entries =
+            parse_modules(&read_text(&path, MAX_CONFIG_BYTES)?).with_context(|| path.display().to_string())?;
+        for entry in entries {
+            let mut module = ModuleFiles { entry, config: String::new(), weights: None };
+            if !module.entry.path.is_empty() {
+                let folder = &module.entry.path;
+                module.config = read_text(&fetch(&format!("{folder}/config.json"))?, MAX_CONFIG_BYTES)?;
+                if module.entry.has_weights() {
+                    module.weights = Some(fetch(&format!("{folder}/{}", WEIGHT_FILES[0]))?);
+                }
+            }
+            modules.push(module);
+        }
+    }
+    let sentence_transformers = match fetch_optional(SENTENCE_TRANSFORMERS_FILE)? {
+        Some(path) => Some(text(&path, MAX_CONFIG_BYTES)?),
+        None => None,
+    };
+    let (tokenizer_json, tokenizer_path) = text(&tokenizer, MAX_TOKENIZER_BYTES)?;
     Ok(ModelFiles {
-        config: (read_text(config, MAX_CONFIG_BYTES)?, config.display().to_string()),
-        tokenizer: (read_text(tokenizer, MAX_TOKENIZER_BYTES)?.into_bytes().into(), tokenizer.display().to_string()),
+        config: text(&config, MAX_CONFIG_BYTES)?,
+        tokenizer: (tokenizer_json.into_bytes().into(), tokenizer_path),
         weights: WeightsFile::Path(weights),
+        modules,
+        sentence_transformers,
     })
 }
 
@@ -227,7 +289,7 @@ mod tests {
         let source = ModelSource::parse("small=BAAI/bge-reranker-base").unwrap();
         assert_eq!(source.name, "small");
         assert!(
-            matches!(source.location, ModelLocation::Hub(at, Some("model.safetensors")) if at.revision.len() == 40)
+            matches!(source.location, ModelLocation::Hub(at, Some(known)) if at.revision.len() == 40 && known.weights == "model.safetensors")
         );
         let source = ModelSource::parse("someone/their-reranker@v2").unwrap();
         assert!(

@@ -11,6 +11,7 @@ use crate::batch::Pair;
 #[derive(Debug, Clone, Copy)]
 pub struct EmbeddingRows {
     pub vocabulary: usize,
+    /// 0 if the model does not distinguish token types.
     pub token_types: usize,
 }
 
@@ -118,7 +119,7 @@ fn encode_pair(tokenizer: &Tokenizer, query: &str, document: &str, rows: Embeddi
             rows.vocabulary
         );
         ensure!(
-            (token_type as usize) < rows.token_types,
+            rows.token_types == 0 || (token_type as usize) < rows.token_types,
             "the pair template has the token type {token_type}, the model has {} (type_vocab_size)",
             rows.token_types
         );

@@ -18,6 +18,7 @@
 EMULATED_KERNEL(embed_norm)
 EMULATED_KERNEL(layer_norm)
 EMULATED_KERNEL(attention)
+EMULATED_KERNEL(attention_local)
 #ifdef HAS_ATTENTION_WGMMA
 EMULATED_KERNEL(attention_wgmma)
 #endif
@@ -27,11 +28,15 @@ EMULATED_KERNEL(gemm_wgmma)
 EMULATED_KERNEL(cls_attention)
 EMULATED_KERNEL(gather_cls)
 EMULATED_KERNEL(activate)
+EMULATED_KERNEL(gate)
+EMULATED_KERNEL(rotate)
+EMULATED_KERNEL(mean_rows)
 #ifdef ELEMENT_FP8
 EMULATED_KERNEL(quantize)
 #endif
 EMULATED_KERNEL(to_f32)
 EMULATED_KERNEL(head_dense)
+EMULATED_KERNEL(head_norm)
 EMULATED_KERNEL(head_out)
 
 #include <signal.h>
@@ -251,7 +256,8 @@ std::string lengths_text(const std::vector<u32>& lengths) {
     return std::to_string(lengths.size()) + " sequences";
 }
 
-// Adds softmax(q k^T / sqrt(D)) v of one query and head to `out` [D]. `stride` is the row stride of k and v in elements.
+// Adds softmax(q k^T / sqrt(D)) v of one query and head to `out` [D], for `length` keys. `stride` is the row stride of k and v in
+// elements.
 void attend(const element* q, const element* k, const element* v, u32 length, size_t stride, double* out) {
     std::vector<double> weights(length), query(D);
     for (u32 i = 0; i < D; ++i) query[i] = value_of(q[i]);
@@ -309,11 +315,20 @@ const Attention ATTENTIONS[] = {
 #endif
 };
 
-void run_attention(const Attention& attention, const Batch& batch, Buffer<element>& qkv, Buffer<element>& out) {
+constexpr u32 NO_WINDOW = ~0u;
+
+// With a window, launches attention_local instead of `attention`.
+void run_attention(
+    const Attention& attention, const Batch& batch, Buffer<element>& qkv, Buffer<element>& out, u32 window = NO_WINDOW) {
     auto counts = Buffer<u32>::of(batch.counts());
     auto offsets = Buffer<u32>::of(batch.offsets);
     auto tiles = Buffer<uint2>::of(batch.tiles);
     const auto blocks = static_cast<unsigned>((batch.tiles.size() + 2) * attention.blocks_per_tile); // two more tiles than needed
+    if (window != NO_WINDOW) {
+        launch(emulated_kernel_attention_local, {blocks, H}, ATTENTION_THREADS, ATTENTION_SHARED_BYTES, counts.data(),
+               offsets.data(), tiles.data(), qkv.data(), out.data(), SCALE, window);
+        return;
+    }
     launch(attention.kernel, {blocks, H}, ATTENTION_THREADS, attention.shared_bytes, counts.data(), offsets.data(), tiles.data(),
            qkv.data(), out.data(), SCALE);
 }
@@ -340,23 +355,48 @@ void check_attention_of(const char* name, const std::vector<u32>& lengths, Value
     }
 }
 
+// Attention to keys at a distance of at most `window`, for steps that a query sees in whole, in part, or not at all.
+void check_local_attention(const std::vector<u32>& lengths, u32 window, Values values) {
+    const Batch batch(lengths);
+    const std::vector<element> host = attention_input(batch, values);
+    auto qkv = Buffer<element>::of(host);
+    std::vector<double> reference(static_cast<size_t>(batch.tokens()) * C);
+    for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
+        const element* rows = host.data() + static_cast<size_t>(batch.offsets[sequence]) * 3 * C;
+        for (u32 row = 0; row < lengths[sequence]; ++row) {
+            const u32 first = row > window ? row - window : 0;
+            const u32 last = lengths[sequence] - 1 - row > window ? row + window : lengths[sequence] - 1;
+            const element* keys = rows + static_cast<size_t>(first) * 3 * C + C;
+            for (u32 head = 0; head < H; ++head) {
+                const element* q = rows + static_cast<size_t>(row) * 3 * C + head * D;
+                double* to = &reference[static_cast<size_t>(batch.offsets[sequence] + row) * C + head * D];
+                attend(q, keys + head * D, keys + C + head * D, last - first + 1, 3 * C, to);
+            }
+        }
+    }
+    auto out = Buffer<element>::unset(reference.size());
+    run_attention(ATTENTIONS[0], batch, qkv, out, window);
+    check("attention_local, window " + std::to_string(window) + ", " + lengths_text(lengths), out, reference, D, BOUND);
+}
+
 // A sequence gives the same bits alone and in a batch.
-void check_attention_alone(const Attention& attention) {
+void check_attention_alone(const Attention& attention, u32 window) {
     const Batch batch(MIXED_LENGTHS);
     const std::vector<element> host = attention_input(batch, spread);
     auto qkv = Buffer<element>::of(host);
     auto out = Buffer<element>::unset(static_cast<size_t>(batch.tokens()) * C);
-    run_attention(attention, batch, qkv, out);
+    run_attention(attention, batch, qkv, out, window);
     bool same = true;
     for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
         const Batch alone({batch.lengths[sequence]});
         const size_t row = static_cast<size_t>(3) * C, first = batch.offsets[sequence];
         auto own = Buffer<element>::of({host.begin() + first * row, host.begin() + (first + batch.lengths[sequence]) * row});
         auto own_out = Buffer<element>::unset(static_cast<size_t>(alone.tokens()) * C);
-        run_attention(attention, alone, own, own_out);
+        run_attention(attention, alone, own, own_out, window);
         same = same && out.same_bits(own_out, first * C, 0, own_out.size());
     }
-    check_same(std::string(attention.name) + ", each sequence alone and in a batch", same);
+    const char* local = window == NO_WINDOW ? "" : "_local";
+    check_same(std::string(attention.name) + local + ", each sequence alone and in a batch", same);
 }
 
 void check_attention() {
@@ -364,7 +404,10 @@ void check_attention() {
     check_attention_of("spread scores", MIXED_LENGTHS, spread, BOUND);
     check_attention_of("rising scores", MIXED_LENGTHS, rising, BOUND);
     check_attention_of("huge scores", {1, 130, 65}, huge, HUGE_SCORES_BOUND);
-    for (const Attention& attention : ATTENTIONS) check_attention_alone(attention);
+    for (const Attention& attention : ATTENTIONS) check_attention_alone(attention, NO_WINDOW);
+    for (u32 window : {0, 1, 63, 64, 65, 200}) check_local_attention(MIXED_LENGTHS, window, spread);
+    check_local_attention({333, 1}, 64, rising);
+    check_attention_alone(ATTENTIONS[0], 64);
     // Long sequences, and tiles whose second warpgroup has no rows.
     if (D == 64 && C == 256) check_attention_of("spread scores", {1000, 192, 17}, spread, BOUND);
 }
@@ -373,14 +416,16 @@ void check_attention() {
 // The last layer
 // ---------------------------------------------------------------------------------------------------------------------
 
-void run_cls_attention(const Batch& batch, Buffer<element>& q, Buffer<element>& kv, Buffer<element>& out) {
+void run_cls_attention(const Batch& batch, Buffer<element>& q, Buffer<element>& kv, Buffer<element>& out, u32 keys = ~0u) {
     auto counts = Buffer<u32>::of(batch.counts());
     auto offsets = Buffer<u32>::of(batch.offsets);
     launch(emulated_kernel_cls_attention, {batch.sequences() + 1, H}, 128, 0, counts.data(), offsets.data(), q.data(),
-           kv.data(), out.data(), SCALE);
+           kv.data(), out.data(), SCALE, keys);
 }
 
-void check_cls_attention_of(const char* name, const std::vector<u32>& lengths, double size, double bound) {
+// `keys` is the number of keys that are read.
+void check_cls_attention_of(
+    const char* name, const std::vector<u32>& lengths, double size, double bound, u32 keys = ~0u) {
     const Batch batch(lengths);
     const auto sized = [size](size_t) { return size * normal(); };
     const size_t columns = 2 * C;
@@ -389,7 +434,7 @@ void check_cls_attention_of(const char* name, const std::vector<u32>& lengths, d
     auto q = Buffer<element>::of(host_q);
     auto kv = Buffer<element>::of(host_kv);
     auto out = Buffer<element>::unset(host_q.size());
-    run_cls_attention(batch, q, kv, out);
+    run_cls_attention(batch, q, kv, out, keys);
 
     std::vector<double> reference(out.size());
     bool same = true;
@@ -397,14 +442,14 @@ void check_cls_attention_of(const char* name, const std::vector<u32>& lengths, d
         const size_t first = batch.offsets[sequence], own = static_cast<size_t>(sequence) * C;
         for (u32 head = 0; head < H; ++head) {
             const element* k = host_kv.data() + first * columns + head * D;
-            attend(&host_q[own + head * D], k, k + C, lengths[sequence], columns, &reference[own + head * D]);
+            attend(&host_q[own + head * D], k, k + C, std::min(lengths[sequence], keys), columns, &reference[own + head * D]);
         }
         const Batch alone({lengths[sequence]});
         auto own_q = Buffer<element>::of({host_q.begin() + own, host_q.begin() + own + C});
         auto own_out = Buffer<element>::unset(C);
         auto own_kv = Buffer<element>::of(
             {host_kv.begin() + first * columns, host_kv.begin() + (first + lengths[sequence]) * columns});
-        run_cls_attention(alone, own_q, own_kv, own_out);
+        run_cls_attention(alone, own_q, own_kv, own_out, keys);
         same = same && out.same_bits(own_out, own, 0, C);
     }
     const std::string what = std::string("cls_attention, ") + name + ", " + lengths_text(lengths);
@@ -417,6 +462,7 @@ void check_cls_attention() {
     check_cls_attention_of("spread scores", MIXED_LENGTHS, 1, BOUND);
     check_cls_attention_of("sharp scores", MIXED_LENGTHS, 4, BOUND);
     check_cls_attention_of("spread scores", {2050}, 1, BOUND);
+    for (u32 keys : {1, 2, 65}) check_cls_attention_of("first keys", MIXED_LENGTHS, 1, BOUND, keys);
 }
 
 void check_gather_cls() {
@@ -453,7 +499,7 @@ void norm_rows(std::vector<double>& rows, const std::vector<float>& weight, cons
     }
 }
 
-void check_embed_norm(u32 tokens, unsigned blocks) {
+void check_embed_norm(u32 tokens, unsigned blocks, bool with_positions, bool with_types) {
     constexpr u32 VOCABULARY = 50, POSITIONS = 40, TYPES = 2;
     const auto below = [](u32 end) { return [end](size_t i) -> double { return i == 0 ? end - 1 : random_bits() % end; }; };
     const std::vector<u32> ids = filled<u32>(tokens, below(VOCABULARY)), types = filled<u32>(tokens, below(TYPES));
@@ -464,8 +510,9 @@ void check_embed_norm(u32 tokens, unsigned blocks) {
     std::vector<double> reference;
     for (u32 token = 0; token < tokens; ++token)
         for (u32 i = 0; i < C; ++i) {
-            reference.push_back(value_of(words[ids[token] * C + i]) + value_of(type_table[types[token] * C + i]) +
-                                value_of(position_table[positions[token] * C + i]));
+            const double type = with_types ? value_of(type_table[types[token] * C + i]) : 0;
+            const double position = with_positions ? value_of(position_table[positions[token] * C + i]) : 0;
+            reference.push_back(value_of(words[ids[token] * C + i]) + type + position);
         }
     norm_rows(reference, weight, bias);
 
@@ -481,9 +528,10 @@ void check_embed_norm(u32 tokens, unsigned blocks) {
     auto weight_in = Buffer<float>::of(weight);
     auto bias_in = Buffer<float>::of(bias);
     launch(emulated_kernel_embed_norm, {blocks, 1}, 256, 0, counts.data(), ids_in.data(), types_in.data(),
-           positions_in.data(), words_in.data(), position_table_in.data(), types_table_in.data(), weight_in.data(),
-           bias_in.data(), EPS, out.data(), operand.data(), OPERAND_SCALE);
-    const std::string name = "embed_norm, " + std::to_string(tokens) + " tokens, grid " + std::to_string(blocks);
+           positions_in.data(), words_in.data(), with_positions ? position_table_in.data() : static_cast<element*>(nullptr),
+           with_types ? types_table_in.data() : static_cast<element*>(nullptr), weight_in.data(), bias_in.data(), EPS, out.data(), operand.data(), OPERAND_SCALE);
+    const std::string name = "embed_norm, " + std::to_string(tokens) + " tokens, grid " + std::to_string(blocks) +
+                             (with_positions ? "" : ", no positions") + (with_types ? "" : ", no types");
     check(name, out, reference, C, BOUND);
     if (FP8_GEMM) check_fp8_operand(name + ", operand", operand, reference, OPERAND_SCALE);
 }
@@ -526,6 +574,7 @@ void check_layer_norm(u32 rows, unsigned blocks) {
 double gelu_erf(double x) { return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0))); }
 double gelu_tanh(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
 double relu(double x) { return std::max(x, 0.0); }
+double silu(double x) { return x / (1 + std::exp(-x)); }
 
 void check_activate(u32 function, const char* name, double (*reference_of)(double)) {
     const u32 rows = 9, columns = 4 * C;
@@ -541,6 +590,95 @@ void check_activate(u32 function, const char* name, double (*reference_of)(doubl
     std::copy(host.begin(), host.end(), x.data());
     launch(emulated_kernel_activate, {3, 1}, 256, 0, rows_in.data(), columns, function, x.data());
     check(std::string("activate, ") + name, x, reference, columns, BOUND);
+}
+
+// Columns of the value are not rounded before the product, so the error is that of one rounding.
+void check_gate(u32 function, const char* name, double (*reference_of)(double)) {
+    const u32 rows = 9, columns = C + 24;
+    const std::vector<element> host = filled<element>(rows * 2 * columns, [](size_t) { return 2 * normal(); });
+    std::vector<double> reference;
+    for (u32 row = 0; row < rows; ++row)
+        for (u32 i = 0; i < columns; ++i) {
+            const element* gate = &host[row * 2 * columns + i];
+            reference.push_back(reference_of(value_of(gate[0])) * value_of(gate[columns]));
+        }
+    auto rows_in = Buffer<u32>::of({rows});
+    auto x = Buffer<element>::of(host);
+    auto out = Buffer<element>::unset(reference.size());
+    launch(emulated_kernel_gate, {3, 1}, 256, 0, rows_in.data(), columns, function, x.data(), out.data());
+    check(std::string("gate, ") + name, out, reference, columns, BOUND);
+}
+
+// Rotates the first `heads` heads of rows of one more head.
+void check_rotate(u32 heads) {
+    const Batch batch(MIXED_LENGTHS);
+    constexpr u32 HALF = D / 2, POSITIONS = 333;
+    const u32 columns = (heads + 1) * D;
+    const std::vector<element> host = normal_elements(static_cast<size_t>(batch.tokens()) * columns);
+    std::vector<float> cosines, sines;
+    for (u32 position = 0; position < POSITIONS; ++position)
+        for (u32 i = 0; i < HALF; ++i) {
+            const double angle = position * std::pow(100.0, -static_cast<double>(i) / HALF);
+            cosines.push_back(static_cast<float>(std::cos(angle)));
+            sines.push_back(static_cast<float>(std::sin(angle)));
+        }
+    std::vector<u32> positions;
+    for (u32 length : batch.lengths)
+        for (u32 row = 0; row < length; ++row) positions.push_back(row);
+    std::vector<double> reference;
+    for (u32 row = 0; row < batch.tokens(); ++row)
+        for (u32 i = 0; i < columns; ++i) {
+            const element* x = &host[static_cast<size_t>(row) * columns + i];
+            const u32 pair = i % HALF;
+            const double c = cosines[positions[row] * HALF + pair], s = sines[positions[row] * HALF + pair];
+            const bool second = i % D >= HALF;
+            if (i >= heads * D) reference.push_back(value_of(*x));
+            else if (second) reference.push_back(value_of(*x) * c + value_of(*(x - HALF)) * s);
+            else reference.push_back(value_of(*x) * c - value_of(x[HALF]) * s);
+        }
+    auto counts = Buffer<u32>::of(batch.counts());
+    auto positions_in = Buffer<u32>::of(positions);
+    auto cos_in = Buffer<float>::of(cosines), sin_in = Buffer<float>::of(sines);
+    auto x = Buffer<element>::unset(host.size());
+    std::copy(host.begin(), host.end(), x.data());
+    launch(emulated_kernel_rotate, {3, 1}, 256, 0, counts.data(), positions_in.data(), cos_in.data(), sin_in.data(), heads,
+           columns, x.data());
+    check("rotate, " + std::to_string(heads) + " heads", x, reference, columns, BOUND);
+}
+
+// Each sequence, in a batch and alone.
+void check_mean_rows() {
+    const Batch batch(MIXED_LENGTHS);
+    const std::vector<element> host = normal_elements(static_cast<size_t>(batch.tokens()) * C);
+    std::vector<double> reference;
+    for (u32 sequence = 0; sequence < batch.sequences(); ++sequence)
+        for (u32 i = 0; i < C; ++i) {
+            double sum = 0;
+            for (u32 row = batch.offsets[sequence]; row < batch.offsets[sequence + 1]; ++row) {
+                sum += value_of(host[static_cast<size_t>(row) * C + i]);
+            }
+            reference.push_back(sum / batch.lengths[sequence]);
+        }
+    const auto run = [](const Batch& of, Buffer<element>& x, Buffer<element>& out) {
+        auto counts = Buffer<u32>::of(of.counts());
+        auto offsets = Buffer<u32>::of(of.offsets);
+        launch(emulated_kernel_mean_rows, {of.sequences() + 2, (C + 63) / 64}, 256, 0, counts.data(), offsets.data(), x.data(),
+               out.data());
+    };
+    auto x = Buffer<element>::of(host);
+    auto out = Buffer<element>::unset(reference.size());
+    run(batch, x, out);
+    check("mean_rows", out, reference, C, BOUND);
+    bool same = true;
+    for (u32 sequence = 0; sequence < batch.sequences(); ++sequence) {
+        const auto row = [&](u32 sequence) { return host.begin() + static_cast<size_t>(batch.offsets[sequence]) * C; };
+        const Batch alone({batch.lengths[sequence]});
+        auto own = Buffer<element>::of({row(sequence), row(sequence + 1)});
+        auto own_out = Buffer<element>::unset(C);
+        run(alone, own, own_out);
+        same = same && out.same_bits(own_out, sequence * C, 0, C);
+    }
+    check_same("mean_rows, each sequence alone and in a batch", same);
 }
 
 #ifdef HAS_GEMM_WGMMA
@@ -633,7 +771,7 @@ void check_quantize(u32 function, const char* name, double (*reference_of)(doubl
 }
 #endif
 
-void check_head(u32 rows, unsigned blocks) {
+void check_head(u32 rows, unsigned blocks, u32 function, double (*reference_of)(double)) {
     const std::vector<element> host = normal_elements(static_cast<size_t>(rows) * C);
     const std::vector<float> weight = normal_floats(static_cast<size_t>(C) * C, 0, 1 / std::sqrt(C));
     const std::vector<float> bias = normal_floats(C, 0, 0.2), out_weight = normal_floats(C, 0.1, 0.1);
@@ -644,7 +782,7 @@ void check_head(u32 rows, unsigned blocks) {
             for (u32 i = 0; i < C; ++i) {
                 sum += static_cast<double>(weight[static_cast<size_t>(output) * C + i]) * value_of(host[row * C + i]);
             }
-            dense.push_back(std::tanh(sum));
+            dense.push_back(reference_of(sum));
         }
     auto rows_in = Buffer<u32>::of({rows});
     auto x = Buffer<element>::of(host);
@@ -652,9 +790,22 @@ void check_head(u32 rows, unsigned blocks) {
     auto bias_in = Buffer<float>::of(bias);
     auto out = Buffer<float>::unset(dense.size());
     launch(emulated_kernel_head_dense, {blocks, 1}, 256, 0, rows_in.data(), x.data(), weight_in.data(), bias_in.data(),
-           out.data());
-    const std::string of = ", " + std::to_string(rows) + " rows, grid " + std::to_string(blocks);
+           out.data(), function);
+    const std::string of =
+        ", " + std::to_string(rows) + " rows, grid " + std::to_string(blocks) + ", function " + std::to_string(function);
     check("head_dense" + of, out, dense, C, HEAD_BOUND);
+
+    // The norm of a head, in place.
+    const std::vector<float> norm_weight = normal_floats(C, 1, 0.2), norm_bias = normal_floats(C, 0, 0.2);
+    std::vector<double> normed;
+    for (size_t i = 0; i < out.size(); ++i) normed.push_back(out[i]);
+    norm_rows(normed, norm_weight, norm_bias);
+    auto rows_of_norm = Buffer<float>::unset(out.size());
+    std::copy(out.data(), out.data() + out.size(), rows_of_norm.data());
+    auto norm_weight_in = Buffer<float>::of(norm_weight), norm_bias_in = Buffer<float>::of(norm_bias);
+    launch(emulated_kernel_head_norm, {blocks, 1}, 256, 0, rows_in.data(), rows_of_norm.data(), norm_weight_in.data(),
+           norm_bias_in.data(), EPS);
+    check("head_norm" + of, rows_of_norm, normed, C, HEAD_BOUND);
 
     // The reference of the second layer uses the first layer's actual output. The error is relative to the sum of magnitudes, because a
     // logit can be near zero.
@@ -715,9 +866,11 @@ int main() {
     printf("kernels, %s, C = %u, D = %u, copies complete %s\n", ELEMENT_NAME, C, D,
            emulated::copies == emulated::Copies::LATE ? "late" : "early");
     for (u32 rows : {1, 7, 8, 9, 37}) {
-        check_embed_norm(rows, rows % 3 + 1);
+        check_embed_norm(rows, rows % 3 + 1, true, true);
         check_layer_norm(rows, rows % 3 + 1);
     }
+    check_embed_norm(9, 2, false, false);
+    check_embed_norm(9, 2, false, true);
     if (C % D == 0) {
         check_attention();
         check_cls_attention();
@@ -737,6 +890,14 @@ int main() {
     check_activate(0, "gelu by erf", gelu_erf);
     check_activate(1, "gelu by tanh", gelu_tanh);
     check_activate(2, "relu", relu);
+    check_activate(4, "silu", silu);
+    check_gate(0, "gelu by erf", gelu_erf);
+    check_gate(1, "gelu by tanh", gelu_tanh);
+    check_gate(2, "relu", relu);
+    check_gate(4, "silu", silu);
+    check_rotate(1);
+    check_rotate(3);
+    check_mean_rows();
 #ifndef ELEMENT_F32
     check_gelu_of_every_value();
 #endif
@@ -746,7 +907,10 @@ int main() {
     check_quantize(1, "gelu by tanh", gelu_tanh, 8);
     check_quantize(2, "relu", relu, 8);
 #endif
-    for (u32 rows : {1, 8, 9}) check_head(rows, rows * 3);
+    for (u32 rows : {1, 8, 9}) check_head(rows, rows * 3, 5, std::tanh);
+    check_head(9, 4, 0, gelu_erf);
+    check_head(9, 4, 2, relu);
+    check_head(9, 4, 4, silu);
     check_to_f32(5, C);
     check_to_f32(3, 1);
     check_to_f32(3, 13);

@@ -172,7 +172,7 @@ impl Texts {
         let mut tokenizer = Tokenizer::from_bytes(&json).unwrap();
         tokenizer.with_padding(None).with_truncation(None).unwrap();
         let rows = EmbeddingRows { vocabulary: config.vocab_size, token_types: config.type_vocab_size };
-        let encoder = TextEncoder::new(&json, rows, config.max_window(), limits()).unwrap();
+        let encoder = TextEncoder::new(&json, rows, config.max_window, limits()).unwrap();
         Self { encoder, tokenizer }
     }
 

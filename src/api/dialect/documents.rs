@@ -13,7 +13,7 @@ use super::fields::{self, Documents, RankFields, flag, in_range, whole};
 use super::parsed::ParsedRequest;
 use crate::client::Client;
 use crate::error::RerankError;
-use crate::rerank::{Ranking, RerankRequest};
+use crate::rerank::{Ranked, Ranking, RerankRequest};
 use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
 
 /// A request. Unknown fields are ignored; every optional field may be null.
@@ -50,6 +50,10 @@ pub(crate) struct RerankBody<'a> {
     #[serde(default, deserialize_with = "flag")]
     #[schema(schema_with = fields::flag_schema)]
     return_documents: Option<bool>,
+    /// Infinity's: whether scores are the model's logits instead of numbers in [0, 1]. Default: false.
+    #[serde(default, deserialize_with = "flag")]
+    #[schema(schema_with = fields::flag_schema)]
+    raw_scores: Option<bool>,
     /// Maximum chunks of a document that are scored. Default: 1024.
     #[serde(default, deserialize_with = "whole", alias = "max_chunk_per_doc")]
     #[schema(minimum = 1)]
@@ -87,10 +91,11 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
         deadline: None,
     };
     let texts = body.return_documents.unwrap_or(false).then(|| request.documents.clone());
-    let for_voyage = body.top_k.is_some() || body.truncation.is_some();
+    let shape =
+        Shape { for_voyage: body.top_k.is_some() || body.truncation.is_some(), raw: body.raw_scores.unwrap_or(false) };
     let write = move |ranking: &Ranking, id: String| {
         let text = |index: usize| texts.as_ref().map(|texts| texts[index].clone());
-        Json(answer(ranking, id, text, for_voyage)).into_response()
+        Json(answer(ranking, id, text, shape)).into_response()
     };
     Ok(ParsedRequest { request, write: Box::new(write) })
 }
@@ -123,7 +128,7 @@ pub(crate) struct RerankAnswer {
 pub(crate) struct AnswerResult {
     /// Its position in the request, from 0.
     index: usize,
-    /// In [0, 1]: the sigmoid of its best chunk's logit.
+    /// In [0, 1]: the sigmoid of its best chunk's logit, or with `raw_scores` the logit itself.
     relevance_score: f64,
     /// Its text, if the request has `return_documents`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -193,16 +198,27 @@ impl Usage {
     }
 }
 
-fn answer(ranking: &Ranking, id: String, text: impl Fn(usize) -> Option<String>, for_voyage: bool) -> RerankAnswer {
+/// What the request says about the response.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    /// Whether the response has Voyage's `data`.
+    for_voyage: bool,
+    /// Whether scores are logits.
+    raw: bool,
+}
+
+fn answer(ranking: &Ranking, id: String, text: impl Fn(usize) -> Option<String>, shape: Shape) -> RerankAnswer {
+    let Shape { for_voyage, raw } = shape;
     let tokens = AnswerTokens { input_tokens: ranking.tokens, output_tokens: 0 };
+    let score = |ranked: &Ranked| if raw { f64::from(ranked.logit) } else { ranked.score };
     let results = ranking.results.iter().map(|ranked| AnswerResult {
         index: ranked.index,
-        relevance_score: ranked.score,
+        relevance_score: score(ranked),
         document: text(ranked.index).map(|text| AnswerDocument { text }),
     });
     let data = ranking.results.iter().map(|ranked| VoyageResult {
         index: ranked.index,
-        relevance_score: ranked.score,
+        relevance_score: score(ranked),
         document: text(ranked.index),
     });
     RerankAnswer {
@@ -288,6 +304,7 @@ mod tests {
             (&with(r#""max_chunks_per_doc":0"#), "max_chunks_per_doc"),
             (&with(r#""return_documents":"maybe""#), "return_documents"),
             (&with(r#""return_documents":1"#), "return_documents"),
+            (&with(r#""raw_scores":1"#), "raw_scores"),
         ] {
             let message = error(body);
             assert!(message.contains(named), "{}: {message}", body.chars().take(80).collect::<String>());

@@ -47,7 +47,7 @@ pub(crate) struct PassagesAnswer {
 pub(crate) struct PassageRank {
     /// Its position in the request, from 0.
     index: usize,
-    /// The model's output for its best chunk, before the sigmoid.
+    /// The model's output for its best chunk, before the score map.
     logit: f32,
 }
 

@@ -31,7 +31,7 @@ pub(crate) struct TextsBody<'a> {
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     top_n: Option<i64>,
-    /// Whether scores are the model's logits instead of their sigmoid. Default: false.
+    /// Whether scores are the model's logits instead of numbers in [0, 1]. Default: false.
     #[serde(default, deserialize_with = "flag")]
     #[schema(schema_with = fields::flag_schema)]
     raw_scores: Option<bool>,

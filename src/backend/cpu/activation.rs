@@ -14,6 +14,7 @@ pub(super) fn activate<I: Isa>(isa: I, activation: Activation, x: I::Floats, acc
         },
         Activation::GeluTanh => gelu_tanh(isa, x),
         Activation::Relu => isa.max(x, isa.splat(0.0)),
+        Activation::Silu => silu(isa, x),
         Activation::Tanh => x,
     }
 }
@@ -61,4 +62,11 @@ fn gelu_tanh<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     let u = isa.mul(x, isa.fma(isa.mul(x, x), isa.splat(0.044_715 * FACTOR), isa.splat(FACTOR)));
     let power = exp2(isa, isa.min(u, isa.splat(126.0)), Accuracy::F32);
     isa.div(x, isa.add(isa.splat(1.0), power))
+}
+
+/// `x / (1 + e^-x)`.
+#[inline(always)]
+fn silu<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
+    let power = isa.min(isa.mul(x, isa.splat(-std::f32::consts::LOG2_E)), isa.splat(126.0));
+    isa.div(x, isa.add(isa.splat(1.0), exp2(isa, power, Accuracy::F32)))
 }

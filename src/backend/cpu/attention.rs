@@ -13,12 +13,15 @@
 //! The online softmax is Milakov and Gimelshein's ("Online normalizer calculation for softmax", 2018), in blocks as in
 //! FlashAttention (Dao et al. 2022). Results are batch-invariant and do not depend on how queries are split among threads:
 //! each query's row is computed independently, and blocks of keys are counted from the sequence's first key.
+//!
+//! With a window, a block of queries reads only the panels of keys that one of them attends to, so the work is
+//! proportional to the window. Weights of other keys in these panels are exactly zero, which changes no sum.
 
 use std::ops::Range;
 
 use super::epilogue::OutputRows;
 use super::gemm::{self, Dot, Operands};
-use super::simd::{Accuracy, Isa, SimdOp, SimdPath, exp2, store_partial, store_partial_bf16};
+use super::simd::{Accuracy, Isa, MAX_LANES, SimdOp, SimdPath, exp2, store_partial, store_partial_bf16};
 use super::workspace::Matrix;
 use crate::backend::AttentionShape;
 
@@ -41,6 +44,8 @@ pub(super) struct Sequence {
 #[derive(Debug)]
 pub(super) struct Attention<'a, T> {
     pub(super) shape: AttentionShape,
+    /// The largest distance between a query and its keys. Queries are then at the positions of the first keys.
+    pub(super) window: Option<usize>,
     /// Queries: columns 0 to C.
     pub(super) q: &'a Matrix<T>,
     /// Keys start at column `k_start`, values at `v_start`.
@@ -121,8 +126,9 @@ impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
         assert!(head < self.shape.heads && queries.end <= all.len() && !keys.is_empty());
         assert!(all.end <= self.q.rows() && keys.end <= self.kv.rows() && self.q.columns() >= c);
         assert!(self.kv.columns() >= c + self.k_start.max(self.v_start));
+        let first_query = all.start;
         let queries = all.start + queries.start..all.start + queries.end;
-        path.enter(HeadAttention::<E> { attention: self, head, queries, keys: keys.clone() });
+        path.enter(HeadAttention::<E> { attention: self, head, first_query, queries, keys: keys.clone() });
     }
 }
 
@@ -130,6 +136,8 @@ impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
 struct HeadAttention<'a, E: AttentionFormat> {
     attention: &'a Attention<'a, E::Value>,
     head: usize,
+    /// The row of the query at position 0.
+    first_query: usize,
     queries: Range<usize>,
     keys: Range<usize>,
 }
@@ -139,7 +147,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Attention { shape, q, kv, k_start, v_start, output, .. } = *self.attention;
+        let Attention { shape, window, q, kv, k_start, v_start, output, .. } = *self.attention;
         let (d, column, keys) = (shape.head_size, self.head * shape.head_size, self.keys.len());
         let k_groups = d.div_ceil(E::VALUES_PER_K_GROUP);
         let key_panels = keys.div_ceil(I::PANEL_COLUMNS);
@@ -184,8 +192,22 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                 }
                 (packed_queries.as_ptr(), k_groups)
             };
-            for first_key in (0..keys).step_by(BLOCK_KEYS) {
-                let n = BLOCK_KEYS.min(keys - first_key);
+            let position = block - self.first_query;
+            let read_keys = match window {
+                None => 0..keys,
+                // Whole panels.
+                Some(window) => {
+                    let first = position.saturating_sub(window) / I::PANEL_COLUMNS * I::PANEL_COLUMNS;
+                    first..keys.min((position + rows + window).next_multiple_of(I::PANEL_COLUMNS))
+                }
+            };
+            let mut next_key = read_keys.start;
+            while next_key < read_keys.end {
+                let first_key = next_key;
+                let first = first_key == read_keys.start;
+                // Blocks end at multiples of their size, wherever the first one starts.
+                next_key = read_keys.end.min((first_key / BLOCK_KEYS + 1) * BLOCK_KEYS);
+                let n = next_key - first_key;
                 // SAFETY: the matrices acquired above have a row for each query of a block and a column for each of its
                 // keys. The panels of packed K and V cover every key and every column.
                 unsafe {
@@ -209,13 +231,25 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                         }
                     }
                     for row in 0..rows {
-                        let first = first_key == 0;
                         let old_max = if first { f32::NEG_INFINITY } else { row_max[row] };
                         let (scores, to) = (scores.shared().row(row), weights.shared().row(row));
-                        let (new_max, sum) = softmax_block::<I, E>(isa, scores, n, factor, old_max, to);
+                        let (new_max, sum) = match window {
+                            None => softmax_block::<I, E>(isa, scores, n, factor, old_max, to),
+                            Some(window) => {
+                                let visible = (position + row).saturating_sub(window)..position + row + window + 1;
+                                let visible = visible.start.clamp(first_key, next_key) - first_key
+                                    ..visible.end.clamp(first_key, next_key) - first_key;
+                                softmax_window::<I, E>(isa, scores, n, visible, factor, old_max, to)
+                            }
+                        };
                         row_max[row] = new_max;
                         if first {
                             row_sum[row] = sum;
+                            continue;
+                        }
+                        if new_max == old_max {
+                            // Nothing to rescale, also while no key was visible yet and both are -infinity.
+                            row_sum[row] += sum;
                             continue;
                         }
                         let rescale = exp2(isa, isa.splat((old_max - new_max) * factor), Accuracy::F32);
@@ -235,7 +269,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                                 k_groups: n.div_ceil(E::VALUES_PER_K_GROUP),
                                 sums: context.shared().row(tile.start).add(panel * value_width).cast(),
                                 sums_stride: context.stride(),
-                                accumulate: first_key > 0,
+                                accumulate: !first,
                                 prefetch: std::ptr::null(),
                                 prefetch_stride: 0,
                             };
@@ -316,6 +350,71 @@ unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
             E::store(isa, to.add(whole), I::LANES, weight);
         }
         (max, isa.reduce_sum(sum))
+    }
+}
+
+/// [`softmax_block`] where only the keys in `visible` have weights; those of the other keys are zero. Without any visible key
+/// it returns `old_max` and 0.
+///
+/// # Safety
+/// As for [`softmax_block`].
+#[inline(always)]
+unsafe fn softmax_window<I: Isa, E: AttentionFormat>(
+    isa: I,
+    scores: *mut f32,
+    n: usize,
+    visible: Range<usize>,
+    factor: f32,
+    old_max: f32,
+    to: *mut E::Value,
+) -> (f32, f32) {
+    // Vectors with a visible key.
+    let (start, end) = match visible.is_empty() {
+        true => (0, 0),
+        false => (visible.start / I::LANES * I::LANES, visible.end.next_multiple_of(I::LANES)),
+    };
+    // SAFETY: guaranteed by the caller: both are valid up to the end of the last vector.
+    unsafe {
+        for at in (0..start).step_by(I::LANES).chain((end..n).step_by(I::LANES)) {
+            E::store(isa, to.add(at), I::LANES, isa.splat(0.0));
+        }
+        let mut max = isa.splat(old_max);
+        for at in (start..end).step_by(I::LANES) {
+            if at < visible.start || at + I::LANES > visible.end {
+                for hidden in (at..visible.start).chain(visible.end.max(at)..at + I::LANES) {
+                    *scores.add(hidden) = f32::NEG_INFINITY;
+                }
+            }
+            max = isa.max(max, isa.load(scores.add(at)));
+        }
+        if end == start {
+            return (old_max, 0.0);
+        }
+        let max = isa.reduce_max(max);
+        let (scale, shift) = (isa.splat(factor), isa.splat(-max * factor));
+        let mut sum = isa.splat(0.0);
+        for at in (start..end).step_by(I::LANES) {
+            let mut weight = exp2_with_accuracy::<I, E>(isa, isa.fma(isa.load(scores.add(at)), scale, shift));
+            if at < visible.start || at + I::LANES > visible.end {
+                weight = isa.first_lanes(weight, visible.end.saturating_sub(at).min(I::LANES), 0.0);
+                weight = without_first_lanes(isa, weight, visible.start.saturating_sub(at));
+            }
+            sum = isa.add(sum, weight);
+            E::store(isa, to.add(at), I::LANES, weight);
+        }
+        (max, isa.reduce_sum(sum))
+    }
+}
+
+/// x with zeros in its first n lanes.
+#[inline(always)]
+fn without_first_lanes<I: Isa>(isa: I, x: I::Floats, n: usize) -> I::Floats {
+    let mut lanes = [0f32; MAX_LANES];
+    // SAFETY: the array has room for the widest vector.
+    unsafe {
+        isa.store(lanes.as_mut_ptr(), x);
+        lanes[..n].fill(0.0);
+        isa.load(lanes.as_ptr())
     }
 }
 

@@ -1,7 +1,7 @@
 //! GEMM epilogues: activation, residual and rounding, applied to a vector of results before it is stored.
 
 use super::activation::activate;
-use super::simd::{Accuracy, Isa, MAX_LANES};
+use super::simd::{Accuracy, Isa, MAX_LANES, store_partial, store_partial_bf16};
 use super::workspace::{Matrix, SharedMatrix};
 use crate::backend::Activation;
 
@@ -57,6 +57,42 @@ pub(super) struct StoreClipped<'a> {
     pub(super) inner: StoreAny<'a>,
     pub(super) start: usize,
     pub(super) end: usize,
+}
+
+/// Multiplies `activation(gate)` by the value. For the first layer of a gated feed-forward network.
+#[derive(Clone, Copy)]
+pub(super) struct StoreGated<'a> {
+    pub(super) activation: Activation,
+    /// Columns of the result.
+    pub(super) columns: usize,
+    pub(super) output: OutputRows<'a>,
+}
+
+impl StoreGated<'_> {
+    /// Stores a vector at `column`, as far as the result has columns.
+    ///
+    /// # Safety
+    /// The result has this row, and no other thread accesses these columns at the same time.
+    #[inline(always)]
+    pub(super) unsafe fn store<I: Isa>(self, isa: I, row: usize, column: usize, gate: I::Floats, value: I::Floats) {
+        if column >= self.columns {
+            return;
+        }
+        let n = self.columns - column;
+        // SAFETY: guaranteed by the caller; no access goes beyond n columns.
+        unsafe {
+            match self.output {
+                OutputRows::F32(to) => {
+                    let gate = activate(isa, self.activation, gate, Accuracy::F32);
+                    store_partial(isa, to.row(row).add(column), n, isa.mul(gate, value));
+                }
+                OutputRows::Bf16(to) => {
+                    let gate = activate(isa, self.activation, gate, Accuracy::Bf16);
+                    store_partial_bf16(isa, to.row(row).add(column), n, isa.mul(gate, value));
+                }
+            }
+        }
+    }
 }
 
 impl StoreEpilogue for StoreBf16<'_> {

@@ -21,7 +21,8 @@
 use std::ops::Range;
 
 use super::epilogue::{
-    OutputRows, StoreAny, StoreBf16, StoreClipped, StoreEpilogue, StoreGeluBf16, StoreResidual, VectorPosition,
+    OutputRows, StoreAny, StoreBf16, StoreClipped, StoreEpilogue, StoreGated, StoreGeluBf16, StoreResidual,
+    VectorPosition,
 };
 use super::packed::{PackedWeights, StorageFormat};
 use super::simd::{Isa, SimdOp, SimdPath};
@@ -69,6 +70,8 @@ pub(super) struct Gemm<'a> {
     pub(super) start: usize,
     pub(super) end: usize,
     pub(super) activation: Option<Activation>,
+    /// The number of columns of the result, if the weights are packed for a gated layer. All outputs are then computed.
+    pub(super) gated: Option<usize>,
     /// Added to the result, `[rows, end - start]`.
     pub(super) residual: Option<&'a Matrix<f32>>,
     /// `[rows, end - start]`
@@ -272,8 +275,22 @@ impl<D: Dot> GemmLoops<'_, D> {
     /// The panel and the rows are the GEMM's, and no other thread accesses these outputs at the same time.
     #[inline(always)]
     unsafe fn run_epilogue<I: Isa>(&self, isa: I, sums: &[u32], panel: usize, rows: Range<usize>) {
-        let Gemm { weights, start, end, activation, residual, output, .. } = *self.gemm;
+        let Gemm { weights, start, end, activation, gated, residual, output, .. } = *self.gemm;
         assert!(sums.len() >= rows.len() * weights.width);
+        if let (Some(columns), Some(activation)) = (gated, activation) {
+            let at = StoreGated { activation, columns, output };
+            // SAFETY: guaranteed by the caller.
+            unsafe {
+                match activation {
+                    // A constant, so that the loop has no branch for it.
+                    Activation::Gelu => {
+                        self.store_gated(isa, sums, panel, rows, StoreGated { activation: Activation::Gelu, ..at });
+                    }
+                    _ => self.store_gated(isa, sums, panel, rows, at),
+                }
+            }
+            return;
+        }
         let first = panel * weights.width;
         let whole_panel = start <= first && first + weights.width <= end;
         let any = StoreAny { activation, residual, output };
@@ -313,6 +330,41 @@ impl<D: Dot> GemmLoops<'_, D> {
                     let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
                     let at = VectorPosition { row, output, column: output.wrapping_sub(start) };
                     store.store(isa, at, self.format.value(isa, words, &columns, params));
+                }
+            }
+        }
+    }
+
+    /// Stores `activation(gate) * value` of a tile's sums: the first half of a panel is the gate, the second the value.
+    ///
+    /// # Safety
+    /// As for [`Self::run_epilogue`].
+    #[inline(always)]
+    unsafe fn store_gated<I: Isa>(
+        &self,
+        isa: I,
+        sums: &[u32],
+        panel: usize,
+        rows: Range<usize>,
+        store: StoreGated<'_>,
+    ) {
+        let Gemm { input, weights, .. } = *self.gemm;
+        let half = weights.width / 2;
+        for vector in 0..I::PANEL_VECTORS / 2 {
+            // SAFETY: as in `store`. Both halves of a panel have whole vectors.
+            unsafe {
+                let (first, second) = (vector * I::LANES, half + vector * I::LANES);
+                let gate_columns = ColumnParams::load(isa, weights, panel * weights.width + first);
+                let value_columns = ColumnParams::load(isa, weights, panel * weights.width + second);
+                for (i, row) in rows.clone().enumerate() {
+                    let params = match weights.format {
+                        StorageFormat::Int8 => *input.params.get_unchecked(row),
+                        StorageFormat::F32 | StorageFormat::Bf16 => QuantParams::default(),
+                    };
+                    let sums = sums.as_ptr().add(i * weights.width);
+                    let gate = self.format.value(isa, isa.load_bits(sums.add(first)), &gate_columns, params);
+                    let value = self.format.value(isa, isa.load_bits(sums.add(second)), &value_columns, params);
+                    store.store(isa, row, panel * half + first, gate, value);
                 }
             }
         }

@@ -51,7 +51,8 @@ impl GemmBenchmark {
     pub fn run(&mut self) {
         let input = self.quantized.as_ref().map_or_else(|| gemm_input(&self.x, &[]), QuantizedRows::gemm_input);
         let (start, end, output) = (0, self.y.columns(), OutputRows::F32(self.y.shared()));
-        let gemm = Gemm { input, weights: &self.weights, start, end, activation: None, residual: None, output };
+        let gemm =
+            Gemm { input, weights: &self.weights, start, end, activation: None, gated: None, residual: None, output };
         self.backend.gemm(&self.ctx, &gemm);
         black_box(&self.y);
     }

@@ -1,14 +1,23 @@
-//! Layer norm of rows, in place (Ba, Kiros, Hinton 2016).
+//! Layer norm of rows (Ba, Kiros, Hinton 2016).
 
 use std::ops::Range;
 
 use super::quantize::{SharedQuantizedRows, quantize_row};
 use super::simd::{Isa, SimdOp, load_partial, store_partial};
-use super::workspace::SharedMatrix;
+use super::workspace::{Matrix, SharedMatrix};
 
-/// Layer norm in place. Also writes the quantized rows while a row is in cache.
+/// The rows to normalize.
+#[derive(Clone, Copy)]
+pub(super) enum NormRows<'a> {
+    /// The result replaces the rows.
+    InPlace(SharedMatrix<'a, f32>),
+    /// The f32 result, if it is wanted, goes to other rows.
+    Copy(&'a Matrix<f32>, Option<SharedMatrix<'a, f32>>),
+}
+
+/// Layer norm. Also writes the quantized rows while a row is in cache.
 pub(super) struct LayerNorm<'a> {
-    pub(super) x: SharedMatrix<'a, f32>,
+    pub(super) x: NormRows<'a>,
     pub(super) weight: &'a [f32],
     pub(super) bias: &'a [f32],
     pub(super) eps: f32,
@@ -25,10 +34,16 @@ impl SimdOp for LayerNorm<'_> {
     fn run<I: Isa>(self, isa: I) {
         let c = self.weight.len();
         assert_eq!(self.bias.len(), c);
+        let mut scratch = Matrix::<f32>::acquire(1, c);
+        let scratch = scratch.row_mut(0).as_mut_ptr();
         for row in self.rows {
-            // SAFETY: the row has c values and is this thread's.
+            // SAFETY: the rows and the scratch have c values, and the rows that are written are this thread's.
             unsafe {
-                let x = self.x.row(row);
+                let (x, to) = match self.x {
+                    NormRows::InPlace(x) => (x.row(row).cast_const(), x.row(row)),
+                    NormRows::Copy(x, Some(to)) => (x.row(row).as_ptr(), to.row(row)),
+                    NormRows::Copy(x, None) => (x.row(row).as_ptr(), scratch),
+                };
                 let mut sum = isa.splat(0.0);
                 for at in (0..c).step_by(I::LANES) {
                     sum = isa.add(sum, load_partial(isa, x.add(at), c - at, 0.0));
@@ -47,9 +62,9 @@ impl SimdOp for LayerNorm<'_> {
                     let normalized = isa.mul(isa.sub(load_partial(isa, x.add(at), n, 0.0), mean_lanes), factor);
                     let weight = load_partial(isa, self.weight.as_ptr().add(at), n, 0.0);
                     let bias = load_partial(isa, self.bias.as_ptr().add(at), n, 0.0);
-                    store_partial(isa, x.add(at), n, isa.fma(normalized, weight, bias));
+                    store_partial(isa, to.add(at), n, isa.fma(normalized, weight, bias));
                 }
-                quantize_row(isa, x, c, self.quantized, row);
+                quantize_row(isa, to, c, self.quantized, row);
             }
         }
     }

@@ -1,7 +1,7 @@
 //! The fast CPU backend: packed weights, SIMD kernels selected at run time, and a thread pool.
 //!
 //! Modules in reading order: `simd` (instruction sets), `packed` (layout of weights), `gemm` and its `epilogue`,
-//! `attention`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others), `partition`
+//! `attention`, `rotary`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others), `partition`
 //! (how a batch is split for the threads), `thread_pool`, `workspace` (scratch memory). [`roofline`] and
 //! [`gemm_benchmark`] are for benchmarks. This file implements [`Backend`].
 //!
@@ -30,6 +30,7 @@ mod packed;
 mod partition;
 mod quantize;
 pub mod roofline;
+mod rotary;
 mod simd;
 #[cfg(test)]
 mod tests;
@@ -47,16 +48,18 @@ use self::attention::{Attention, AttentionFormat, Sequence};
 pub use self::dtype::CpuDtype;
 use self::epilogue::OutputRows;
 use self::gemm::Gemm;
-use self::layer_norm::LayerNorm;
+use self::layer_norm::{LayerNorm, NormRows};
 use self::packed::{PackedWeights, StorageFormat};
 use self::partition::partition_batch;
 use self::quantize::{QuantizeRows, QuantizeSource, QuantizedRows, acquire_bf16, gather_rows, gemm_input};
+pub use self::rotary::Rotary;
+use self::rotary::{Rotate, RotatedRows};
 use self::simd::SimdPath;
 pub use self::thread_pool::ThreadPool;
 use self::workspace::Matrix;
 use super::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
-    NormWeights, Roofline, Timed,
+    NormWeights, Roofline, RotaryTable, Timed,
 };
 use crate::batch::Batch;
 
@@ -88,8 +91,8 @@ pub struct Buffer {
 #[derive(Debug)]
 pub struct Embeddings {
     words: Table,
-    positions: Table,
-    types: Table,
+    positions: Option<Table>,
+    types: Option<Table>,
     norm: Norm,
 }
 
@@ -102,7 +105,11 @@ enum Table {
 
 /// A linear layer's packed weights and bias.
 #[derive(Debug)]
-pub struct Linear(PackedWeights);
+pub struct Linear {
+    weights: PackedWeights,
+    /// F, if the weights are packed for [`Epilogue::Gated`].
+    gated: Option<usize>,
+}
 
 /// A layer norm's weights, both `[C]`.
 #[derive(Debug)]
@@ -181,7 +188,7 @@ impl CpuBackend {
     fn attend(
         &self,
         ctx: &ExecContext,
-        shape: AttentionShape,
+        (shape, window): (AttentionShape, Option<usize>),
         q: &Buffer,
         kv: &Buffer,
         starts: [usize; 2],
@@ -190,8 +197,8 @@ impl CpuBackend {
         let columns = shape.heads * shape.head_size;
         match (&q.quantized, &kv.quantized) {
             (Some(QuantizedRows::Bf16(q)), Some(QuantizedRows::Bf16(kv))) => {
-                let attention =
-                    |output| Attention { shape, q, kv, k_start: starts[0], v_start: starts[1], sequences, output };
+                let (k_start, v_start) = (starts[0], starts[1]);
+                let attention = |output| Attention { shape, window, q, kv, k_start, v_start, sequences, output };
                 if self.format == StorageFormat::Int8 {
                     // A row's int8 scale depends on all of its heads, so all heads are first computed in f32.
                     let mut context = Matrix::acquire(q.rows(), columns);
@@ -208,7 +215,10 @@ impl CpuBackend {
                 };
                 let mut context = Matrix::acquire(q.rows(), columns);
                 let (k_start, v_start, output) = (starts[0], starts[1], OutputRows::F32(context.shared()));
-                self.attend_heads::<gemm::F32>(ctx, &Attention { shape, q, kv, k_start, v_start, sequences, output });
+                self.attend_heads::<gemm::F32>(
+                    ctx,
+                    &Attention { shape, window, q, kv, k_start, v_start, sequences, output },
+                );
                 Buffer { rows: context.rows(), f32_rows: Some(context), quantized: None }
             }
         }
@@ -306,6 +316,7 @@ impl Backend for CpuBackend {
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
+    type Rotary = Rotary;
 
     fn describe(&self) -> String {
         let dtype = match self.format {
@@ -319,22 +330,32 @@ impl Backend for CpuBackend {
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
         Ok(Embeddings {
             words: self.table(tables.words),
-            positions: self.table(tables.positions),
-            types: self.table(tables.types),
+            positions: tables.positions.map(|table| self.table(table)),
+            types: tables.types.map(|table| self.table(table)),
             norm: self.norm(tables.norm)?,
         })
     }
 
     fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Linear, BackendError> {
         let format = match role {
-            LayerRole::Encoder => self.format,
+            LayerRole::Encoder | LayerRole::Gated => self.format,
             LayerRole::Head => StorageFormat::F32,
         };
-        Ok(Linear(PackedWeights::pack(format, self.path.panel_columns(), &weight, &bias, &self.pool)))
+        let (width, pool) = (self.path.panel_columns(), &self.pool);
+        if role == LayerRole::Gated {
+            let weights = PackedWeights::pack_gated(format, width, &weight, &bias, pool);
+            return Ok(Linear { weights, gated: Some(weight.shape[0] / 2) });
+        }
+        Ok(Linear { weights: PackedWeights::pack(format, width, &weight, &bias, pool), gated: None })
     }
 
     fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
         Ok(Norm { weight: weights.weight.data, bias: weights.bias.data, eps: weights.eps as f32 })
+    }
+
+    fn rotary(&self, table: RotaryTable) -> Result<Rotary, BackendError> {
+        let (cos, sin) = table.cos_sin();
+        Ok(Rotary { cos, sin, half: table.frequencies.len() })
     }
 
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
@@ -388,8 +409,12 @@ impl Backend for CpuBackend {
                 let to = unsafe { std::slice::from_raw_parts_mut(shared.row(row), c) };
                 let scratch = scratch.row_mut(0);
                 weights.words.read(batch.ids()[row], to, scratch, false);
-                weights.types.read(batch.type_ids()[row], to, scratch, true);
-                weights.positions.read(batch.positions()[row], to, scratch, true);
+                if let Some(types) = &weights.types {
+                    types.read(batch.type_ids()[row], to, scratch, true);
+                }
+                if let Some(positions) = &weights.positions {
+                    positions.read(batch.positions()[row], to, scratch, true);
+                }
             }
         });
         self.layer_norm(ctx, &weights.norm, Buffer { rows, f32_rows: Some(sum), quantized: None })
@@ -403,17 +428,22 @@ impl Backend for CpuBackend {
         x: &Buffer,
         epilogue: Epilogue<'_, Buffer>,
     ) -> Result<Buffer, BackendError> {
-        let (weights, rows, columns) = (&weights.0, x.rows, outputs.len());
+        let (gated, weights, rows) = (weights.gated, &weights.weights, x.rows);
+        let columns = gated.unwrap_or(outputs.len());
         let (activation, residual) = match epilogue {
             Epilogue::Bias => (None, None),
-            Epilogue::Activation(activation) => (Some(activation), None),
+            Epilogue::Activation(activation) | Epilogue::Gated(activation) => (Some(activation), None),
             Epilogue::Residual(residual) => {
                 (None, Some(residual.f32_rows.as_ref().expect("the residual stream is f32")))
             }
         };
+        // A gated layer computes all of its packed outputs, padding included.
+        let (start, end) = match gated {
+            None => (outputs.start, outputs.end),
+            Some(_) => (0, weights.bias.len()),
+        };
         let input = self.gemm_input(x, weights);
-        let gemm =
-            |output| Gemm { input, weights, start: outputs.start, end: outputs.end, activation, residual, output };
+        let gemm = |output| Gemm { input, weights, start, end, activation, gated, residual, output };
         if weights.format == StorageFormat::F32 || residual.is_some() {
             let mut f32_rows = Matrix::acquire(rows, columns);
             self.gemm(ctx, &gemm(OutputRows::F32(f32_rows.shared())));
@@ -439,37 +469,73 @@ impl Backend for CpuBackend {
         let mut quantized = QuantizedRows::acquire(self.format, x.rows, f32_rows.columns());
         let (x_shared, quantized_shared) = (f32_rows.shared(), quantize::shared(&mut quantized));
         ctx.split(x.rows, |rows| {
-            let Norm { weight, bias, eps } = weights;
-            self.path.enter(LayerNorm { x: x_shared, weight, bias, eps: *eps, quantized: quantized_shared, rows });
+            let (Norm { weight, bias, eps }, x) = (weights, NormRows::InPlace(x_shared));
+            self.path.enter(LayerNorm { x, weight, bias, eps: *eps, quantized: quantized_shared, rows });
         });
         Ok(Buffer { rows: x.rows, f32_rows: Some(f32_rows), quantized })
+    }
+
+    fn pre_norm(&self, ctx: &ExecContext, weights: &Norm, x: &Buffer) -> Result<Buffer, BackendError> {
+        let from = x.f32_rows.as_ref().expect("the residual stream is f32");
+        let mut quantized = QuantizedRows::acquire(self.format, x.rows, from.columns());
+        // GEMMs read the quantized rows only, if there are any.
+        let mut f32_rows = quantized.is_none().then(|| Matrix::acquire(x.rows, from.columns()));
+        let to = f32_rows.as_mut().map(Matrix::shared);
+        let quantized_shared = quantize::shared(&mut quantized);
+        ctx.split(x.rows, |rows| {
+            let (Norm { weight, bias, eps }, x) = (weights, NormRows::Copy(from, to));
+            self.path.enter(LayerNorm { x, weight, bias, eps: *eps, quantized: quantized_shared, rows });
+        });
+        Ok(Buffer { rows: x.rows, f32_rows, quantized })
+    }
+
+    fn rotate(
+        &self,
+        ctx: &ExecContext,
+        rotary: &Rotary,
+        heads: usize,
+        mut x: Buffer,
+        batch: &Batch,
+    ) -> Result<Buffer, BackendError> {
+        let rows = match (&mut x.quantized, &mut x.f32_rows) {
+            (Some(QuantizedRows::Bf16(rows)), _) => RotatedRows::Bf16(rows.shared()),
+            (None, Some(rows)) => RotatedRows::F32(rows.shared()),
+            _ => unreachable!("queries and keys are bf16 or f32"),
+        };
+        let positions = batch.positions();
+        ctx.split(x.rows, |range| self.path.enter(Rotate { x: rows, rotary, heads, positions, rows: range }));
+        Ok(x)
     }
 
     fn attention(
         &self,
         ctx: &ExecContext,
         shape: AttentionShape,
+        window: Option<usize>,
         qkv: &Buffer,
         batch: &Batch,
     ) -> Result<Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
         let sequences: Vec<Sequence> =
             batch.ranges().map(|rows| Sequence { queries: rows.clone(), keys: rows }).collect();
-        Ok(self.attend(ctx, shape, qkv, qkv, [c, 2 * c], &sequences))
+        Ok(self.attend(ctx, (shape, window), qkv, qkv, [c, 2 * c], &sequences))
     }
 
     fn cls_attention(
         &self,
         ctx: &ExecContext,
         shape: AttentionShape,
+        window: Option<usize>,
         q: &Buffer,
         kv: &Buffer,
         batch: &Batch,
     ) -> Result<Buffer, BackendError> {
         let c = shape.heads * shape.head_size;
+        // The first token is at position 0, so it attends to the first keys.
+        let keys = |rows: Range<usize>| rows.start..rows.end.min(rows.start + window.unwrap_or(rows.len()) + 1);
         let sequences: Vec<Sequence> =
-            batch.ranges().enumerate().map(|(i, rows)| Sequence { queries: i..i + 1, keys: rows }).collect();
-        Ok(self.attend(ctx, shape, q, kv, [0, c], &sequences))
+            batch.ranges().enumerate().map(|(i, rows)| Sequence { queries: i..i + 1, keys: keys(rows) }).collect();
+        Ok(self.attend(ctx, (shape, None), q, kv, [0, c], &sequences))
     }
 
     fn gather_cls(&self, _: &ExecContext, x: &Buffer, batch: &Batch) -> Result<Buffer, BackendError> {
@@ -479,6 +545,21 @@ impl Backend for CpuBackend {
             f32_rows: x.f32_rows.as_ref().map(|f32_rows| gather_rows(f32_rows, &rows)),
             quantized: x.quantized.as_ref().map(|quantized| quantized.gather_rows(&rows)),
         })
+    }
+
+    fn mean_rows(&self, _: &ExecContext, x: &Buffer, batch: &Batch) -> Result<Buffer, BackendError> {
+        let from = x.f32_rows.as_ref().expect("the residual stream is f32");
+        let mut means = Matrix::<f32>::acquire(batch.sequences(), from.columns());
+        let mut sums = vec![0f64; from.columns()];
+        for (sequence, rows) in batch.ranges().enumerate() {
+            sums.fill(0.0);
+            let count = rows.len() as f64;
+            for row in rows {
+                sums.iter_mut().zip(from.row(row)).for_each(|(sum, &value)| *sum += f64::from(value));
+            }
+            means.row_mut(sequence).iter_mut().zip(&sums).for_each(|(mean, sum)| *mean = (sum / count) as f32);
+        }
+        Ok(Buffer { rows: batch.sequences(), f32_rows: Some(means), quantized: None })
     }
 
     fn download(&self, _: &ExecContext, x: &Buffer) -> Result<Vec<f32>, BackendError> {

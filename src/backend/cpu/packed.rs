@@ -93,6 +93,31 @@ impl PackedWeights {
         Self { format, k_groups, width, words, bias: padded_bias, scale, column_sum }
     }
 
+    /// Packs the weights of a gated layer, `[2F, inputs]`: of each panel, the first half is columns of the gate and the second
+    /// half the columns of the value that they multiply. Each half is padded with zeros.
+    pub(super) fn pack_gated(
+        format: StorageFormat,
+        width: usize,
+        weight: &HostTensor,
+        bias: &HostTensor,
+        pool: &ThreadPool,
+    ) -> Self {
+        let (outputs, inputs, half) = (weight.shape[0] / 2, weight.shape[1], width / 2);
+        let panels = outputs.div_ceil(half);
+        let interleaved = |from: &HostTensor, columns: usize| {
+            let mut data = vec![0.0; panels * width * columns];
+            for (panel, to) in data.chunks_mut(width * columns).enumerate() {
+                let rows = panel * half..outputs.min((panel + 1) * half);
+                for (part, to) in to.chunks_mut(half * columns).enumerate() {
+                    let from = &from.data[(part * outputs + rows.start) * columns..][..rows.len() * columns];
+                    to[..from.len()].copy_from_slice(from);
+                }
+            }
+            HostTensor { shape: vec![panels * width, columns], data }
+        };
+        Self::pack(format, width, &interleaved(weight, inputs), &interleaved(bias, 1), pool)
+    }
+
     /// The words of a panel: `[k_groups, width]`.
     pub(super) fn panel(&self, panel: usize) -> &[u32] {
         let words: &[u32] = bytemuck::cast_slice(&self.words);

@@ -151,7 +151,7 @@ fn gemms_match_the_reference() {
                 let columns = outputs.len();
                 let residual = &residual[..m * columns];
                 let (residual_ours, residual_theirs) = (backend.buffer(m, residual), candle(m, residual));
-                for kind in ["bias", "gelu", "gelu tanh", "relu", "residual", "head", "head tanh"] {
+                for kind in ["bias", "gelu", "gelu tanh", "relu", "silu", "residual", "head", "head tanh"] {
                     let what = format!("{m} x {k} x {n}, outputs {outputs:?}, {kind}");
                     let (ours_epilogue, theirs_epilogue) = match kind {
                         "gelu" => (Epilogue::Activation(Activation::Gelu), Epilogue::Activation(Activation::Gelu)),
@@ -159,6 +159,7 @@ fn gemms_match_the_reference() {
                             (Epilogue::Activation(Activation::GeluTanh), Epilogue::Activation(Activation::GeluTanh))
                         }
                         "relu" => (Epilogue::Activation(Activation::Relu), Epilogue::Activation(Activation::Relu)),
+                        "silu" => (Epilogue::Activation(Activation::Silu), Epilogue::Activation(Activation::Silu)),
                         "head tanh" => (Epilogue::Activation(Activation::Tanh), Epilogue::Activation(Activation::Tanh)),
                         "residual" => (Epilogue::Residual(&residual_ours), Epilogue::Residual(&residual_theirs)),
                         _ => (Epilogue::Bias, Epilogue::Bias),
@@ -176,6 +177,7 @@ fn gemms_match_the_reference() {
                                     Epilogue::Bias => Epilogue::Bias,
                                     Epilogue::Activation(activation) => Epilogue::Activation(activation),
                                     Epilogue::Residual(residual) => Epilogue::Residual(residual),
+                                    Epilogue::Gated(_) => unreachable!("the layers here are not gated"),
                                 },
                             )
                             .unwrap()
@@ -291,44 +293,148 @@ fn attention_matches_the_reference() {
             };
             let all: Vec<u32> = (0..t as u32).collect();
             let (q, kv) = (part(0, c, &batch.cls_rows()), part(c, 2 * c, &all));
+            for window in
+                [None, Some(0), Some(64), Some(600)].into_iter().filter(|w| w.is_none_or(|w| w < 65 || t > 1000))
+            {
+                check_attention(backend, tolerance, (shape, window), &batch, [&qkv, &q, &kv]);
+            }
+        }
+    });
+}
+
+fn check_attention(
+    backend: &CpuBackend,
+    tolerance: &Tolerance,
+    (shape, window): (AttentionShape, Option<usize>),
+    batch: &Batch,
+    [qkv, q, kv]: [&[f32]; 3],
+) {
+    let (t, s) = (batch.tokens(), batch.sequences());
+    let lengths: Vec<usize> = batch.ranges().map(|rows| rows.len()).collect();
+    let what = format!("{shape:?}, {lengths:?}, window {window:?}");
+    let reference = CandleBackend::cpu(2).unwrap();
+    let theirs = reference.attention(&(), shape, window, &candle(t, qkv), batch).unwrap();
+    let theirs_first = reference.cls_attention(&(), shape, window, &candle(s, q), &candle(t, kv), batch).unwrap();
+    let [single_thread, all_threads] = backend.contexts();
+    let ours = |ctx, batch: &Batch, [qkv, q, kv]: [&[f32]; 3]| {
+        let (t, s) = (batch.tokens(), batch.sequences());
+        let all = backend.attention(ctx, shape, window, &backend.attention_input(t, qkv), batch).unwrap();
+        let (q, kv) = (backend.attention_input(s, q), backend.attention_input(t, kv));
+        let first = backend.cls_attention(ctx, shape, window, &q, &kv, batch).unwrap();
+        (values(&all), values(&first))
+    };
+    let (result, first) = ours(&single_thread, batch, [qkv, q, kv]);
+    let (result_all, first_all) = ours(&all_threads, batch, [qkv, q, kv]);
+    assert_eq!((bits(&result), bits(&first)), (bits(&result_all), bits(&first_all)), "{}: {what}", tolerance.label);
+    // A weighted mean of values up to 4, with weights that bf16 rounds too. In f32, the absolute error of a score, a sum
+    // of d terms up to 16, is the relative error of its weight.
+    let terms = if tolerance.dtype == CpuDtype::F32 { 16 * shape.head_size } else { 1 };
+    tolerance.check(&result, &reference.download(&(), &theirs).unwrap(), 4.0, terms, &what);
+    tolerance.check(&first, &reference.download(&(), &theirs_first).unwrap(), 4.0, terms, &format!("{what}, first"));
+}
+
+#[test]
+fn gated_layers_match_the_reference() {
+    on_every_path("gated", |backend, tolerance| {
+        let mut random = fastrand::Rng::with_seed(12);
+        let sizes =
+            [(1, 1, 1), (2, 3, 5), (5, 4, 31), (6, 16, 32), (7, 63, 33), (13, 64, 100), (40, 130, 72), (7, 1030, 9)];
+        for (m, k, f) in sizes {
+            let (x, w) = (numbers(&mut random, m * k), numbers(&mut random, 2 * f * k));
+            let b = numbers(&mut random, 2 * f);
             let reference = CandleBackend::cpu(2).unwrap();
-            let theirs = reference.attention(&(), shape, &candle(t, &qkv), &batch).unwrap();
-            let theirs_first =
-                reference.cls_attention(&(), shape, &candle(batch.sequences(), &q), &candle(t, &kv), &batch).unwrap();
-            let [single_thread, all_threads] = backend.contexts();
-            let what = format!("{heads} heads of {d}, {lengths:?}");
-            let ours = |ctx| {
-                let all = backend.attention(ctx, shape, &backend.attention_input(t, &qkv), &batch).unwrap();
-                let first = backend
-                    .cls_attention(
-                        ctx,
-                        shape,
-                        &backend.attention_input(batch.sequences(), &q),
-                        &backend.attention_input(t, &kv),
-                        &batch,
-                    )
-                    .unwrap();
-                (values(&all), values(&first))
-            };
-            let (result, first) = ours(&single_thread);
-            let (result_all, first_all) = ours(&all_threads);
-            assert_eq!(
-                (bits(&result), bits(&first)),
-                (bits(&result_all), bits(&first_all)),
-                "{}: {what}",
-                tolerance.label
-            );
-            // A weighted mean of values up to 4, with weights that bf16 rounds too. In f32, the absolute error of a
-            // score, a sum of d terms up to 16, is the relative error of its weight.
-            let terms = if tolerance.dtype == CpuDtype::F32 { 16 * d } else { 1 };
-            tolerance.check(&result, &reference.download(&(), &theirs).unwrap(), 4.0, terms, &what);
-            tolerance.check(
-                &first,
-                &reference.download(&(), &theirs_first).unwrap(),
-                4.0,
-                terms,
-                &format!("{what}, first"),
-            );
+            let load = |rows: usize| (tensor(&[rows, k], &w), tensor(&[rows], &b));
+            let (weight, bias) = load(2 * f);
+            let theirs = reference.linear(weight.clone(), bias.clone(), LayerRole::Gated).unwrap();
+            let ours = backend.linear(weight, bias, LayerRole::Gated).unwrap();
+            let (x_ours, x_theirs) = (backend.buffer(m, &x), candle(m, &x));
+            for activation in [Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Silu] {
+                let what = format!("{m} x {k} x 2 * {f}, {activation:?}");
+                let [single, all] = backend.contexts().map(|ctx| {
+                    values(&backend.apply(&ctx, &ours, 0..2 * f, &x_ours, Epilogue::Gated(activation)).unwrap())
+                });
+                assert_eq!(bits(&single), bits(&all), "{}: {what}: one thread and all differ", tolerance.label);
+                let expected = reference.apply(&(), &theirs, 0..2 * f, &x_theirs, Epilogue::Gated(activation)).unwrap();
+                let expected = reference.download(&(), &expected).unwrap();
+                // An error of the gate is multiplied by the value, and that of the value by the gate, both sums of k terms.
+                let size = (k as f32).sqrt();
+                tolerance.check(&single, &expected, size.max(1.0), k, &what);
+            }
+        }
+    });
+}
+
+#[test]
+fn rotations_match_the_reference() {
+    on_every_path("rotary", |backend, tolerance| {
+        let mut random = fastrand::Rng::with_seed(13);
+        for (heads, d, lengths) in
+            [(1, 2, &[1, 3][..]), (2, 8, &[5, 17]), (3, 20, &[9]), (2, 64, &[70, 1]), (1, 66, &[4])]
+        {
+            let pairs: Vec<Pair> = lengths.iter().map(|&n| Pair::new(vec![0; n], vec![0; n])).collect();
+            let batch = Batch::pack(&pairs);
+            let (t, columns) = (batch.tokens(), (heads + 1) * d);
+            let x = numbers(&mut random, t * columns);
+            let frequencies: Vec<f32> = (0..d / 2).map(|i| 100f32.powf(-2.0 * i as f32 / d as f32)).collect();
+            let table = RotaryTable { frequencies, positions: 80 };
+            let reference = CandleBackend::cpu(2).unwrap();
+            let theirs = reference.rotary(table.clone()).unwrap();
+            let theirs = reference.rotate(&(), &theirs, heads, candle(t, &x), &batch).unwrap();
+            let theirs = reference.download(&(), &theirs).unwrap();
+            let ours = backend.rotary(table).unwrap();
+            for ctx in &backend.contexts() {
+                let rotated = backend.rotate(ctx, &ours, heads, backend.attention_input(t, &x), &batch).unwrap();
+                let rotated = values(&rotated);
+                tolerance.check(&rotated, &theirs, 1.0, 2, &format!("{heads} heads of {d}, {lengths:?}"));
+                // The last head is not rotated, and position 0 is the identity.
+                for (row, (ours, x)) in rotated.chunks(columns).zip(x.chunks(columns)).enumerate() {
+                    assert_eq!(ours[heads * d..], x[heads * d..], "{}: row {row}", tolerance.label);
+                    assert!(batch.positions()[row] > 0 || ours == x, "{}: row {row}", tolerance.label);
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn pre_norms_match_norms_in_place_and_keep_their_input() {
+    on_every_path("pre-norms", |backend, tolerance| {
+        let mut random = fastrand::Rng::with_seed(14);
+        for (rows, c) in [(1, 1), (2, 7), (3, 16), (5, 65), (2, 312)] {
+            let x = numbers(&mut random, rows * c);
+            let (weight, bias) = (numbers(&mut random, c), numbers(&mut random, c));
+            let norm = NormWeights { weight: tensor(&[c], &weight), bias: tensor(&[c], &bias), eps: 1e-5 };
+            let norm = backend.norm(norm).unwrap();
+            for ctx in &backend.contexts() {
+                let kept = backend.buffer(rows, &x);
+                let normed = backend.pre_norm(ctx, &norm, &kept).unwrap();
+                let in_place = backend.layer_norm(ctx, &norm, backend.buffer(rows, &x)).unwrap();
+                assert_eq!(bits(&values(&normed)), bits(&values(&in_place)), "{}: {rows} x {c}", tolerance.label);
+                assert_eq!(backend.download(ctx, &kept).unwrap(), x, "{}: {rows} x {c}", tolerance.label);
+            }
+        }
+    });
+}
+
+#[test]
+fn means_of_rows_match_the_definition() {
+    on_every_path("means", |backend, tolerance| {
+        let mut random = fastrand::Rng::with_seed(15);
+        let pairs = [3, 1, 64].map(|n| Pair::new(vec![0; n], vec![0; n]));
+        let batch = Batch::pack(&pairs);
+        let (t, c) = (batch.tokens(), 33);
+        let x = numbers(&mut random, t * c);
+        let mean = |rows: Range<usize>, column: usize| {
+            rows.clone().map(|row| f64::from(x[row * c + column])).sum::<f64>() / rows.len() as f64
+        };
+        let theirs: Vec<f32> = batch
+            .ranges()
+            .flat_map(|rows| (0..c).map(move |column| (rows.clone(), column)))
+            .map(|(rows, column)| mean(rows, column) as f32)
+            .collect();
+        for ctx in &backend.contexts() {
+            let ours = backend.mean_rows(ctx, &backend.buffer(t, &x), &batch).unwrap();
+            assert_eq!(backend.download(ctx, &ours).unwrap(), theirs, "{}", tolerance.label);
         }
     });
 }
@@ -342,8 +448,8 @@ fn embeddings_match_the_reference() {
                 (numbers(&mut random, 50 * c), numbers(&mut random, 9 * c), numbers(&mut random, 2 * c));
             let tables = || EmbeddingTables {
                 words: tensor(&[50, c], &words),
-                positions: tensor(&[9, c], &positions),
-                types: tensor(&[2, c], &types),
+                positions: Some(tensor(&[9, c], &positions)),
+                types: Some(tensor(&[2, c], &types)),
                 norm: NormWeights { weight: tensor(&[c], &words[..c]), bias: tensor(&[c], &types[..c]), eps: 1e-5 },
             };
             let pairs = [Pair::new(vec![3, 49, 0, 7], vec![0, 0, 1, 1]), Pair::new(vec![5], vec![0])];

@@ -62,19 +62,13 @@ impl AttentionLauncher {
     /// # Errors
     /// A driver error during the trial; the CUDA context cannot be used after it.
     pub(super) fn choose(device: &Arc<Device>, options: &CudaOptions, shape: AttentionShape) -> Result<Self> {
-        let (d, dtype) = (shape.head_size, options.dtype);
-        let with_parameters = |function: &CudaFunction, blocks_per_tile| {
-            let stages = 2 * 2 * KEY_ROWS;
-            let bytes =
-                if dtype == CudaDtype::F32 { 2 * KEY_ROWS * 4 } else { (TILE_ROWS / blocks_per_tile + stages) * 2 };
-            Self { function: function.clone(), blocks_per_tile, shared_bytes: bytes * d }
-        };
-        let mma = with_parameters(&device.kernels.attention, 1);
+        let dtype = options.dtype;
+        let mma = Self::with_parameters(&device.kernels.attention, 1, dtype, shape);
         let Some(function) = &device.kernels.attention_wgmma else { return Ok(mma) };
         if options.mma_attention_only {
             return Ok(mma);
         }
-        let wgmma = with_parameters(function, 2);
+        let wgmma = Self::with_parameters(function, 2, dtype, shape);
 
         let file = format!("attention-{}-{}", device.file_name(), device.kernels_key);
         let cached = device.cache.read(&file).and_then(|name| AttentionKernel::from_name(&name));
@@ -93,7 +87,25 @@ impl AttentionLauncher {
         Ok(if chosen == AttentionKernel::Wgmma { wgmma } else { mma })
     }
 
-    /// Launches the kernel over all tiles of a batch, for `heads` heads. `upload` is the device address of the batch's upload
+    /// The kernel for attention within a window.
+    pub(super) fn local(device: &Device, dtype: CudaDtype, shape: AttentionShape) -> Self {
+        Self::with_parameters(&device.kernels.attention_local, 1, dtype, shape)
+    }
+
+    /// Launch parameters for a kernel with `blocks_per_tile` blocks for each tile of 128 queries.
+    fn with_parameters(
+        function: &CudaFunction,
+        blocks_per_tile: usize,
+        dtype: CudaDtype,
+        shape: AttentionShape,
+    ) -> Self {
+        let stages = 2 * 2 * KEY_ROWS;
+        let bytes = if dtype == CudaDtype::F32 { 2 * KEY_ROWS * 4 } else { (TILE_ROWS / blocks_per_tile + stages) * 2 };
+        Self { function: function.clone(), blocks_per_tile, shared_bytes: bytes * shape.head_size }
+    }
+
+    /// Launches the kernel over all tiles of a batch, for `heads` heads. `window` is for the kernel of [`Self::local`] only.
+    /// `upload` is the device address of the batch's upload
     /// block in `layout`.
     ///
     /// # Safety
@@ -106,8 +118,10 @@ impl AttentionLauncher {
         upload: u64,
         shape: AttentionShape,
         heads: usize,
+        window: Option<usize>,
         (qkv, out): (u64, u64),
     ) -> Result<(), BackendError> {
+        let window = window.map(|window| window as u32);
         let [counts, offsets, tiles] =
             [layout.counts(), layout.offsets(), layout.tile_list()].map(|index| upload + 4 * index as u64);
         let scale = (shape.head_size as f32).sqrt().recip();
@@ -120,8 +134,13 @@ impl AttentionLauncher {
         for argument in [&counts, &offsets, &tiles, &qkv, &out] {
             launch.arg(argument);
         }
-        // SAFETY: the signature is attention(counts, offsets, tiles, qkv, out, scale); the caller guarantees the buffers.
-        unsafe { launch.arg(&scale).launch(config) }?;
+        launch.arg(&scale);
+        if let Some(window) = &window {
+            launch.arg(window);
+        }
+        // SAFETY: the signature is attention(counts, offsets, tiles, qkv, out, scale), and of attention_local also window; the
+        // caller guarantees the buffers.
+        unsafe { launch.launch(config) }?;
         Ok(())
     }
 }
@@ -236,7 +255,7 @@ impl Trial {
         let buffers = (device_address(&self.qkv, &self.stream), device_address(&self.out, &self.stream));
         let upload = device_address(upload, &self.stream);
         // SAFETY: the batch in `upload` has at most TIMED_LENGTH tokens, for which both buffers were allocated; one stream.
-        unsafe { attention.launch(&self.stream, layout, upload, self.shape, heads, buffers) }
+        unsafe { attention.launch(&self.stream, layout, upload, self.shape, heads, None, buffers) }
     }
 }
 

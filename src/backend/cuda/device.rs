@@ -35,6 +35,8 @@ pub(super) struct Kernels {
     pub(super) embed_norm: CudaFunction,
     pub(super) layer_norm: CudaFunction,
     pub(super) attention: CudaFunction,
+    /// Attention within a window.
+    pub(super) attention_local: CudaFunction,
     /// Hopper with f16 activations or bf16, and a head size of 64.
     pub(super) attention_wgmma: Option<CudaFunction>,
     /// Hopper with f16 or bf16 GEMMs.
@@ -42,10 +44,14 @@ pub(super) struct Kernels {
     pub(super) cls_attention: CudaFunction,
     pub(super) gather_cls: CudaFunction,
     pub(super) activate: CudaFunction,
+    pub(super) gate: CudaFunction,
+    pub(super) rotate: CudaFunction,
+    pub(super) mean_rows: CudaFunction,
     /// With `--dtype fp8`.
     pub(super) quantize: Option<CudaFunction>,
     pub(super) to_f32: CudaFunction,
     pub(super) head_dense: CudaFunction,
+    pub(super) head_norm: CudaFunction,
     pub(super) head_out: CudaFunction,
 }
 
@@ -106,14 +112,19 @@ impl Kernels {
             embed_norm: function("embed_norm")?,
             layer_norm: function("layer_norm")?,
             attention: function("attention")?,
+            attention_local: function("attention_local")?,
             attention_wgmma: attention_wgmma.then(|| function("attention_wgmma")).transpose()?,
             gemm_wgmma: gemm_wgmma.then(|| function("gemm_wgmma")).transpose()?,
             cls_attention: function("cls_attention")?,
             gather_cls: function("gather_cls")?,
             activate: function("activate")?,
+            gate: function("gate")?,
+            rotate: function("rotate")?,
+            mean_rows: function("mean_rows")?,
             quantize: (dtype == CudaDtype::Fp8).then(|| function("quantize")).transpose()?,
             to_f32: function("to_f32")?,
             head_dense: function("head_dense")?,
+            head_norm: function("head_norm")?,
             head_out: function("head_out")?,
         })
     }

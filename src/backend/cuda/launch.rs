@@ -11,6 +11,9 @@ pub(super) const GELU_ERF: u32 = 0;
 pub(super) const GELU_TANH: u32 = 1;
 pub(super) const RELU: u32 = 2;
 pub(super) const IDENTITY: u32 = 3;
+pub(super) const SILU: u32 = 4;
+/// In the head only.
+pub(super) const TANH: u32 = 5;
 
 /// The device address of a slice. The caller orders accesses to it with streams.
 pub(super) fn device_address<T>(slice: &CudaSlice<T>, stream: &CudaStream) -> u64 {

@@ -58,13 +58,13 @@ pub use self::device::find_device;
 pub use self::dtype::CudaDtype;
 use self::fp8::{LayerGain, ValueBound};
 use self::gemm::{GemmEpilogue, GemmOperands, GemmShape};
-use self::launch::{GELU_ERF, GELU_TANH, IDENTITY, RELU, ROW_THREADS, device_address, launch, push};
+use self::launch::{GELU_ERF, GELU_TANH, IDENTITY, RELU, ROW_THREADS, SILU, TANH, device_address, launch, push};
 pub use self::options::{CudaOptions, GemmChoice};
 use self::weights::{DeviceTensor, Fp8Weight, GemmOperand};
-pub use self::weights::{Embeddings, Linear, Norm};
+pub use self::weights::{Embeddings, Linear, Norm, Rotary};
 use super::{
     Activation, AttentionShape, Backend, BackendError, EmbeddingTables, Epilogue, Graph, HostTensor, LayerRole,
-    NormWeights, Roofline, Timed,
+    NormWeights, Roofline, RotaryTable, Timed,
 };
 use crate::batch::Batch;
 
@@ -73,6 +73,7 @@ use crate::batch::Batch;
 pub struct CudaBackend {
     device: Arc<Device>,
     attention: AttentionLauncher,
+    local_attention: AttentionLauncher,
     options: CudaOptions,
     shape: AttentionShape,
     upload: Arc<CudaStream>,
@@ -92,9 +93,10 @@ impl CudaBackend {
         );
         let device = Arc::new(Device::open(ordinal, options.dtype, shape, Cache::new(options.cache.clone()))?);
         let attention = AttentionLauncher::choose(&device, &options, shape)?;
+        let local_attention = AttentionLauncher::local(&device, options.dtype, shape);
         let upload = device.context.new_stream()?;
         let contexts = ContextPool::new(Arc::clone(&device), options.clone(), shape.heads * shape.head_size);
-        Ok(Self { device, attention, options, shape, upload, contexts })
+        Ok(Self { device, attention, local_attention, options, shape, upload, contexts })
     }
 
     fn upload(&self, bytes: &[u8]) -> Result<DeviceTensor, BackendError> {
@@ -201,26 +203,98 @@ impl CudaBackend {
         }
     }
 
-    /// A layer of the classification head, in f32: C outputs with tanh, or one output.
-    fn head(&self, ctx: &ExecContext, weights: &Linear, x: &Buffer, tanh: bool) -> Result<Buffer, BackendError> {
+    /// A layer of the classification head, in f32: C outputs with a function, or one output.
+    fn head(&self, ctx: &ExecContext, weights: &Linear, x: &Buffer, function: u32) -> Result<Buffer, BackendError> {
         let c = self.shape.heads * self.shape.head_size;
         let kernels = &self.device.kernels;
-        let (kernel, outputs) = match (tanh, weights.outputs, x.format) {
-            (true, outputs, BufferFormat::Native) if outputs == c && weights.inputs == c => (&kernels.head_dense, c),
-            (false, 1, BufferFormat::F32) if weights.inputs == c => (&kernels.head_out, 1),
+        let is_dense = weights.outputs == c && weights.inputs == c && x.format == BufferFormat::Native;
+        let is_out =
+            weights.outputs == 1 && weights.inputs == c && x.format == BufferFormat::F32 && function == IDENTITY;
+        let (kernel, outputs) = match (is_dense, is_out) {
+            (true, _) => (&kernels.head_dense, c),
+            (_, true) => (&kernels.head_out, 1),
             _ => return Err(unsupported("this classification head")),
         };
         let out = ctx.buffer(x.rows, outputs, self.options.dtype, BufferFormat::F32)?;
         let staged = ctx.staged();
         let count = staged.count(x.rows);
         let grid = (staged.rows(x.rows) * outputs).div_ceil(8).min(16 * self.device.multiprocessors as usize);
-        // SAFETY: head_dense and head_out(rows, x, weight, bias, out).
+        // SAFETY: head_out(rows, x, weight, bias, out), and of head_dense also function.
         unsafe {
             launch(&ctx.stream, kernel, (grid, 1), ROW_THREADS, |arguments| {
                 push(arguments, [&count, &x.at, &weights.weight.at, &weights.bias.at, &out.at]);
+                if is_dense {
+                    arguments.arg(&function);
+                }
             })
         }?;
         Ok(out)
+    }
+
+    /// A norm of the classification head, in f32 and in place.
+    fn head_norm(&self, ctx: &ExecContext, weights: &Norm, x: Buffer) -> Result<Buffer, BackendError> {
+        let staged = ctx.staged();
+        let count = staged.count(x.rows);
+        // SAFETY: head_norm(rows, x, weight, bias, eps).
+        unsafe {
+            let grid = self.row_grid(staged.rows(x.rows));
+            launch(&ctx.stream, &self.device.kernels.head_norm, grid, ROW_THREADS, |arguments| {
+                push(arguments, [&count, &x.at, &weights.weight.at, &weights.bias.at]);
+                arguments.arg(&weights.eps);
+            })
+        }?;
+        Ok(x)
+    }
+
+    /// `function(gate) * value` for rows of a gate and a value: `[rows, 2F]` to `[rows, F]`.
+    fn gate(&self, ctx: &ExecContext, x: &Buffer, function: u32) -> Result<Buffer, BackendError> {
+        let columns = x.columns / 2;
+        let out = ctx.buffer(x.rows, columns, self.options.dtype, BufferFormat::Native)?;
+        let staged = ctx.staged();
+        let (count, from, width) = (staged.count(x.rows), x.native_address()?, columns as u32);
+        let grid = (staged.rows(x.rows) * columns / 8).div_ceil(256).min(16 * self.device.multiprocessors as usize);
+        // SAFETY: gate(rows, columns, function, x, out).
+        unsafe {
+            launch(&ctx.stream, &self.device.kernels.gate, (grid, 1), 256, |arguments| {
+                push(arguments, [&count]);
+                arguments.arg(&width).arg(&function);
+                push(arguments, [&from, &out.at]);
+            })
+        }?;
+        Ok(out)
+    }
+
+    /// Layer norm of the rows at `from` to `out`, and with fp8 to its operand.
+    fn norm_rows(&self, ctx: &ExecContext, weights: &Norm, from: u64, out: &mut Buffer) -> Result<(), BackendError> {
+        let staged = ctx.staged();
+        let count = staged.count(out.rows);
+        let operand = self.operand_buffer(ctx, out.rows, weights)?;
+        let (operand_at, scale) = (operand.as_ref().map_or(0, |operand| operand.at), weights.bound.scale());
+        // SAFETY: layer_norm(rows, x, weight, bias, eps, out, operand, scale); `out` may be x. The kernel writes the operand only
+        // with fp8, where it is allocated.
+        unsafe {
+            let grid = self.row_grid(staged.rows(out.rows));
+            launch(&ctx.stream, &self.device.kernels.layer_norm, grid, ROW_THREADS, |arguments| {
+                push(arguments, [&count, &from, &weights.weight.at, &weights.bias.at]);
+                arguments.arg(&weights.eps);
+                push(arguments, [&out.at, &operand_at]);
+                arguments.arg(&scale);
+            })
+        }?;
+        out.bound = operand.as_ref().and_then(|operand| operand.bound);
+        out.operand = operand.map(Box::new);
+        Ok(())
+    }
+}
+
+/// The number of a function of the head.
+fn head_function(activation: Activation) -> u32 {
+    match activation {
+        Activation::Gelu => GELU_ERF,
+        Activation::GeluTanh => GELU_TANH,
+        Activation::Relu => RELU,
+        Activation::Silu => SILU,
+        Activation::Tanh => TANH,
     }
 }
 
@@ -234,6 +308,7 @@ impl Backend for CudaBackend {
     type Embeddings = Embeddings;
     type Linear = Linear;
     type Norm = Norm;
+    type Rotary = Rotary;
 
     fn describe(&self) -> String {
         let invariant = if self.options.batch_invariant { ", batch-invariant" } else { "" };
@@ -250,16 +325,22 @@ impl Backend for CudaBackend {
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
         Ok(Embeddings {
             words: self.upload_native(&tables.words)?,
-            positions: self.upload_native(&tables.positions)?,
-            types: self.upload_native(&tables.types)?,
+            positions: tables.positions.map(|table| self.upload_native(&table)).transpose()?,
+            types: tables.types.map(|table| self.upload_native(&table)).transpose()?,
             norm: self.norm(tables.norm)?,
         })
     }
 
     fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Linear, BackendError> {
         let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
+        if role == LayerRole::Gated && self.options.dtype == CudaDtype::Fp8 {
+            // A bound of gate times value is the product of two loose bounds; most values would round to zero.
+            return Err(unsupported("fp8 of a gated feed-forward layer (use --dtype f16)"));
+        }
+        // Half of a gated layer's outputs are columns of the next layer's input.
+        let columns = if role == LayerRole::Gated { outputs / 2 } else { outputs };
         let multiple = if self.options.dtype == CudaDtype::Fp8 { 16 } else { 8 };
-        if role == LayerRole::Encoder && (outputs % multiple != 0 || inputs % multiple != 0) {
+        if role != LayerRole::Head && (columns % multiple != 0 || inputs % multiple != 0) {
             return Err(unsupported(&format!(
                 "a linear layer of {inputs} inputs and {outputs} outputs (not multiples of {multiple})"
             )));
@@ -272,7 +353,7 @@ impl Backend for CudaBackend {
                 fp8 = Some(Fp8Weight { scale, gain: LayerGain::of(&weight.data, &bias.data, inputs) });
                 (self.upload(&fp8::encode(&weight.data, scale))?, self.upload_native(&bias)?)
             }
-            LayerRole::Encoder => {
+            LayerRole::Encoder | LayerRole::Gated => {
                 self.contexts.register_layer(outputs);
                 (self.upload_native(&weight)?, self.upload_native(&bias)?)
             }
@@ -290,6 +371,12 @@ impl Backend for CudaBackend {
         })
     }
 
+    fn rotary(&self, table: RotaryTable) -> Result<Rotary, BackendError> {
+        let (cos, sin) = table.cos_sin();
+        let upload = |values: &[f32]| self.upload(bytemuck::cast_slice(values));
+        Ok(Rotary { cos: upload(&cos)?, sin: upload(&sin)? })
+    }
+
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         self.compute(batch, true, graph)
     }
@@ -305,15 +392,17 @@ impl Backend for CudaBackend {
         let layout = staged.layout;
         let [counts, ids, types, positions] =
             [layout.counts(), layout.ids(), layout.types(), layout.positions()].map(|index| staged.address(index));
-        let Embeddings { words, positions: table, types: type_table, norm } = weights;
+        let Embeddings { words, norm, .. } = weights;
+        let [table, type_table] =
+            [&weights.positions, &weights.types].map(|table| table.as_ref().map_or(0, |table| table.at));
         let operand = self.operand_buffer(ctx, Rows::Tokens, norm)?;
         let (operand_at, scale) = (operand.as_ref().map_or(0, |operand| operand.at), norm.bound.scale());
         // SAFETY: embed_norm(counts, ids, types, positions, words, position_table, type_table, weight, bias, eps, out, operand,
-        // scale). The kernel writes the operand only with fp8, where it is allocated.
+        // scale). The kernel reads a table only if its address is not null, and writes the operand only with fp8, where it is allocated.
         unsafe {
             let grid = self.row_grid(layout.token_rows);
             launch(&ctx.stream, &self.device.kernels.embed_norm, grid, ROW_THREADS, |arguments| {
-                push(arguments, [&counts, &ids, &types, &positions, &words.at, &table.at, &type_table.at]);
+                push(arguments, [&counts, &ids, &types, &positions, &words.at, &table, &type_table]);
                 push(arguments, [&norm.weight.at, &norm.bias.at]);
                 arguments.arg(&norm.eps);
                 push(arguments, [&out.at, &operand_at]);
@@ -335,10 +424,14 @@ impl Backend for CudaBackend {
     ) -> Result<Buffer, BackendError> {
         if weights.role == LayerRole::Head {
             return match epilogue {
-                Epilogue::Activation(Activation::Tanh) => self.head(ctx, weights, x, true),
-                Epilogue::Bias => self.head(ctx, weights, x, false),
+                Epilogue::Activation(activation) => self.head(ctx, weights, x, head_function(activation)),
+                Epilogue::Bias => self.head(ctx, weights, x, IDENTITY),
                 _ => Err(unsupported("this classification head")),
             };
+        }
+        if let Epilogue::Gated(activation) = epilogue {
+            let both = self.apply(ctx, weights, outputs, x, Epilogue::Bias)?;
+            return self.gate(ctx, &both, head_function(activation));
         }
         let dtype = self.options.dtype;
         let mut output = ctx.buffer(x.rows, outputs.len(), dtype, BufferFormat::Native)?;
@@ -358,6 +451,8 @@ impl Backend for CudaBackend {
             Epilogue::Activation(Activation::GeluTanh) => (GemmEpilogue::BiasGeluTanh, None, None),
             Epilogue::Activation(Activation::Relu) => (GemmEpilogue::BiasRelu, None, None),
             Epilogue::Activation(Activation::Tanh) => return Err(unsupported("tanh in an encoder layer")),
+            Epilogue::Activation(Activation::Silu) => (GemmEpilogue::Bias, None, Some(SILU)),
+            Epilogue::Gated(_) => unreachable!("a gated layer is computed above"),
         };
         let operand = self.gemm_input(ctx, weights, x)?;
         let rows = ctx.staged().rows(x.rows);
@@ -386,22 +481,44 @@ impl Backend for CudaBackend {
     }
 
     fn layer_norm(&self, ctx: &ExecContext, weights: &Norm, mut x: Buffer) -> Result<Buffer, BackendError> {
+        if x.format == BufferFormat::F32 {
+            return self.head_norm(ctx, weights, x);
+        }
+        let from = x.native_address()?;
+        self.norm_rows(ctx, weights, from, &mut x)?;
+        Ok(x)
+    }
+
+    fn pre_norm(&self, ctx: &ExecContext, weights: &Norm, x: &Buffer) -> Result<Buffer, BackendError> {
+        let mut out = ctx.buffer(x.rows, x.columns, self.options.dtype, BufferFormat::Native)?;
+        self.norm_rows(ctx, weights, x.native_address()?, &mut out)?;
+        Ok(out)
+    }
+
+    fn rotate(
+        &self,
+        ctx: &ExecContext,
+        rotary: &Rotary,
+        heads: usize,
+        x: Buffer,
+        _: &Batch,
+    ) -> Result<Buffer, BackendError> {
+        let at = x.native_address()?;
         let staged = ctx.staged();
-        let (count, at) = (staged.count(x.rows), x.native_address()?);
-        let operand = self.operand_buffer(ctx, x.rows, weights)?;
-        let (operand_at, scale) = (operand.as_ref().map_or(0, |operand| operand.at), weights.bound.scale());
-        // SAFETY: layer_norm(rows, x, weight, bias, eps, out, operand, scale), in place; the operand as in `embed`.
+        let layout = staged.layout;
+        let [counts, positions] = [layout.counts(), layout.positions()].map(|index| staged.address(index));
+        let (heads_in, columns) = (heads as u32, x.columns as u32);
+        let vecs = layout.token_rows * heads * self.shape.head_size / 16;
+        // SAFETY: rotate(counts, positions, cos, sin, heads, columns, x); positions are less than the window, which the tables have
+        // rows for.
         unsafe {
-            let grid = self.row_grid(staged.rows(x.rows));
-            launch(&ctx.stream, &self.device.kernels.layer_norm, grid, ROW_THREADS, |arguments| {
-                push(arguments, [&count, &at, &weights.weight.at, &weights.bias.at]);
-                arguments.arg(&weights.eps);
-                push(arguments, [&at, &operand_at]);
-                arguments.arg(&scale);
+            let grid = (vecs.div_ceil(256).min(16 * self.device.multiprocessors as usize), 1);
+            launch(&ctx.stream, &self.device.kernels.rotate, grid, 256, |arguments| {
+                push(arguments, [&counts, &positions, &rotary.cos.at, &rotary.sin.at]);
+                arguments.arg(&heads_in).arg(&columns);
+                push(arguments, [&at]);
             })
         }?;
-        x.bound = operand.as_ref().and_then(|operand| operand.bound);
-        x.operand = operand.map(Box::new);
         Ok(x)
     }
 
@@ -409,6 +526,7 @@ impl Backend for CudaBackend {
         &self,
         ctx: &ExecContext,
         shape: AttentionShape,
+        window: Option<usize>,
         qkv: &Buffer,
         _: &Batch,
     ) -> Result<Buffer, BackendError> {
@@ -419,8 +537,9 @@ impl Backend for CudaBackend {
         let from = qkv.native_address()?;
         let staged = ctx.staged();
         let (layout, upload) = (staged.layout, staged.address(0));
+        let kernel = if window.is_some() { &self.local_attention } else { &self.attention };
         // SAFETY: `upload` is the staged batch; both buffers have its rows.
-        unsafe { self.attention.launch(&ctx.stream, layout, upload, shape, shape.heads, (from, out.at)) }?;
+        unsafe { kernel.launch(&ctx.stream, layout, upload, shape, shape.heads, window, (from, out.at)) }?;
         Ok(out)
     }
 
@@ -428,6 +547,7 @@ impl Backend for CudaBackend {
         &self,
         ctx: &ExecContext,
         shape: AttentionShape,
+        window: Option<usize>,
         q: &Buffer,
         kv: &Buffer,
         _: &Batch,
@@ -440,12 +560,14 @@ impl Backend for CudaBackend {
         let layout = staged.layout;
         let [counts, offsets] = [layout.counts(), layout.offsets()].map(|index| staged.address(index));
         let scale = (shape.head_size as f32).sqrt().recip();
-        // SAFETY: cls_attention(counts, offsets, q, kv, out, scale).
+        // The first token is at position 0, so it attends to the first keys.
+        let keys = window.map_or(u32::MAX, |window| window as u32 + 1);
+        // SAFETY: cls_attention(counts, offsets, q, kv, out, scale, keys).
         unsafe {
             let grid = (layout.sequence_rows, shape.heads);
             launch(&ctx.stream, &self.device.kernels.cls_attention, grid, 128, |arguments| {
                 push(arguments, [&counts, &offsets, &q, &kv, &out.at]);
-                arguments.arg(&scale);
+                arguments.arg(&scale).arg(&keys);
             })
         }?;
         Ok(out)
@@ -463,6 +585,22 @@ impl Backend for CudaBackend {
         unsafe {
             let grid = (chunks.div_ceil(256).min(8 * self.device.multiprocessors as usize), 1);
             launch(&ctx.stream, &self.device.kernels.gather_cls, grid, 256, |arguments| {
+                push(arguments, [&counts, &offsets, &from, &out.at]);
+            })
+        }?;
+        Ok(out)
+    }
+
+    fn mean_rows(&self, ctx: &ExecContext, x: &Buffer, _: &Batch) -> Result<Buffer, BackendError> {
+        let out = ctx.buffer(Rows::Sequences, x.columns, self.options.dtype, BufferFormat::Native)?;
+        let from = x.native_address()?;
+        let staged = ctx.staged();
+        let layout = staged.layout;
+        let [counts, offsets] = [layout.counts(), layout.offsets()].map(|index| staged.address(index));
+        // SAFETY: mean_rows(counts, offsets, x, out).
+        unsafe {
+            let grid = (layout.sequence_rows, x.columns.div_ceil(64));
+            launch(&ctx.stream, &self.device.kernels.mean_rows, grid, 256, |arguments| {
                 push(arguments, [&counts, &offsets, &from, &out.at]);
             })
         }?;

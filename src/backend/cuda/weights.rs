@@ -17,8 +17,8 @@ pub(super) struct DeviceTensor {
 #[derive(Debug)]
 pub struct Embeddings {
     pub(super) words: DeviceTensor,
-    pub(super) positions: DeviceTensor,
-    pub(super) types: DeviceTensor,
+    pub(super) positions: Option<DeviceTensor>,
+    pub(super) types: Option<DeviceTensor>,
     pub(super) norm: Norm,
 }
 
@@ -55,4 +55,11 @@ pub(super) struct GemmOperand {
     pub(super) alpha: f32,
     /// Keeps an operand that was quantized for this GEMM allocated until the launch.
     pub(super) _quantized: Option<Buffer>,
+}
+
+/// Cosines and sines of a rotary position embedding, each `[positions, D / 2]`, in f32.
+#[derive(Debug)]
+pub struct Rotary {
+    pub(super) cos: DeviceTensor,
+    pub(super) sin: DeviceTensor,
 }

@@ -89,7 +89,8 @@ impl RepoCache {
         if let Some(folder) = link.parent() {
             create_folder(folder)?;
         }
-        let target = Path::new("../../blobs").join(blob_name);
+        let up = "../".repeat(file.matches('/').count());
+        let target = PathBuf::from(format!("{up}../../blobs")).join(blob_name);
         replace_with_symlink(&target, &link).map_err(HubError::cache("create the symbolic link", &link))?;
         sync_folder_of(&link)?;
         if self.revision.commit().is_none() && self.commit().as_ref() != Some(commit) {
@@ -178,6 +179,8 @@ mod tests {
         assert_eq!(fs::read_to_string(path).unwrap(), "content");
         let reference = folder.path().join("models--org--name/refs/refs/pr/1");
         assert_eq!(fs::read_to_string(reference).unwrap(), COMMIT);
+        let in_a_folder = cache.link(&Commit::parse(COMMIT).unwrap(), "1_Pooling/config.json", "abc").unwrap();
+        assert_eq!(fs::read_to_string(in_a_folder).unwrap(), "content");
     }
 
     #[test]

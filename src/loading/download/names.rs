@@ -46,12 +46,12 @@ impl Revision {
     }
 }
 
-/// Checks the name of a file at the top of a repository, such as a shard named by an index file.
+/// Checks the name of a file at the top of a repository or in a folder there, such as a shard named by an index file.
 ///
 /// # Errors
-/// [`HubError::UnsafeName`] if it has a separator, starts with a dot, is too long, or has unusual characters.
+/// [`HubError::UnsafeName`] if it is in a deeper folder, or if a name starts with a dot, is too long, or has unusual characters.
 pub(super) fn check_file_name(name: &str) -> Result<(), HubError> {
-    if is_plain_name(name) {
+    if name.split('/').count() <= 2 && name.split('/').all(is_plain_name) {
         Ok(())
     } else {
         Err(HubError::UnsafeName(format!("{name:?} is not a safe file name; it was not requested")))
@@ -155,9 +155,26 @@ mod tests {
     }
 
     #[test]
-    fn file_names_with_separators_or_leading_dots_are_refused() {
+    fn file_names_with_several_separators_or_leading_dots_are_refused() {
         check_file_name("model-00001-of-00002.safetensors").unwrap();
-        for hostile in ["../x", "a/b", "/etc/passwd", "..", ".", "", ".ssh", "a\\b", "a\0b", "a?b", "a%2fb"] {
+        check_file_name("1_Pooling/config.json").unwrap();
+        for hostile in [
+            "../x",
+            "a/../x",
+            "a/b/c",
+            "a/.b",
+            "a/",
+            "/b",
+            "/etc/passwd",
+            "..",
+            ".",
+            "",
+            ".ssh",
+            "a\\b",
+            "a\0b",
+            "a?b",
+            "a%2fb",
+        ] {
             assert!(check_file_name(hostile).is_err(), "{hostile:?}");
         }
     }

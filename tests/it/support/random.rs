@@ -7,16 +7,21 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::Path;
 
-use rerankd::checkpoint::config::{Architecture, ModelConfig};
+use rerankd::checkpoint::config::{Architecture, HeadModule, ModelConfig};
 use serde_json::json;
 
 /// Name and shape of every tensor of a cross-encoder.
 fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    match config.architecture {
+        Architecture::Bert => bert_tensors(config, "bert"),
+        Architecture::Roberta => bert_tensors(config, "roberta"),
+        Architecture::ModernBert => modernbert_tensors(config),
+        other => unimplemented!("random weights of {other:?}"),
+    }
+}
+
+fn bert_tensors(config: &ModelConfig, prefix: &str) -> Vec<(String, Vec<usize>)> {
     let (c, f) = (config.hidden_size, config.intermediate_size);
-    let (prefix, dense, out) = match config.architecture {
-        Architecture::Bert => ("bert", "bert.pooler.dense", "classifier"),
-        Architecture::Roberta => ("roberta", "classifier.dense", "classifier.out_proj"),
-    };
     let mut all = vec![
         (format!("{prefix}.embeddings.word_embeddings.weight"), vec![config.vocab_size, c]),
         (format!("{prefix}.embeddings.position_embeddings.weight"), vec![config.position_rows, c]),
@@ -38,8 +43,42 @@ fn tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
         layer(&at("output.dense"), &[c, f]);
         layer(&at("output.LayerNorm"), &[c]);
     }
-    layer(dense, &[c, c]);
-    layer(out, &[1, c]);
+    all.extend(head_tensors(config));
+    all
+}
+
+/// Without biases, except in the head.
+fn modernbert_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let (c, f) = (config.hidden_size, config.intermediate_size);
+    let mut all = Vec::new();
+    let mut tensor = |name: &str, shape: &[usize]| all.push((format!("model.{name}.weight"), shape.to_vec()));
+    tensor("embeddings.tok_embeddings", &[config.vocab_size, c]);
+    tensor("embeddings.norm", &[c]);
+    for i in 0..config.layers {
+        if i > 0 {
+            tensor(&format!("layers.{i}.attn_norm"), &[c]);
+        }
+        tensor(&format!("layers.{i}.attn.Wqkv"), &[3 * c, c]);
+        tensor(&format!("layers.{i}.attn.Wo"), &[c, c]);
+        tensor(&format!("layers.{i}.mlp_norm"), &[c]);
+        tensor(&format!("layers.{i}.mlp.Wi"), &[2 * f, c]);
+        tensor(&format!("layers.{i}.mlp.Wo"), &[c, f]);
+    }
+    tensor("final_norm", &[c]);
+    all.extend(head_tensors(config));
+    all
+}
+
+fn head_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
+    let mut all = Vec::new();
+    for module in &config.head.modules {
+        let (shape, bias) = match *module {
+            HeadModule::Dense { inputs, outputs, bias, .. } => (vec![outputs, inputs], bias),
+            HeadModule::Norm { size, bias, .. } => (vec![size], bias),
+        };
+        all.extend(bias.then(|| (format!("{}.bias", module.name()), shape[..1].to_vec())));
+        all.push((format!("{}.weight", module.name()), shape));
+    }
     all
 }
 
@@ -59,7 +98,7 @@ pub fn write_checkpoint(config: &ModelConfig, path: &Path) -> std::io::Result<()
     file.write_all(header.as_bytes())?;
     let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     for (name, shape) in &tensors {
-        let center = if name.ends_with("LayerNorm.weight") { 1.0 } else { 0.0 };
+        let center = if shape.len() == 1 && name.ends_with("weight") { 1.0 } else { 0.0 };
         for _ in 0..shape.iter().product::<usize>() {
             // xorshift64 (Marsaglia 2003)
             state ^= state << 13;

@@ -21,6 +21,7 @@ use rerankd::client::RateLimits;
 use rerankd::encoder::CrossEncoder;
 use rerankd::loading::LoadedModel;
 use rerankd::scheduler::SchedulerLimits;
+use rerankd::score::ScoreMap;
 use rerankd::served::{Model, Models};
 use rerankd::text::{EmbeddingRows, Tail, TextEncoder, TextLimits};
 use serde_json::{Value, json};
@@ -144,8 +145,16 @@ pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch
     let watch = Arc::new(Watch::default());
     let encoder = Arc::new(Stub { watch: Arc::clone(&watch), bias });
     let (vocabulary, description) = (3 + WORDS.len(), String::new());
-    let loaded =
-        LoadedModel { name: name.to_owned(), aliases: vec![], text, encoder, dtype: "f32", vocabulary, description };
+    let loaded = LoadedModel {
+        name: name.to_owned(),
+        aliases: vec![],
+        score_map: ScoreMap::default(),
+        text,
+        encoder,
+        dtype: "f32",
+        vocabulary,
+        description,
+    };
     (Model::start(loaded, queue).unwrap(), watch)
 }
 

@@ -20,7 +20,7 @@ mod partial;
 mod portable;
 
 pub(super) use isa::{Accuracy, Isa, MAX_LANES, SimdOp, exp2};
-pub(super) use partial::{load_partial, store_partial, store_partial_bf16};
+pub(super) use partial::{load_partial, load_partial_bf16, store_partial, store_partial_bf16};
 pub(super) use portable::Portable;
 
 /// The supported instruction sets. The best one is chosen at start and named in the log.

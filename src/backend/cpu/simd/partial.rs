@@ -22,6 +22,25 @@ pub(in crate::backend::cpu) unsafe fn load_partial<I: Isa>(isa: I, from: *const 
     }
 }
 
+/// Loads `min(n, LANES)` bf16 values; the other lanes hold 0.
+///
+/// # Safety
+/// `from` is valid for reads of that many values.
+#[inline(always)]
+pub(in crate::backend::cpu) unsafe fn load_partial_bf16<I: Isa>(isa: I, from: *const u16, n: usize) -> I::Floats {
+    // SAFETY: as in `load_partial`.
+    unsafe {
+        if n >= I::LANES {
+            return isa.load_bf16(from);
+        }
+        let mut values = [0u16; MAX_LANES];
+        for (i, value) in values.iter_mut().enumerate().take(n) {
+            *value = *from.add(i);
+        }
+        isa.load_bf16(values.as_ptr())
+    }
+}
+
 /// Stores the first `min(n, LANES)` lanes of x.
 ///
 /// # Safety

@@ -20,6 +20,20 @@ constexpr float MASKED_SCORE = -1e30f;
 // exp(x) = 2^(LOG2_E x)
 constexpr float LOG2_E = 1.4426950408889634f;
 
+// The keys that a tile's queries attend to, rounded to steps: all of them, or with LOCAL those at a distance of at most `window`
+// from a query of the tile.
+struct KeyRange {
+    u32 first;
+    u32 end;
+};
+template <bool LOCAL>
+__device__ __forceinline__ KeyRange key_range(u32 first_query, u32 queries, u32 length, u32 window) {
+    if (!LOCAL) return {0, length};
+    const u32 first = first_query > window ? (first_query - window) / KEY_ROWS * KEY_ROWS : 0;
+    const u32 last_query = (first_query + queries < length ? first_query + queries : length) - 1;
+    return {first, length - 1 - last_query > window ? last_query + window + 1 : length};
+}
+
 #ifndef ELEMENT_F32
 
 // Rows of D elements in shared memory, in chunks of 16 bytes. Chunks are swizzled by row, so that the eight rows that ldmatrix
@@ -119,6 +133,23 @@ __device__ __forceinline__ void mask_keys(Scores<TILES>& scores, u32 present, u3
             for (u32 i = 0; i < 4; ++i) {
                 const u32 key = block * 8 + lane % 4 * 2 + i % 2;
                 if (key >= present) scores[tile][block][i] = MASKED_SCORE;
+            }
+}
+
+// Masks the keys of a step that are further than `window` from a query. Rows are relative: `query` is the warp's first query and
+// `key` the step's first key. A step in which a query sees no key leaves it a maximum of MASKED_SCORE and weights that a later
+// step multiplies by zero: every query sees itself.
+template <u32 TILES>
+__device__ __forceinline__ void mask_window(Scores<TILES>& scores, u32 query, u32 key, u32 window, u32 lane) {
+#pragma unroll
+    for (u32 tile = 0; tile < TILES; ++tile)
+#pragma unroll
+        for (u32 block = 0; block < KEY_BLOCKS; ++block)
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 q = query + tile * 16 + i / 2 * 8 + lane / 4;
+                const u32 k = key + block * 8 + lane % 4 * 2 + i % 2;
+                if ((q > k ? q - k : k - q) > window) scores[tile][block][i] = MASKED_SCORE;
             }
 }
 

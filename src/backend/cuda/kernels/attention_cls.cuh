@@ -30,17 +30,18 @@ __device__ __forceinline__ void merge(PartialSoftmax& mine, const PartialSoftmax
     }
 }
 
-// out[s] = softmax(scale q[s] K^T) V within sequence s and each head: attention of one query a sequence.
+// out[s] = softmax(scale q[s] K^T) V within sequence s and each head: attention of one query a sequence, to its first `keys_seen` keys.
 //
 // q [S, C]; kv [T, 2C]: K and V, each with heads in order; out [S, C]; `scale` is 1 / sqrt(D). Grid (at least S, H), blocks of
 // 128 threads. One pass for any length: key groups take keys in turn, each with its own online softmax, merged at the end.
 extern "C" __global__ void __launch_bounds__(CLS_THREADS) cls_attention(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const element* __restrict__ q,
-    const element* __restrict__ kv, element* __restrict__ out, float scale) {
+    const element* __restrict__ kv, element* __restrict__ out, float scale, u32 keys_seen) {
     if (blockIdx.x >= counts[1]) return;
     const u32 lane = lane_in_warp(), warp = threadIdx.x / 32;
     const u32 key_group = threadIdx.x / LANES_PER_KEY, column = blockIdx.y * D + threadIdx.x % LANES_PER_KEY * 8;
-    const u32 start = offsets[blockIdx.x], length = offsets[blockIdx.x + 1] - start;
+    const u32 start = offsets[blockIdx.x], whole = offsets[blockIdx.x + 1] - start;
+    const u32 length = whole < keys_seen ? whole : keys_seen;
     const element* k = kv + (size_t)start * (2 * C) + column;
     const element* v = k + C;
     const Vec8 query = load_vec8(q + (size_t)blockIdx.x * C + column);

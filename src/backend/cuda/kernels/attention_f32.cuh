@@ -10,9 +10,10 @@ constexpr u32 KEYS_PER_GROUP = 16;
 
 // The same parameters as in half precisions (attention_mma.cuh). Each thread holds one query and its context in registers and
 // reads keys and values from shared memory, all threads the same one at a time. Written for accuracy, not speed.
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
+template <bool LOCAL>
+__device__ __forceinline__ void attend_tile(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
-    const element* __restrict__ qkv, element* __restrict__ out, float scale) {
+    const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window) {
     if (blockIdx.x >= counts[2]) return;
     DYNAMIC_SHARED(shared);
     float* k_rows = reinterpret_cast<float*>(shared); // [KEY_ROWS, D]
@@ -33,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
     }
     float maximum = MASKED_SCORE, sum = 0;
 
-    for (u32 first_key = 0; first_key < length; first_key += KEY_ROWS) {
+    const KeyRange range = key_range<LOCAL>(tiles[blockIdx.x].y, QUERY_ROWS, length, window);
+    for (u32 first_key = range.first; first_key < range.end; first_key += KEY_ROWS) {
         __syncthreads(); // the previous step's rows have been read
         for (u32 i = threadIdx.x; i < KEY_ROWS * D / 8; i += ATTENTION_THREADS) {
             const u32 row = i / (D / 8), column = i % (D / 8) * 8;
@@ -55,7 +57,9 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
 #pragma unroll
                     for (u32 j = 0; j < 8; ++j) product += queries[i].values[j] * keys.values[j];
                 }
-                scores[key] = first_key + group + key < length ? product : MASKED_SCORE;
+                const u32 place = first_key + group + key;
+                const bool visible = !LOCAL || (query > place ? query - place : place - query) <= window;
+                scores[key] = place < length && visible ? product : MASKED_SCORE;
                 highest = fmaxf(highest, scores[key]);
             }
             const float rescale = exp2_approx((maximum - highest) * scale_log2);
@@ -85,6 +89,18 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
         for (u32 j = 0; j < 8; ++j) context[i].values[j] /= sum;
         store_vec8(out + (size_t)(start + query) * C + blockIdx.y * D + i * 8, context[i]);
     }
+}
+
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
+    const element* __restrict__ qkv, element* __restrict__ out, float scale) {
+    attend_tile<false>(counts, offsets, tiles, qkv, out, scale, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention_local(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
+    const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window) {
+    attend_tile<true>(counts, offsets, tiles, qkv, out, scale, window);
 }
 
 #endif // ELEMENT_F32

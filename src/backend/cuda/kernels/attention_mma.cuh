@@ -5,7 +5,7 @@
 
 #ifndef ELEMENT_F32
 
-// out = softmax(scale Q K^T) V within each sequence and head.
+// out = softmax(scale Q K^T) V within each sequence and head; with LOCAL, of keys at a distance of at most `window`.
 //
 // Flash attention. qkv [T, 3C]: Q, K and V, each with heads in order; out [T, C]. tiles[i] = {sequence, first query row, a multiple
 // of 128}, counts[2] of them; `scale` is 1 / sqrt(D). Grid (at least the tiles, H), blocks of 128 threads,
@@ -17,9 +17,10 @@
 //         start the next step's copies to the other stage
 //         scores, mask in the last step, softmax, context  - warps past the sequence's end only copy and wait
 //     store
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2) attention(
+template <bool LOCAL>
+__device__ __forceinline__ void attend_tile(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
-    const element* __restrict__ qkv, element* __restrict__ out, float scale) {
+    const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window) {
     if (blockIdx.x >= counts[2]) return;
     DYNAMIC_SHARED(shared);
     const u32 lane = lane_in_warp(), warp = threadIdx.x / 32;
@@ -34,9 +35,10 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2)
     const u32 k_stages = q_rows + QUERY_ROWS * ROW_BYTES;
     const u32 v_stages = k_stages + 2 * STAGE_BYTES;
 
+    const KeyRange keys = key_range<LOCAL>(first_query, QUERY_ROWS, length, window);
     copy_rows_async<QUERY_ROWS>(q_rows, q, first_query, length);
-    copy_rows_async<KEY_ROWS>(k_stages, k, 0, length);
-    copy_rows_async<KEY_ROWS>(v_stages, v, 0, length);
+    copy_rows_async<KEY_ROWS>(k_stages, k, keys.first, length);
+    copy_rows_async<KEY_ROWS>(v_stages, v, keys.first, length);
     cp_async_commit_group();
 
     Queries<WARP_TILES> queries;
@@ -45,20 +47,21 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2)
     init_softmax<WARP_TILES>(context, maxima, sums);
 
     const bool has_rows = first_query + warp * WARP_TILES * 16 < length;
-    for (u32 first_key = 0, stage = 0; first_key < length; first_key += KEY_ROWS, stage ^= 1) {
+    for (u32 first_key = keys.first, stage = 0; first_key < keys.end; first_key += KEY_ROWS, stage ^= 1) {
         cp_async_wait_group<0>();
         __syncthreads();
         const u32 next_key = first_key + KEY_ROWS;
-        if (next_key < length) {
+        if (next_key < keys.end) {
             copy_rows_async<KEY_ROWS>(k_stages + (stage ^ 1) * STAGE_BYTES, k, next_key, length);
             copy_rows_async<KEY_ROWS>(v_stages + (stage ^ 1) * STAGE_BYTES, v, next_key, length);
             cp_async_commit_group();
         }
         if (!has_rows) continue;
-        if (first_key == 0) load_queries<WARP_TILES>(queries, q_rows, warp, lane);
+        if (first_key == keys.first) load_queries<WARP_TILES>(queries, q_rows, warp, lane);
         Scores<WARP_TILES> scores;
         compute_scores<WARP_TILES>(scores, queries, k_stages + stage * STAGE_BYTES, lane);
         if (next_key > length) mask_keys<WARP_TILES>(scores, length - first_key, lane);
+        if (LOCAL) mask_window<WARP_TILES>(scores, first_query + warp * WARP_TILES * 16, first_key, window, lane);
         softmax_block<WARP_TILES>(scores, maxima, sums, rescales, scale * LOG2_E);
         rescale_context<WARP_TILES>(context, rescales);
         accumulate_values<WARP_TILES>(context, scores, v_stages + stage * STAGE_BYTES, lane);
@@ -66,6 +69,18 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2)
     if (!has_rows) return;
     element* tile_out = out + (size_t)(start + first_query) * C + blockIdx.y * D;
     store_context<WARP_TILES>(context, sums, tile_out, length - first_query, warp, lane);
+}
+
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2) attention(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
+    const element* __restrict__ qkv, element* __restrict__ out, float scale) {
+    attend_tile<false>(counts, offsets, tiles, qkv, out, scale, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2) attention_local(
+    const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
+    const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window) {
+    attend_tile<true>(counts, offsets, tiles, qkv, out, scale, window);
 }
 
 #endif // not ELEMENT_F32

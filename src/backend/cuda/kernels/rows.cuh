@@ -90,11 +90,10 @@ struct NormOutput {
     float scale;
 };
 
-// Stores (row - mean) / sqrt(variance + eps) * weight + bias to row `r` of `to`, by one warp. Two passes in registers: the
-// variance is computed from differences from the mean, which avoids cancellation. `weight` and `bias` are [C].
-__device__ __forceinline__ void store_norm(
-    const Row& row, const float* __restrict__ weight, const float* __restrict__ bias, float eps, const NormOutput& to, u32 r,
-    u32 lane) {
+// Replaces the row by (row - mean) / sqrt(variance + eps) * weight + bias, by one warp. Two passes in registers: the variance is
+// computed from differences from the mean, which avoids cancellation. `weight` and `bias` are [C].
+__device__ __forceinline__ void norm_row(
+    Row& row, const float* __restrict__ weight, const float* __restrict__ bias, float eps, u32 lane) {
     float sum = 0;
 #pragma unroll
     for (u32 i = 0; i < LANE_VECS; ++i) {
@@ -121,20 +120,30 @@ __device__ __forceinline__ void store_norm(
         if (!lane_has_vec8(i, lane)) continue;
         const u32 column = vec8_index(i, lane) * 8;
         const Vec8 weights = load_vec8(weight + column), biases = load_vec8(bias + column);
-        Vec8 normed;
 #pragma unroll
         for (u32 j = 0; j < 8; ++j) {
-            normed.values[j] = (row.vecs[i].values[j] - mean) * scale * weights.values[j] + biases.values[j];
+            row.vecs[i].values[j] = (row.vecs[i].values[j] - mean) * scale * weights.values[j] + biases.values[j];
         }
-        store_vec8(to.out + (size_t)r * C + column, normed);
-        if constexpr (FP8_GEMM) store_vec8(to.operand + (size_t)r * C + column, normed, to.scale);
+    }
+}
+
+// Stores the norm of the row to row `r` of `to`.
+__device__ __forceinline__ void store_norm(
+    Row& row, const float* __restrict__ weight, const float* __restrict__ bias, float eps, const NormOutput& to, u32 r, u32 lane) {
+    norm_row(row, weight, bias, eps, lane);
+#pragma unroll
+    for (u32 i = 0; i < LANE_VECS; ++i) {
+        if (!lane_has_vec8(i, lane)) continue;
+        const size_t place = (size_t)r * C + vec8_index(i, lane) * 8;
+        store_vec8(to.out + place, row.vecs[i]);
+        if constexpr (FP8_GEMM) store_vec8(to.operand + place, row.vecs[i], to.scale);
     }
 }
 
 // out[t] = norm(words[ids[t]] + type_table[types[t]] + position_table[positions[t]]) for each of T tokens.
 //
-// ids, types, positions [T], all in range; words [vocabulary, C], position_table [positions, C], type_table
-// [types, C]; weight, bias [C]; out [T, C]; operand as in NormOutput. Blocks of 256 threads, one row per warp, any grid size.
+// ids, types, positions [T], all in range; words [vocabulary, C], position_table [positions, C] or null, type_table
+// [types, C] or null; weight, bias [C]; out [T, C]; operand as in NormOutput. Blocks of 256 threads, one row per warp, any grid size.
 extern "C" __global__ void __launch_bounds__(256, 2) embed_norm(
     const u32* __restrict__ counts, const u32* __restrict__ ids, const u32* __restrict__ types,
     const u32* __restrict__ positions, const element* __restrict__ words, const element* __restrict__ position_table,
@@ -143,14 +152,16 @@ extern "C" __global__ void __launch_bounds__(256, 2) embed_norm(
     const u32 lane = lane_in_warp(), tokens = counts[0];
     for (u32 token = warp_in_grid(); token < tokens; token += warps_in_grid()) {
         const element* word = words + (size_t)ids[token] * C;
-        const element* type = type_table + (size_t)types[token] * C;
-        const element* position = position_table + (size_t)positions[token] * C;
+        const element* type = type_table ? type_table + (size_t)types[token] * C : nullptr;
+        const element* position = position_table ? position_table + (size_t)positions[token] * C : nullptr;
         Row row;
 #pragma unroll
         for (u32 i = 0; i < LANE_VECS; ++i) {
             if (!lane_has_vec8(i, lane)) continue;
             const u32 column = vec8_index(i, lane) * 8;
-            const Vec8 a = load_vec8(word + column), b = load_vec8(type + column), c = load_vec8(position + column);
+            const Vec8 none = {};
+            const Vec8 a = load_vec8(word + column);
+            const Vec8 b = type ? load_vec8(type + column) : none, c = position ? load_vec8(position + column) : none;
 #pragma unroll
             for (u32 j = 0; j < 8; ++j) row.vecs[i].values[j] = a.values[j] + b.values[j] + c.values[j];
         }
