@@ -206,7 +206,8 @@ async fn texts_score_as_in_sentence_transformers() {
             let model = load_on(device, &fixture(family)).unwrap();
             for row in &rows {
                 let documents = [row.document.clone()].into();
-                let encoded = model.text.encode(&row.query, documents, DocumentOptions::default()).await.unwrap();
+                let options = DocumentOptions::default();
+                let encoded = model.text.encode(ClientId::Only, &row.query, documents, options).await.unwrap();
                 assert_eq!(encoded.pairs.len(), 1, "{family}");
                 let logit = model.encoder.score(&Batch::pack(&encoded.pairs)).unwrap()[0];
                 let difference = (logit - row.logit).abs();
