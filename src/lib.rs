@@ -17,7 +17,6 @@
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - [`batch`], [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
-//! - `sync`, [`failpoint`]: leaf modules for tests of thread schedules and of faults.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;

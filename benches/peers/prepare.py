@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerFast, XLMRobertaConfig, XLMRobertaForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
 
 import workloads
 from workloads import END, MASK, PADDING, START, UNKNOWN, Shape
@@ -58,22 +65,31 @@ def step(message: str) -> None:
 
 
 def write_checkpoint(shape: Shape, folder: Path, device: str = "cpu") -> None:
-    config = XLMRobertaConfig(
-        vocab_size=workloads.VOCABULARY,
-        hidden_size=shape.hidden,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        intermediate_size=shape.feed_forward,
-        max_position_embeddings=shape.positions,
-        type_vocab_size=1,
-        layer_norm_eps=1e-5,
-        pad_token_id=PADDING,
-        bos_token_id=START,
-        eos_token_id=END,
-        num_labels=1,
-    )
+    common = {
+        "vocab_size": workloads.VOCABULARY,
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "intermediate_size": shape.feed_forward,
+        "max_position_embeddings": shape.positions,
+        "pad_token_id": PADDING,
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "num_labels": 1,
+    }
     with torch.device(device):
-        model = XLMRobertaForSequenceClassification(config)
+        if shape.kind == "modernbert":
+            config = ModernBertConfig(
+                **common,
+                cls_token_id=START,
+                sep_token_id=END,
+                classifier_pooling=shape.pooling,
+                local_attention=2 * workloads.LOCAL_DISTANCE,
+            )
+            model = ModernBertForSequenceClassification(config)
+        else:
+            config = XLMRobertaConfig(**common, type_vocab_size=1, layer_norm_eps=1e-5)
+            model = XLMRobertaForSequenceClassification(config)
     randomize(model, device)
     model.save_pretrained(folder)
     write_tokenizer(folder)
@@ -91,12 +107,14 @@ def randomize(model: nn.Module, device: str) -> None:
 
     with torch.no_grad():
         for name, weight in sorted(model.named_parameters()):
-            if "LayerNorm" in name:
+            if "LayerNorm" in name or "norm" in name:
                 weight.copy_(drawn(weight) * 0.1 + name.endswith("weight"))
             elif "embeddings" in name:
                 weight.copy_(drawn(weight))
             elif weight.dim() == 2:
                 gain = 1.5 if ".query." in name or ".key." in name else 1.0
+                # The residuals of a pre-norm model add up.
+                gain *= 0.3 if name.endswith(".Wo.weight") else 1.0
                 weight.copy_(drawn(weight) * (gain / math.sqrt(weight.shape[1])))
             else:
                 weight.copy_(drawn(weight) * 0.1)
@@ -127,7 +145,7 @@ def write_tokenizer(folder: Path) -> None:
 @torch.inference_mode()
 def write_reference(folder: Path) -> None:
     """Writes the logits of workload b from transformers, each pair scored alone."""
-    model = XLMRobertaForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
     pairs = workloads.read(folder / "workloads.json")["b"]
     logits = [model(input_ids=torch.tensor([ids])).logits.item() for ids in pairs]
     (folder / "reference.json").write_text(json.dumps(logits))
@@ -190,6 +208,61 @@ class Graph(nn.Module):
         return self.linear(x, name).view(split).transpose(1, 2)
 
 
+class ModernGraph(Graph):
+    """ModernBERT. Windows are masks: the engines have no operation for them."""
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        return F.linear(x, self.tensor(f"{name}.weight"))
+
+    def norm(self, x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, (self.shape.hidden,), self.tensor(f"{name}.weight"), eps=1e-5)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._parameters[name.replace(".", "/")]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x = F.embedding(input_ids, self.tensor("model.embeddings.tok_embeddings.weight"))
+        x = self.norm(x, "model.embeddings.norm")
+        positions = torch.cumsum(torch.ones_like(input_ids[:1]), 1)[0] - 1
+        mask = (1.0 - attention_mask[:, None, None, :].float()) * -1e9
+        distance = (positions[:, None] - positions[None, :]).abs()
+        window = (distance > workloads.LOCAL_DISTANCE).float() * -1e9
+        half = self.shape.hidden // self.shape.heads // 2
+        exponents = torch.arange(half, dtype=torch.float32) / half
+        angles = {base: positions[:, None].float() / base**exponents for base in (160000.0, 10000.0)}
+        rotary = {base: (angle.cos(), angle.sin()) for base, angle in angles.items()}
+        for layer in range(self.shape.layers):
+            local = self.shape.is_local(layer)
+            name = f"model.layers.{layer}"
+            normed = self.norm(x, f"{name}.attn_norm") if layer else x
+            bias = mask + window if local else mask
+            x = x + self.attention(normed, bias, rotary[10000.0 if local else 160000.0], name)
+            gate, value = self.linear(self.norm(x, f"{name}.mlp_norm"), f"{name}.mlp.Wi").chunk(2, -1)
+            x = x + self.linear(F.gelu(gate) * value, f"{name}.mlp.Wo")
+        x = self.norm(x, "model.final_norm")
+        if self.shape.pooling == "mean":
+            weight = attention_mask[:, :, None].float()
+            pooled = (x * weight).sum(1) / weight.sum(1)
+        else:
+            pooled = x[:, 0]
+        pooled = self.norm(F.gelu(self.linear(pooled, "head.dense")), "head.norm")
+        return F.linear(pooled, self.tensor("classifier.weight"), self.tensor("classifier.bias"))
+
+    def attention(self, x: Tensor, bias: Tensor, rotary: tuple[Tensor, Tensor], name: str) -> Tensor:
+        split = (x.shape[0], x.shape[1], self.shape.heads, self.shape.hidden // self.shape.heads)
+        parts = self.linear(x, f"{name}.attn.Wqkv").chunk(3, -1)
+        query, key, value = (part.view(split).transpose(1, 2) for part in parts)
+        query, key = rotated(query, *rotary), rotated(key, *rotary)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        context = context.transpose(1, 2).reshape(x.shape[0], x.shape[1], self.shape.hidden)
+        return self.linear(context, f"{name}.attn.Wo")
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
 def example() -> dict[str, Tensor]:
     ids = torch.randint(5, workloads.VOCABULARY, (2, 16))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -198,7 +271,8 @@ def example() -> dict[str, Tensor]:
 def write_openvino(shape: Shape, folder: Path, path: Path) -> None:
     import openvino
 
-    graph = Graph(shape, folder, fused_attention=True).eval()
+    kind = ModernGraph if shape.kind == "modernbert" else Graph
+    graph = kind(shape, folder, fused_attention=True).eval()
     with torch.inference_mode():
         model = openvino.convert_model(graph, example_input=example())
     for port, name in zip(model.inputs, example(), strict=True):

@@ -23,8 +23,12 @@ WORKLOADS = {
 }
 
 
+# Of a ModernBERT: every third layer, from the first on, attends to the whole sequence, the others to this distance.
+GLOBAL_EVERY, LOCAL_DISTANCE = 3, 64
+
+
 class Shape(NamedTuple):
-    """Dimensions of an XLM-RoBERTa cross-encoder, and the pairs per workload: a few seconds of work on two cores."""
+    """Dimensions of a cross-encoder, and the pairs per workload: a few seconds of work on two cores."""
 
     layers: int
     hidden: int
@@ -32,13 +36,25 @@ class Shape(NamedTuple):
     feed_forward: int
     positions: int
     pairs: dict[str, int]
+    # "xlm-roberta", or "modernbert" with the pooling of its head.
+    kind: str = "xlm-roberta"
+    pooling: str = "cls"
+
+    def is_local(self, layer: int) -> bool:
+        return self.kind == "modernbert" and layer % GLOBAL_EVERY != 0
 
 
 SHAPES = {
     "base": Shape(12, 768, 12, 3072, 514, {"a": 8, "b": 16, "c": 48, "d": 1}),
     "large": Shape(24, 1024, 16, 4096, 8194, {"a": 4, "b": 8, "c": 24, "d": 1}),
     "minilm": Shape(12, 384, 12, 1536, 514, {"a": 16, "b": 32, "c": 100, "d": 1}),
+    "ettin-17m": Shape(7, 256, 4, 384, 8192, {"a": 16, "b": 32, "c": 100, "d": 1}, "modernbert"),
+    "ettin-32m": Shape(10, 384, 6, 576, 8192, {"a": 16, "b": 32, "c": 100, "d": 1}, "modernbert"),
+    "ettin-150m": Shape(22, 768, 12, 1152, 8192, {"a": 8, "b": 16, "c": 48, "d": 1}, "modernbert"),
+    "gte-modernbert": Shape(22, 768, 12, 1152, 8192, {"a": 8, "b": 16, "c": 48, "d": 1}, "modernbert", "mean"),
 }
+# Measured unless --shapes names others.
+DEFAULT_SHAPES = ("base", "large", "minilm")
 
 
 def operations(shape: Shape, lengths: list[int]) -> tuple[float, float]:
@@ -48,11 +64,21 @@ def operations(shape: Shape, lengths: list[int]) -> tuple[float, float]:
     each pair's first token. Embeddings, norms, activations and the head are left out.
     """
     tokens, pairs = sum(lengths), len(lengths)
-    weights = 4 * shape.hidden * shape.hidden + 2 * shape.hidden * shape.feed_forward
+    feed_forward_layers = 3 if shape.kind == "modernbert" else 2
+    weights = 4 * shape.hidden * shape.hidden + feed_forward_layers * shape.hidden * shape.feed_forward
     keys_and_values = 2 * shape.hidden * shape.hidden
-    linear = (shape.layers - 1) * weights * tokens + keys_and_values * tokens + (weights - keys_and_values) * pairs
-    scores = (shape.layers - 1) * sum(n * n for n in lengths) + tokens
+    last = keys_and_values * tokens + (weights - keys_and_values) * pairs if shape.pooling == "cls" else weights * tokens
+    linear = (shape.layers - 1) * weights * tokens + last
+    whole = shape.layers if shape.pooling == "mean" else shape.layers - 1
+    scores = sum(visible(n, shape.is_local(layer)) for layer in range(whole) for n in lengths)
+    scores += tokens if shape.pooling == "cls" else 0
     return 2.0 * linear, 2.0 * 2 * shape.hidden * scores
+
+
+def visible(tokens: int, local: bool) -> int:
+    """Pairs of a query and a key that a layer computes for a sequence."""
+    distance = min(LOCAL_DISTANCE, tokens - 1) if local else tokens - 1
+    return tokens * (2 * distance + 1) - distance * (distance + 1)
 
 
 def lengths(shape: Shape, workload: str) -> list[int]:

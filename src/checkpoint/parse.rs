@@ -421,4 +421,108 @@ mod tests {
         let error = error_with(r#""intermediate_size":4096"#, r#""intermediate_size":65537"#);
         assert!(error.contains("intermediate_size"), "{error}");
     }
+
+    const MODERN: &str = r#"{"model_type":"modernbert","vocab_size":50368,"hidden_size":768,"num_hidden_layers":4,
+        "num_attention_heads":12,"intermediate_size":1152,"max_position_embeddings":8192,"norm_eps":1e-5,
+        "global_attn_every_n_layers":3,"local_attention":128,"global_rope_theta":160000.0,"local_rope_theta":10000.0,
+        "classifier_pooling":"mean","num_labels":1}"#;
+    const NEW: &str = r#"{"model_type":"new","vocab_size":250048,"hidden_size":768,"num_hidden_layers":12,
+        "num_attention_heads":12,"intermediate_size":3072,"max_position_embeddings":8192,"type_vocab_size":1,
+        "position_embedding_type":"rope","rope_theta":20000,"rope_scaling":{"factor":8.0,"type":"ntk"},"num_labels":1}"#;
+
+    fn with(json: &str, from: &str, to: &str) -> Result<ModelConfig> {
+        assert!(json.contains(from), "{from}");
+        ModelConfig::parse(&json.replace(from, to))
+    }
+
+    #[test]
+    fn both_forms_of_a_modernbert_configuration_are_the_same_model() {
+        let older = ModelConfig::parse(MODERN).unwrap();
+        assert_eq!((older.max_window, older.type_vocab_size, older.position_rows), (8192, 0, 0));
+        assert_eq!(older.head.pooling, Pooling::Mean);
+        let windows: Vec<_> = older.layer_attention.iter().map(|layer| layer.window).collect();
+        assert_eq!(windows, [None, Some(64), Some(64), None]);
+        let newer = MODERN.replace(r#""global_attn_every_n_layers":3,"#, "").replace(
+            r#""global_rope_theta":160000.0,"local_rope_theta":10000.0"#,
+            r#""layer_types":["full_attention","sliding_attention","sliding_attention","full_attention"],
+                "rope_parameters":{"full_attention":{"rope_type":"default","rope_theta":160000.0},
+                "sliding_attention":{"rope_type":"default","rope_theta":10000.0}}"#,
+        );
+        assert_eq!(ModelConfig::parse(&newer).unwrap(), older);
+    }
+
+    #[test]
+    fn a_null_base_of_local_layers_is_that_of_global_layers() {
+        let null = with(MODERN, r#""local_rope_theta":10000.0"#, r#""local_rope_theta":null"#).unwrap();
+        assert_eq!(null.rotary[0], null.rotary[1]);
+        let absent = with(MODERN, r#","local_rope_theta":10000.0"#, "").unwrap();
+        assert_eq!(absent, ModelConfig::parse(MODERN).unwrap());
+    }
+
+    #[test]
+    fn windows_of_any_width_are_half_of_local_attention() {
+        for (local, window) in [(1, 0), (2, 1), (128, 64), (8192, 4096)] {
+            let config = with(MODERN, r#""local_attention":128"#, &format!(r#""local_attention":{local}"#)).unwrap();
+            assert_eq!(config.layer_attention[1].window, Some(window));
+        }
+    }
+
+    #[test]
+    fn unknown_values_of_newer_families_are_rejected_by_name() {
+        let rope = r#""rope_parameters":{"full_attention":{"rope_type":"yarn","rope_theta":1e4}}"#;
+        for (json, from, to, named) in [
+            (MODERN, r#""mean""#, r#""max""#, "classifier_pooling is \"max\""),
+            (MODERN, r#""local_attention":128"#, r#""local_attention":0"#, "local_attention is 0"),
+            (MODERN, r#""norm_eps":1e-5"#, r#""norm_eps":1e-5,"hidden_activation":"mish""#, "hidden_activation"),
+            (
+                MODERN,
+                r#""norm_eps":1e-5"#,
+                r#""norm_eps":1e-5,"classifier_activation":"mish""#,
+                "classifier_activation",
+            ),
+            (MODERN, r#""norm_eps":1e-5"#, r#""norm_eps":1e-5,"layer_types":["full_attention"]"#, "layer_types has 1"),
+            (
+                MODERN,
+                r#""norm_eps":1e-5"#,
+                r#""norm_eps":1e-5,"layer_types":["full_attention","x","x","x"]"#,
+                "layer_types has \"x\"",
+            ),
+            (MODERN, r#""global_attn_every_n_layers":3"#, r#""global_attn_every_n_layers":0"#, "global_attn_every"),
+            (MODERN, r#""global_rope_theta":160000.0"#, r#""global_rope_theta":-1"#, "global_rope_theta is -1"),
+            (MODERN, r#""norm_eps":1e-5"#, &format!(r#""norm_eps":1e-5,{rope}"#), "rope_type is \"yarn\""),
+            (MODERN, r#""norm_eps":1e-5"#, r#""norm_eps":1e-5,"rope_scaling":{"type":"x"}"#, "rope_scaling"),
+            (MODERN, r#""norm_eps":1e-5"#, r#""norm_eps":1e-5,"norm_bias":"yes""#, "norm_bias"),
+            (MODERN, r#""num_attention_heads":12"#, r#""num_attention_heads":256"#, "an odd number"),
+            (MODERN, r#""num_labels":1"#, r#""num_labels":3"#, "3 labels"),
+            (NEW, r#""rope","#, r#""absolute","#, "position_embedding_type"),
+            (NEW, r#""ntk""#, r#""linear""#, "rope_scaling.type is \"linear\""),
+            (NEW, r#""factor":8.0,"#, "", "rope_scaling.factor is missing"),
+            (NEW, r#""num_labels":1"#, r#""num_labels":1,"pack_qkv":false"#, "pack_qkv"),
+            (NEW, r#""num_labels":1"#, r#""num_labels":1,"layer_norm_type":"rms_norm""#, "layer_norm_type"),
+            (NEW, r#""num_labels":1"#, r#""num_labels":1,"logn_attention_scale":true"#, "logn_attention_scale"),
+        ] {
+            let error = format!("{:#}", with(json, from, to).unwrap_err());
+            assert!(error.contains(named), "{to}: {error}");
+        }
+    }
+
+    #[test]
+    fn parameter_counts_of_newer_families_are_right() {
+        // gte-reranker-modernbert-base has 149,605,633 parameters.
+        let layers = with(MODERN, r#""num_hidden_layers":4"#, r#""num_hidden_layers":22"#).unwrap();
+        assert_eq!(layers.parameters(), 149_605_633);
+    }
+
+    #[test]
+    fn ntk_scaling_lowers_each_frequency() {
+        let plain = with(NEW, r#""rope_scaling":{"factor":8.0,"type":"ntk"}"#, r#""rope_scaling":null"#).unwrap();
+        let scaled = ModelConfig::parse(NEW).unwrap();
+        let mixed = with(NEW, r#""type":"ntk""#, r#""type":"ntk","mixed_b":0.625"#).unwrap();
+        for ((plain, scaled), mixed) in plain.rotary[0].iter().zip(&scaled.rotary[0]).zip(&mixed.rotary[0]) {
+            assert!(scaled < plain && mixed < plain);
+        }
+        let (last, by) = (plain.rotary[0].len() - 1, 8.0);
+        assert!((plain.rotary[0][last] / scaled.rotary[0][last] - by).abs() < 1e-3);
+        assert!((plain.rotary[0][last] / mixed.rotary[0][last] - by).abs() < 1e-3);
+    }
 }

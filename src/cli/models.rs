@@ -50,8 +50,8 @@ pub(super) fn run(args: &ListModelsArgs) -> Result<(), Failure> {
     }
     let notes = format!(
         "\nWINDOW is the maximum number of tokens of a query and a chunk together; \"1024 of 8192\" can be raised to 8192 by --window.\n\
-         Other BERT, RoBERTa and XLM-RoBERTa cross-encoders load from a folder or the Hugging Face hub: --model ./folder,\n\
-         --model organization/name. They need config.json, tokenizer.json and the weights.\n\
+         Other BERT, RoBERTa, XLM-RoBERTa, ELECTRA and ModernBERT cross-encoders load from a folder or the Hugging Face hub:\n\
+         --model ./folder, --model organization/name. They need config.json, tokenizer.json and the weights.\n\
          Cache folder: {}\n",
         hub.cache_folder().display()
     );

@@ -54,7 +54,7 @@ pub struct Entry {
 pub struct HubFiles {
     /// `organization/name`
     pub repository: String,
-    /// The commit that was tested, 40 hexadecimal digits.
+    /// A commit, 40 hexadecimal digits; or `main` while no commit is pinned.
     pub revision: String,
     /// File name of the checkpoint; a repository may have several.
     pub weights: String,
@@ -119,7 +119,8 @@ mod tests {
             assert!(entry.score.is_valid(), "{}", entry.name);
             assert!(
                 entry.hub.as_ref().is_none_or(|hub| {
-                    hub.revision.len() == 40 && hub.revision.bytes().all(|b| b.is_ascii_hexdigit())
+                    hub.revision == "main"
+                        || hub.revision.len() == 40 && hub.revision.bytes().all(|b| b.is_ascii_hexdigit())
                 }),
                 "{}",
                 entry.name

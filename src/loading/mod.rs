@@ -154,7 +154,9 @@ impl<'a> Loader<'a> {
         let text = TextEncoder::new(tokenizer_json, rows, window, self.options.limits)
             .with_context(|| tokenizer_file.clone())?;
         check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
-        let encoder = self.encoder(&config, &files, &source.name)?;
+        warn_of_licence(source);
+        let device = device_for(&config, &self.options.device, &source.name);
+        let encoder = self.encoder(&device, &config, &files, &source.name)?;
         check_score(encoder.as_ref(), &text.probe().with_context(|| tokenizer_file.clone())?)?;
         let description = format!(
             "{}; {} layers of hidden size {}; window {window} tokens; loaded in {:.1} s",
@@ -175,15 +177,21 @@ impl<'a> Loader<'a> {
             aliases,
             score_map,
             text,
-            dtype: self.options.device.name(),
+            dtype: device.name(),
             encoder,
             vocabulary: config.vocab_size,
             description,
         })
     }
 
-    fn encoder(&self, config: &ModelConfig, files: &ModelFiles, name: &str) -> Result<Arc<dyn CrossEncoder>> {
-        match (&self.options.device, &self.pool) {
+    fn encoder(
+        &self,
+        device: &DeviceChoice,
+        config: &ModelConfig,
+        files: &ModelFiles,
+        name: &str,
+    ) -> Result<Arc<dyn CrossEncoder>> {
+        match (device, &self.pool) {
             (DeviceChoice::Cpu { dtype, .. }, Some(pool)) => {
                 self.encoder_on(config, files, name, CpuBackend::new(*dtype, Arc::clone(pool)))
             }
@@ -273,6 +281,27 @@ fn check_pair_format(source: &ModelSource, text: &TextEncoder) -> Result<()> {
         bail!("the tokenizer's pair template is {found:?}; {} was trained with {:?}", source.name, entry.pair.format);
     }
     Ok(())
+}
+
+/// Logs a licence that excludes commercial use.
+fn warn_of_licence(source: &ModelSource) {
+    let Some(entry) = source.entry.filter(|entry| entry.licence.contains("-NC")) else { return };
+    tracing::warn!("the licence of {}, {}, excludes commercial use", source.name, entry.licence);
+}
+
+/// The device for the model: `requested`, but bf16 on the CPU instead of int8 for gated feed-forward networks. Their products of
+/// two activations have outliers, and int8 has one scale for a whole row. Whether rankings survive that is known for trained
+/// weights only, and has not been measured.
+fn device_for(config: &ModelConfig, requested: &DeviceChoice, name: &str) -> DeviceChoice {
+    match *requested {
+        DeviceChoice::Cpu { dtype: CpuDtype::Int8, threads, pin_threads } if config.gated => {
+            tracing::warn!(
+                "{name} is computed in bf16: int8 is not measured for models with gated feed-forward layers (--dtype)"
+            );
+            DeviceChoice::Cpu { dtype: CpuDtype::Bf16, threads, pin_threads }
+        }
+        _ => requested.clone(),
+    }
 }
 
 /// Scores one pair, to find damaged weights and device failures at start.

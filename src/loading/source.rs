@@ -14,7 +14,8 @@ use crate::checkpoint::weights::shard_names;
 /// File names of checkpoints, in order of preference.
 const WEIGHT_FILES: [&str; 3] = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
 
-/// The list of the modules of a model in the format of sentence-transformers, and its settings.
+/// A model's configuration, the list of its modules in the format of sentence-transformers, and that format's settings.
+const CONFIG_FILE: &str = "config.json";
 const MODULES_FILE: &str = "modules.json";
 const SENTENCE_TRANSFORMERS_FILE: &str = "config_sentence_transformers.json";
 
@@ -179,12 +180,12 @@ fn builtin_files() -> ModelFiles {
 }
 
 fn folder_files(folder: &Path) -> Result<ModelFiles> {
-    let fetch = |file: &str| Ok(Some(folder.join(file)).filter(|path| path.exists()));
+    let fetch_optional = |file: &str| Ok(Some(folder.join(file)).filter(|path| path.exists()));
     let none =
         || format!("{}: no checkpoint in this folder; expected one of {}", folder.display(), WEIGHT_FILES.join(", "));
-    let weights = first_checkpoint("", &fetch)?.with_context(none)?;
+    let weights = first_checkpoint(&fetch_optional)?.with_context(none)?;
     let is_chain = folder.join(MODULES_FILE).exists();
-    read_files(&|file| Ok(folder.join(file)), &fetch, weights, is_chain)
+    read_files(&|file| Ok(folder.join(file)), &fetch_optional, is_chain, &|| Ok(weights.clone()))
 }
 
 fn hub_files(hub: &Hub, at: &Revision, known: Option<&HubFiles>) -> Result<ModelFiles> {
@@ -198,31 +199,39 @@ fn hub_files(hub: &Hub, at: &Revision, known: Option<&HubFiles>) -> Result<Model
             format!("{file} of {at}: {why} (cache folder: {})", hub.cache_folder().display())
         })
     };
-    let fetch_optional = |file: &str| hub.fetch_optional(at, file);
-    fetch("config.json")?;
-    fetch("tokenizer.json")?;
-    let weights = match known {
-        Some(known) => fetch(&known.weights)?,
-        None => first_checkpoint("", &fetch_optional)?.with_context(|| {
-            format!("{at}: no checkpoint in the repository; expected one of {}", WEIGHT_FILES.join(", "))
-        })?,
+    // Optional files come before config.json, so once that is cached, the hub need not be asked for them again.
+    let is_known = hub.cached(at, CONFIG_FILE).is_some();
+    let fetch_optional = |file: &str| match (known, is_known) {
+        // The catalogue says what the model has.
+        (Some(_), _) => Ok(None),
+        (None, true) => Ok(hub.cached(at, file)),
+        (None, false) => hub.fetch_optional(at, file),
     };
-    if weights.to_string_lossy().ends_with(".index.json") {
-        for shard in shard_names(&weights)? {
-            fetch(&shard)?;
+    let is_chain = match known {
+        Some(known) => known.modules,
+        None => fetch_optional(MODULES_FILE)?.is_some(),
+    };
+    let weights = || {
+        let weights = match known {
+            Some(known) => fetch(&known.weights)?,
+            None => first_checkpoint(&|file| hub.fetch_optional(at, file))?.with_context(|| {
+                format!("{at}: no checkpoint in the repository; expected one of {}", WEIGHT_FILES.join(", "))
+            })?,
+        };
+        if weights.to_string_lossy().ends_with(".index.json") {
+            for shard in shard_names(&weights)? {
+                fetch(&shard)?;
+            }
         }
-    }
-    match known {
-        // The catalogue says what the model has, so nothing else is asked for.
-        Some(known) => read_files(&fetch, &|_| Ok(None), weights, known.modules),
-        None => read_files(&fetch, &fetch_optional, weights, fetch_optional(MODULES_FILE)?.is_some()),
-    }
+        Ok(weights)
+    };
+    read_files(&fetch, &fetch_optional, is_chain, &weights)
 }
 
-/// The first of [`WEIGHT_FILES`] that exists in `folder`, which is empty or ends in a slash.
-fn first_checkpoint(folder: &str, fetch_optional: &dyn Fn(&str) -> Result<Option<PathBuf>>) -> Result<Option<PathBuf>> {
+/// The first of [`WEIGHT_FILES`] that exists.
+fn first_checkpoint(fetch_optional: &dyn Fn(&str) -> Result<Option<PathBuf>>) -> Result<Option<PathBuf>> {
     for file in WEIGHT_FILES {
-        let found = fetch_optional(&format!("{folder}{file}"))?;
+        let found = fetch_optional(file)?;
         if found.is_some() {
             return Ok(found);
         }
@@ -230,36 +239,20 @@ fn first_checkpoint(folder: &str, fetch_optional: &dyn Fn(&str) -> Result<Option
     Ok(None)
 }
 
-/// Reads the files of a model. `fetch` returns the path of a file, and `fetch_optional` also that there is none.
+/// Reads the files of a model. `fetch` returns the path of a file, and `fetch_optional` also that there is none. The weights,
+/// which are large, come last.
 fn read_files(
     fetch: &dyn Fn(&str) -> Result<PathBuf>,
     fetch_optional: &dyn Fn(&str) -> Result<Option<PathBuf>>,
-    weights: PathBuf,
     is_chain: bool,
+    weights: &dyn Fn() -> Result<PathBuf>,
 ) -> Result<ModelFiles> {
     let text = |path: &Path, limit| Ok::<_, anyhow::Error>((read_text(path, limit)?, path.display().to_string()));
-    let (config, tokenizer) = (fetch("config.json")?, fetch("tokenizer.json")?);
-    let mut modules = Vec::new();
-    if is_chain {
-        let path = fetch(MODULES_FILE)?;
-        let entries =
-            parse_modules(&read_text(&path, MAX_CONFIG_BYTES)?).with_context(|| path.display().to_string())?;
-        for entry in entries {
-            let mut module = ModuleFiles { entry, config: String::new(), weights: None };
-            if !module.entry.path.is_empty() {
-                let folder = &module.entry.path;
-                module.config = read_text(&fetch(&format!("{folder}/config.json"))?, MAX_CONFIG_BYTES)?;
-                if module.entry.has_weights() {
-                    module.weights = Some(fetch(&format!("{folder}/{}", WEIGHT_FILES[0]))?);
-                }
-            }
-            modules.push(module);
-        }
-    }
-    let sentence_transformers = match fetch_optional(SENTENCE_TRANSFORMERS_FILE)? {
-        Some(path) => Some(text(&path, MAX_CONFIG_BYTES)?),
-        None => None,
-    };
+    let modules = if is_chain { module_files(fetch)? } else { Vec::new() };
+    let sentence_transformers =
+        fetch_optional(SENTENCE_TRANSFORMERS_FILE)?.map(|path| text(&path, MAX_CONFIG_BYTES)).transpose()?;
+    let (config, tokenizer) = (fetch(CONFIG_FILE)?, fetch("tokenizer.json")?);
+    let weights = weights()?;
     let (tokenizer_json, tokenizer_path) = text(&tokenizer, MAX_TOKENIZER_BYTES)?;
     Ok(ModelFiles {
         config: text(&config, MAX_CONFIG_BYTES)?,
@@ -268,6 +261,24 @@ fn read_files(
         modules,
         sentence_transformers,
     })
+}
+
+/// The modules of modules.json, with their files.
+fn module_files(fetch: &dyn Fn(&str) -> Result<PathBuf>) -> Result<Vec<ModuleFiles>> {
+    let path = fetch(MODULES_FILE)?;
+    let entries = parse_modules(&read_text(&path, MAX_CONFIG_BYTES)?).with_context(|| path.display().to_string())?;
+    let files = |entry: ModuleEntry| {
+        if entry.path.is_empty() {
+            return Ok(ModuleFiles { entry, config: String::new(), weights: None });
+        }
+        let config = read_text(&fetch(&format!("{}/{CONFIG_FILE}", entry.path))?, MAX_CONFIG_BYTES)?;
+        let weights = match entry.has_weights() {
+            true => Some(fetch(&format!("{}/{}", entry.path, WEIGHT_FILES[0]))?),
+            false => None,
+        };
+        Ok(ModuleFiles { entry, config, weights })
+    };
+    entries.into_iter().map(files).collect()
 }
 
 /// Whether `name` is `organization/name` in the characters that the hub allows. Only such names become part of a URL or a path.

@@ -22,10 +22,10 @@ UNSUPPORTED = [("sm_80", "FP8")]
 # (C, D). SHAPES are those of served models and are compiled for every architecture. MORE_SHAPES are compiled for DETAILED only;
 # in some of them the lanes of a warp hold different numbers of vectors of a row.
 SHAPES = [(1024, 64), (384, 32)]
-MORE_SHAPES = [(256, 32), (256, 64), (384, 64), (768, 64), (768, 32), (1024, 32), (96, 32), (72, 32)]
+MORE_SHAPES = [(256, 32), (256, 64), (384, 64), (768, 64), (512, 64), (1792, 64), (768, 32), (1024, 32), (96, 32), (72, 32)]
 DETAILED = "sm_90a"
 # Kernels whose registers and machine code are checked.
-CHECKED_KERNELS = ("attention", "attention_wgmma", "gemm_wgmma")
+CHECKED_KERNELS = ("attention", "attention_local", "attention_wgmma", "gemm_wgmma")
 
 
 class Nvrtc:
@@ -180,14 +180,15 @@ def main():
                 statistics = kernel_statistics(log)
                 name = f"{architecture:7} {element:4} C={hidden:<4} D={head}"
                 warnings = [line for line in log.splitlines() if "warning" in line or "serialized" in line]
-                kernels = ["attention"]
+                kernels = ["attention", "attention_local"]
                 if architecture == "sm_90a" and head == 64 and element != "F32":
                     kernels.append("attention_wgmma")
                 if architecture == "sm_90a" and element in ("F16", "BF16"):
                     kernels.append("gemm_wgmma")
-                if cuobjdump and len(kernels) > 1:
+                wgmma_kernels = [kernel for kernel in kernels if kernel.endswith("wgmma")]
+                if cuobjdump and wgmma_kernels:
                     code = machine_code(cuobjdump, cubin)
-                    warnings += [line for kernel in kernels[1:] for line in accesses_in_flight(code[kernel])[:3]]
+                    warnings += [line for kernel in wgmma_kernels for line in accesses_in_flight(code[kernel])[:3]]
                 if not compiled:
                     failures += 1
                     print(f"{name}  FAILED\n{log}")

@@ -28,7 +28,7 @@ const FORBIDDEN: [(&str, &[&str]); 5] = [
 const CANDLE_FILES: [&str; 2] = ["src/backend/candle.rs", "src/checkpoint/weights.rs"];
 
 /// Type names that several modules may define: the associated types of `Backend`, and the arguments of each command.
-const REPEATABLE_TYPES: [&str; 6] = ["Buffer", "Embeddings", "Linear", "Norm", "ExecContext", "Args"];
+const REPEATABLE_TYPES: [&str; 7] = ["Buffer", "Embeddings", "Linear", "Norm", "Rotary", "ExecContext", "Args"];
 
 #[test]
 fn no_imports_form_a_cycle_between_files() {

@@ -206,8 +206,8 @@ async fn texts_score_as_in_sentence_transformers() {
             let model = load_on(device, &fixture(family)).unwrap();
             for row in &rows {
                 let documents = [row.document.clone()].into();
-                let encoded =
-                    model.text.encode(ClientId::Only, &row.query, documents, DocumentOptions::default()).await.unwrap();
+                let options = DocumentOptions::default();
+                let encoded = model.text.encode(ClientId::Only, &row.query, documents, options).await.unwrap();
                 assert_eq!(encoded.pairs.len(), 1, "{family}");
                 let logit = model.encoder.score(&Batch::pack(&encoded.pairs)).unwrap()[0];
                 let difference = (logit - row.logit).abs();
@@ -257,14 +257,14 @@ fn scores_are_batch_invariant() {
         // Any ids except padding.
         let sequences = prop::collection::vec(prop::collection::vec(2u32..300, 1..=longest), 1..12);
         let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
-        // A fixed seed: every run has the models cases.
+        // A fixed seed: every run has the same cases.
         TestRunner::new_with_rng(config, TestRng::deterministic_rng(RngAlgorithm::ChaCha))
             .run(&sequences, |sequences| {
                 let pairs: Vec<Pair> =
                     sequences.into_iter().map(|ids| Pair::new(ids.clone(), vec![0; ids.len()])).collect();
                 check_batch_invariance(&[&reference], &pairs);
-                for models in &ours {
-                    check_batch_invariance(&models.iter().collect::<Vec<_>>(), &pairs);
+                for same in &ours {
+                    check_batch_invariance(&same.iter().collect::<Vec<_>>(), &pairs);
                 }
                 Ok(())
             })

@@ -327,14 +327,14 @@ fn incomplete_files(cache: &Path) -> Vec<PathBuf> {
 
 /// The files of a fixture: JSON as small files, the rest as large ones.
 fn fixture_files(name: &str) -> HashMap<String, HubFile> {
-    let serve = |entry: std::io::Result<std::fs::DirEntry>| {
-        let path = entry.unwrap().path();
+    let folder = fixture(name);
+    let serve = |path: PathBuf| {
         let content = std::fs::read(&path).unwrap();
-        let file = path.file_name().unwrap().to_string_lossy().into_owned();
+        let file = path.strip_prefix(&folder).unwrap().to_string_lossy().into_owned();
         let served = if file.ends_with(".json") { HubFile::small(content) } else { HubFile::large(content) };
         (file, served)
     };
-    std::fs::read_dir(fixture(name)).unwrap().map(serve).collect()
+    all_files(&folder).into_iter().map(serve).collect()
 }
 
 /// The binary with its own hub and cache folder.
@@ -384,6 +384,30 @@ fn a_model_is_downloaded_once_and_then_loads_offline() {
     assert_eq!(hub.requests().len(), requests.len(), "a cached model needs no request");
     let folder = rank(fixture("xlmr").to_str().unwrap(), &hub.address, home.path(), &[]);
     assert_eq!(folder.stdout, first.stdout, "the same files from their folder");
+}
+
+#[test]
+fn a_chain_of_modules_is_downloaded_with_its_folders() {
+    let hub = StandIn::serve(fixture_files("ettin"));
+    let home = tempfile::tempdir().unwrap();
+    let first = rank(REPOSITORY, &hub.address, home.path(), &[]);
+    assert!(first.status.success(), "{}", stderr(&first));
+    let requests = hub.requests().len();
+    let offline = rank(REPOSITORY, &hub.address, home.path(), &[("HF_HUB_OFFLINE", "1")]);
+    assert!(offline.status.success(), "{}", stderr(&offline));
+    assert_eq!(hub.requests().len(), requests);
+    let folder = rank(fixture("ettin").to_str().unwrap(), &hub.address, home.path(), &[]);
+    assert_eq!((&offline.stdout, &folder.stdout), (&first.stdout, &first.stdout));
+}
+
+#[test]
+fn a_missing_file_of_a_module_is_named_in_the_error() {
+    let mut files = fixture_files("ettin");
+    files.remove("3_LayerNorm/config.json");
+    let hub = StandIn::serve(files);
+    let home = tempfile::tempdir().unwrap();
+    let output = rank(REPOSITORY, &hub.address, home.path(), &[]);
+    assert!(!output.status.success() && stderr(&output).contains("3_LayerNorm/config.json"), "{}", stderr(&output));
 }
 
 #[test]

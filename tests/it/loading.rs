@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor};
 use serde_json::{Value, json};
@@ -22,7 +22,18 @@ const WORDS: &str = "roberta.embeddings.word_embeddings.weight";
 
 #[test]
 fn an_undamaged_copy_loads() {
-    for name in ["xlmr", "xlmr-pickle", "xlmr-shards", "bert", "roberta"] {
+    for name in [
+        "xlmr",
+        "xlmr-pickle",
+        "xlmr-shards",
+        "bert",
+        "roberta",
+        "modernbert",
+        "modernbert-old",
+        "ettin",
+        "new",
+        "electra",
+    ] {
         load(Model::copy(name).folder.path()).unwrap();
     }
 }
@@ -38,6 +49,38 @@ fn a_missing_file_is_named_in_the_error() {
         fs::remove_file(model.path(file)).unwrap();
         model.check_rejected(file, &[says]);
     }
+}
+
+#[test]
+fn a_wrong_module_is_named_in_the_error() {
+    let replaced = |file: &str, from: &str, to: &str, says: &[&str]| {
+        let model = Model::copy("ettin");
+        let text = fs::read_to_string(model.path(file)).unwrap();
+        assert!(text.contains(from), "{file}: {from}");
+        fs::write(model.path(file), text.replace(from, to)).unwrap();
+        model.check_rejected(file, says);
+    };
+    replaced("modules.json", "layer_norm.LayerNorm", "normalize.Normalize", &["modules.json", "Normalize"]);
+    replaced("1_Pooling/config.json", "\"cls\"", "\"max\"", &["1_Pooling", "pooling_mode", "max"]);
+    // A Dense of the wrong size: in its configuration, and in its weights.
+    replaced("4_Dense/config.json", "\"in_features\": 64", "\"in_features\": 63", &["4_Dense", "in_features"]);
+    replaced("2_Dense/config.json", "\"bias\": false", "\"bias\": true", &["2_Dense/linear.bias", "missing"]);
+    replaced(
+        "config_sentence_transformers.json",
+        "linear.Identity",
+        "activation.Softplus",
+        &["activation_fn", "Softplus"],
+    );
+    replaced("config.json", "\"local_attention\": 8", "\"local_attention\": 0", &["local_attention"]);
+    for file in ["2_Dense/config.json", "3_LayerNorm/model.safetensors"] {
+        let model = Model::copy("ettin");
+        fs::remove_file(model.path(file)).unwrap();
+        model.check_rejected(file, &[file]);
+    }
+    // Without the chain, the trunk has no head.
+    let model = Model::copy("ettin");
+    fs::remove_file(model.path("modules.json")).unwrap();
+    model.check_rejected("modules.json", &["head.dense.weight", "missing"]);
 }
 
 #[test]
@@ -329,10 +372,7 @@ struct Model {
 impl Model {
     fn copy(name: &str) -> Self {
         let folder = tempfile::tempdir().unwrap();
-        for entry in fs::read_dir(fixture(name)).unwrap() {
-            let entry = entry.unwrap();
-            fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
-        }
+        copy_files(&fixture(name), folder.path());
         Self { folder }
     }
 
@@ -348,6 +388,19 @@ impl Model {
         };
         for expected in says {
             assert!(error.contains(expected), "{what}: the error does not say {expected:?}: {error}");
+        }
+    }
+}
+
+fn copy_files(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            fs::create_dir(&to).unwrap();
+            copy_files(&entry.path(), &to);
+        } else {
+            fs::copy(entry.path(), to).unwrap();
         }
     }
 }

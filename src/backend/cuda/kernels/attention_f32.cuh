@@ -13,9 +13,8 @@ constexpr u32 KEYS_PER_GROUP = 16;
 template <bool LOCAL>
 __device__ __forceinline__ void attend_tile(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
-    const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window) {
+    const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window, unsigned char* shared) {
     if (blockIdx.x >= counts[2]) return;
-    DYNAMIC_SHARED(shared);
     float* k_rows = reinterpret_cast<float*>(shared); // [KEY_ROWS, D]
     float* v_rows = k_rows + KEY_ROWS * D;            // [KEY_ROWS, D]
     const u32 sequence = tiles[blockIdx.x].x, query = tiles[blockIdx.x].y + threadIdx.x;
@@ -94,13 +93,15 @@ __device__ __forceinline__ void attend_tile(
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
     const element* __restrict__ qkv, element* __restrict__ out, float scale) {
-    attend_tile<false>(counts, offsets, tiles, qkv, out, scale, 0);
+    DYNAMIC_SHARED(shared);
+    attend_tile<false>(counts, offsets, tiles, qkv, out, scale, 0, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS) attention_local(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
     const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window) {
-    attend_tile<true>(counts, offsets, tiles, qkv, out, scale, window);
+    DYNAMIC_SHARED(shared);
+    attend_tile<true>(counts, offsets, tiles, qkv, out, scale, window, shared);
 }
 
 #endif // ELEMENT_F32

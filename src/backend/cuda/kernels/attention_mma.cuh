@@ -20,9 +20,8 @@
 template <bool LOCAL>
 __device__ __forceinline__ void attend_tile(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
-    const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window) {
+    const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window, unsigned char* shared) {
     if (blockIdx.x >= counts[2]) return;
-    DYNAMIC_SHARED(shared);
     const u32 lane = lane_in_warp(), warp = threadIdx.x / 32;
     const u32 sequence = tiles[blockIdx.x].x, first_query = tiles[blockIdx.x].y;
     const u32 start = offsets[sequence], length = offsets[sequence + 1] - start;
@@ -74,13 +73,16 @@ __device__ __forceinline__ void attend_tile(
 extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2) attention(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
     const element* __restrict__ qkv, element* __restrict__ out, float scale) {
-    attend_tile<false>(counts, offsets, tiles, qkv, out, scale, 0);
+    DYNAMIC_SHARED(shared);
+    attend_tile<false>(counts, offsets, tiles, qkv, out, scale, 0, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, D == 32 ? 3 : 2) attention_local(
+// Fewer blocks than of `attention` at D = 32, whose registers would not suffice for the masks.
+extern "C" __global__ void __launch_bounds__(ATTENTION_THREADS, 2) attention_local(
     const u32* __restrict__ counts, const u32* __restrict__ offsets, const uint2* __restrict__ tiles,
     const element* __restrict__ qkv, element* __restrict__ out, float scale, u32 window) {
-    attend_tile<true>(counts, offsets, tiles, qkv, out, scale, window);
+    DYNAMIC_SHARED(shared);
+    attend_tile<true>(counts, offsets, tiles, qkv, out, scale, window, shared);
 }
 
 #endif // not ELEMENT_F32
