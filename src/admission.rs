@@ -339,6 +339,17 @@ mod tests {
     }
 
     #[test]
+    fn the_speed_is_that_of_all_workers_and_is_smoothed() {
+        let limits = AdmissionLimits { units: 100, wait: Duration::MAX };
+        let admission = Admission::new(metrics::Gauge::noop(), limits, 4);
+        let is_close = |expected: f64| (admission.speed().unwrap() - expected).abs() < 1e-6;
+        admission.done(1000, Duration::from_secs(2));
+        assert!(is_close(2000.0));
+        admission.done(1000, Duration::from_secs(1));
+        assert!(is_close(2000.0 + 0.2 * 2000.0));
+    }
+
+    #[test]
     fn retry_after_is_whole_seconds_with_jitter() {
         assert_eq!((retry_after(None, 0.0), retry_after(Some(0.01), 0.99)), (1, 2));
         assert_eq!((retry_after(Some(10.0), 0.0), retry_after(Some(10.0), 0.99)), (10, 15));
