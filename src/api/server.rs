@@ -218,6 +218,8 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
         start_connection(stream);
     }
     drop(listener);
+    // Closing a connection before its first request arrives would lose the request. Responses close these connections now.
+    tokio::time::sleep(LAST_REQUESTS.min(until.saturating_duration_since(Instant::now()))).await;
     tracing::info!(seconds = timeouts.drain.as_secs(), "draining: no new connections, finishing running requests");
     let drained = tokio::time::timeout_at(until.into(), graceful.shutdown()).await;
     if drained.is_ok() {
@@ -230,6 +232,8 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     tokio::time::sleep(RESPONSE_FLUSH_GRACE).await;
 }
 
+/// Time for the first request of the last accepted connections to arrive.
+const LAST_REQUESTS: Duration = Duration::from_millis(100);
 /// Time to write the responses to requests that the drain timeout refused, before the process ends.
 const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
 
