@@ -16,6 +16,8 @@ use crate::error::RerankError;
 use crate::sync::schedules::{check_random, choose};
 use crate::sync::thread;
 
+/// What a client does, on a thread of its own.
+type ClientWork = Box<dyn FnOnce(&Traffic) + Send>;
 type Answer = oneshot::Receiver<Result<Scores, RerankError>>;
 
 /// Pairs of one token in a batch.
@@ -86,13 +88,13 @@ impl Traffic {
     }
 
     /// Runs two workers and one thread for each client, then closes the queue.
-    fn run(self: &Arc<Self>, faults: bool, clients: Vec<Box<dyn FnOnce(&Traffic) + Send>>) {
+    fn run(self: &Arc<Self>, faults: bool, clients: Vec<ClientWork>) {
         let worker = |_| {
             let traffic = Arc::clone(self);
             thread::spawn(move || traffic.work(faults))
         };
         let workers: Vec<_> = (0..2).map(worker).collect();
-        let client = |client: Box<dyn FnOnce(&Traffic) + Send>| {
+        let client = |client: ClientWork| {
             let traffic = Arc::clone(self);
             thread::spawn(move || client(&traffic))
         };
@@ -121,7 +123,7 @@ impl Sent {
 #[test]
 fn shuttle_every_request_gets_the_answer_of_its_batches() {
     check_random(|| {
-        let client = |number: u32| -> Box<dyn FnOnce(&Traffic) + Send> {
+        let client = |number: u32| -> ClientWork {
             Box::new(move |traffic| {
                 let sent = [2 * number, 2 * number + 1].map(|number| traffic.push(number, None).unwrap());
                 for request in sent {
@@ -139,7 +141,7 @@ fn shuttle_every_request_gets_the_answer_of_its_batches() {
 /// Two clients send a request each; `end` runs at any time.
 fn check_end(end: fn(&Queue), may_fail: bool) {
     check_random(move || {
-        let client = |number: u32| -> Box<dyn FnOnce(&Traffic) + Send> {
+        let client = |number: u32| -> ClientWork {
             Box::new(move |traffic| {
                 if let Some(sent) = traffic.push(number, None) {
                     match sent.wait() {
@@ -150,7 +152,7 @@ fn check_end(end: fn(&Queue), may_fail: bool) {
                 }
             })
         };
-        let end: Box<dyn FnOnce(&Traffic) + Send> = Box::new(move |traffic| end(&traffic.queue));
+        let end: ClientWork = Box::new(move |traffic| end(&traffic.queue));
         Traffic::new().run(false, vec![client(0), client(1), end]);
     });
 }
@@ -168,7 +170,7 @@ fn shuttle_failing_all_answers_every_request() {
 #[test]
 fn shuttle_cancelled_and_late_requests_leave_and_others_are_answered() {
     check_random(|| {
-        let client = |number: u32| -> Box<dyn FnOnce(&Traffic) + Send> {
+        let client = |number: u32| -> ClientWork {
             Box::new(move |traffic| match choose(3) {
                 0 => drop(traffic.push(number, None).unwrap()),
                 1 => {
