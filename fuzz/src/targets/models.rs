@@ -17,9 +17,8 @@ use rerankd::text::{DocumentOptions, Tail, TextLimits};
 
 const SEPARATOR: &[u8] = b"\n=====\n";
 
-/// Loaders by precision, and the folder that they load from. One input is loaded at a time.
+/// Loaders by precision. One input is loaded at a time.
 struct Loaders {
-    folder: PathBuf,
     loaders: Vec<Loader<'static>>,
     runtime: tokio::runtime::Runtime,
 }
@@ -39,26 +38,26 @@ static LOADERS: LazyLock<Mutex<Loaders>> = LazyLock::new(|| {
         let device = DeviceChoice::Cpu { dtype, threads: 1, pin_threads: false };
         Loader::new(hub, Box::leak(Box::new(LoadOptions { device, window: None, limits, profile: None }))).unwrap()
     };
-    // In memory if possible.
-    let memory = Path::new("/dev/shm");
-    let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
-    let folder = tempfile::tempdir_in(parent).unwrap().keep();
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let loaders = [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8].into_iter().map(loader).collect();
-    Mutex::new(Loaders { folder, loaders, runtime })
+    Mutex::new(Loaders { loaders, runtime })
 });
 
 /// A model folder either loads and scores, or gives an error that names a file or says that the test pair was not scored.
 pub fn run(input: &[u8]) {
     let Some([config, tokenizer, weights]) = files(input) else { return };
-    let Loaders { folder, loaders, runtime } = &*LOADERS.lock().unwrap_or_else(PoisonError::into_inner);
+    // In memory if possible.
+    let memory = Path::new("/dev/shm");
+    let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
+    let folder = tempfile::tempdir_in(parent).unwrap();
+    let Loaders { loaders, runtime } = &*LOADERS.lock().unwrap_or_else(PoisonError::into_inner);
     for (name, content) in [("config.json", config), ("tokenizer.json", tokenizer), ("model.safetensors", weights)] {
-        std::fs::write(folder.join(name), content).unwrap();
+        std::fs::write(folder.path().join(name), content).unwrap();
     }
     let source = ModelSource {
         name: "fuzz".to_owned(),
         entry: None,
-        location: ModelLocation::Folder(folder.clone()),
+        location: ModelLocation::Folder(folder.path().to_owned()),
         aliases: Vec::new(),
     };
     match loaders[input.len() % loaders.len()].load(&source) {
