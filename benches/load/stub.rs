@@ -58,6 +58,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let rows = EmbeddingRows { vocabulary: 16_000, token_types: 1 };
     let tokenizer = include_bytes!("../../models/mini/tokenizer.json");
     let loaded = LoadedModel {
+        score_map: rerankd::score::ScoreMap::default(),
         name: "rerankd-mini".to_owned(),
         aliases: Vec::new(),
         text: TextEncoder::new(tokenizer, rows, WINDOW, settings.models.load.limits)?,
