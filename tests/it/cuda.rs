@@ -8,7 +8,7 @@ use std::process::{Command, Output, Stdio};
 use serde_json::{Value, json};
 
 use crate::support::server::{Server, rerankd};
-use crate::support::skip;
+use crate::support::{fixture, skip};
 
 const SOURCES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cuda");
 
@@ -111,6 +111,45 @@ fn logits_agree_with_the_cpu_backend() {
         eprintln!("{dtype}: largest difference of a logit {difference:.2e}");
         assert!(difference < bound, "{dtype}: {difference} from f32 on the CPU: {:?}", answers[0]);
         assert!(answers.iter().all(|answer| *answer == answers[0]), "{dtype}: a replayed graph gives the same bits");
+    }
+}
+
+/// Rotary positions, windows, gated layers, pre-norms, mean pooling, and heads with norms. fp8 refuses gated layers.
+#[test]
+fn logits_of_newer_encoders_agree_with_the_cpu_backend() {
+    let folder = tempfile::tempdir().unwrap();
+    let pair = |(i, &n): (usize, &usize)| (0..n).map(|j| 5 + (i * 31 + j * 17) % 290).collect::<Vec<_>>();
+    let pairs: Vec<Vec<usize>> = LENGTHS.iter().enumerate().map(pair).collect();
+    let path = folder.path().join("workloads.json");
+    std::fs::write(&path, json!({ "all": pairs }).to_string()).unwrap();
+    let file = path.to_str().unwrap();
+    for family in ["modernbert", "ettin", "new"] {
+        let model = fixture(family).to_str().unwrap().to_owned();
+        let with_model = |arguments: Vec<&str>| {
+            let arguments: Vec<String> = arguments.into_iter().map(str::to_owned).collect();
+            [arguments, vec!["--model".to_owned(), model.clone()]].concat()
+        };
+        let mut cpu = rerankd();
+        cpu.args(with_model(vec!["bench", "--json", "--workloads", file, "--dtype", "f32"]));
+        let mut cpu = cpu.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        cpu.stdin.take().unwrap().write_all(ALL.as_bytes()).unwrap();
+        let expected = logits(&cpu.wait_with_output().unwrap()).remove(0);
+        // As above, for logits of about 1.
+        for (dtype, bound) in [("f32", 1e-4), ("f16", 0.01), ("bf16", 0.06)] {
+            let arguments = with_model(bench(file, dtype, "512"));
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let Some(output) = on_standin(&arguments, &[], &ALL.repeat(2)) else { return };
+            for answer in logits(&output) {
+                let difference = largest_difference(&answer, &expected);
+                eprintln!("{family}, {dtype}: largest difference from the CPU backend {difference:e}");
+                assert!(difference < bound, "{family}, {dtype}: {difference}");
+            }
+        }
+        let arguments = with_model(bench(file, "fp8", "512"));
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let Some(output) = on_standin(&arguments, &[], ALL) else { return };
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && error.contains("gated") && error.contains("--dtype f16"), "{error}");
     }
 }
 
