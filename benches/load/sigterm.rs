@@ -95,7 +95,7 @@ async fn ask_until(
         let (at, result) = send(&address, kept.take(), &requests[(client + i) % requests.len()]).await;
         let answer = match result {
             Ok((status, connection)) => {
-                kept = connection.filter(|_| client % 2 == 0);
+                kept = connection.filter(|_| client.is_multiple_of(2));
                 Answer::Status(status)
             }
             Err(error) => answer_of(&error),
