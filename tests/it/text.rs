@@ -73,7 +73,7 @@ async fn a_request_is_refused_before_it_is_tokenized_when_too_much_text_waits() 
         _ = &mut first => panic!("600,000 characters are tokenized on another thread"),
         () = std::future::ready(()) => {}
     }
-    let second = encoder.encode(ClientId::Only, "apple", ["banana".to_owned()].into(), options).await;
+    let second = encoder.encode(ClientId::Only, "apple", Arc::clone(&large), options).await;
     assert!(matches!(second, Err(RerankError::Overloaded { .. })), "{second:?}");
     first.await.unwrap();
     assert!(encoder.encode(ClientId::Only, "apple", large, options).await.is_ok());
