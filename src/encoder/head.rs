@@ -20,12 +20,12 @@ enum Module<B: Backend> {
 impl<B: Backend> Head<B> {
     pub(super) fn load(config: &HeadConfig, parts: &mut Parts<'_, B>) -> Result<Self> {
         let mut load = |module: &HeadModule| -> Result<Module<B>> {
-            Ok(match module {
-                &HeadModule::Dense { ref name, inputs, outputs, bias, activation } => {
+            Ok(match *module {
+                HeadModule::Dense { ref name, inputs, outputs, bias, activation } => {
                     let linear = parts.linear(name, outputs, inputs, bias, LayerRole::Head)?;
                     Module::Dense { linear, outputs, activation }
                 }
-                &HeadModule::Norm { ref name, size, bias, eps } => Module::Norm(parts.norm(name, size, bias, eps)?),
+                HeadModule::Norm { ref name, size, bias, eps } => Module::Norm(parts.norm(name, size, bias, eps)?),
             })
         };
         Ok(Self { pooling: config.pooling, modules: config.modules.iter().map(&mut load).collect::<Result<_>>()? })

@@ -105,8 +105,7 @@ impl AttentionLauncher {
     }
 
     /// Launches the kernel over all tiles of a batch, for `heads` heads. `window` is for the kernel of [`Self::local`] only.
-    /// `upload` is the device address of the batch's upload
-    /// block in `layout`.
+    /// `upload` is the device address of the batch's upload block in `layout`.
     ///
     /// # Safety
     /// `upload` holds a batch in this layout, `qkv` its `[T, 3C]`, and `out` has room for `[T, C]`; both are device addresses of
@@ -114,8 +113,7 @@ impl AttentionLauncher {
     pub(super) unsafe fn launch(
         &self,
         stream: &Arc<CudaStream>,
-        layout: Layout,
-        upload: u64,
+        (layout, upload): (Layout, u64),
         shape: AttentionShape,
         heads: usize,
         window: Option<usize>,
@@ -255,7 +253,7 @@ impl Trial {
         let buffers = (device_address(&self.qkv, &self.stream), device_address(&self.out, &self.stream));
         let upload = device_address(upload, &self.stream);
         // SAFETY: the batch in `upload` has at most TIMED_LENGTH tokens, for which both buffers were allocated; one stream.
-        unsafe { attention.launch(&self.stream, layout, upload, self.shape, heads, None, buffers) }
+        unsafe { attention.launch(&self.stream, (layout, upload), self.shape, heads, None, buffers) }
     }
 }
 

@@ -539,7 +539,7 @@ impl Backend for CudaBackend {
         let (layout, upload) = (staged.layout, staged.address(0));
         let kernel = if window.is_some() { &self.local_attention } else { &self.attention };
         // SAFETY: `upload` is the staged batch; both buffers have its rows.
-        unsafe { kernel.launch(&ctx.stream, layout, upload, shape, shape.heads, window, (from, out.at)) }?;
+        unsafe { kernel.launch(&ctx.stream, (layout, upload), shape, shape.heads, window, (from, out.at)) }?;
         Ok(out)
     }
 
