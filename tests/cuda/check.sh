@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Runs the CUDA kernels on the CPU emulator against a reference, and then with planted bugs, which must be found.
 #
-#   tests/cuda/check.sh [--quick] [CXX_FLAG...]
+#   tests/cuda/check.sh [--quick | --if-changed] [CXX_FLAG...]
 #
 # Needs g++, no GPU. --quick checks one configuration per element type and plants no bugs: seconds instead of minutes.
+# A full run that passes writes a digest of the kernels, the emulator, the checks and the bugs to checked.txt, which is committed. --if-changed is
+# a full run if the digest is another one, else --quick.
 # Exits 0 if every kernel is correct and every bug of mutations.txt was found, else 1.
 set -uo pipefail
 if ! command -v g++ >/dev/null; then
@@ -16,11 +18,24 @@ kernels=$here/../../src/backend/cuda/kernels
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failures=0
+# digest: of the kernels, the emulator, the checks and the bugs
+digest() {
+    cat "$kernels"/* "$here"/emulator.h "$here"/kernels.cpp "$here"/mutations.txt | sha256sum | cut -d' ' -f1
+}
+checked=$here/checked.txt
+
 quick=
-if [ "${1:-}" = --quick ]; then
-    quick=yes
-    shift
-fi
+case ${1:-} in
+    --quick)
+        quick=yes
+        shift ;;
+    --if-changed)
+        shift
+        if [ "$(digest)" = "$(cat "$checked" 2>/dev/null)" ]; then
+            echo "unchanged since a full run passed (checked.txt)"
+            quick=yes
+        fi ;;
+esac
 limit=()
 if command -v timeout >/dev/null; then limit=(timeout 120); fi
 
@@ -196,6 +211,7 @@ finish
 echo
 if [ $failures -eq 0 ]; then
     echo "all kernels correct, all bugs found"
+    digest >"$checked"
 else
     echo "$failures failures"
     exit 1
