@@ -4,8 +4,8 @@
 #   tests/cuda/check.sh [--quick | --if-changed] [CXX_FLAG...]
 #
 # Needs g++, no GPU. --quick checks one configuration per element type and plants no bugs: seconds instead of minutes.
-# A full run that passes writes a digest of the kernels, the emulator, the checks and the bugs to checked.txt, which is committed. --if-changed is
-# a full run if the digest is another one, else --quick.
+# A full run that passes writes a digest of the kernels, the emulator, the checks and the bugs to checked.txt, which is
+# committed. --if-changed is a full run if the digest is another one, else --quick.
 # Exits 0 if every kernel is correct and every bug of mutations.txt was found, else 1.
 set -uo pipefail
 if ! command -v g++ >/dev/null; then
@@ -19,9 +19,10 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failures=0
 # digest: of the kernels, the emulator, the checks and the bugs
-digest() {
+digest() (
+    LC_ALL=C # the order of the files
     cat "$kernels"/* "$here"/emulator.h "$here"/kernels.cpp "$here"/mutations.txt | sha256sum | cut -d' ' -f1
-}
+)
 checked=$here/checked.txt
 
 quick=
