@@ -8,7 +8,7 @@ FROM rust:1.95-bookworm AS build
 WORKDIR /src
 COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
-    cargo build --release --locked && cp target/release/rerankd /rerankd
+    cargo build --release --locked --features jemalloc && cp target/release/rerankd /rerankd
 
 FROM python:3.13-slim-bookworm AS cuda
 RUN pip download --no-deps --dest /wheels nvidia-cuda-nvrtc==13.0.88 nvidia-cublas==13.0.2.14 \

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#[cfg(feature = "jemalloc")]
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 

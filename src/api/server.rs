@@ -58,7 +58,7 @@ pub struct ServerTimeouts {
     pub drain: Duration,
 }
 
-/// A socket that is bound to its address and does not listen yet.
+/// A bound socket that does not listen yet.
 #[derive(Debug)]
 pub struct Server {
     socket: TcpSocket,

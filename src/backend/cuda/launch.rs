@@ -2,7 +2,7 @@
 
 use cudarc::driver::{CudaFunction, CudaSlice, CudaStream, DevicePtr, LaunchArgs, LaunchConfig, PushKernelArg};
 
-use crate::backend::BackendError;
+use crate::backend::{Activation, BackendError};
 
 /// Threads per block of the kernels that process one row per warp.
 pub(super) const ROW_THREADS: u32 = 256;
@@ -46,4 +46,15 @@ pub(super) unsafe fn launch<'a>(
     // SAFETY: guaranteed by the caller.
     unsafe { launch.launch(config) }?;
     Ok(())
+}
+
+/// The number by which the kernels know an elementwise function.
+pub(super) fn function_number(activation: Activation) -> u32 {
+    match activation {
+        Activation::Gelu => GELU_ERF,
+        Activation::GeluTanh => GELU_TANH,
+        Activation::Relu => RELU,
+        Activation::Silu => SILU,
+        Activation::Tanh => TANH,
+    }
 }
