@@ -1,7 +1,7 @@
 //! Threads of low priority, for work on large requests that must not delay small ones: parsing and tokenizing.
 //!
-//! The operating system gives them the processor time that no other thread of the process wants. tokio's blocking threads cannot
-//! do this: all work shares them, and a thread that has lowered its priority may not raise it again.
+//! Beside busy threads of normal priority they get little processor time. tokio's blocking threads cannot be used for this: all
+//! work shares them, and a thread that has lowered its priority may not raise it again.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 
 use crate::error::RerankError;
 
-/// Niceness of the threads: about a tenth of the time of a thread of niceness 0 that also wants the processor.
+/// Niceness of the threads: beside a busy thread of niceness 0, they get about a tenth of its processor time.
 #[cfg(target_os = "linux")]
 const NICENESS: i32 = 10;
 
