@@ -109,7 +109,7 @@ fn end_to_end(criterion: &mut Criterion) {
     let threads = std::thread::available_parallelism().map_or(1, Into::into);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     let (query, documents) = ("how long did the review of the schools take", documents(n));
-    let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, max_tokens_per_doc: None };
+    let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, ..DocumentOptions::default() };
     let alone = base(threads);
     let encoded = runtime
         .block_on(alone.text.encode(ClientId::Only, query, documents.clone().into(), first_chunk))

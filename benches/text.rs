@@ -32,7 +32,7 @@ fn texts(criterion: &mut Criterion) {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
     let data = std::env::var_os("RERANKD_TEST_DATA").map_or_else(|| root.join("../shared/data"), PathBuf::from);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
-    let options = DocumentOptions { overlap_tokens: 80, max_chunks_per_doc: 1024, max_tokens_per_doc: None };
+    let options = DocumentOptions::default();
     for (name, path) in
         [("mini", root.join("models/mini/tokenizer.json")), ("bge", data.join("bge-reranker-v2-m3/tokenizer.json"))]
     {

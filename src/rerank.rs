@@ -1,14 +1,20 @@
 //! Ranking one request: text to pairs, pairs to logits, logits to a ranking.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use futures_util::{StreamExt, TryStreamExt, future, stream};
 
 use crate::client::Client;
 use crate::error::RerankError;
 use crate::scheduler::{Deadline, Scores};
 use crate::score::ScoreMap;
 use crate::served::Models;
-use crate::text::{DocumentOptions, EncodedRequest, Truncation};
+use crate::text::{Chunk, DocumentOptions, EncodedRequest, Truncation};
+
+/// Queries of one body that are ranked at the same time.
+const CONCURRENT_QUERIES: usize = 64;
 
 /// A validated request.
 #[derive(Debug, Clone)]
@@ -44,14 +50,48 @@ pub struct Ranking {
     pub timings: Timings,
 }
 
+impl Ranking {
+    fn merge(mut self, other: Self) -> Self {
+        self.results.extend(other.results);
+        self.tokens += other.tokens;
+        self.truncation.query |= other.truncation.query;
+        self.truncation.documents += other.truncation.documents;
+        self.truncation.chunks += other.truncation.chunks;
+        self.timings.tokenize = self.timings.tokenize.max(other.timings.tokenize);
+        self.timings.queue = self.timings.queue.max(other.timings.queue);
+        self.timings.inference = self.timings.inference.max(other.timings.inference);
+        self
+    }
+}
+
 /// One document of a ranking.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Ranked {
     /// Position in the request.
     pub index: usize,
     /// The model's score map of `logit`, in [0, 1].
     pub score: f64,
     /// The model's output for its best chunk.
+    pub logit: f32,
+    /// Its chunks in the text's order; empty if [`DocumentOptions::spans`] is false.
+    pub chunks: Vec<RankedChunk>,
+}
+
+impl Ranked {
+    /// The first of the chunks with the highest logit.
+    pub fn best_chunk(&self) -> Option<&RankedChunk> {
+        self.chunks.iter().find(|chunk| chunk.logit == self.logit)
+    }
+}
+
+/// One chunk of a ranked document.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RankedChunk {
+    /// See [`Chunk::span`].
+    pub span: Range<usize>,
+    /// The model's score map of `logit`, in [0, 1].
+    pub score: f64,
+    /// The model's output.
     pub logit: f32,
 }
 
@@ -82,23 +122,62 @@ pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, 
     client.take_tokens(tokens)?;
     let EncodedRequest { pairs, documents, truncation } = encoded;
     let scores = model.scheduler.score(pairs, permit, request.deadline).await?;
-    let results = best_first(&scores, model.score_map, &documents, request.top_n);
+    let mut results = best_first(&scores, model.score_map, &documents, request.top_n);
+    if request.options.spans {
+        for ranked in &mut results {
+            ranked.chunks = ranked_chunks(&scores, model.score_map, &documents[ranked.index]);
+        }
+    }
     let timings = Timings { tokenize, queue: scores.queued, inference: scores.computed };
     Ok(Ranking { model: model.name.clone(), results, tokens, truncation, timings })
 }
 
+/// Ranks several requests. In the result, a document's index counts the documents of the requests before its own.
+///
+/// # Errors
+/// The first error of any request.
+pub async fn rank_all(models: &Models, mut requests: Vec<RerankRequest>) -> Result<Ranking, RerankError> {
+    if requests.len() == 1 {
+        return rerank(models, requests.remove(0)).await;
+    }
+    let mut first_index = 0;
+    let ranked = requests.into_iter().map(|request| {
+        let first = first_index;
+        first_index += request.documents.len();
+        async move {
+            let mut ranking = rerank(models, request).await?;
+            ranking.results.iter_mut().for_each(|ranked| ranked.index += first);
+            Ok(ranking)
+        }
+    });
+    let merged = stream::iter(ranked).buffered(CONCURRENT_QUERIES).try_fold(None, |all: Option<Ranking>, ranking| {
+        future::ready(Ok(Some(match all {
+            Some(all) => all.merge(ranking),
+            None => ranking,
+        })))
+    });
+    merged.await?.ok_or_else(|| RerankError::invalid("query", "is missing"))
+}
+
 /// Each document's best chunk, sorted by logit descending, then index, truncated to `top_n`. The sigmoid saturates at 1 for
 /// logits above 36, so it cannot order them.
-fn best_first(scores: &Scores, map: ScoreMap, documents: &[Vec<usize>], top_n: Option<usize>) -> Vec<Ranked> {
-    let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| scores.logits[pair]).fold(f32::NEG_INFINITY, f32::max);
-    let ranked = |(index, chunks)| {
-        let logit = best(chunks);
-        Ranked { index, score: map.score(logit), logit }
+fn best_first(scores: &Scores, map: ScoreMap, documents: &[Vec<Chunk>], top_n: Option<usize>) -> Vec<Ranked> {
+    let ranked = |(index, chunks): (usize, &Vec<Chunk>)| {
+        let logit = chunks.iter().map(|chunk| scores.logits[chunk.pair]).fold(f32::NEG_INFINITY, f32::max);
+        Ranked { index, score: map.score(logit), logit, chunks: Vec::new() }
     };
     let mut results: Vec<Ranked> = documents.iter().enumerate().map(ranked).collect();
     results.sort_by(|a, b| b.logit.total_cmp(&a.logit).then(a.index.cmp(&b.index)));
     results.truncate(top_n.unwrap_or(usize::MAX));
     results
+}
+
+fn ranked_chunks(scores: &Scores, map: ScoreMap, chunks: &[Chunk]) -> Vec<RankedChunk> {
+    let ranked = |chunk: &Chunk| {
+        let logit = scores.logits[chunk.pair];
+        RankedChunk { span: chunk.span.clone(), score: map.score(logit), logit }
+    };
+    chunks.iter().map(ranked).collect()
 }
 
 #[cfg(test)]
@@ -108,7 +187,8 @@ mod tests {
     #[test]
     fn best_chunk_wins_and_ties_keep_the_order() {
         let scores = Scores { logits: vec![0.5, 2.0, -1.0, 2.0], queued: Duration::ZERO, computed: Duration::ZERO };
-        let documents = [vec![2], vec![0, 1], vec![3], vec![2, 0]];
+        let chunks = |pairs: &[usize]| pairs.iter().map(|&pair| Chunk { pair, span: 0..0 }).collect();
+        let documents = [chunks(&[2]), chunks(&[0, 1]), chunks(&[3]), chunks(&[2, 0])];
         let order = |top_n| {
             best_first(&scores, ScoreMap::default(), &documents, top_n).iter().map(|r| r.index).collect::<Vec<_>>()
         };

@@ -38,7 +38,12 @@ pub struct Model {
 
 /// Every served model.
 #[derive(Debug)]
-pub struct Models(Vec<Model>);
+pub struct Models {
+    /// In the order of the command line.
+    models: Vec<Model>,
+    /// Whether requests for an unknown model go to the first one.
+    accepts_any_name: bool,
+}
 
 impl Model {
     /// Starts the workers of a loaded model.
@@ -114,7 +119,7 @@ impl Models {
                 }
             }
         }
-        Ok(Self(models))
+        Ok(Self { models, accepts_any_name: false })
     }
 
     /// The model with this name or alias, in upper or lower case. A gateway's prefix is ignored
@@ -123,7 +128,7 @@ impl Models {
     /// # Errors
     /// [`RerankError::UnknownModel`]
     pub fn find(&self, name: &str) -> Result<&Model, RerankError> {
-        let called = |name: &str| self.0.iter().find(|model| model.is_called(name));
+        let called = |name: &str| self.models.iter().find(|model| model.is_called(name));
         let suffixes = name.match_indices('/').take(MAX_PREFIX_PARTS).map(|(slash, _)| &name[slash + 1..]);
         std::iter::once(name).chain(suffixes).find_map(called).ok_or_else(|| RerankError::UnknownModel {
             model: name.chars().take(MAX_NAME_CHARS).collect(),
@@ -131,14 +136,15 @@ impl Models {
         })
     }
 
-    /// The model with this name or alias, as [`Models::find`]; without a name, the first model.
+    /// The model with this name or alias, as [`Models::find`]; without a name, or with an empty one, the first model.
     ///
     /// # Errors
     /// [`RerankError::UnknownModel`]
     pub fn choose(&self, name: Option<&str>) -> Result<&Model, RerankError> {
-        match (name, self.0.first()) {
-            (None, Some(first)) => Ok(first),
-            (name, _) => self.find(name.unwrap_or_default()),
+        let name = name.map(str::trim).unwrap_or_default();
+        match self.find(name) {
+            Err(unknown) => self.models.first().filter(|_| name.is_empty() || self.accepts_any_name).ok_or(unknown),
+            found => found,
         }
     }
 
@@ -146,9 +152,15 @@ impl Models {
         self.iter().map(|model| model.name.as_str()).collect::<Vec<_>>().join(", ")
     }
 
+    /// From now on, requests for an unknown model go to the first one.
+    #[must_use]
+    pub fn accepting_any_name(self) -> Self {
+        Self { accepts_any_name: true, ..self }
+    }
+
     /// The models, in the order of the command line.
     pub fn iter(&self) -> impl Iterator<Item = &Model> {
-        self.0.iter()
+        self.models.iter()
     }
 
     /// Waits until nothing is queued or computed, or until `until`.

@@ -68,7 +68,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         vocabulary: 16_000,
         description: String::new(),
     };
-    let app = App::new(settings.keys, settings.limits, settings.hosts);
+    let app = App::new(settings.keys, settings.limits, settings.hosts, settings.origins);
     app.set_models(Models::new(vec![Model::start(loaded, settings.models.scheduler)?])?);
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     tracing::info!("listening on http://{address}");

@@ -21,7 +21,7 @@ pub(super) async fn require_key(
         request.extensions_mut().insert(client);
         return Ok(next.run(request).await);
     }
-    Err(ApiError::unauthorized())
+    Err(ApiError::unauthorized().for_path(request.uri().path()))
 }
 
 /// The key in the headers: `Authorization: Bearer KEY`, `Authorization: KEY` or `x-api-key: KEY`. The same key may occur

@@ -23,6 +23,8 @@ pub struct ApiError {
     message: String,
     retry_after_s: Option<u64>,
     closes_connection: bool,
+    /// Whether `error` in the body is a text ([`TextErrorBody`]).
+    has_text: bool,
     /// The reason for the log, if the message may repeat parts of the request's text.
     log_reason: Option<String>,
     cause: Option<anyhow::Error>,
@@ -41,6 +43,24 @@ pub(super) struct ErrorBody {
     /// The message again, where some clients expect it.
     detail: String,
     error: ErrorDetail,
+}
+
+/// The body of errors for clients of text-embeddings-inference and Weaviate, which read `error` as a text.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct TextErrorBody {
+    /// What is wrong, and how to correct it.
+    error: String,
+    /// `Validation`, `Overloaded` or `Backend`.
+    error_type: &'static str,
+    /// As in other errors.
+    code: u16,
+    /// The message again.
+    message: String,
+    /// Always null.
+    #[schema(value_type = Option<String>)]
+    data: (),
+    /// The message again.
+    detail: String,
 }
 
 /// The part of an error body that SDKs map to exception classes.
@@ -63,6 +83,7 @@ impl ApiError {
             message: message.into(),
             retry_after_s: None,
             closes_connection: false,
+            has_text: false,
             log_reason: None,
             cause: None,
         }
@@ -88,12 +109,24 @@ impl ApiError {
         Self { closes_connection: true, ..self }
     }
 
-    pub(super) fn status(&self) -> StatusCode {
-        self.status
+    /// With a [`TextErrorBody`].
+    pub(super) fn with_text(self) -> Self {
+        Self { has_text: true, ..self }
     }
 
-    pub(super) fn message(&self) -> &str {
-        &self.message
+    /// For a request whose body is not read, so that its dialect is unknown: with a [`TextErrorBody`] on the path of
+    /// text-embeddings-inference.
+    pub(super) fn for_path(self, path: &str) -> Self {
+        if path == "/rerank" { self.with_text() } else { self }
+    }
+
+    /// text-embeddings-inference's name for the kind of error.
+    fn text_kind(&self) -> &'static str {
+        match self.status.as_u16() {
+            429 | 503 => "Overloaded",
+            500.. => "Backend",
+            _ => "Validation",
+        }
     }
 
     fn kind(&self) -> &'static str {
@@ -147,9 +180,14 @@ impl IntoResponse for ApiError {
             tracing::error!("internal error: {cause:#}");
         }
         let reason = self.log_reason.clone().unwrap_or_else(|| self.message.clone());
-        let error = ErrorDetail { message: self.message.clone(), kind: self.kind(), code: self.code };
-        let body = ErrorBody { code: self.code, detail: self.message.clone(), message: self.message, data: (), error };
-        let mut response = (self.status, Json(body)).into_response();
+        let (code, message, detail) = (self.code, self.message.clone(), self.message.clone());
+        let mut response = if self.has_text {
+            let (error, error_type) = (self.message.clone(), self.text_kind());
+            (self.status, Json(TextErrorBody { error, error_type, code, message, data: (), detail })).into_response()
+        } else {
+            let error = ErrorDetail { message: self.message.clone(), kind: self.kind(), code };
+            (self.status, Json(ErrorBody { code, message, data: (), detail, error })).into_response()
+        };
         if let Some(seconds) = self.retry_after_s {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

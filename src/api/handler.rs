@@ -14,7 +14,7 @@ use crate::background;
 use crate::client::Client;
 use crate::error::RerankError;
 use crate::failpoint::failpoint;
-use crate::rerank::{Ranking, rerank as rank};
+use crate::rerank::{Ranking, rank_all};
 use crate::scheduler::Deadline;
 
 /// Bodies of more bytes are parsed on background threads, and their responses are written there.
@@ -28,7 +28,7 @@ pub(super) async fn rerank(State(app): State<Arc<App>>, request: Request) -> Res
     let (parts, body) = request.into_parts();
     let ReadBody { bytes, share } = match app.memory.read(&client, &parts.headers, body, &app.limits).await {
         Ok(body) => body,
-        Err(error) => return error.into_response(),
+        Err(error) => return error.for_path(parts.uri.path()).into_response(),
     };
     let (response, dialect) = answer(&app, client, bytes, id).await;
     let response = match response {
@@ -47,10 +47,12 @@ async fn answer(app: &App, client: Client, body: Vec<u8>, id: String) -> (Result
         Err(error) => return (Err(error), Dialect::Documents),
     };
     let ranked = async {
-        let ParsedRequest { mut request, write } = parsed?;
-        (request.client, request.deadline) = (client, Some(deadline));
-        let documents = request.documents.len();
-        let ranked = tokio::time::timeout_at(deadline.at.into(), rank(app.models()?, request)).await;
+        let ParsedRequest { mut requests, write } = parsed?;
+        for request in &mut requests {
+            (request.client, request.deadline) = (client.clone(), Some(deadline));
+        }
+        let documents = requests.iter().map(|request| request.documents.len()).sum();
+        let ranked = tokio::time::timeout_at(deadline.at.into(), rank_all(app.models()?, requests)).await;
         let ranking = ranked.unwrap_or(Err(RerankError::Deadline { seconds: deadline.seconds }))?;
         count(&ranking, documents);
         let stats = RequestStats { documents, tokens: ranking.tokens };

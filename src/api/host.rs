@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::Response;
 
@@ -20,21 +20,22 @@ pub(super) async fn require_known_host(
     if let Some(hosts) = &app.hosts {
         // The host in an absolute-form target replaces the Host header (RFC 9112, section 3.2.2).
         let target = request.uri().authority().map(|authority| authority.as_str());
-        let host = target.or_else(|| header(request.headers(), &header::HOST));
-        let origin =
-            header(request.headers(), &header::ORIGIN).map(|origin| origin.split("://").last().unwrap_or(origin));
+        let host = target.or_else(|| request.headers().get(header::HOST).map(text));
+        let origin = request.headers().get(header::ORIGIN).filter(|origin| !app.origins.allows(origin));
+        let origin = origin.map(|origin| text(origin).split("://").last().unwrap_or_default());
         if let Some(unknown) = [host, origin].into_iter().flatten().find(|host| !hosts.allows(host)) {
             let unknown: String = unknown.chars().take(100).collect();
             let message = format!(
                 "the host {unknown:?} is not allowed: a server without keys answers on localhost only; set --api-key, or name the \
-                 host with --allowed-host"
+                 host with --allowed-host, or the origin of a web page with --allowed-origin"
             );
-            return Err(ApiError::new(StatusCode::FORBIDDEN, message));
+            return Err(ApiError::new(StatusCode::FORBIDDEN, message).for_path(request.uri().path()));
         }
     }
     Ok(next.run(request).await)
 }
 
-fn header<'a>(headers: &'a HeaderMap, name: &axum::http::HeaderName) -> Option<&'a str> {
-    headers.get(name)?.to_str().ok()
+/// A header's text. A value that is not visible ASCII is no host name and counts as the empty text, which is not allowed.
+fn text(value: &HeaderValue) -> &str {
+    value.to_str().unwrap_or_default()
 }

@@ -6,15 +6,15 @@ use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder
 use utoipa::{Modify, OpenApi, ToSchema};
 use utoipa_swagger_ui::SwaggerUi;
 
-use super::dialect::{documents, input, passages, texts};
-use super::error::ErrorBody;
+use super::dialect::{documents, input, passages, text_pairs, texts, weaviate};
+use super::error::{ErrorBody, TextErrorBody};
 use super::ops;
 
 #[derive(OpenApi)]
 #[openapi(
     info(title = "rerankd", description = "Ranks documents by their relevance to a query."),
     paths(
-        v1_rerank, rerank, v1_reranking, v1_ranking,
+        v1_rerank, rerank, v1_reranking, v1_ranking, v1_score,
         ops::models, ops::model, ops::info, ops::cluster_auth, ops::health, ops::ready, ops::metrics
     ),
     modifiers(&SecuritySchemes)
@@ -60,6 +60,7 @@ pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
 enum AnyBody<'a> {
     Documents(documents::RerankBody<'a>),
     Texts(texts::TextsBody<'a>),
+    Weaviate(weaviate::WeaviateBody<'a>),
 }
 
 /// Response of a rerank path, in the body's dialect.
@@ -70,6 +71,7 @@ enum AnyBody<'a> {
 enum AnyAnswer {
     Documents(documents::RerankAnswer),
     Texts(Vec<texts::TextsRank>),
+    Weaviate(weaviate::WeaviateAnswer),
 }
 
 /// Error of a rerank path, in the body's dialect.
@@ -79,7 +81,7 @@ enum AnyAnswer {
 #[allow(dead_code, reason = "a schema for the OpenAPI document, never constructed")]
 enum AnyError {
     Documents(ErrorBody),
-    Texts(texts::TextsError),
+    Texts(TextErrorBody),
 }
 
 /// Describes one rerank path: its body, its response and its errors. `handler::rerank` handles all of them.
@@ -91,10 +93,10 @@ macro_rules! rerank_path {
             responses(
                 (status = 200, description = "Best first", body = $answer),
                 (status = 400, description = "A field is wrong (code 20015), or the model unknown (20012)", body = $error),
-                (status = 401, description = "No key, or a wrong one", body = ErrorBody),
-                (status = 408, description = "The body did not arrive in time", body = ErrorBody),
+                (status = 401, description = "No key, or a wrong one", body = $error),
+                (status = 408, description = "The body did not arrive in time", body = $error),
                 (status = 413, description = "The body, or the work it asks for, is over the limit", body = $error),
-                (status = 415, description = "A compressed body", body = ErrorBody),
+                (status = 415, description = "A compressed body", body = $error),
                 (status = 429, description = "A rate limit of the key is used up; see Retry-After", body = $error),
                 (status = 500, description = "A fault of the server", body = $error),
                 (status = 503, description = "Too much is waiting (code 50505); see Retry-After", body = $error),
@@ -118,7 +120,7 @@ rerank_path!(
 rerank_path!(
     rerank,
     "/rerank",
-    "Ranks texts as text-embeddings-inference does, or documents as /v1/rerank.",
+    "Ranks texts as text-embeddings-inference does, documents as /v1/rerank or as Weaviate's reranker-transformers.",
     AnyBody<'_>,
     AnyAnswer,
     AnyError
@@ -137,5 +139,13 @@ rerank_path!(
     "Ranks passages as NVIDIA NIM does.",
     passages::PassagesBody<'_>,
     passages::PassagesAnswer,
+    ErrorBody
+);
+rerank_path!(
+    v1_score,
+    "/v1/score",
+    "Scores pairs of texts as vLLM does.",
+    text_pairs::TextPairsBody<'_>,
+    text_pairs::TextPairsAnswer,
     ErrorBody
 );

@@ -19,7 +19,7 @@ use crate::served::Model;
 use crate::telemetry;
 
 /// Paths that rank; each accepts every dialect. Two version prefixes occur when an SDK adds its own to a base URL that has one.
-pub(super) const RERANK_PATHS: [&str; 14] = [
+pub(super) const RERANK_PATHS: [&str; 16] = [
     "/v1/rerank",
     "/v2/rerank",
     "/rerank",
@@ -33,6 +33,8 @@ pub(super) const RERANK_PATHS: [&str; 14] = [
     "/v1/ranking",
     "/ranking",
     "/v1/v1/ranking",
+    "/v1/score",
+    "/score",
     "/v1/retrieval/{*model}",
 ];
 
@@ -122,7 +124,7 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiEr
     Ok(Json(json!({"status": "ready"})).into_response())
 }
 
-/// The first model and the limits, as text-embeddings-inference describes them.
+/// The first model and the limits, as text-embeddings-inference describes them. Weaviate reads `/meta` at its start.
 #[utoipa::path(get, path = "/info", responses((status = 200, description = "The first model and the limits", content_type = "application/json"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<serde_json::Value>, ApiError> {
     let model = app.models()?.iter().next();
@@ -167,8 +169,9 @@ pub(super) async fn unknown_path(request: Request) -> ApiError {
 }
 
 /// The response on a connection beyond the cap. The connection is closed, to make room.
-pub(super) async fn too_many_connections() -> ApiError {
-    ApiError::from(RerankError::Overloaded { retry_after_s: 1 }).closing_connection()
+pub(super) async fn too_many_connections(request: Request) -> ApiError {
+    let overloaded = ApiError::from(RerankError::Overloaded { retry_after_s: 1 });
+    overloaded.for_path(request.uri().path()).closing_connection()
 }
 
 /// 405 with the method that the path accepts.

@@ -22,6 +22,7 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/v1/v1/models", get(ops::models))
         .route("/info", get(ops::info))
         .route("/v1/info", get(ops::info))
+        .route("/meta", get(ops::info))
         .route("/metrics", get(ops::metrics))
         .fallback(ops::unknown_path);
     for path in RERANK_PATHS {
@@ -34,6 +35,8 @@ pub fn router(app: &Arc<App>) -> Router {
     let open = Router::new()
         .route("/health", get(ops::health))
         .route("/ready", get(ops::ready))
+        .route("/.well-known/ready", get(ops::ready))
+        .route("/.well-known/live", get(ops::health))
         .route("/v1/cluster/auth", get(ops::cluster_auth))
         .route("/", get(openapi::front))
         .route("/openapi.json", get(openapi::document))
@@ -54,8 +57,11 @@ pub(crate) fn overloaded_router(app: &Arc<App>) -> Router {
 
 /// Adds the middleware of every route: the host check, panics as 500, the log line and the request id.
 fn with_middleware(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
+    let mut routes = routes.layer(middleware::from_fn_with_state(Arc::clone(app), host::require_known_host));
+    if let Some(cors) = app.origins.layer() {
+        routes = routes.layer(cors);
+    }
     let routes = routes
-        .layer(middleware::from_fn_with_state(Arc::clone(app), host::require_known_host))
         .layer(CatchPanicLayer::custom(error::from_panic))
         .layer(middleware::from_fn(observe::observe))
         .with_state(Arc::clone(app));

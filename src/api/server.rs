@@ -217,7 +217,8 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     while let Ok(stream) = tokio::time::timeout_at(grace.into(), accept(&listener)).await {
         start_connection(stream);
     }
-    drop(listener);
+    // Closing the listener resets the connections in the kernel's queue.
+    queued_connections(listener).for_each(&mut start_connection);
     // Closing a connection before its first request arrives would lose the request. Responses close these connections now.
     tokio::time::sleep(LAST_REQUESTS.min(until.saturating_duration_since(Instant::now()))).await;
     tracing::info!(seconds = timeouts.drain.as_secs(), "draining: no new connections, finishing running requests");
@@ -312,11 +313,7 @@ impl Drop for RequestGuard {
 async fn accept(listener: &TcpListener) -> TcpStream {
     loop {
         match try_accept(listener).await {
-            Ok((stream, _)) => {
-                stream.set_nodelay(true).ok();
-                SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE)).ok();
-                return stream;
-            }
+            Ok((stream, _)) => return configured(stream),
             Err(error) if is_connection_error(&error) => {}
             Err(error) => {
                 tracing::error!(%error, "cannot accept connections");
@@ -324,6 +321,22 @@ async fn accept(listener: &TcpListener) -> TcpStream {
             }
         }
     }
+}
+
+/// The connections that wait in the kernel's queue. Closes the listener right after the last one.
+fn queued_connections(listener: TcpListener) -> impl Iterator<Item = TcpStream> {
+    let listener = listener.into_std().ok();
+    let next = move || listener.as_ref()?.accept().ok();
+    std::iter::from_fn(next).fuse().filter_map(|(stream, _)| {
+        stream.set_nonblocking(true).ok()?;
+        TcpStream::from_std(stream).ok().map(configured)
+    })
+}
+
+fn configured(stream: TcpStream) -> TcpStream {
+    stream.set_nodelay(true).ok();
+    SockRef::from(&stream).set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE)).ok();
+    stream
 }
 
 async fn try_accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {

@@ -6,6 +6,7 @@ use std::sync::{Arc, OnceLock};
 use super::body::{ApiLimits, MemoryBudget};
 use super::hosts::HostList;
 use super::keys::Keys;
+use super::origins::Origins;
 use crate::error::RerankError;
 use crate::served::Models;
 
@@ -18,15 +19,25 @@ pub struct App {
     pub(super) limits: ApiLimits,
     /// Allowed Host and Origin headers; `None` allows every host.
     pub(super) hosts: Option<HostList>,
+    /// Origins of web pages that may use the server.
+    pub(super) origins: Origins,
     pub(super) memory: MemoryBudget,
     pub(super) draining: AtomicBool,
 }
 
 impl App {
     /// State without models: requests are refused until [`App::set_models`].
-    pub fn new(keys: Keys, limits: ApiLimits, hosts: Option<HostList>) -> Arc<Self> {
+    pub fn new(keys: Keys, limits: ApiLimits, hosts: Option<HostList>, origins: Origins) -> Arc<Self> {
         let memory = MemoryBudget::new(limits.max_inflight_bytes);
-        Arc::new(Self { models: OnceLock::new(), keys, limits, hosts, memory, draining: AtomicBool::new(false) })
+        Arc::new(Self {
+            models: OnceLock::new(),
+            keys,
+            limits,
+            hosts,
+            origins,
+            memory,
+            draining: AtomicBool::new(false),
+        })
     }
 
     /// Sets the models, once. A second call has no effect.

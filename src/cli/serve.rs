@@ -62,7 +62,7 @@ async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
     tracing::info!(
         "accepting connections on http://{address}; requests are answered with 503 until the models are loaded"
     );
-    let app = App::new(settings.keys.clone(), settings.limits, settings.hosts.clone());
+    let app = App::new(settings.keys.clone(), settings.limits, settings.hosts.clone(), settings.origins.clone());
     // Leaked, so that the exit does not wait for a worker whose batch outlasts the drain.
     std::mem::forget(Arc::clone(&app));
     let mut serving = std::pin::pin!(api::serve(listener, Arc::clone(&app), settings.timeouts, stop));
@@ -75,7 +75,7 @@ async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
         loaded = loading => {
             let models = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::of_loading)?;
             let first = models.iter().next().map(|model| model.name.clone()).unwrap_or_default();
-            app.set_models(models);
+            app.set_models(if settings.accept_any_model { models.accepting_any_name() } else { models });
             log_startup(&settings, address, &first);
         }
     }

@@ -184,6 +184,23 @@ pub struct ServeArgs {
     )]
     pub allowed_hosts: Vec<String>,
 
+    /// Origin of a web page that may use the server from a browser; repeat it for several, * for every page [default: none]
+    ///
+    /// Adds CORS headers to responses and answers preflight requests. Example: https://app.example
+    #[arg(
+        long = "allowed-origin",
+        id = "allowed-origin",
+        value_name = "ORIGIN",
+        env = "RERANKD_ALLOWED_ORIGIN",
+        value_delimiter = ',',
+        help_heading = "Server"
+    )]
+    pub allowed_origins: Vec<String>,
+
+    /// Rank requests for an unknown model with the first one instead of refusing them [default: false]
+    #[arg(long, env = "RERANKD_ACCEPT_ANY_MODEL", help_heading = "Server")]
+    pub accept_any_model: bool,
+
     /// Maximum documents of one request; requests with more documents are refused
     #[arg(long, value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=100_000), env = "RERANKD_MAX_DOCUMENTS", help_heading = "Limits")]
     pub max_documents: u32,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use super::args::{CudaArgs, CudaAttentionArg, CudaGemmArg};
 use super::args::{DtypeArg, ModelArgs, ServeArgs, TailArg};
 use super::machine::{CudaAvailability, Machine};
-use crate::api::{ApiLimits, HostList, Keys, ServerTimeouts};
+use crate::api::{ApiLimits, HostList, Keys, Origins, ServerTimeouts};
 use crate::backend::cpu::CpuDtype;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{CudaDtype, CudaOptions, GemmChoice};
@@ -56,6 +56,10 @@ pub struct ServeSettings {
     pub keys: Keys,
     /// Hosts that requests may name; `None` allows every host.
     pub hosts: Option<HostList>,
+    /// Origins of web pages that may use the server.
+    pub origins: Origins,
+    /// Whether requests for an unknown model go to the first one.
+    pub accept_any_model: bool,
     pub limits: ApiLimits,
     pub timeouts: ServerTimeouts,
 }
@@ -299,6 +303,7 @@ impl ServeArgs {
         );
         let is_private = keys.is_open() && self.host.is_loopback();
         let hosts = is_private.then(|| HostList::new(self.allowed_hosts.iter().cloned()));
+        let origins = Origins::new(self.allowed_origins.iter().cloned()).context("--allowed-origin")?;
         let queue = QueueSettings {
             max_tokens: self.max_queue_tokens,
             max_wait: Duration::from_secs_f64(self.max_queue_wait),
@@ -309,6 +314,8 @@ impl ServeArgs {
             address: SocketAddr::new(self.host, self.port),
             keys,
             hosts,
+            origins,
+            accept_any_model: self.accept_any_model,
             limits: ApiLimits {
                 max_connections: self.max_connections as usize,
                 max_documents: self.max_documents as usize,

@@ -71,11 +71,18 @@ pub struct DocumentOptions {
     pub max_chunks_per_doc: usize,
     /// Maximum tokens of a document that are read; `None` is no limit.
     pub max_tokens_per_doc: Option<usize>,
+    /// Whether chunks get their position in the text, [`Chunk::span`].
+    pub spans: bool,
 }
 
 impl Default for DocumentOptions {
     fn default() -> Self {
-        Self { overlap_tokens: MAX_OVERLAP_TOKENS, max_chunks_per_doc: DEFAULT_MAX_CHUNKS, max_tokens_per_doc: None }
+        Self {
+            overlap_tokens: MAX_OVERLAP_TOKENS,
+            max_chunks_per_doc: DEFAULT_MAX_CHUNKS,
+            max_tokens_per_doc: None,
+            spans: false,
+        }
     }
 }
 
@@ -84,10 +91,20 @@ impl Default for DocumentOptions {
 pub struct EncodedRequest {
     /// Distinct pairs.
     pub pairs: Vec<Pair>,
-    /// For each document, in the request's order, indices into `pairs`; never empty.
-    pub documents: Vec<Vec<usize>>,
+    /// For each document, in the request's order, its chunks in the text's order; never empty.
+    pub documents: Vec<Vec<Chunk>>,
     /// What the pairs do not contain.
     pub truncation: Truncation,
+}
+
+/// A part of a document that is scored as one pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chunk {
+    /// Index into [`EncodedRequest::pairs`]. Chunks with the same tokens share a pair.
+    pub pair: usize,
+    /// From its first character in the document's text to the one after its last, counted in Unicode code points; `0..0` if
+    /// [`DocumentOptions::spans`] is false.
+    pub span: Range<usize>,
 }
 
 /// Which parts of a request's text the model did not read.
@@ -263,7 +280,7 @@ impl TextEncoder {
         let (query, query_truncated) = self.query_ids(query, class).await?;
         let chunking = self.chunking(query.len(), options);
         let reach = chunking.reach().min(options.max_tokens_per_doc.unwrap_or(usize::MAX));
-        let texts = self.document_ids(documents, reach, class).await?;
+        let texts = self.document_ids(documents, reach, options.spans, class).await?;
         let inner = Arc::clone(&self.inner);
         let truncation = Truncation { query: query_truncated, ..Truncation::default() };
         let pairs = move || inner.pairs(&query, &texts, chunking, options.max_tokens_per_doc, truncation);
@@ -280,7 +297,9 @@ impl TextEncoder {
                 break;
             }
             let unit = vec![(0, range)];
-            ids.extend(self.tokenize(Arc::clone(&text), unit, class).await?.into_iter().flat_map(|(_, ids)| ids));
+            ids.extend(
+                self.tokenize(Arc::clone(&text), unit, false, class).await?.into_iter().flat_map(|slice| slice.ids),
+            );
         }
         let truncated = ids.len() > limit;
         ids.truncate(limit);
@@ -292,6 +311,7 @@ impl TextEncoder {
         &self,
         documents: Arc<[String]>,
         reach: usize,
+        spans: bool,
         class: &SizeClass,
     ) -> Result<Vec<DocumentIds>, RerankError> {
         let limits = &self.inner.limits;
@@ -314,18 +334,16 @@ impl TextEncoder {
         // dropped here.
         let jobs = units.into_iter().filter_map(|mut unit| {
             unit.retain(&needed);
-            (!unit.is_empty()).then(|| self.tokenize(Arc::clone(&documents), unit, class))
+            (!unit.is_empty()).then(|| self.tokenize(Arc::clone(&documents), unit, spans, class))
         });
         let mut results = stream::iter(jobs).buffered(limits.threads.max(1));
         let mut total = 0;
         while let Some(unit) = results.next().await {
-            for (document, new) in unit? {
-                let text = &mut texts[document];
-                let kept = new.len().min(reach.saturating_sub(text.ids.len()));
-                text.ids.extend_from_slice(&new[..kept]);
-                text.tokens += new.len();
-                tokens_so_far[document].store(text.tokens, Relaxed);
-                total += kept;
+            for slice in unit? {
+                let text = &mut texts[slice.document];
+                text.tokens += slice.ids.len();
+                tokens_so_far[slice.document].store(text.tokens, Relaxed);
+                total += text.append(slice, reach);
             }
             if total > limits.max_request_tokens {
                 return Err(RerankError::TooMuchWork { tokens: total, limit: limits.max_request_tokens });
@@ -347,8 +365,9 @@ impl TextEncoder {
         &self,
         texts: Arc<[String]>,
         unit: Unit,
+        spans: bool,
         class: &SizeClass,
-    ) -> Result<Vec<(usize, Vec<u32>)>, RerankError> {
+    ) -> Result<Vec<SliceIds>, RerankError> {
         let slot = Arc::clone(&class.slots).acquire_owned().await.map_err(|e| RerankError::Internal(e.into()))?;
         let (inner, admission) = (Arc::clone(&self.inner), Arc::clone(&class.admission));
         let work = move || {
@@ -356,8 +375,8 @@ impl TextEncoder {
             failpoint!("tokenizer-unit");
             let bytes: usize = unit.iter().map(|(_, range)| range.len()).sum();
             let start = Instant::now();
-            let ids = |(text, range): (usize, Range<usize>)| {
-                Ok((text, template::encode(&inner.tokenizer, &texts[text][range])?))
+            let ids = |(document, range): (usize, Range<usize>)| {
+                SliceIds::encode(&inner.tokenizer, document, &texts[document][range], spans)
             };
             let ids = unit.into_iter().map(ids).collect::<Result<Vec<_>>>().map_err(RerankError::Internal);
             if bytes >= SLICE_CHARS / 2 {
@@ -392,14 +411,18 @@ impl Inner {
             let dropped = chunking.count(read(text)).saturating_sub(chunking.max_chunks);
             truncation.chunks += dropped;
             truncation.documents += usize::from(text.truncated || dropped > 0 || read(text) < text.tokens);
-            let indices = chunking.chunks(read(text)).map(|chunk| match known.entry(&text.ids[chunk]) {
-                Entry::Occupied(same) => *same.get(),
-                Entry::Vacant(new) => {
-                    encoded.pairs.push(self.template.pair(query, new.key()));
-                    *new.insert(encoded.pairs.len() - 1)
-                }
+            let chunks = chunking.chunks(read(text)).map(|chunk| {
+                let span = text.span(chunk.clone());
+                let pair = match known.entry(&text.ids[chunk]) {
+                    Entry::Occupied(same) => *same.get(),
+                    Entry::Vacant(new) => {
+                        encoded.pairs.push(self.template.pair(query, new.key()));
+                        *new.insert(encoded.pairs.len() - 1)
+                    }
+                };
+                Chunk { pair, span }
             });
-            encoded.documents.push(indices.collect());
+            encoded.documents.push(chunks.collect());
         }
         encoded.truncation = truncation;
         Ok(encoded)
@@ -418,12 +441,57 @@ impl EncodedRequest {
 struct DocumentIds {
     /// Token ids as far as the document's chunks reach.
     ids: Vec<u32>,
+    /// Each id's position in the text, in code points; empty if not asked for.
+    spans: Vec<Range<usize>>,
+    /// Code points of the slices that `ids` come from.
+    chars: usize,
     /// Tokens of the document's first `bytes`; extrapolated if only a part of them was tokenized.
     tokens: usize,
     /// Bytes of its text after truncation to the maximum characters.
     bytes: usize,
     /// Whether its text was truncated before tokenization.
     truncated: bool,
+}
+
+impl DocumentIds {
+    /// Appends the tokens of the document's next slice, up to `reach` tokens in all. Returns how many were appended.
+    fn append(&mut self, slice: SliceIds, reach: usize) -> usize {
+        let kept = slice.ids.len().min(reach.saturating_sub(self.ids.len()));
+        self.ids.extend_from_slice(&slice.ids[..kept]);
+        let before = self.chars;
+        self.spans.extend(slice.spans.iter().take(kept).map(|span| before + span.start..before + span.end));
+        self.chars += slice.chars;
+        kept
+    }
+
+    /// The part of the text that a chunk's tokens come from. Some normalizers change the order of characters, so the first token
+    /// need not have the least position.
+    fn span(&self, chunk: Range<usize>) -> Range<usize> {
+        let spans = self.spans.get(chunk).unwrap_or_default();
+        let start = spans.iter().map(|span| span.start).min().unwrap_or(0);
+        start..spans.iter().map(|span| span.end).max().unwrap_or(start)
+    }
+}
+
+/// The tokens of a slice.
+#[derive(Debug)]
+struct SliceIds {
+    document: usize,
+    ids: Vec<u32>,
+    /// Each id's position in the slice, in code points; empty if not asked for.
+    spans: Vec<Range<usize>>,
+    /// Code points of the slice; 0 if positions are not asked for.
+    chars: usize,
+}
+
+impl SliceIds {
+    fn encode(tokenizer: &Tokenizer, document: usize, text: &str, spans: bool) -> Result<Self> {
+        if !spans {
+            return Ok(Self { document, ids: template::encode(tokenizer, text)?, spans: Vec::new(), chars: 0 });
+        }
+        let (ids, spans) = template::encode_with_spans(tokenizer, text)?;
+        Ok(Self { document, ids, spans, chars: text.chars().count() })
+    }
 }
 
 /// Slices that are tokenized by one call: part of a long document, or several short documents.

@@ -10,6 +10,6 @@ mod template;
 
 pub use chunk::{Chunking, Tail};
 pub use encoder::{
-    DEFAULT_MAX_CHUNKS, DocumentOptions, EncodedRequest, MAX_OVERLAP_TOKENS, TextEncoder, TextLimits, Truncation,
+    Chunk, DEFAULT_MAX_CHUNKS, DocumentOptions, EncodedRequest, MAX_OVERLAP_TOKENS, TextEncoder, TextLimits, Truncation,
 };
 pub use template::EmbeddingRows;

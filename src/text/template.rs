@@ -1,5 +1,6 @@
 //! How a query and a document are joined to one sequence, derived from the model's tokenizer.
 
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -100,6 +101,13 @@ impl PairTemplate {
 /// A text's ids, without special tokens.
 pub(crate) fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     Ok(encoding(|| tokenizer.encode_fast(text, false))?.get_ids().to_vec())
+}
+
+/// As [`encode`], and each token's first character in the text and the one after its last, counted in Unicode code points.
+pub(crate) fn encode_with_spans(tokenizer: &Tokenizer, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+    let encoding = encoding(|| tokenizer.encode_char_offsets(text, false))?;
+    let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();
+    Ok((encoding.get_ids().to_vec(), spans))
 }
 
 /// Runs the tokenizer. A damaged tokenizer.json, such as one with a wrong character map, can make it panic.

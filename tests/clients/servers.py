@@ -17,6 +17,10 @@ KEY = "a-right-key"
 # The name under which the model is served, whichever model it is.
 MODEL = "rerankd-mini"
 
+# A name that LibreChat always sends, and the origin of a web page.
+ALIAS = "jina-reranker-v2-base-multilingual"
+ORIGIN = "https://app.example"
+
 MIB = 1 << 20
 
 # A request of 100,000 random words keeps the built-in model busy for a minute; a larger model for the whole run.
@@ -64,7 +68,8 @@ class Servers:
 
     def start(self, name, *flags, niceness=0):
         log = self.log_folder / f"server-{name}.log"
-        command = [self.binary, "serve", "--model", self.model, "--host", "127.0.0.1", "--port", "0", *flags]
+        command = [self.binary, "serve", "--model", self.model, "--alias", ALIAS, "--allowed-origin", ORIGIN]
+        command += ["--host", "127.0.0.1", "--port", "0", *flags]
         # RERANKD_* variables of the caller's environment would change the test.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RERANKD_")}
         environment["HF_HUB_OFFLINE"] = "1"

@@ -1,8 +1,12 @@
 //! Requests, responses and errors of each rerank API dialect, with the stub model.
 
+use axum::body::Body;
+use axum::http::Request;
+use rerankd::api::{App, HostList, Keys, Origins};
+use rerankd::served::Models;
 use serde_json::{Value, json};
 
-use crate::support::stub::{self, app, check_error, get, post, rerank};
+use crate::support::stub::{self, app, check_error, get, post, rerank, send};
 
 fn sigmoid(logit: f64) -> f64 {
     1.0 / (1.0 + (-logit).exp())
@@ -37,10 +41,8 @@ async fn text_embeddings_inference_requests_get_its_response_shape() {
         let answer = post(&app, "/rerank", body.to_string()).await;
         let found = answer.json();
         assert_eq!((answer.status.as_u16(), &found["error_type"]), (status, &json!(kind)), "{found}");
-        assert!(
-            found["error"].as_str().unwrap().contains(contains) && found.as_object().unwrap().len() == 2,
-            "{found}"
-        );
+        assert!(found["error"].as_str().unwrap().contains(contains), "{found}");
+        assert_eq!((&found["message"], &found["detail"]), (&found["error"], &found["error"]), "{found}");
     }
     let info = get(&app, "/info").await.json();
     assert_eq!(
@@ -65,8 +67,8 @@ async fn voyage_requests_get_its_response_shape() {
     let plain =
         rerank(&app, json!({"model": "m", "query": "apple", "documents": ["x"], "top_k": null, "truncation": null}))
             .await;
-    assert!(plain.json().get("data").is_none(), "data is only for requests with Voyage's fields");
-    assert_eq!(plain.json()["object"], "rerank");
+    assert_eq!(plain.json()["data"], json!([{"index": 0, "relevance_score": sigmoid(-1.0)}]));
+    assert_eq!(plain.json()["object"], "rerank", "list is only for requests with Voyage's fields");
     check_error(
         &rerank(&app, json!({"model": "m", "query": "q", "documents": ["x"], "top_k": 0})).await,
         400,
@@ -122,6 +124,177 @@ async fn every_path_accepts_every_dialect() {
 }
 
 #[tokio::test]
+async fn vllm_score_requests_get_its_response_shape() {
+    let (app, _) = app();
+    let scores = |found: Value| -> Vec<f64> {
+        assert_eq!((&found["object"], &found["model"]), (&json!("list"), &json!("m")), "{found}");
+        let data = found["data"].as_array().unwrap().iter().enumerate();
+        data.map(|(i, pair)| {
+            assert_eq!((&pair["index"], &pair["object"]), (&json!(i), &json!("score")));
+            pair["score"].as_f64().unwrap()
+        })
+        .collect()
+    };
+    for path in ["/score", "/v1/score", "/v1/rerank"] {
+        let request =
+            json!({"model": "m", "text_1": "red apple", "text_2": ["x", "red apple"], "truncate_prompt_tokens": 5});
+        assert_eq!(scores(post(&app, path, request.to_string()).await.json()), [sigmoid(-1.0), sigmoid(1.0)], "{path}");
+    }
+    let paired = json!({"text_1": ["apple", "red", "x"], "text_2": ["x", "red", "apple"], "use_activation": false});
+    let found = post(&app, "/score", paired.to_string()).await.json();
+    assert_eq!(found["usage"]["total_tokens"], 3 * 5, "three pairs of [CLS] text [SEP] text [SEP]");
+    assert_eq!(scores(found), [-1.0, 0.0, -1.0]);
+    let uneven = post(&app, "/score", r#"{"text_1":["a","b"],"text_2":["a","b","c"]}"#).await;
+    check_error(&uneven, 400, 20015, "invalid_request_error", "text_1");
+}
+
+#[tokio::test]
+async fn weaviate_requests_get_its_response_shape() {
+    let (app, _) = app();
+    let request = json!({"query": "red apple", "documents": ["x", "red apple"], "property": ""});
+    let expected = json!({"scores": [
+        {"document": "x", "score": sigmoid(-1.0)}, {"document": "red apple", "score": sigmoid(1.0)},
+    ]});
+    assert_eq!(post(&app, "/rerank", request.to_string()).await.json(), expected);
+    let error = post(&app, "/rerank", r#"{"query":"","documents":["a"],"property":"text"}"#).await;
+    assert_eq!(error.status, 400);
+    assert!(
+        error.json()["error"].as_str().unwrap().contains("query"),
+        "its client reads error as a text: {}",
+        error.text
+    );
+    for probe in ["/.well-known/ready", "/.well-known/live", "/meta"] {
+        assert!(get(&app, probe).await.status.is_success(), "{probe}: Weaviate asks for it at its start");
+    }
+}
+
+#[tokio::test]
+async fn a_request_without_a_model_goes_to_the_first_one() {
+    let models = [stub::model("first", 0.0, stub::QUEUE).0, stub::model("second", 0.0, stub::QUEUE).0];
+    let app = stub::serving(models.into(), Default::default(), stub::LIMITS);
+    for model in [json!(null), json!(""), json!(" "), json!("first")] {
+        let found = rerank(&app, json!({"model": model, "query": "q", "documents": ["a"]})).await.json();
+        assert_eq!(found["model"], "first", "{model}");
+    }
+    let found = post(&app, "/v1/rerank", r#"{"query":"q","documents":["a"]}"#).await.json();
+    assert_eq!(found["model"], "first", "Milvus sends no model");
+}
+
+#[tokio::test]
+async fn an_unknown_model_is_the_first_one_if_any_name_is_accepted() {
+    let app = App::new(Keys::default(), stub::LIMITS, None, Origins::default());
+    let models = vec![stub::model("first", 0.0, stub::QUEUE).0, stub::model("second", 0.0, stub::QUEUE).0];
+    app.set_models(Models::new(models).unwrap().accepting_any_name());
+    for (asked, model) in [("gpt-rerank", "first"), ("second", "second"), ("x/second", "second")] {
+        let found = rerank(&app, json!({"model": asked, "query": "q", "documents": ["a"]})).await.json();
+        assert_eq!(found["model"], model);
+    }
+}
+
+#[tokio::test]
+async fn results_below_min_score_are_left_out() {
+    let (app, _) = app();
+    let ask = |more: Value| {
+        let mut body = json!({"model": "m", "query": "red apple", "documents": ["x", "red apple", "apple"]});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    assert_eq!(rerank(&app, ask(json!({"min_score": 0.5}))).await.order(), [1, 2]);
+    assert_eq!(rerank(&app, ask(json!({"min_score": 0.5, "top_n": 1}))).await.order(), [1]);
+    assert_eq!(rerank(&app, ask(json!({"min_score": 0.5, "raw_scores": true}))).await.order(), [1]);
+    let none = rerank(&app, ask(json!({"min_score": 2}))).await;
+    assert_eq!((none.order(), &none.json()["data"]), (vec![], &json!([])));
+}
+
+#[tokio::test]
+async fn return_chunks_tells_where_the_best_chunk_is() {
+    let (app, _) = app();
+    // The window of 64 tokens leaves 60 for the document; the two words are 100 words apart.
+    let document = format!("{}apple {}red apple x", "x ".repeat(20), "x ".repeat(100));
+    let ask = |chunks: Value| json!({"model": "m", "query": "red apple", "documents": ["apple", document], "return_chunks": chunks});
+    for best in [json!(true), json!("best"), json!("True")] {
+        let result = rerank(&app, ask(best)).await.json()["results"][0].clone();
+        assert_eq!(result["index"], 1);
+        let (start, end) = (result["chunk"]["start"].as_u64().unwrap(), result["chunk"]["end"].as_u64().unwrap());
+        assert!(document[start as usize..end as usize].contains("red apple"), "{result}");
+        assert_eq!(result["chunk"]["relevance_score"], result["relevance_score"]);
+        assert!(result.get("chunks").is_none());
+    }
+    let results = rerank(&app, ask(json!("all"))).await.json()["results"].clone();
+    let chunks = results[0]["chunks"].as_array().unwrap();
+    assert!(chunks.len() > 1 && chunks.contains(&results[0]["chunk"]), "{results}");
+    assert_eq!((&chunks[0]["start"], &chunks[chunks.len() - 1]["end"]), (&json!(0), &json!(document.len())));
+    assert_eq!(results[1]["chunks"], json!([{"start": 0, "end": 5, "relevance_score": 0.5}]));
+    for none in [json!(false), json!(null)] {
+        let result = rerank(&app, ask(none)).await.json()["results"][0].clone();
+        assert!(result.get("chunk").is_none() && result.get("chunks").is_none(), "{result}");
+    }
+    let empty = json!({"model": "m", "query": "q", "documents": [""], "return_chunks": "all"});
+    let expected = json!([{"start": 0, "end": 0, "relevance_score": sigmoid(-1.0)}]);
+    assert_eq!(rerank(&app, empty).await.json()["results"][0]["chunks"], expected);
+}
+
+#[tokio::test]
+async fn an_instruction_that_no_model_takes_is_reported() {
+    let (app, _) = app();
+    for (field, reported) in [("instruction", true), ("instruct", true), ("unknown", false)] {
+        let mut body = json!({"model": "m", "query": "q", "documents": ["a"]});
+        body[field] = json!("Rank by date");
+        let header = rerank(&app, body).await.headers.get("x-rerankd-ignored").cloned();
+        assert_eq!(header.is_some_and(|value| value == "instruction"), reported, "{field}");
+    }
+}
+
+/// Before the body is read, only the path tells the dialect.
+#[tokio::test]
+async fn an_unread_body_on_the_path_of_text_embeddings_inference_gets_its_error_shape() {
+    let (closed, _) = stub::app_with(&["key"], stub::LIMITS, stub::QUEUE);
+    for (path, is_text) in [("/rerank", true), ("/rerank/", true), ("/v1/rerank", false)] {
+        let found = post(&closed, path, r#"{"query":"q","texts":["a"]}"#).await;
+        assert_eq!(
+            (found.status.as_u16(), found.json()["error"].is_string()),
+            (401, is_text),
+            "{path}: {}",
+            found.text
+        );
+        assert!(found.json()["message"].is_string(), "{path}");
+    }
+}
+
+fn from_page(method: &str, path: &str, origin: &str) -> Request<Body> {
+    let request = Request::builder().method(method).uri(path).header("origin", origin).header("host", "localhost");
+    let request = request.header("access-control-request-method", "POST");
+    let request = request.header("access-control-request-headers", "authorization,content-type");
+    request.body(Body::from(r#"{"query":"q","documents":["a"]}"#)).unwrap()
+}
+
+#[tokio::test]
+async fn only_pages_of_an_allowed_origin_may_use_the_server_from_a_browser() {
+    let origins = Origins::new(["https://app.example".to_owned()]).unwrap();
+    let app = App::new(Keys::default(), stub::LIMITS, Some(HostList::default()), origins);
+    app.set_models(Models::new(vec![stub::model("m", 0.0, stub::QUEUE).0]).unwrap());
+    let preflight = send(&app, from_page("OPTIONS", "/v1/rerank", "https://app.example")).await;
+    assert_eq!(preflight.status, 200, "{}", preflight.text);
+    assert_eq!(preflight.headers["access-control-allow-origin"], "https://app.example");
+    assert_eq!(preflight.headers["access-control-allow-headers"], "authorization,content-type");
+    let answer = send(&app, from_page("POST", "/v1/rerank", "https://app.example")).await;
+    assert_eq!(
+        (answer.status.as_u16(), &answer.headers["access-control-allow-origin"]),
+        (200, &"https://app.example".parse().unwrap())
+    );
+    let exposed = answer.headers["access-control-expose-headers"].to_str().unwrap();
+    assert!(exposed.contains("server-timing") && exposed.contains("retry-after"), "{exposed}");
+    let error = send(&app, from_page("POST", "/nowhere", "https://app.example")).await;
+    assert_eq!(error.headers["access-control-allow-origin"], "https://app.example", "a page can read errors too");
+    let other = send(&app, from_page("POST", "/v1/rerank", "https://evil.example")).await;
+    assert_eq!(other.status, 403);
+    assert!(!other.headers.contains_key("access-control-allow-origin"));
+    let (plain, _) = stub::app();
+    let preflight = send(&plain, from_page("OPTIONS", "/v1/rerank", "https://app.example")).await;
+    assert_eq!(preflight.status, 405, "without --allowed-origin there are no preflight answers");
+}
+
+#[tokio::test]
 async fn object_documents_are_read_by_text_or_rank_fields() {
     let (app, _) = app();
     let documents = json!([{"text": "x", "title": "red apple"}, {"text": "apple", "tags": ["red"], "n": 1.5, "deep": {"text": "red"}}, "red x"]);
@@ -151,7 +324,7 @@ async fn the_cluster_auth_path_says_whether_keys_are_required() {
 async fn openapi_lists_every_dialect_and_its_page_needs_no_network() {
     let (app, _) = app();
     let contract = get(&app, "/openapi.json").await.json();
-    for path in ["/v1/rerank", "/rerank", "/v1/reranking", "/v1/ranking"] {
+    for path in ["/v1/rerank", "/rerank", "/v1/reranking", "/v1/ranking", "/v1/score"] {
         assert!(contract["paths"][path]["post"]["requestBody"].is_object(), "{path}");
     }
     let page = get(&app, "/docs/").await;

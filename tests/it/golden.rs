@@ -26,10 +26,10 @@ use rerankd::checkpoint::weights::Weights;
 use rerankd::client::ClientId;
 use rerankd::encoder::{self, CrossEncoder, Stage};
 use rerankd::loading::{DeviceChoice, LoadedModel};
-use rerankd::text::DocumentOptions;
+use rerankd::text::{Chunk, DocumentOptions};
 use serde::Deserialize;
 
-use crate::support::{cpu, fixture, load, load_on, paragraphs, real};
+use crate::support::{SplitMix64, cpu, fixture, load, load_on, paragraphs, real};
 
 /// Bound on the absolute difference from `transformers` at every stage.
 ///
@@ -327,7 +327,7 @@ async fn minilm_ids_and_logits_match_the_float64_reference() {
     let Some(folder) = real("minilm_ids_and_logits_match_the_float64_reference", MINILM) else { return };
     let rows = rows_of_minilm(&folder);
     assert_eq!((rows.len(), rows[46].ids.len()), (47, 512));
-    let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, max_tokens_per_doc: None };
+    let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, ..DocumentOptions::default() };
     // The logits span 20. bf16 rounds GEMM operands to a relative 2^-9, int8 to 2^-8 of a row's range. The largest differences
     // measured are 0.013 and 0.095.
     for (device, bound) in [
@@ -369,8 +369,8 @@ async fn minilm_ranks_the_right_xquad_paragraph_first() {
     let full = std::env::var_os("RERANKD_FULL_EVAL").is_some_and(|value| value == "1");
     // A question has about 1,900 tokens: 0.1 s on a CPU with bf16 instructions, seconds without.
     let step = if full { 1 } else { questions.len() / SAMPLE };
-    let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, max_tokens_per_doc: None };
-    let mut random = Random(1);
+    let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, ..DocumentOptions::default() };
+    let mut random = SplitMix64(1);
     let (mut found, mut asked) = (0, 0);
     for &(own, question) in questions.iter().step_by(step) {
         let mut candidates = vec![own];
@@ -383,7 +383,8 @@ async fn minilm_ranks_the_right_xquad_paragraph_first() {
         let documents: Arc<[String]> = candidates.iter().map(|&i| paragraphs[i].context.clone()).collect();
         let encoded = model.text.encode(ClientId::Only, question, documents, whole).await.unwrap();
         let logits = model.encoder.score(&Batch::pack(&encoded.pairs)).unwrap();
-        let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| logits[pair]).fold(f32::NEG_INFINITY, f32::max);
+        let best =
+            |chunks: &Vec<Chunk>| chunks.iter().map(|chunk| logits[chunk.pair]).fold(f32::NEG_INFINITY, f32::max);
         let scores: Vec<f32> = encoded.documents.iter().map(best).collect();
         found += usize::from(scores[1..].iter().all(|&other| scores[0] > other));
         asked += 1;
@@ -448,19 +449,6 @@ impl Row {
 fn rows_of_minilm(folder: &Path) -> Vec<Row> {
     let text = fs::read_to_string(folder.join("golden.jsonl")).unwrap();
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-/// splitmix64, seeded: the same sequence on every machine.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % n as u64) as usize
-    }
 }
 
 fn config(family: &str) -> ModelConfig {

@@ -10,7 +10,7 @@ use rerankd::client::ClientId;
 use rerankd::eval::topics::{self, TopicOptions};
 use rerankd::eval::{Measures, Topic};
 use rerankd::loading::DeviceChoice;
-use rerankd::text::DocumentOptions;
+use rerankd::text::{Chunk, DocumentOptions};
 
 use crate::support::{cpu, load_on, real};
 
@@ -100,13 +100,14 @@ fn candidates() -> Vec<Candidate> {
 
 async fn score(device: DeviceChoice, folder: &std::path::Path, topics: &[Topic]) -> Scores {
     let model = load_on(device, folder).unwrap();
-    let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, max_tokens_per_doc: None };
+    let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, ..DocumentOptions::default() };
     let mut scores = Vec::new();
     for topic in topics {
         let encoded =
             model.text.encode(ClientId::Only, &topic.query, topic.documents.clone().into(), whole).await.unwrap();
         let logits = model.encoder.score(&Batch::pack(&encoded.pairs)).unwrap();
-        let best = |chunks: &Vec<usize>| chunks.iter().map(|&pair| logits[pair]).fold(f32::NEG_INFINITY, f32::max);
+        let best =
+            |chunks: &Vec<Chunk>| chunks.iter().map(|chunk| logits[chunk.pair]).fold(f32::NEG_INFINITY, f32::max);
         scores.push(encoded.documents.iter().map(|chunks| 1.0 / (1.0 + (-f64::from(best(chunks))).exp())).collect());
     }
     scores

@@ -16,7 +16,7 @@ use rerankd::text::{DocumentOptions, EmbeddingRows, TextEncoder, TextLimits};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::support::{fixture, limits, paragraphs, real, stub};
+use crate::support::{SplitMix64, fixture, limits, paragraphs, real, stub};
 
 const BGE: &str = "bge-reranker-v2-m3";
 const MINILM: &str = "ms-marco-MiniLM-L-12-v2";
@@ -127,6 +127,90 @@ fn padding_and_truncation_in_tokenizer_json_are_ignored() {
     assert_eq!(texts.encoder.pair("apple", &"tree ".repeat(200)).unwrap().tokens(), 204);
 }
 
+/// Parts of generated documents: emoji of several code points, combining and full-width characters, characters that normalizers
+/// drop or replace by several, words without spaces.
+const PARTS: [&str; 24] = [
+    "apple",
+    "tree",
+    "Ünïcode",
+    "cafe\u{301}",
+    "n\u{303}",
+    "👩‍👩‍👧‍👦",
+    "👍🏽",
+    "🇫🇷",
+    "中文",
+    "漢字かな",
+    "ﬁ",
+    "①",
+    "㎏",
+    "ＡＢＣ",
+    "Ⅷ",
+    "zero\u{200b}width",
+    "\u{feff}",
+    "\u{0}",
+    "no\u{a0}break",
+    "שלום",
+    "…",
+    "!?",
+    "▁",
+    "</s>",
+];
+/// A word that no part contains.
+const NEEDLE: &str = "kitchen";
+
+/// A chunk's span is the text of its tokens: a word is in the span of every chunk that has all its tokens, spans are in the
+/// text's order, and together they cover every letter and digit.
+async fn check_spans(texts: &Texts, document: &str, overlap_tokens: usize) {
+    let options = DocumentOptions { overlap_tokens, spans: true, ..DocumentOptions::default() };
+    let encoded = texts.encoder.encode(ClientId::Only, "query", [document.to_owned()].into(), options).await.unwrap();
+    let plain = DocumentOptions { spans: false, ..options };
+    let without = texts.encoder.encode(ClientId::Only, "query", [document.to_owned()].into(), plain).await.unwrap();
+    assert_eq!(encoded.pairs, without.pairs, "spans change no token");
+    let chars: Vec<char> = document.chars().collect();
+    let at = document.find(NEEDLE).map(|byte| document[..byte].chars().count());
+    let mut covered = vec![false; chars.len()];
+    let mut found = 0;
+    for (i, chunk) in encoded.documents[0].iter().enumerate() {
+        let span = chunk.span.clone();
+        assert!(span.start <= span.end && span.end <= chars.len(), "{span:?} of {} characters", chars.len());
+        covered[span.clone()].fill(true);
+        if i > 0 {
+            let before = &encoded.documents[0][i - 1].span;
+            assert!(before.start <= span.start && before.end <= span.end, "{before:?} before {span:?}");
+        }
+        if texts.tokenizer.decode(encoded.pairs[chunk.pair].ids(), true).unwrap().contains(NEEDLE) {
+            let at = at.unwrap();
+            assert!(span.start <= at && at + NEEDLE.len() <= span.end, "{NEEDLE} is at {at}, the chunk at {span:?}");
+            found += 1;
+        }
+    }
+    assert!(found > 0, "no chunk has the tokens of {NEEDLE}");
+    let lost = chars.iter().zip(&covered).find(|(c, covered)| c.is_alphanumeric() && !**covered);
+    assert!(lost.is_none(), "no chunk covers {lost:?}");
+}
+
+#[tokio::test]
+async fn chunk_spans_point_at_the_text_of_their_tokens() {
+    let mut random = SplitMix64(7);
+    for family in ["xlmr", "bert", "roberta"] {
+        let texts = Texts::read(&fixture(family));
+        for _ in 0..200 {
+            let mut words: Vec<&str> = (0..1 + random.below(120)).map(|_| PARTS[random.below(PARTS.len())]).collect();
+            words.insert(random.below(words.len() + 1), NEEDLE);
+            let space = [" ", "  ", "\n", "\t "][random.below(4)];
+            check_spans(&texts, &words.join(space), 12 + random.below(8)).await;
+        }
+    }
+}
+
+/// A long document is tokenized in slices; spans count from the document's start.
+#[tokio::test]
+async fn chunk_spans_of_a_long_document_count_from_its_start() {
+    let texts = Texts::read(&fixture("bert"));
+    let document = format!("{} {NEEDLE} {}", "👍🏽 tree ".repeat(6_000), "中文 ".repeat(3_000));
+    check_spans(&texts, &document, 12).await;
+}
+
 #[tokio::test]
 async fn bge_slices_join_to_the_ids_of_the_whole() {
     check_slices("bge_slices_join_to_the_ids_of_the_whole", BGE).await;
@@ -225,13 +309,13 @@ impl Texts {
     /// A document's ids as the encoder computes them: tokenized in slices and chunked without overlap, then joined.
     async fn sliced(&self, document: &str) -> Vec<u32> {
         let options =
-            DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: usize::MAX >> 1, max_tokens_per_doc: None };
+            DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: usize::MAX >> 1, ..DocumentOptions::default() };
         let encoded =
             self.encoder.encode(ClientId::Only, "query", [document.to_owned()].into(), options).await.unwrap();
         assert_eq!((encoded.truncation.documents, encoded.truncation.chunks), (0, 0));
         // In both template families one special token follows the document.
         let before = self.encoder.pair("query", "").unwrap().tokens() - 1;
-        let chunks = encoded.documents[0].iter().map(|&pair| encoded.pairs[pair].ids());
+        let chunks = encoded.documents[0].iter().map(|chunk| encoded.pairs[chunk.pair].ids());
         chunks.flat_map(|ids| &ids[before..ids.len() - 1]).copied().collect()
     }
 

@@ -11,7 +11,7 @@ use axum::body::{Body, Bytes};
 use axum::http::{Method, Request, StatusCode};
 use futures_util::stream;
 use http_body_util::{BodyExt, Limited};
-use rerankd::api::{ApiLimits, App, HostList, Keys, parse_request, router};
+use rerankd::api::{ApiLimits, App, HostList, Keys, Origins, parse_request, router};
 use rerankd::client::RateLimits;
 use rerankd::rerank::RerankRequest;
 use rerankd::served::Models;
@@ -42,7 +42,7 @@ static SERVERS: LazyLock<Servers> = LazyLock::new(|| {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
     let hosts = Some(HostList::new([]));
     let app = |keys, hosts| {
-        let app = App::new(keys, LIMITS, hosts);
+        let app = App::new(keys, LIMITS, hosts, Origins::default());
         app.set_models(Models::new(vec![stub::model("m", 0.0, stub::QUEUE).0]).unwrap());
         router(&app)
     };

@@ -1,19 +1,21 @@
 //! The `documents` dialect: SiliconFlow's `/v1/rerank`, extended so that clients of Cohere, Jina, vLLM, Infinity, Xinference,
-//! Together and Voyage work too. The response has Voyage's `data` if the request has a field that only Voyage defines.
+//! Together and Voyage work too.
 
+use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use axum::Json;
+use axum::http::HeaderValue;
 use axum::response::IntoResponse;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::fields::{self, Documents, RankFields, flag, in_range, whole};
+use super::fields::{self, ChunkDetail, Documents, RankFields, chunk_detail, flag, in_range, whole};
 use super::parsed::ParsedRequest;
 use crate::client::Client;
 use crate::error::RerankError;
-use crate::rerank::{Ranked, Ranking, RerankRequest};
+use crate::rerank::{Ranked, RankedChunk, Ranking, RerankRequest};
 use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
 
 /// A request. Unknown fields are ignored; every optional field may be null.
@@ -22,8 +24,9 @@ use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
     "model": "rerankd-mini", "query": "Apple", "documents": ["apple", "banana", "fruit", "vegetable"], "top_n": 4
 }))]
 pub(crate) struct RerankBody<'a> {
-    /// A served model's name or alias.
-    model: String,
+    /// A served model's name or alias. Default, also for an empty text: the first model.
+    #[serde(default)]
+    model: Option<String>,
     /// Text that the documents are ranked against; not empty. Truncated if it is longer than its share of the window.
     query: String,
     /// Texts, or objects with a `text`; at least one. A long document is split into chunks and has its best chunk's score.
@@ -54,6 +57,17 @@ pub(crate) struct RerankBody<'a> {
     #[serde(default, deserialize_with = "flag")]
     #[schema(schema_with = fields::flag_schema)]
     raw_scores: Option<bool>,
+    /// Documents with a lower score are left out. Default: none.
+    #[serde(default)]
+    min_score: Option<f64>,
+    /// Whether each result tells where its best chunk is in the text (`true` or `best`), or all its chunks (`all`). Default: false.
+    #[serde(default, deserialize_with = "chunk_detail")]
+    #[schema(schema_with = fields::chunk_detail_schema)]
+    return_chunks: Option<ChunkDetail>,
+    /// A task description for models that take one. Models that take none ignore it, and the response has the header
+    /// `x-rerankd-ignored: instruction`.
+    #[serde(default, alias = "instruct")]
+    instruction: Option<String>,
     /// Maximum chunks of a document that are scored. Default: 1024.
     #[serde(default, deserialize_with = "whole", alias = "max_chunk_per_doc")]
     #[schema(minimum = 1)]
@@ -72,32 +86,43 @@ pub(crate) struct RerankBody<'a> {
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: RerankBody<'_> = fields::json(body)?;
     let defaults = DocumentOptions::default();
+    let chunks = body.return_chunks.unwrap_or(ChunkDetail::None);
     let options = DocumentOptions {
         overlap_tokens: in_range("overlap_tokens", body.overlap_tokens, 0, MAX_OVERLAP_TOKENS as i64)?
             .unwrap_or(defaults.overlap_tokens),
         max_chunks_per_doc: in_range("max_chunks_per_doc", body.max_chunks_per_doc, 1, i64::MAX)?
             .unwrap_or(defaults.max_chunks_per_doc),
         max_tokens_per_doc: in_range("max_tokens_per_doc", body.max_tokens_per_doc, 1, i64::MAX)?,
+        spans: chunks != ChunkDetail::None,
     };
     let top_n = in_range("top_n", body.top_n, 1, i64::MAX)?;
     let top_k = in_range("top_k", body.top_k, 1, i64::MAX)?;
     let request = RerankRequest {
         client: Client::default(),
-        model: Some(body.model),
-        query: fields::query(body.query)?,
+        model: body.model,
+        query: fields::query("query", body.query)?,
         documents: body.documents.texts("documents", body.rank_fields.as_ref(), max_documents)?,
         top_n: top_n.or(top_k),
         options,
         deadline: None,
     };
     let texts = body.return_documents.unwrap_or(false).then(|| request.documents.clone());
-    let shape =
-        Shape { for_voyage: body.top_k.is_some() || body.truncation.is_some(), raw: body.raw_scores.unwrap_or(false) };
+    let shape = Shape {
+        for_voyage: body.top_k.is_some() || body.truncation.is_some(),
+        raw: body.raw_scores.unwrap_or(false),
+        min_score: body.min_score.unwrap_or(f64::NEG_INFINITY),
+        chunks,
+    };
+    let has_instruction = body.instruction.is_some_and(|text| !text.trim().is_empty());
     let write = move |ranking: &Ranking, id: String| {
         let text = |index: usize| texts.as_ref().map(|texts| texts[index].clone());
-        Json(answer(ranking, id, text, shape)).into_response()
+        let mut response = Json(answer(ranking, id, text, shape)).into_response();
+        if has_instruction {
+            response.headers_mut().insert("x-rerankd-ignored", HeaderValue::from_static("instruction"));
+        }
+        response
     };
-    Ok(ParsedRequest { request, write: Box::new(write) })
+    Ok(ParsedRequest::new(request, write))
 }
 
 /// A response.
@@ -107,10 +132,8 @@ pub(crate) struct RerankAnswer {
     id: String,
     /// Best first.
     results: Vec<AnswerResult>,
-    /// The results again, under Voyage's names; only if the request has `top_k` or `truncation`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(nullable = false)]
-    data: Option<Vec<VoyageResult>>,
+    /// The results again, under Voyage's names.
+    data: Vec<VoyageResult>,
     tokens: AnswerTokens,
     meta: Meta,
     /// The served model's name.
@@ -134,6 +157,25 @@ pub(crate) struct AnswerResult {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     document: Option<AnswerDocument>,
+    /// The chunk with the highest score, if the request has `return_chunks`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    chunk: Option<AnswerChunk>,
+    /// All scored chunks in the text's order, if `return_chunks` is `all`. Neighbours overlap.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(nullable = false)]
+    chunks: Option<Vec<AnswerChunk>>,
+}
+
+/// A part of a document that the model scored. Positions count Unicode code points of the document's text.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct AnswerChunk {
+    /// Its first character.
+    start: usize,
+    /// The character after its last.
+    end: usize,
+    /// In [0, 1], or with `raw_scores` a logit.
+    relevance_score: f64,
 }
 
 /// A document's text.
@@ -198,6 +240,11 @@ impl Usage {
     }
 }
 
+/// Seconds since 1970-01-01 UTC.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
 /// What the request says about the response.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
@@ -205,18 +252,35 @@ struct Shape {
     for_voyage: bool,
     /// Whether scores are logits.
     raw: bool,
+    /// Results with a lower score are left out.
+    min_score: f64,
+    chunks: ChunkDetail,
+}
+
+impl Shape {
+    fn score(self, score: f64, logit: f32) -> f64 {
+        if self.raw { f64::from(logit) } else { score }
+    }
+
+    fn chunk(self, chunk: &RankedChunk) -> AnswerChunk {
+        let Range { start, end } = chunk.span;
+        AnswerChunk { start, end, relevance_score: self.score(chunk.score, chunk.logit) }
+    }
 }
 
 fn answer(ranking: &Ranking, id: String, text: impl Fn(usize) -> Option<String>, shape: Shape) -> RerankAnswer {
-    let Shape { for_voyage, raw } = shape;
     let tokens = AnswerTokens { input_tokens: ranking.tokens, output_tokens: 0 };
-    let score = |ranked: &Ranked| if raw { f64::from(ranked.logit) } else { ranked.score };
-    let results = ranking.results.iter().map(|ranked| AnswerResult {
+    let score = |ranked: &Ranked| shape.score(ranked.score, ranked.logit);
+    let kept = || ranking.results.iter().filter(|ranked| score(ranked) >= shape.min_score);
+    let results = kept().map(|ranked| AnswerResult {
         index: ranked.index,
         relevance_score: score(ranked),
         document: text(ranked.index).map(|text| AnswerDocument { text }),
+        chunk: ranked.best_chunk().map(|chunk| shape.chunk(chunk)),
+        chunks: (shape.chunks == ChunkDetail::All)
+            .then(|| ranked.chunks.iter().map(|chunk| shape.chunk(chunk)).collect()),
     });
-    let data = ranking.results.iter().map(|ranked| VoyageResult {
+    let data = kept().map(|ranked| VoyageResult {
         index: ranked.index,
         relevance_score: score(ranked),
         document: text(ranked.index),
@@ -224,7 +288,7 @@ fn answer(ranking: &Ranking, id: String, text: impl Fn(usize) -> Option<String>,
     RerankAnswer {
         id,
         results: results.collect(),
-        data: for_voyage.then(|| data.collect()),
+        data: data.collect(),
         tokens,
         meta: Meta {
             api_version: ApiVersion { version: "1" },
@@ -237,8 +301,8 @@ fn answer(ranking: &Ranking, id: String, text: impl Fn(usize) -> Option<String>,
             tokens,
         },
         model: ranking.model.clone(),
-        object: if for_voyage { "list" } else { "rerank" },
-        created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        object: if shape.for_voyage { "list" } else { "rerank" },
+        created: unix_seconds(),
         usage: Usage::of(ranking),
     }
 }
@@ -259,6 +323,9 @@ mod tests {
     fn what_real_clients_send_is_understood() {
         for body in [
             r#"{"model":"m","query":"q","documents":"one text"}"#,
+            r#"{"query":"q","documents":["a"]}"#,
+            r#"{"model":null,"query":"q","documents":["a"],"min_score":null,"return_chunks":null,"instruction":null}"#,
+            r#"{"model":"","query":"q","documents":["a"],"min_score":1,"return_chunks":"All","instruct":"rank"}"#,
             r#"{"model":"m","query":"q","documents":["a",{"text":"b","id":7},{"meta":{"x":[1]},"text":"c"}]}"#,
             r#"{"model":"m","query":"q","documents":["a"],"top_n":null,"return_documents":"true","overlap_tokens":80.0}"#,
             r#"{"model":"m","query":"q","documents":[""],"kwargs":"{}","priority":[[1]],"max_chunk_per_doc":4}"#,
@@ -268,7 +335,8 @@ mod tests {
         }
         let body = with(r#""top_n":99,"return_documents":"True","overlap_tokens":0"#);
         let Ok(parsed) = parse(body.as_bytes(), 3) else { panic!("{body}") };
-        assert_eq!((parsed.request.top_n, parsed.request.options.overlap_tokens), (Some(99), 0));
+        let request = &parsed.requests[0];
+        assert_eq!((request.top_n, request.options.overlap_tokens), (Some(99), 0));
     }
 
     /// Faults F1 to F12 and F17 to F19 in docs/reliability.md: each error names the field that is wrong.
@@ -281,7 +349,7 @@ mod tests {
             (r#"{"model":"m","query":"q","documents":["a"]} {}"#, "body"),
             (r#"{"":x}"#, "body"),
             (r#"{"model":"m","query":"q"}"#, "documents"),
-            (r#"{"query":"q","documents":["a"]}"#, "model"),
+            (r#"{"model":7,"query":"q","documents":["a"]}"#, "model"),
             (r#"{"model":"m","model":"m","query":"q","documents":["a"]}"#, "model"),
             (r#"{"model":"m","query":7,"documents":["a"]}"#, "query"),
             (r#"{"model":"m","query":" \t\n","documents":["a"]}"#, "query"),
@@ -305,6 +373,11 @@ mod tests {
             (&with(r#""return_documents":"maybe""#), "return_documents"),
             (&with(r#""return_documents":1"#), "return_documents"),
             (&with(r#""raw_scores":1"#), "raw_scores"),
+            (&with(r#""min_score":"0.5""#), "min_score"),
+            (&with(r#""min_score":1e400"#), "min_score"),
+            (&with(r#""return_chunks":"some""#), "return_chunks"),
+            (&with(r#""return_chunks":2"#), "return_chunks"),
+            (&with(r#""instruction":["a"]"#), "instruction"),
         ] {
             let message = error(body);
             assert!(message.contains(named), "{}: {message}", body.chars().take(80).collect::<String>());

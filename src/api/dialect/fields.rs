@@ -47,10 +47,10 @@ fn shorten(message: &str) -> String {
     message.char_indices().nth(CHARS).map_or_else(|| message.to_owned(), |(end, _)| format!("{}…", &message[..end]))
 }
 
-/// Checks that the query is not empty.
-pub(super) fn query(text: String) -> Result<String, RerankError> {
+/// Checks that the query in `field` is not empty.
+pub(super) fn query(field: &str, text: String) -> Result<String, RerankError> {
     if text.trim().is_empty() {
-        return Err(RerankError::invalid("query", "is empty; give the text to rank for"));
+        return Err(RerankError::invalid(field, "is empty; give the text to rank for"));
     }
     Ok(text)
 }
@@ -254,6 +254,14 @@ pub(super) fn flag_schema() -> Schema {
     AnyOfBuilder::new().item(flag).item(text).build().into()
 }
 
+/// The OpenAPI schema of [`chunk_detail`].
+pub(super) fn chunk_detail_schema() -> Schema {
+    let words = ["best", "all", "true", "false", "True", "False"];
+    let text = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(words)).build();
+    let flag = ObjectBuilder::new().schema_type(SchemaType::Array(vec![Type::Boolean, Type::Null])).build();
+    AnyOfBuilder::new().item(flag).item(text).build().into()
+}
+
 fn text_schema() -> Object {
     ObjectBuilder::new().schema_type(Type::String).build()
 }
@@ -291,29 +299,54 @@ pub(super) fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option
 
 /// A boolean, `"true"` or `"false"` in upper or lower case, or null.
 pub(super) fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D::Error> {
-    struct FlagVisitor;
-    impl Visitor<'_> for FlagVisitor {
-        type Value = Option<bool>;
+    const WORDS: &[(&str, bool)] = &[("true", true), ("false", false)];
+    deserializer.deserialize_any(WordVisitor { expected: "true or false", words: WORDS })
+}
 
-        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("true or false")
-        }
+/// Which chunks a result tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ChunkDetail {
+    None,
+    /// The best one.
+    Best,
+    /// The best one, and the list of all.
+    All,
+}
 
-        fn visit_unit<E: Error>(self) -> Result<Option<bool>, E> {
-            Ok(None)
-        }
+/// A [`ChunkDetail`]: false, true or `"best"`, `"all"`; or null.
+pub(super) fn chunk_detail<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ChunkDetail>, D::Error> {
+    const WORDS: &[(&str, ChunkDetail)] = &[
+        ("false", ChunkDetail::None),
+        ("true", ChunkDetail::Best),
+        ("best", ChunkDetail::Best),
+        ("all", ChunkDetail::All),
+    ];
+    deserializer.deserialize_any(WordVisitor { expected: r#"true, false, "best" or "all""#, words: WORDS })
+}
 
-        fn visit_bool<E: Error>(self, value: bool) -> Result<Option<bool>, E> {
-            Ok(Some(value))
-        }
+/// Reads one of some words, in upper or lower case. A boolean is the word `true` or `false`; null is `None`.
+struct WordVisitor<T: 'static> {
+    expected: &'static str,
+    words: &'static [(&'static str, T)],
+}
 
-        fn visit_str<E: Error>(self, text: &str) -> Result<Option<bool>, E> {
-            match text.to_ascii_lowercase().as_str() {
-                "true" => Ok(Some(true)),
-                "false" => Ok(Some(false)),
-                _ => Err(E::invalid_value(Unexpected::Str(text), &self)),
-            }
-        }
+impl<T: Copy> Visitor<'_> for WordVisitor<T> {
+    type Value = Option<T>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.expected)
     }
-    deserializer.deserialize_any(FlagVisitor)
+
+    fn visit_unit<E: Error>(self) -> Result<Option<T>, E> {
+        Ok(None)
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Option<T>, E> {
+        self.visit_str(if value { "true" } else { "false" })
+    }
+
+    fn visit_str<E: Error>(self, text: &str) -> Result<Option<T>, E> {
+        let word = self.words.iter().find(|(word, _)| word.eq_ignore_ascii_case(text));
+        word.map(|&(_, value)| Some(value)).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
+    }
 }

@@ -75,7 +75,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     let request = RerankRequest {
         client: Client::default(),
         model: body.model,
-        query: fields::query(body.query)?,
+        query: fields::query("query", body.query)?,
         documents: body.input.texts("input", body.rank_fields.as_ref(), max_documents)?,
         top_n: in_range("top_k", body.top_k, 1, i64::MAX)?,
         options: DocumentOptions::default(),
@@ -100,5 +100,5 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
         };
         Json(answer).into_response()
     };
-    Ok(ParsedRequest { request, write: Box::new(write) })
+    Ok(ParsedRequest::new(request, write))
 }

@@ -1,15 +1,17 @@
 //! A dialect is the JSON format of one API. Each has a file here, which parses a body into a `RerankRequest` and writes a `Ranking`
 //! as a response.
 //!
-//! Every rerank path accepts every dialect. The name of the list of documents (`documents`, `texts`, `input`, `passages`) tells
-//! which dialect a body has.
+//! Every rerank path accepts every dialect. The name of the list of documents (`documents`, `texts`, `input`, `passages`,
+//! `text_2`) tells which dialect a body has.
 
 pub(super) mod documents;
 mod fields;
 pub(super) mod input;
 mod parsed;
 pub(super) mod passages;
+pub(super) mod text_pairs;
 pub(super) mod texts;
+pub(super) mod weaviate;
 
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
@@ -21,14 +23,14 @@ use super::error::ApiError;
 use crate::error::RerankError;
 use crate::rerank::RerankRequest;
 
-/// Parses and validates the body of a request to a rerank path, in any dialect. The server's handler uses the same functions;
-/// this one is for fuzzing and tests of other crates.
+/// Parses and validates the body of a request to a rerank path, in any dialect; of several queries only the first. The server's
+/// handler uses the same functions; this one is for fuzzing and tests of other crates.
 ///
 /// # Errors
 /// [`RerankError::Invalid`] with the field's name.
 #[doc(hidden)]
 pub fn parse_request(body: &[u8], max_documents: usize) -> Result<RerankRequest, RerankError> {
-    Dialect::parse_body(body, max_documents).1.map(|parsed| parsed.request)
+    Dialect::parse_body(body, max_documents).1.map(|mut parsed| parsed.requests.swap_remove(0))
 }
 
 /// A dialect, named after its list of documents.
@@ -42,6 +44,10 @@ pub(super) enum Dialect {
     Input,
     /// NVIDIA NIM.
     Passages,
+    /// vLLM's score API.
+    TextPairs,
+    /// Weaviate: `documents` and `property`.
+    Weaviate,
 }
 
 impl Dialect {
@@ -60,11 +66,16 @@ impl Dialect {
             texts: Option<IgnoredAny>,
             input: Option<IgnoredAny>,
             passages: Option<IgnoredAny>,
+            text_2: Option<IgnoredAny>,
+            property: Option<IgnoredAny>,
+            model: Option<IgnoredAny>,
         }
         match serde_json::from_slice(body) {
+            Ok(Lists { documents: Some(_), property: Some(_), model: None, .. }) => Self::Weaviate,
             Ok(Lists { documents: None, texts: Some(_), .. }) => Self::Texts,
             Ok(Lists { documents: None, input: Some(_), .. }) => Self::Input,
             Ok(Lists { documents: None, passages: Some(_), .. }) => Self::Passages,
+            Ok(Lists { documents: None, text_2: Some(_), .. }) => Self::TextPairs,
             _ => Self::Documents,
         }
     }
@@ -79,14 +90,16 @@ impl Dialect {
             Self::Texts => texts::parse(body, max_documents),
             Self::Input => input::parse(body, max_documents),
             Self::Passages => passages::parse(body, max_documents),
+            Self::TextPairs => text_pairs::parse(body, max_documents),
+            Self::Weaviate => weaviate::parse(body, max_documents),
         }
     }
 
     /// The error response that the dialect's clients expect.
     pub(super) fn error(self, error: ApiError) -> Response {
         match self {
-            Self::Texts => texts::error(error),
-            Self::Documents | Self::Input | Self::Passages => error.into_response(),
+            Self::Texts | Self::Weaviate => error.with_text().into_response(),
+            Self::Documents | Self::Input | Self::Passages | Self::TextPairs => error.into_response(),
         }
     }
 }
@@ -103,6 +116,9 @@ mod tests {
             (r#"{"query":"q","texts":["a"],"documents":["a"]}"#, Dialect::Documents),
             (r#"{"model":"m","query":"q","input":["a"],"top_k":3}"#, Dialect::Input),
             (r#"{"model":"m","query":{"text":"q"},"passages":[{"text":"a"}]}"#, Dialect::Passages),
+            (r#"{"query":"q","documents":["a"],"property":""}"#, Dialect::Weaviate),
+            (r#"{"model":"m","query":"q","documents":["a"],"property":""}"#, Dialect::Documents),
+            (r#"{"model":"m","text_1":"q","text_2":["a"]}"#, Dialect::TextPairs),
             (r#"{"query":"q"}"#, Dialect::Documents),
             ("[]", Dialect::Documents),
             ("{", Dialect::Documents),

@@ -56,7 +56,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     let request = RerankRequest {
         client: Client::default(),
         model: body.model,
-        query: fields::query(body.query.text("query", None)?)?,
+        query: fields::query("query", body.query.text("query", None)?)?,
         documents: body.passages.texts("passages", None, max_documents)?,
         top_n: in_range("top_k", body.top_k, 1, i64::MAX)?,
         options: DocumentOptions::default(),
@@ -67,5 +67,5 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
         let answer = PassagesAnswer { rankings: ranking.results.iter().map(rank).collect(), usage: Usage::of(ranking) };
         Json(answer).into_response()
     };
-    Ok(ParsedRequest { request, write: Box::new(write) })
+    Ok(ParsedRequest::new(request, write))
 }

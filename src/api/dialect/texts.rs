@@ -1,13 +1,12 @@
 //! The `texts` dialect of text-embeddings-inference: the response is an array, best first.
 
 use axum::Json;
-use axum::response::{IntoResponse, Response};
+use axum::response::IntoResponse;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use super::fields::{self, Documents, flag, in_range, whole};
 use super::parsed::ParsedRequest;
-use crate::api::error::ApiError;
 use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
@@ -53,20 +52,12 @@ pub(crate) struct TextsRank {
     text: Option<String>,
 }
 
-/// The body of every error.
-#[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct TextsError {
-    error: String,
-    /// `Validation`, `Overloaded` or `Backend`.
-    error_type: &'static str,
-}
-
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: TextsBody<'_> = fields::json(body)?;
     let request = RerankRequest {
         client: Client::default(),
         model: body.model,
-        query: fields::query(body.query)?,
+        query: fields::query("query", body.query)?,
         documents: body.texts.texts("texts", None, max_documents)?,
         top_n: in_range("top_n", body.top_n, 1, i64::MAX)?,
         options: DocumentOptions::default(),
@@ -82,20 +73,5 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
         };
         Json(ranking.results.iter().map(rank).collect::<Vec<_>>()).into_response()
     };
-    Ok(ParsedRequest { request, write: Box::new(write) })
-}
-
-pub(super) fn error(error: ApiError) -> Response {
-    let error_type = match error.status().as_u16() {
-        429 | 503 => "Overloaded",
-        500.. => "Backend",
-        _ => "Validation",
-    };
-    let message = error.message().to_owned();
-    let mut response = error.into_response();
-    let (status, body) = (response.status(), Json(TextsError { error: message, error_type }));
-    let rewritten = (status, body).into_response();
-    response.headers_mut().remove(axum::http::header::CONTENT_LENGTH);
-    *response.body_mut() = rewritten.into_body();
-    response
+    Ok(ParsedRequest::new(request, write))
 }

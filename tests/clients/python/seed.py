@@ -68,7 +68,7 @@ EXPECTED = ask_directly(OPEN)
 
 
 def check(client, package, rank, *, wrong_key, unknown_model, overload, logits=False, keyless=False, not_offered=None):
-    """Runs every check of one client.
+    """Runs every check of one client. `package` is None for an application whose requests are copied.
 
     `wrong_key`, `unknown_model`, `overload`: the exception (or exceptions) that a user of the client would catch.
     `logits`: this request format returns logits instead of scores.
@@ -106,7 +106,11 @@ def check(client, package, rank, *, wrong_key, unknown_model, overload, logits=F
             cells[name] = {"state": "ok", "note": run() or ""}
         except Exception as error:  # any exception of a client is reported in its row of the table
             cells[name] = {"state": "FAIL", "note": f"{type(error).__name__}: {error}"}
-    print(json.dumps({"client": client, "version": f"{package} {version(package)}", "cells": cells}), flush=True)
+    print(json.dumps({"client": client, "version": package_version(package), "cells": cells}), flush=True)
+
+
+def package_version(package):
+    return f"{package} {version(package)}" if package else "its requests, copied"
 
 
 def not_possible(client, package, reason):

@@ -14,7 +14,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::http::{Request, StatusCode};
 use http_body_util::BodyExt;
-use rerankd::api::{ApiLimits, App, Keys, router};
+use rerankd::api::{ApiLimits, App, Keys, Origins, router};
 use rerankd::backend::BackendError;
 use rerankd::batch::Batch;
 use rerankd::client::RateLimits;
@@ -160,7 +160,7 @@ pub fn model(name: &str, bias: f32, queue: SchedulerLimits) -> (Model, Arc<Watch
 
 /// An application with these models.
 pub fn serving(models: Vec<Model>, keys: Keys, limits: ApiLimits) -> Arc<App> {
-    let app = App::new(keys, limits, None);
+    let app = App::new(keys, limits, None, Origins::default());
     app.set_models(Models::new(models).unwrap());
     app
 }
