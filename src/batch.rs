@@ -1,4 +1,4 @@
-//! A pair of token id sequences, and a packed batch of pairs.
+//! A (query, chunk) pair as token ids, and a packed batch of pairs.
 //!
 //! Shapes in this crate: T tokens in a batch, S sequences, C hidden size, H heads, D head size (C = H * D), F feed-forward
 //! size. Batches are packed, not padded: T ids, and S + 1 offsets that divide them into sequences.
@@ -13,12 +13,12 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// A pair of `ids`, `[len]`, and the segment (token type) id of each token, `[len]`.
+    /// Creates a pair from its token ids, `[len]`, and their segment (token type) ids, `[len]`.
     ///
     /// # Panics
     /// If the lengths differ or are 0.
     pub fn new(ids: Vec<u32>, type_ids: Vec<u8>) -> Self {
-        assert!(!ids.is_empty() && ids.len() == type_ids.len(), "a pair has one type id for each token");
+        assert!(!ids.is_empty() && ids.len() == type_ids.len(), "a pair has tokens, and a type id for each");
         Self { ids: ids.into(), type_ids: type_ids.into() }
     }
 
@@ -67,7 +67,7 @@ impl Batch {
         batch
     }
 
-    /// A new batch of some of the sequences, in the given order.
+    /// Packs the sequences with the given indices, in that order.
     pub fn select(&self, sequences: &[usize]) -> Self {
         let mut batch = Self::default();
         for &sequence in sequences {
@@ -115,7 +115,7 @@ impl Batch {
         self.offsets.windows(2).map(|w| w[0]..w[1])
     }
 
-    /// The row of each sequence's first token (CLS), which the classification head reads, `[S]`.
+    /// The row of each sequence's first token (CLS), `[S]`.
     pub fn cls_rows(&self) -> Vec<u32> {
         self.offsets[..self.sequences()].iter().map(|&row| row as u32).collect()
     }

@@ -2,7 +2,8 @@
 
 use serde::Deserialize;
 
-/// `sigmoid((logit - subtract) / divide)`, in [0, 1]. It belongs to the model. Ranking is by logit: a score may saturate.
+/// A model's map from logits to scores: `sigmoid((logit - subtract) / divide)`, in [0, 1]. Documents are ranked by logit,
+/// because scores saturate.
 #[derive(Debug, Clone, Copy, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ScoreMap {
@@ -24,7 +25,7 @@ impl ScoreMap {
         1.0 / (1.0 + (-(f64::from(logit) - self.subtract) / self.divide).exp())
     }
 
-    /// Whether every logit has a score.
+    /// Whether every finite logit has a score.
     pub fn is_valid(self) -> bool {
         self.subtract.is_finite() && self.divide.is_finite() && self.divide > 0.0
     }

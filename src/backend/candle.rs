@@ -1,7 +1,7 @@
 //! The portable backend, on candle tensors: f32 on the CPU, or on candle's CUDA kernels with the feature `candle-cuda`.
 //!
-//! Written to be correct and readable: every faster backend is tested against it. One graph runs at a time; candle
-//! parallelizes each GEMM (with a `rayon` pool).
+//! It is written to be correct and readable; the CPU backend is tested against it. candle splits each GEMM over the threads of a
+//! `rayon` pool.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -26,12 +26,11 @@ const ATTENTION_ROWS: usize = 256;
 #[derive(Debug, Clone)]
 pub struct CandleBackend {
     device: Device,
-    /// The threads of candle's GEMMs. By default, candle would start one per core of the host and ignore the
-    /// container's quota.
+    /// The threads of candle's GEMMs. candle's default is one per physical core, whatever the container's quota is.
     pool: Arc<ThreadPool>,
 }
 
-/// Embedding tables as candle tensors.
+/// [`EmbeddingTables`] as candle tensors.
 #[derive(Debug)]
 pub struct Embeddings {
     words: Tensor,
@@ -83,7 +82,7 @@ impl CandleBackend {
     /// f32 on a CUDA device through candle's own kernels.
     ///
     /// # Errors
-    /// There is no such device, or the operating system cannot create the threads.
+    /// There is no such CUDA device, or the operating system cannot create the threads.
     #[cfg(feature = "candle-cuda")]
     pub fn cuda(ordinal: usize, threads: usize) -> Result<Self, BackendError> {
         Self::on(Device::new_cuda(ordinal)?, threads)

@@ -1,9 +1,9 @@
-//! The trait [`Backend`]: some dozen fused operations over packed buffers. All computation is behind it, and no model is
-//! known here.
+//! The trait [`Backend`]: about ten fused operations over packed buffers, which do all of a model's computation. Backends know
+//! no model.
 //!
-//! An architecture is a graph over these operations (`encoder`); a device is an implementation of them. [`candle`] is
-//! the portable backend and the reference: the same property tests compare every other backend with it. [`profile`]
-//! wraps a backend and times its operations.
+//! An architecture is a graph over these operations (`encoder`); a backend implements them for a device. [`candle`] is
+//! the portable backend and the reference: tests compare [`cpu`] with it, operation by operation. The CUDA backend is compared with
+//! [`cpu`]. [`profile`] wraps a backend and times its operations.
 //!
 //! A backend decides how to parallelize. [`Backend::run`] may split a batch between sequences and run the graph on
 //! several parts at the same time. Each run of the graph has its own [`Backend::ExecContext`] (a thread, or a stream
@@ -34,7 +34,7 @@ pub struct EmbeddingTables {
     /// `[vocabulary, C]`
     pub words: HostTensor,
     /// `[positions, C]`. Row 0 is for a sequence's first token: the unused first rows of a RoBERTa checkpoint are
-    /// removed at load. `None` if attention has the positions (see [`RotaryTable`]).
+    /// removed at load. `None` if positions are rotary ([`RotaryTable`]).
     pub positions: Option<HostTensor>,
     /// `[types, C]`; `None` if the model does not distinguish token types.
     pub types: Option<HostTensor>,
@@ -58,7 +58,7 @@ pub struct NormWeights {
 pub struct RotaryTable {
     /// Radians per position, `[D / 2]`. Pair i is columns i and i + D / 2 of the head ("rotate half").
     pub frequencies: Vec<f32>,
-    /// Positions that occur: 0 to `positions - 1`.
+    /// The number of positions: 0 to `positions - 1` occur.
     pub positions: usize,
 }
 
@@ -93,14 +93,14 @@ pub enum Epilogue<'a, B> {
     /// Add the bias, then apply the activation.
     Activation(Activation),
     /// Add the bias, then `activation(gate) * value`, where the first half of the outputs is the gate and the second
-    /// half the value (GLU variants; Shazeer 2020). The result has half as many columns. For layers loaded with
-    /// [`LayerRole::Gated`] only, and always for all of their outputs.
+    /// half the value (GLU variants; Shazeer 2020). The result has half as many columns. Only for layers loaded with
+    /// [`LayerRole::Gated`], and only for all of their outputs.
     Gated(Activation),
     /// Add the bias and the residual, `[rows, outputs]`.
     Residual(&'a B),
 }
 
-/// Heads of an attention. Q, K and V have C = `heads * head_size` columns each, head after head.
+/// The heads of an attention layer. Q, K and V have C = `heads * head_size` columns each, head after head.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct AttentionShape {
     /// H
@@ -114,9 +114,9 @@ pub struct AttentionShape {
 pub struct Roofline {
     /// Operations per second in the GEMMs of linear layers. A multiplication and an addition are two operations.
     pub gemms: f64,
-    /// Operations per second in attention, which is in bf16 or f16 if GEMMs are in 8 bits.
+    /// Operations per second in attention. It is computed in bf16 or f16 if GEMMs are in 8 bits.
     pub attention: f64,
-    /// The device's memory; `None` if operations read mostly from caches.
+    /// The device's memory; `None` if operations are limited by computation, because they read mostly from caches.
     pub memory: Option<MemoryRoofline>,
 }
 
@@ -137,7 +137,7 @@ pub enum BackendError {
     /// This batch failed. The next one may succeed.
     #[error("the backend failed: {0}")]
     Failed(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The device has too little memory for the batch, and the batch cannot be split further.
+    /// The device has too little memory for the batch. The caller may retry with a smaller one.
     #[error("the device's memory is exhausted: {0}")]
     OutOfMemory(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The device is no longer usable by this process, for example after an illegal address or a bus error.
@@ -151,11 +151,11 @@ pub type Graph<'a, B> = &'a (dyn Fn(&<B as Backend>::ExecContext, &Batch) -> Res
 /// The role of a linear layer in a model. It determines the precision.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerRole {
-    /// In an encoder layer: nearly all of the work. Computed in the backend's configured precision.
+    /// In an encoder layer, where nearly all of the work is. Computed in the backend's configured precision.
     Encoder,
-    /// In an encoder layer, with [`Epilogue::Gated`]: `weight` is `[2F, inputs]`.
+    /// As [`LayerRole::Encoder`], for use with [`Epilogue::Gated`]: `weight` is `[2F, inputs]`.
     Gated,
-    /// In the classification head: only S rows. Computed in the highest precision that the backend has.
+    /// In the classification head, with only S rows. Computed in f32.
     Head,
 }
 
@@ -177,7 +177,7 @@ pub trait Backend: Sized + Send + Sync + 'static {
     /// Implementation, precision and device, for the start-up log.
     fn describe(&self) -> String;
 
-    /// How many calls of [`Backend::run`] can compute at the same time. Further calls wait.
+    /// How many concurrent calls of [`Backend::run`] keep the device busy. More gain nothing.
     fn max_concurrent_batches(&self) -> usize {
         1
     }
@@ -221,22 +221,22 @@ pub trait Backend: Sized + Send + Sync + 'static {
         x: &Self::Buffer,
         epilogue: Epilogue<'_, Self::Buffer>,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Layer norm of each row, in place. Shape is unchanged.
+    /// Layer norm of each row, in place.
     fn layer_norm(
         &self,
         ctx: &Self::ExecContext,
         weights: &Self::Norm,
         x: Self::Buffer,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Layer norm of each row as the input of a linear layer of the encoder, `[rows, C]`. `x` is kept: it is the residual
-    /// stream of a pre-norm layer.
+    /// Layer norm of each row, as the input of a linear layer of the encoder: `[rows, C]`. Keeps `x`, which is also the
+    /// residual of a pre-norm layer.
     fn pre_norm(
         &self,
         ctx: &Self::ExecContext,
         weights: &Self::Norm,
         x: &Self::Buffer,
     ) -> Result<Self::Buffer, BackendError>;
-    /// Rotates the first `heads` heads of each token's row by the token's position, in place. `x` is `[T, columns]`.
+    /// Applies the rotary position embedding to the first `heads` heads of each row, in place. `x` is `[T, columns]`.
     fn rotate(
         &self,
         ctx: &Self::ExecContext,

@@ -1,5 +1,5 @@
-//! A backend that wraps another, times each operation and compares the time with the device's roofline. Results are
-//! unchanged. `rerankd bench --profile` prints the measurements.
+//! A backend that wraps another, times its operations, and computes the minimum time of each from the device's roofline. Results
+//! are unchanged. `rerankd bench --profile` prints the measurements.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,7 +17,7 @@ pub struct Profile(Mutex<ProfileState>);
 #[derive(Debug, Default)]
 struct ProfileState {
     roofline: Option<Roofline>,
-    /// In the order of execution.
+    /// In the order of their first calls.
     operations: Vec<Operation>,
 }
 
@@ -27,18 +27,18 @@ pub struct Operation {
     /// The operation, with inputs and outputs if it is a GEMM: `GEMM 384 -> 1536, GELU`. `CLS` means first tokens only.
     pub name: String,
     pub calls: usize,
-    /// Measured time of the whole device, in seconds.
+    /// Measured time, in seconds of the whole device: 1 s on one of N threads counts as 1/N s.
     pub seconds: f64,
-    /// The minimum time at the device's peak rates, in seconds; 0 if unknown.
+    /// The minimum time at the device's peak rates, in seconds; 0 if it is unknown or negligible.
     pub roofline_seconds: f64,
 }
 
 /// The minimum work of an operation: every value is read or written once.
 #[derive(Debug, Clone, Copy, Default)]
 struct Work {
-    /// Operations in GEMMs.
+    /// Multiplications and additions in GEMMs.
     gemm_operations: usize,
-    /// Operations in attention.
+    /// Multiplications and additions in attention.
     attention_operations: usize,
     /// Activations read or written.
     activations: usize,
@@ -210,7 +210,7 @@ impl<B: Timed> Backend for Profiled<B> {
         batch: &Batch,
     ) -> Result<Self::Buffer, BackendError> {
         let (rows, columns) = (batch.tokens(), weights.columns);
-        // Reads a row of words and a row of positions; writes a row. Token types are few and stay in cache.
+        // Each row reads a word and a position and is written. The rows of token types are few and stay in cache.
         let work = Work { activations: 3 * rows * columns, ..Work::default() };
         let inner = self.time(ctx, "embeddings", work, |b| b.embed(ctx, &weights.inner, batch))?;
         Ok(Buffer { inner, rows, columns, cls_only: false })
@@ -361,7 +361,7 @@ fn name(activation: Activation) -> &'static str {
     }
 }
 
-/// Pairs of a query and a key at a distance of at most `window`, in a sequence of n tokens.
+/// How many pairs of a query and a key are at a distance of at most `window`, in a sequence of n tokens.
 fn visible_pairs(n: usize, window: usize) -> usize {
     let window = window.min(n - 1);
     n * (2 * window + 1) - window * (window + 1)

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 
 use crate::backend::Activation;
 
-/// The largest head size that the backends support. Published encoders have 32 to 128.
+/// The largest accepted head size. Published encoders have 32 to 128. The CUDA backend accepts only 32 and 64.
 const MAX_HEAD_SIZE: usize = 512;
 
 /// Maximum values in one tensor: 16 GiB of f32.
@@ -16,7 +16,7 @@ const MAX_PARAMETERS: u64 = 1 << 34;
 /// The largest `layer_norm_eps`. Published encoders have 1e-12 to 1e-5; a large value makes every norm return its bias.
 const MAX_LAYER_NORM_EPS: f64 = 0.1;
 
-/// The encoder families that have a graph in [`crate::encoder`]. They differ in the names of their tensors.
+/// The encoder families. All have one graph ([`crate::encoder`]); the family determines the names of the tensors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
     /// BERT: learned positions, two token types.
@@ -113,9 +113,9 @@ pub struct ModelConfig {
     pub position_offset: usize,
     /// Rows of the token type embedding; 0 if there is none.
     pub type_vocab_size: usize,
-    /// The frequencies of each distinct rotary embedding, `[D / 2]`.
+    /// The frequencies of each rotary embedding, `[D / 2]`. Layers refer to them by index.
     pub rotary: Vec<Vec<f32>>,
-    /// Of each layer, `[layers]`.
+    /// `[layers]`
     pub layer_attention: Vec<LayerAttention>,
     pub head: HeadConfig,
 }
@@ -143,9 +143,10 @@ impl ModelConfig {
         self.hidden_size / self.heads
     }
 
-    /// Values in all of the model's tensors. Fits u64: `check` bounds each factor first.
+    /// The number of values in all tensors. Fits u64: `check` bounds each factor first.
     ///
-    /// A pre-norm model has a norm after the last layer, and none before the first attention.
+    /// Pre-norm and post-norm models have equally many norms: the former have one after the last layer, but none before the first
+    /// attention; the embeddings of both have one.
     pub(super) fn parameters(&self) -> u64 {
         let [c, f, layers] = [self.hidden_size, self.intermediate_size, self.layers].map(|n| n as u64);
         let inputs = if self.gated { 2 * f } else { f };
@@ -163,7 +164,7 @@ impl ModelConfig {
     /// # Errors
     /// A dimension is out of range, or dimensions do not fit together. The error names the field.
     pub(super) fn check(&self) -> Result<()> {
-        // 1 << 16 inputs also keep an int8 sum within i32: 65,536 * 255 * 127 < 2^31.
+        // At most 1 << 16 inputs of a linear layer keep int8 sums within i32: 65,536 * 255 * 127 < 2^31.
         for (field, value, limit) in [
             ("vocab_size", self.vocab_size, 1 << 24),
             ("hidden_size", self.hidden_size, 1 << 16),
@@ -171,7 +172,7 @@ impl ModelConfig {
             ("num_attention_heads", self.heads, 1 << 10),
             ("intermediate_size", self.intermediate_size, 1 << 16),
             ("max_position_embeddings", self.max_window + self.position_offset, 1 << 20),
-            // The embedding tables of token types and positions may be absent.
+            // 0 is allowed: the model has no token types.
             ("type_vocab_size", self.type_vocab_size.max(1), 1 << 8),
         ] {
             ensure!((1..=limit).contains(&value), "{field} is {value}; expected 1 to {limit}");

@@ -1,5 +1,5 @@
-//! The fields of a JSON configuration file. A field that is absent or null has a default or is an error; each error
-//! names its field.
+//! The fields of a JSON configuration file. An absent field and a null one are the same, except for `is_null`. Errors name their
+//! field.
 
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
@@ -13,7 +13,7 @@ impl Fields {
         Ok(Self(serde_json::from_str(json)?))
     }
 
-    /// The field's value, unless it is null.
+    /// The field's value; `None` if it is absent or null.
     pub(super) fn get(&self, field: &str) -> Option<&Value> {
         self.0.get(field).filter(|value| !value.is_null())
     }
@@ -62,7 +62,7 @@ impl Fields {
         Ok(Some(texts.with_context(|| format!("{field} is {value}; expected an array of strings"))?))
     }
 
-    /// Entries of `id2label`, else `num_labels`, else 1.
+    /// The number of labels: the entries of `id2label`, else `num_labels`, else 1.
     pub(super) fn labels(&self) -> Result<usize> {
         match self.get("id2label") {
             Some(Value::Object(labels)) => Ok(labels.len()),

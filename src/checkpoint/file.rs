@@ -1,4 +1,4 @@
-//! Bounded reading of files that come with a model.
+//! Opens and reads files that come with a model: regular files only, and texts up to a size limit.
 
 use std::fs::File;
 use std::io::Read;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-/// Opens a regular file. Opening a FIFO would block forever, and a device such as `/dev/zero` has no end.
+/// Opens a regular file and rejects others: opening a FIFO would block forever, and a device such as `/dev/zero` has no end.
 ///
 /// # Errors
 /// The file is missing, not readable, or not a regular file. The error names the path.
@@ -41,7 +41,7 @@ mod tests {
         let path = folder.path().join("config.json");
         std::fs::write(&path, "1234\u{e9}").unwrap();
         let error = read_text(&path, 4).unwrap_err().to_string();
-        assert!(error.contains("longer than 4 bytes"), "{error}"); // although byte 5 is half a character
+        assert!(error.contains("longer than 4 bytes"), "{error}"); // and not "not UTF-8", although byte 5 is half a character
         std::fs::write(&path, "12345").unwrap();
         assert_eq!(read_text(&path, 5).unwrap(), "12345");
         let error = read_text(&path, 4).unwrap_err().to_string();

@@ -1,6 +1,5 @@
-//! Checkpoints on disk: `config` has a model's dimensions, which `parse` reads from `config.json` and `modules` from
-//! sentence-transformers' modules.json; `weights` reads weight files as named host tensors, and `file` opens files and bounds
-//! their size.
+//! Checkpoints: `config` describes a model; `parse` reads the description from `config.json`, and `modules` reads a chain of
+//! sentence-transformers modules. `weights` reads weight files as named host tensors. `file` opens files and bounds their size.
 
 pub mod config;
 mod fields;

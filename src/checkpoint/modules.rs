@@ -9,10 +9,10 @@ use super::fields::Fields;
 use crate::backend::Activation;
 use crate::score::ScoreMap;
 
-/// The longest chain that is read.
+/// The longest accepted chain.
 const MAX_MODULES: usize = 32;
 
-/// The epsilon of sentence-transformers' LayerNorm module, which its configuration does not have.
+/// The epsilon of sentence-transformers' LayerNorm module. It is PyTorch's default; the module's `config.json` does not state it.
 const LAYER_NORM_EPS: f64 = 1e-5;
 
 /// An entry of `modules.json`.
@@ -64,7 +64,7 @@ pub fn parse_modules(json: &str) -> Result<Vec<ModuleEntry>> {
     Ok(modules)
 }
 
-/// The head that the modules after the Transformer form; `None` if there are none, and the Transformer is a classifier itself.
+/// Builds the head from the modules after the Transformer; `None` if there are none, and the model has the head of its family.
 /// `configs` are the texts of the modules' config.json files, in the same order.
 ///
 /// # Errors
@@ -92,13 +92,13 @@ pub fn parse_head(modules: &[ModuleEntry], configs: &[String], hidden_size: usiz
     Ok(Some(head))
 }
 
-/// The score map that a checkpoint's settings ask for. `settings` is the text of config_sentence_transformers.json, if there is
-/// one; models without it may have an `activation_fn` in their config.json.
+/// The score map that a checkpoint asks for with `activation_fn`. `settings` is the text of `config_sentence_transformers.json`,
+/// if there is one; else `activation_fn` is in `config.json`.
 ///
-/// The identity gives the default map too: clients expect scores in [0, 1], and can ask for logits.
+/// The identity, too, gives the default map, a sigmoid: clients expect scores in [0, 1]. Those that want logits ask for them.
 ///
 /// # Errors
-/// `activation_fn` is neither a sigmoid nor the identity.
+/// `activation_fn` is neither a sigmoid nor the identity, or a text is not valid JSON.
 pub fn parse_score_map(config_json: &str, settings: Option<&str>) -> Result<ScoreMap> {
     let config = Fields::parse(config_json)?;
     let nested = config.object("sentence_transformers")?;
@@ -114,7 +114,7 @@ pub fn parse_score_map(config_json: &str, settings: Option<&str>) -> Result<Scor
     }
 }
 
-/// `cls` or `mean`, from either form of a Pooling's configuration.
+/// Reads the pooling from either form of a Pooling module's configuration.
 fn pooling(fields: &Fields, hidden_size: usize) -> Result<Pooling> {
     for field in ["embedding_dimension", "word_embedding_dimension"] {
         let size = fields.optional_integer(field)?.unwrap_or(hidden_size);
@@ -256,7 +256,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_activation_of_scores_is_rejected_by_name() {
+    fn an_unknown_activation_fn_is_rejected_by_name() {
         let read = |name: &str| parse_score_map("{}", Some(&format!(r#"{{"activation_fn":"{name}"}}"#)));
         assert_eq!(read("torch.nn.modules.linear.Identity").unwrap(), ScoreMap::default());
         assert!(read("torch.nn.modules.activation.Softplus").unwrap_err().to_string().contains("Softplus"));

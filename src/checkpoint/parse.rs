@@ -1,4 +1,4 @@
-//! `config.json` -> [`ModelConfig`], validated once, here. One function for each family of encoders.
+//! Reads a `config.json` into a validated [`ModelConfig`], with one function for each family of encoders.
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -20,9 +20,8 @@ impl ModelConfig {
         Self::parse_with_modules(json, &[], &[])
     }
 
-    /// Reads the text of the `config.json` of a chain of sentence-transformers modules. Without modules after the first, the
-    /// model is a classifier, as for [`ModelConfig::parse`]. `configs` are the texts of the `config.json` files of the modules
-    /// after the first.
+    /// Reads the text of a `config.json` whose model is the first of a chain of sentence-transformers modules. `configs` are the
+    /// texts of the other modules' `config.json` files. Without other modules, it is [`ModelConfig::parse`].
     ///
     /// # Errors
     /// Those of [`ModelConfig::parse`] and of [`parse_head`].
@@ -55,7 +54,8 @@ impl ModelConfig {
     }
 }
 
-/// What all families have in common, checked: post-norm layers with biases, and attention to the whole sequence.
+/// Reads and checks the fields of all families; the rest is as in BERT: post-norm layers with biases, attention to the whole
+/// sequence. `activation` and `eps.0` are the names of fields that differ by family, and `eps.1` is a default.
 fn base(fields: &Fields, architecture: Architecture, activation: &str, eps: (&str, f64)) -> Result<ModelConfig> {
     let layer_norm_eps = match fields.get(eps.0) {
         Some(value) => {
@@ -159,7 +159,7 @@ fn modern_bert(fields: &Fields) -> Result<ModelConfig> {
         bail!("rope_scaling is {scaling}; scaled rotary embeddings are not supported for modernbert");
     }
     let global_base = rotary_base(fields, "full_attention", "global_rope_theta", 160_000.0)?;
-    // Null means the base of the global layers; an absent field means the default.
+    // A null field means the base of the global layers; an absent one means the default.
     let default = if fields.is_null("local_rope_theta") { global_base } else { 10_000.0 };
     let local_base = rotary_base(fields, "sliding_attention", "local_rope_theta", default)?;
     let global = LayerAttention { window: None, rotary: Some(0) };
@@ -304,7 +304,7 @@ fn scaled_frequencies(base: f64, d: usize, scaling: &Fields) -> Result<Vec<f32>>
     let factor = scaling.number("factor").context("rope_scaling")?.context("rope_scaling.factor is missing")?;
     ensure!((1.0..=1e4).contains(&factor), "rope_scaling.factor is {factor}; expected 1 to 1e4");
     let mixed_b = scaling.number("mixed_b").context("rope_scaling")?;
-    // A factor of 1 does not extend the context, and the model's own code then leaves the frequencies alone.
+    // The model's own code does not scale the frequencies if the factor is 1.
     if factor == 1.0 {
         return Ok(frequencies(base, d));
     }
@@ -345,7 +345,6 @@ mod tests {
 
     #[test]
     fn the_parameter_count_of_bge_reranker_v2_m3_is_right() {
-        // bge-reranker-v2-m3 has 567,755,777 parameters.
         assert_eq!(ModelConfig::parse(BGE).unwrap().parameters(), 567_755_777);
     }
 
@@ -460,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn windows_of_any_width_are_half_of_local_attention() {
+    fn the_window_is_half_of_local_attention_rounded_down() {
         for (local, window) in [(1, 0), (2, 1), (128, 64), (8192, 4096)] {
             let config = with(MODERN, r#""local_attention":128"#, &format!(r#""local_attention":{local}"#)).unwrap();
             assert_eq!(config.layer_attention[1].window, Some(window));

@@ -1,4 +1,4 @@
-//! Checkpoint files -> [`HostTensor`]s, one at a time, each checked against the shape that the graph expects before
+//! Reads checkpoint files into [`HostTensor`]s, one at a time. Each shape is compared with the one that the graph expects before
 //! memory is reserved for it.
 //!
 //! safetensors (one file, or shards with an index) are read, not memory-mapped: a file that is truncated or replaced
@@ -20,7 +20,7 @@ use serde::Deserialize;
 use super::file::{open_regular, read_text};
 use crate::backend::HostTensor;
 
-/// The longest safetensors header, as in the safetensors crate. It has room for some 100,000 tensors.
+/// The longest safetensors header, as in the safetensors crate. It has room for hundreds of thousands of tensors.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// The longest shard index: as many tensors as a header has room for.
@@ -29,8 +29,8 @@ const MAX_INDEX_BYTES: u64 = MAX_HEADER_BYTES;
 /// Bytes per read. A multiple of every float type's width.
 const BLOCK_BYTES: usize = 1 << 20;
 
-/// The largest magnitude of a weight. Trained weights stay below some hundreds; a flipped high exponent bit multiplies
-/// a weight by 2^128, which is often still finite.
+/// The largest accepted magnitude of a weight. Trained weights stay below some hundreds. A flipped high exponent bit multiplies
+/// an f32 weight by 2^128, which is often still finite.
 const MAX_MAGNITUDE: f32 = 1e9;
 
 /// Where a checkpoint is read from: a file, or bytes embedded in the binary.
@@ -175,10 +175,10 @@ impl Weights {
         Ok(())
     }
 
-    /// Adds the tensors of the checkpoint at `path`, as of [`Weights::open`], under names that start with `prefix`.
+    /// Opens another checkpoint, as [`Weights::open`] does, and adds its tensors with `prefix` before their names.
     ///
     /// # Errors
-    /// Those of [`Weights::open`]; a tensor of the same name exists.
+    /// Those of [`Weights::open`]; there already is a tensor of that name.
     pub fn add(&mut self, prefix: &str, path: &Path) -> Result<()> {
         for file in Self::open(path)?.files {
             self.add_file(prefix, file)?;
@@ -248,7 +248,7 @@ impl Weights {
         Ok(HostTensor { shape: stacked, data })
     }
 
-    /// Ends the reading. Every tensor must have been taken, except those whose name `unused` accepts.
+    /// Checks that every tensor has been taken, except those whose names `unused` accepts.
     ///
     /// # Errors
     /// The checkpoint has other tensors: its architecture is not the one that config.json describes.
@@ -372,8 +372,7 @@ fn read_header(source: &mut Box<dyn ReadSeek>) -> Result<(u64, Metadata)> {
     Ok((data_start, metadata))
 }
 
-/// Reads `bytes` bytes of little-endian floats as f32, a block at a time, so that only the f32 values are in memory
-/// whole.
+/// Reads `bytes` bytes of little-endian floats as f32, a block at a time: only the f32 values are in memory as a whole.
 fn read_floats(source: &mut dyn ReadSeek, dtype: Dtype, bytes: usize) -> Result<Vec<f32>> {
     type Convert = fn(&[u8], &mut Vec<f32>);
     let (width, convert): (usize, Convert) = match dtype {
@@ -412,7 +411,7 @@ mod tests {
     #[test]
     fn stacked_tensors_are_compared_with_the_file_before_memory_is_reserved() {
         let names = ["weight", "weight", "weight"].map(str::to_owned);
-        // Reserving this shape would abort the process.
+        // Reserving this shape would panic.
         let error = weights(4.0).take_stacked(&names, &[1 << 30, 1 << 30]).unwrap_err().to_string();
         assert!(error.contains("tensor weight has shape [2, 2]"), "{error}");
         assert_eq!(weights(4.0).take_stacked(&names, &[2, 2]).unwrap().shape, [6, 2]);
@@ -422,7 +421,7 @@ mod tests {
     fn a_pickled_tensor_that_is_larger_than_its_file_is_rejected_before_memory_is_reserved() {
         let fixture = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/xlmr-pickle/pytorch_model.bin");
         let mut bytes = std::fs::read(fixture).unwrap();
-        // The word embedding's shape, [300, 64], becomes [65535, 64]: 16 MB in a file of 280 KB.
+        // The word embedding's shape, [300, 64], becomes [65535, 64]: 8 MB of f16 in a file of 280 KB.
         let (shape, size) = (b"M,\x01K@\x86", [0xff, 0xff]);
         let at = bytes.windows(shape.len()).position(|window| window == shape).unwrap();
         bytes[at + 1..at + 3].copy_from_slice(&size);

@@ -11,13 +11,13 @@ use crate::backend::{AttentionShape, Backend, EmbeddingTables, HostTensor, Layer
 use crate::checkpoint::config::{Architecture, ModelConfig};
 use crate::checkpoint::weights::Weights;
 
-/// Where the parts of a layer are.
+/// Names of tensors, without `.weight` and `.bias`. Those after `layers` are relative to a layer.
 struct Names {
-    /// Of the embeddings and the encoder: `bert.`, or nothing in a checkpoint without head.
+    /// Before all other names: `bert.`, `roberta.` or `electra.`; empty if the checkpoint holds the bare encoder.
     prefix: &'static str,
     embedding_norm: &'static str,
     layers: &'static str,
-    /// One linear layer for Q, K and V; `None` if there are three.
+    /// The linear layer for Q, K and V; `None` if each has its own.
     merged_qkv: Option<&'static str>,
     attention_output: &'static str,
     attention_norm: &'static str,

@@ -1,4 +1,4 @@
-//! The classification head: from each sequence's pooled row to one logit.
+//! The classification head: computes a logit from each sequence's pooled row.
 
 use anyhow::Result;
 

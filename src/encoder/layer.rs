@@ -22,7 +22,7 @@ pub(super) struct SelfAttention<B: Backend> {
     pub(super) rotary: Option<Arc<B::Rotary>>,
     pub(super) qkv: B::Linear,
     pub(super) output: B::Linear,
-    /// `None` is the identity.
+    /// `None`: no norm, as in ModernBERT's first layer.
     pub(super) norm: Option<B::Norm>,
 }
 
@@ -98,7 +98,7 @@ impl<B: Backend> Layer<B> {
         self.post_norm(backend, ctx, Some(norm), added)
     }
 
-    /// The norm before a sublayer; `None` if there is none.
+    /// Applies the norm before a sublayer. Returns `None` if there is none.
     fn pre_norm(
         &self,
         backend: &B,
@@ -110,7 +110,7 @@ impl<B: Backend> Layer<B> {
         norm.map(|norm| backend.pre_norm(ctx, norm, x)).transpose()
     }
 
-    /// The norm after a sublayer and its residual, if there is one.
+    /// Applies the norm after a sublayer and its residual. Returns `x` if there is none.
     fn post_norm(
         &self,
         backend: &B,
@@ -124,7 +124,7 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    /// The rotary embedding of the first `heads` heads, if the layer has one.
+    /// Applies the rotary embedding to the first `heads` heads, if the layer has one.
     fn rotate(
         &self,
         backend: &B,
@@ -139,7 +139,7 @@ impl<B: Backend> Layer<B> {
         }
     }
 
-    /// The outputs of the QKV projection from part `from` to part `to`; the parts are Q, K, V.
+    /// The outputs of the QKV projection for the parts `from..to`, where Q is part 0, K is 1 and V is 2.
     fn qkv_outputs(&self, from: usize, to: usize) -> Range<usize> {
         let c = self.attention.shape.heads * self.attention.shape.head_size;
         from * c..to * c

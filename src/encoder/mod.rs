@@ -1,5 +1,5 @@
-//! The models' forward passes, generic over [`Backend`]. `transformer` is the graph of all encoders, in `layer`s and with a
-//! `head`. Each family has a file that says where its tensors are.
+//! The models' forward passes, generic over [`Backend`]. `transformer` is the graph of all encoders; it consists of `layer`s and
+//! a `head`. Each family has a file that says where its tensors are in a checkpoint. `replicas` runs a model on several devices.
 
 mod bert;
 mod cross_encoder;

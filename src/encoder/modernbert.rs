@@ -13,7 +13,7 @@ use crate::backend::{AttentionShape, Backend, EmbeddingTables, LayerRole};
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::weights::Weights;
 
-/// Loads a checkpoint with the tensor names of `transformers`. A model without a head of its own has them without `model.`.
+/// Loads a checkpoint with the tensor names of `transformers`. If it holds the bare encoder, they lack the prefix `model.`.
 ///
 /// # Errors
 /// A tensor is missing, unexpected, of the wrong shape or damaged, or the device fails.
@@ -53,7 +53,7 @@ fn layer<B: Backend>(
             rotary: attention.rotary.map(|index| Arc::clone(&rotary[index])),
             qkv: parts.linear(&at("attn.Wqkv"), 3 * c, c, biases.attention, LayerRole::Encoder)?,
             output: parts.linear(&at("attn.Wo"), c, c, biases.attention, LayerRole::Encoder)?,
-            // The embeddings are normalized already.
+            // Layer 0 has none: the embeddings are normalized already.
             norm: (i > 0).then(|| parts.norm(&at("attn_norm"), c, biases.norm, eps)).transpose()?,
         },
         feed_forward: FeedForward {

@@ -13,7 +13,7 @@ use crate::backend::{AttentionShape, Backend, EmbeddingTables, LayerRole};
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::weights::Weights;
 
-/// Loads a checkpoint with the published tensor names. A model without a head of its own has them without `new.`.
+/// Loads a checkpoint with the published tensor names. If it holds the bare encoder, they lack the prefix `new.`.
 ///
 /// # Errors
 /// A tensor is missing, unexpected, of the wrong shape or damaged, or the device fails.
@@ -31,6 +31,7 @@ pub(super) fn load<B: Backend>(config: &ModelConfig, mut weights: Weights, backe
     let rotary = parts.rotary(config)?;
     let layers = (0..config.layers).map(|i| layer(config, &mut parts, &rotary, prefix, i)).collect::<Result<_>>()?;
     let head = Head::load(&config.head, &mut parts)?;
+    // Unused: a pooler that the head does not read, and the stored rotary frequencies.
     weights.finish(|name| name.starts_with("pooler.") || name.ends_with(".inv_freq"))?;
     Ok(Transformer { backend, embeddings, layers, final_norm: None, head })
 }
@@ -45,7 +46,7 @@ fn layer<B: Backend>(
     let (c, f, eps) = (config.hidden_size, config.intermediate_size, config.layer_norm_eps);
     let at = |name: &str| format!("{prefix}encoder.layer.{i}.{name}");
     let attention = config.layer_attention[i];
-    // The checkpoint has the value first; the backends have the gate first.
+    // The checkpoint stores the value before the gate; backends expect the gate first.
     let mut input = parts.weights.take(&at("mlp.up_gate_proj.weight"), &[2 * f, c])?;
     input.data.rotate_left(f * c);
     Ok(Layer {

@@ -1,4 +1,4 @@
-//! Loads the parts of a graph, by tensor name, onto a backend.
+//! Loads layers from a checkpoint onto a backend, by tensor name.
 
 use std::sync::Arc;
 
@@ -8,14 +8,14 @@ use crate::backend::{Backend, HostTensor, LayerRole, NormWeights, RotaryTable};
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::weights::Weights;
 
-/// A checkpoint and the backend that its tensors go to.
+/// A checkpoint, and the backend to load its tensors to.
 pub(super) struct Parts<'a, B> {
     pub(super) weights: &'a mut Weights,
     pub(super) backend: &'a B,
 }
 
 impl<B: Backend> Parts<'_, B> {
-    /// The linear layer `name.weight`, `[outputs, inputs]`, and `name.bias` if it has one.
+    /// Loads the linear layer `name.weight`, `[outputs, inputs]`, with `name.bias` if `bias`.
     pub(super) fn linear(
         &mut self,
         name: &str,
@@ -29,13 +29,13 @@ impl<B: Backend> Parts<'_, B> {
         Ok(self.backend.linear(weight, bias, role)?)
     }
 
-    /// A linear layer without bias whose weight, `[outputs, inputs]`, has been read already.
+    /// Loads a linear layer without bias from its weight, `[outputs, inputs]`.
     pub(super) fn linear_without_bias(&self, weight: HostTensor, role: LayerRole) -> Result<B::Linear> {
         let outputs = weight.shape[0];
         Ok(self.backend.linear(weight, zeros(outputs), role)?)
     }
 
-    /// Linear layers of equal shape, `[outputs, inputs]`, as one of `names.len() * outputs` outputs.
+    /// Loads linear layers of equal shape, `[outputs, inputs]`, as a single layer of `names.len() * outputs` outputs.
     pub(super) fn stacked(&mut self, names: &[String], outputs: usize, inputs: usize) -> Result<B::Linear> {
         let tensors = |kind: &str| names.iter().map(|name| format!("{name}.{kind}")).collect::<Vec<_>>();
         let weight = self.weights.take_stacked(&tensors("weight"), &[outputs, inputs])?;
@@ -43,7 +43,7 @@ impl<B: Backend> Parts<'_, B> {
         Ok(self.backend.linear(weight, bias, LayerRole::Encoder)?)
     }
 
-    /// The layer norm `name.weight` and, if it has one, `name.bias`.
+    /// Loads the layer norm `name.weight`, with `name.bias` if `bias`.
     pub(super) fn norm(&mut self, name: &str, size: usize, bias: bool, eps: f64) -> Result<B::Norm> {
         Ok(self.backend.norm(self.norm_weights(name, size, bias, eps)?)?)
     }
@@ -59,7 +59,7 @@ impl<B: Backend> Parts<'_, B> {
         })
     }
 
-    /// Each distinct rotary embedding of the model, once.
+    /// Loads the rotary embeddings of [`ModelConfig::rotary`].
     pub(super) fn rotary(&self, config: &ModelConfig) -> Result<Vec<Arc<B::Rotary>>> {
         let load = |frequencies: &Vec<f32>| {
             let table = RotaryTable { frequencies: frequencies.clone(), positions: config.max_window };

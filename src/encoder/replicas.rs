@@ -26,7 +26,7 @@ impl Replicas {
         Arc::new(Self(encoders.into_iter().map(replica).collect()))
     }
 
-    /// The replica with the fewest batches in flight, whose count is increased by one.
+    /// Chooses the replica with the fewest batches in flight and adds one to their count; `None` without replicas.
     fn choose(&self) -> Option<&Replica> {
         loop {
             let least = self.0.iter().min_by_key(|replica| replica.batches.load(Relaxed))?;
@@ -38,7 +38,7 @@ impl Replicas {
     }
 }
 
-/// Decreases the count of batches in flight when dropped, also after an error or a panic.
+/// Subtracts one from the count of batches in flight when dropped, also after an error or a panic.
 struct BusyGuard<'a>(&'a AtomicUsize);
 
 impl Drop for BusyGuard<'_> {
@@ -72,7 +72,7 @@ mod tests {
     use super::*;
     use crate::batch::Pair;
 
-    /// Returns its number once all replicas have been called.
+    /// Returns its number once every replica has a batch.
     struct Numbered(f32, Arc<Barrier>);
 
     impl CrossEncoder for Numbered {

@@ -1,6 +1,6 @@
-//! A transformer encoder as a cross-encoder: embeddings, layers, and a head that makes one logit of each sequence.
+//! A transformer encoder as a cross-encoder: embeddings, layers, and a head that computes one logit for each sequence.
 //!
-//! Every family of encoders is this graph. A family's own file (`bert.rs`, `modernbert.rs`, `new_model.rs`) says where
+//! All families of encoders share this graph. A family's own file (`bert.rs`, `modernbert.rs`, `new_model.rs`) says where
 //! its tensors are in a checkpoint.
 
 use std::sync::{Mutex, PoisonError};
@@ -24,23 +24,23 @@ pub struct Transformer<B: Backend> {
 
 /// The intermediate results of a forward pass, in order. Golden tests compare each, so that a failure names the layer.
 ///
-/// With [`Pooling::Cls`] the last layer, and what follows it, is computed for the first tokens only: `[S, C]`.
+/// With [`Pooling::Cls`], the last layer and the final norm are computed for the first tokens only: `[S, C]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Stage {
     /// The embeddings after their layer norm, `[T, C]`.
     Embeddings,
     /// The output of an encoder layer, `[T, C]`.
     Layer(usize),
-    /// The output of the norm after the last layer, `[T, C]`.
+    /// The output of the norm after the last layer, `[T, C]`; in pre-norm encoders only.
     FinalNorm,
-    /// One row for each sequence, `[S, C]`.
+    /// The mean of each sequence's rows, `[S, C]`; with [`Pooling::Mean`] only.
     Pooled,
     /// The output of the head, `[S, 1]`.
     Logits,
 }
 
 impl<B: Backend> Transformer<B> {
-    /// Every stage's values in order, row-major. The batch must be small enough that the backend does not split it.
+    /// Returns the values of every stage in order, row-major. The batch must be small enough that the backend does not split it.
     ///
     /// # Errors
     /// The device fails or has too little memory.

@@ -34,7 +34,7 @@ use crate::support::{SplitMix64, cpu, fixture, load, load_on, paragraphs, real};
 /// Bound on the absolute difference from `transformers` at every stage.
 ///
 /// Each side adds about a hundred f32 terms of size 1 in its own order, several times in sequence. The largest difference measured
-/// is 9e-6. The smallest plausible mistakes are larger: a wrong epsilon moves a layer by 1e-4, the wrong GELU by 7e-4.
+/// is 9e-6. The smallest plausible mistakes change more: a wrong epsilon changes a layer's output by 1e-4, the wrong GELU by 7e-4.
 const STAGE_BOUND: f32 = 5e-5;
 
 /// Bound on the absolute difference from candle-transformers, which runs the same kernels in f32 on GEMMs of other shapes (one
@@ -43,8 +43,8 @@ const CANDLE_BOUND: f32 = 1e-5;
 
 /// Bound on the absolute difference from the float64 logits.
 ///
-/// Twelve layers in f32 change a logit of size 10 by 5e-6, measured. The bound allows for any order of summation and is a
-/// thousandth of the difference between two documents.
+/// The largest difference measured is 5e-6, after twelve layers in f32, for logits of about 10. The bound allows for any order of
+/// summation and is about a thousandth of a usual difference between two documents.
 const REAL_BOUND: f64 = 1e-3;
 
 #[test]
@@ -54,7 +54,7 @@ fn candle_matches_transformers_at_every_stage() {
     }
 }
 
-/// One thread runs the batch as a single partition.
+/// With one thread, the batch is a single partition, as `stages` requires.
 #[test]
 fn the_cpu_backend_matches_transformers_at_every_stage() {
     for family in FAMILIES {
@@ -129,7 +129,7 @@ fn check_stages(family: &str, backend: impl Backend) {
 
 const FAMILIES: [&str; 8] = ["xlmr", "bert", "roberta", "modernbert", "modernbert-old", "ettin", "new", "electra"];
 
-/// A sequence's rows in the buffer of a stage. `of` is the number of rows in that buffer.
+/// A sequence's rows in the buffer of a stage, which has `of` rows.
 struct Rows {
     range: Range<usize>,
     of: usize,
@@ -229,9 +229,9 @@ struct Predicted {
 
 /// The logits of each precision against those of `transformers` in f32.
 ///
-/// bf16 rounds GEMM operands to a relative 2^-9, and int8 to 2^-8 of a row's range or 2^-7 of a column's largest weight. The rounding
-/// errors of some ten GEMMs of random weights add up like a random walk, to about 1 % and 4 % of logits that differ by 1. The largest
-/// differences measured are 0.011 and 0.041.
+/// bf16 rounds GEMM operands to within 2^-9 of the value, and int8 to within 2^-9 of a row's range or 2^-8 of a column's largest
+/// weight. The rounding errors of some ten GEMMs of random weights add up like a random walk, to about 1 % and 4 % of logits that
+/// differ by 1. The largest differences measured are 0.011 and 0.041.
 #[test]
 fn lower_precisions_stay_near_transformers() {
     for family in ["modernbert", "modernbert-old", "ettin", "new", "electra"] {
@@ -251,7 +251,7 @@ fn lower_precisions_stay_near_transformers() {
 
 #[test]
 fn scores_are_batch_invariant() {
-    // The fixture, the longest sequence, and random batches. Lengths around the window of local attention are among them.
+    // A fixture, the longest sequence, and the number of random batches. Lengths reach beyond the window of local attention.
     for (family, longest, cases) in [("xlmr", 64, 64), ("modernbert", 200, 12), ("ettin", 200, 12), ("new", 200, 12)] {
         let folder = fixture(family);
         let reference = load(&folder).unwrap();
@@ -278,7 +278,7 @@ fn scores_are_batch_invariant() {
 fn minilm_scores_are_batch_invariant() {
     let Some(folder) = real("minilm_scores_are_batch_invariant", MINILM) else { return };
     let pairs: Vec<Pair> = rows_of_minilm(&folder).into_iter().map(Row::into_pair).collect();
-    // The shortest with the longest, which fills the window; then arbitrary lengths.
+    // The shortest row with the longest, which fills the window; then rows of various lengths.
     let select = |rows: &[usize]| rows.iter().map(|&row| pairs[row].clone()).collect::<Vec<Pair>>();
     let batches = [select(&[1, 46, 6]), select(&[0, 20, 3, 36, 7])];
     let reference = load(&folder).unwrap();
@@ -297,8 +297,8 @@ fn cpu_models(folder: &Path) -> Vec<Vec<LoadedModel>> {
 
 /// Checks that all `models` give bitwise equal logits for the pairs in one batch, in reverse order, and each alone.
 ///
-/// On candle this holds because GEMMs with one row or one column, for which the gemm crate has separate kernels, are padded with
-/// further rows or columns (`backend/candle.rs`). On the CPU backend no operation reads beyond its sequence.
+/// candle would compute GEMMs of one row or one column with other kernels; `matmul` in `backend/candle.rs` avoids these. In the CPU
+/// backend, the instructions that compute a row do not depend on the other rows or on the number of threads.
 fn check_batch_invariance(models: &[&LoadedModel], pairs: &[Pair]) {
     let mut expected: Option<Vec<f32>> = None;
     for model in models {
@@ -321,14 +321,14 @@ fn check_batch_invariance(models: &[&LoadedModel], pairs: &[Pair]) {
     }
 }
 
-/// The last row's document is longer than the window. The reference truncates it to the window, and so does the first chunk.
+/// The last row's document is longer than the window. The reference truncates it to the window, where the first chunk ends too.
 #[tokio::test]
 async fn minilm_ids_and_logits_match_the_float64_reference() {
     let Some(folder) = real("minilm_ids_and_logits_match_the_float64_reference", MINILM) else { return };
     let rows = rows_of_minilm(&folder);
     assert_eq!((rows.len(), rows[46].ids.len()), (47, 512));
     let first_chunk = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 1, ..DocumentOptions::default() };
-    // The logits span 20. bf16 rounds GEMM operands to a relative 2^-9, int8 to 2^-8 of a row's range. The largest differences
+    // The logits span 20. For the rounding of bf16 and int8 see `lower_precisions_stay_near_transformers`. The largest differences
     // measured are 0.013 and 0.095.
     for (device, bound) in [
         (DeviceChoice::Candle { threads: 2 }, REAL_BOUND),
@@ -367,7 +367,7 @@ async fn minilm_ranks_the_right_xquad_paragraph_first() {
         .flat_map(|(i, paragraph)| paragraph.qas.iter().map(move |qa| (i, qa.question.as_str())))
         .collect();
     let full = std::env::var_os("RERANKD_FULL_EVAL").is_some_and(|value| value == "1");
-    // A question has about 1,900 tokens: 0.1 s on a CPU with bf16 instructions, seconds without.
+    // A question with its ten paragraphs has about 1,900 tokens: 0.1 s on a CPU with bf16 instructions, seconds without.
     let step = if full { 1 } else { questions.len() / SAMPLE };
     let whole = DocumentOptions { overlap_tokens: 0, max_chunks_per_doc: 8, ..DocumentOptions::default() };
     let mut random = SplitMix64(1);

@@ -141,7 +141,7 @@ fn weights_of_another_architecture_are_rejected() {
     model.check_rejected("BERT's weights", &[WEIGHTS, WORDS, "missing"]);
 }
 
-/// Cuts after each of the first 10 bytes, at a sample of header and data, and around the start of the data.
+/// Truncated to each length below 10, to a sample of longer ones, around the start of the data, and before the last byte.
 #[test]
 fn truncated_safetensors_is_rejected_with_the_file_name() {
     let model = Model::copy("bert");
@@ -298,7 +298,7 @@ fn a_tensor_in_two_shards_is_rejected() {
     model.check_rejected("the same shard twice", &["is in", SHARD, &other_shard()]);
 }
 
-/// Empty files, an HTML page, a bare pickle, an empty zip and noise, which failed downloads leave behind.
+/// An empty file, an HTML page, a bare pickle, an empty zip and noise, such as failed downloads leave behind.
 #[test]
 fn a_pytorch_file_without_a_checkpoint_is_rejected() {
     let model = Model::copy("xlmr-pickle");

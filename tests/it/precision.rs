@@ -1,8 +1,8 @@
 //! Scores and rankings of a real cross-encoder at each dtype and on a GPU, compared with f32 on the CPU. Each
 //! combination of device and dtype has its own bounds; docs/quality.md has the measured figures and the rule for `--dtype auto`.
 //!
-//! The test is skipped without real weights and XQuAD (tests/README.md). A GPU is measured if a CUDA driver is found, the
-//! stand-in of tests/cuda included. `RERANKD_FULL_EVAL=1` takes 200 questions (2,000 pairs) instead of 20.
+//! The test is skipped without real weights and XQuAD (tests/README.md). A GPU is included if a CUDA driver is found; the stand-in
+//! of tests/cuda is one. `RERANKD_FULL_EVAL=1` takes 200 questions (2,000 pairs) instead of 20.
 
 use rerankd::backend::cpu::CpuDtype;
 use rerankd::batch::Batch;

@@ -42,8 +42,8 @@ fn gelu<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
 }
 
 /// [`gelu`] for results that are rounded to bf16: `x / (1 + 2^-u)`, where u is x times a polynomial of x^2, fitted to
-/// the log odds of the normal distribution. The error is at most 7.5e-5, or 6.5e-4 of the value. Below x = -20,
-/// where GELU is 0, the result is `4e-6 x`.
+/// the log odds of the normal distribution. The error is at most 7.5e-5 or 6.5e-4 of the value, whichever is larger,
+/// if x is at least -20. Below, where GELU is 0, the result is `4e-6 x`.
 #[inline(always)]
 fn gelu_for_bf16<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     let y = isa.max(isa.min(x, isa.splat(4.5)), isa.splat(-4.5));
@@ -59,14 +59,14 @@ fn gelu_for_bf16<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
 fn gelu_tanh<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     /// -2 sqrt(2/pi) log2(e)
     const FACTOR: f32 = -2.302_208_2;
-    let u = isa.mul(x, isa.fma(isa.mul(x, x), isa.splat(0.044_715 * FACTOR), isa.splat(FACTOR)));
-    let power = exp2(isa, isa.min(u, isa.splat(126.0)), Accuracy::F32);
+    let exponent = isa.mul(x, isa.fma(isa.mul(x, x), isa.splat(0.044_715 * FACTOR), isa.splat(FACTOR)));
+    let power = exp2(isa, isa.min(exponent, isa.splat(126.0)), Accuracy::F32);
     isa.div(x, isa.add(isa.splat(1.0), power))
 }
 
 /// `x / (1 + e^-x)`.
 #[inline(always)]
 fn silu<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
-    let power = isa.min(isa.mul(x, isa.splat(-std::f32::consts::LOG2_E)), isa.splat(126.0));
-    isa.div(x, isa.add(isa.splat(1.0), exp2(isa, power, Accuracy::F32)))
+    let exponent = isa.min(isa.mul(x, isa.splat(-std::f32::consts::LOG2_E)), isa.splat(126.0));
+    isa.div(x, isa.add(isa.splat(1.0), exp2(isa, exponent, Accuracy::F32)))
 }

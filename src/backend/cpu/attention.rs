@@ -12,10 +12,10 @@
 //!
 //! The online softmax is Milakov and Gimelshein's ("Online normalizer calculation for softmax", 2018), in blocks as in
 //! FlashAttention (Dao et al. 2022). Results are batch-invariant and do not depend on how queries are split among threads:
-//! each query's row is computed independently, and blocks of keys are counted from the sequence's first key.
+//! each query's row is computed independently, and the boundaries between blocks of keys are relative to the sequence's first key.
 //!
 //! With a window, a block of queries reads only the panels of keys that one of them attends to, so the work is
-//! proportional to the window. Weights of other keys in these panels are exactly zero, which changes no sum.
+//! proportional to the window. Other keys in these panels have a weight of exactly zero, which changes no sum.
 
 use std::ops::Range;
 
@@ -44,9 +44,9 @@ pub(super) struct Sequence {
 #[derive(Debug)]
 pub(super) struct Attention<'a, T> {
     pub(super) shape: AttentionShape,
-    /// The largest distance between a query and its keys. Queries are then at the positions of the first keys.
+    /// The largest distance between a query and its keys. Query i of a sequence then has the position of key i.
     pub(super) window: Option<usize>,
-    /// Queries: columns 0 to C.
+    /// Queries are columns 0 to C.
     pub(super) q: &'a Matrix<T>,
     /// Keys start at column `k_start`, values at `v_start`.
     pub(super) kv: &'a Matrix<T>,
@@ -110,7 +110,7 @@ impl AttentionFormat for gemm::Bf16 {
 }
 
 impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
-    /// Computes one head of one sequence for `queries`, indices relative to the sequence's first query.
+    /// Computes one head of one sequence for `queries`, which are indices relative to the sequence's first query.
     ///
     /// # Safety
     /// No other thread accesses the same part of the output at the same time.
@@ -195,7 +195,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
             let position = block - self.first_query;
             let read_keys = match window {
                 None => 0..keys,
-                // Whole panels.
+                // Rounded to whole panels.
                 Some(window) => {
                     let first = position.saturating_sub(window) / I::PANEL_COLUMNS * I::PANEL_COLUMNS;
                     first..keys.min((position + rows + window).next_multiple_of(I::PANEL_COLUMNS))
@@ -248,7 +248,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                             continue;
                         }
                         if new_max == old_max {
-                            // Nothing to rescale, also while no key was visible yet and both are -infinity.
+                            // Nothing to rescale. While no key has been visible, both are -infinity.
                             row_sum[row] += sum;
                             continue;
                         }
@@ -368,7 +368,7 @@ unsafe fn softmax_window<I: Isa, E: AttentionFormat>(
     old_max: f32,
     to: *mut E::Value,
 ) -> (f32, f32) {
-    // Vectors with a visible key.
+    // From the first vector with a visible key to the last.
     let (start, end) = match visible.is_empty() {
         true => (0, 0),
         false => (visible.start / I::LANES * I::LANES, visible.end.next_multiple_of(I::LANES)),
@@ -433,8 +433,8 @@ fn panel_vectors<I: Isa>(keys: usize) -> usize {
     keys.div_ceil(I::LANES).next_power_of_two().min(I::PANEL_VECTORS)
 }
 
-/// Packs keys as operand B: panels of `[k_groups, PANEL_COLUMNS]` words, the last one narrower. Columns beyond the last
-/// key are unspecified; their scores are not read. `rows` is scratch for one vector's keys.
+/// Packs keys as operand B: panels of `[k_groups, PANEL_COLUMNS]` words; the last may be narrower. Columns beyond the last
+/// key are unspecified; their scores are not used. `rows` is scratch for one vector's keys.
 #[inline(always)]
 fn pack_keys<I: Isa, E: AttentionFormat>(
     isa: I,

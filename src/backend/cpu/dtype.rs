@@ -9,7 +9,7 @@ pub enum CpuDtype {
     F32,
     /// bfloat16, summed in f32.
     Bf16,
-    /// 8-bit integers, summed in i32. Activations are quantized per token, weights per output column.
+    /// 8-bit integers, summed in i32. Activations are quantized per token, weights per output.
     Int8,
 }
 

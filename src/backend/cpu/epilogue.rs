@@ -51,7 +51,7 @@ pub(super) struct StoreAny<'a> {
     pub(super) output: OutputRows<'a>,
 }
 
-/// Any epilogue, for vectors that hold outputs outside `start..end`.
+/// Any epilogue, for vectors with outputs outside `start..end`, which are not stored.
 #[derive(Clone, Copy)]
 pub(super) struct StoreClipped<'a> {
     pub(super) inner: StoreAny<'a>,
@@ -69,7 +69,7 @@ pub(super) struct StoreGated<'a> {
 }
 
 impl StoreGated<'_> {
-    /// Stores a vector at `column`, as far as the result has columns.
+    /// Stores the lanes of a vector that are columns of the result; the first is at `column`.
     ///
     /// # Safety
     /// The result has this row, and no other thread accesses these columns at the same time.

@@ -1,19 +1,20 @@
 //! GEMM with a fused epilogue, `epilogue(x W^T)`: nearly all of a model's work.
 //!
-//! The microkernel sums a tile of up to six rows by one panel in registers over the k-groups and writes the sums to the
-//! stack, where the epilogue reads them. A panel of W stays in the L2 cache while all rows are multiplied by it:
+//! The microkernel computes a tile of up to six rows by one panel: it sums over the k-groups in registers and writes the sums to
+//! memory, where the epilogue reads them. A panel of W stays in the L2 cache while all rows are multiplied by it:
 //!
 //! ```text
-//! for each panel of W:                         32 to 400 KB
-//!     for each block of k-groups:              so that long rows do not evict the panel
-//!         for each tile of rows:               a row's words are broadcast, the panel's vectors are loaded
-//!             acc[row][vector] += row word * panel vector
-//!             prefetch a share of the next block into L2
+//! for each panel of W:                         96 KB, for example, if 64 columns have 768 inputs in bf16
+//!     for each block of k-groups:              of 1024, so that a block fits in the cache
+//!         for each tile of rows:
+//!             for each k-group:                words of x are broadcast, vectors of the panel are loaded
+//!                 acc[row][vector] += x word * panel vector
+//!                 prefetch a cache line of the next block into L2
 //!     epilogue: scales, bias, activation, residual, rounding
 //! ```
 //!
-//! Each element is summed in the order of the k-groups, whatever tile it is in. So a row's result does not depend on
-//! the batch composition, the row's index or the number of threads.
+//! Each element is summed in the order of the k-groups, in whichever tile it is. So a row's result does not depend on
+//! the other rows, the row's index or the number of threads.
 //!
 //! The blocking is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), except
 //! that x is not packed: its rows are short enough.
@@ -36,7 +37,7 @@ const TILE_ROWS: usize = 6;
 /// K-groups of a block: 256 KB of a panel of 64 columns.
 const BLOCK_K_GROUPS: usize = 1024;
 
-/// Rows of a block, whose partial sums are kept in memory between blocks of k-groups.
+/// Rows whose partial sums are kept in memory between blocks of k-groups.
 const BLOCK_ROWS: usize = 384;
 
 /// Columns of the widest panel.
@@ -70,11 +71,11 @@ pub(super) struct Gemm<'a> {
     pub(super) start: usize,
     pub(super) end: usize,
     pub(super) activation: Option<Activation>,
-    /// The number of columns of the result, if the weights are packed for a gated layer. All outputs are then computed.
+    /// F, if the weights are packed for a gated layer. All outputs are then computed, and the result has F columns.
     pub(super) gated: Option<usize>,
     /// Added to the result, `[rows, end - start]`.
     pub(super) residual: Option<&'a Matrix<f32>>,
-    /// `[rows, end - start]`
+    /// `[rows, end - start]`, or `[rows, F]` of a gated layer.
     pub(super) output: OutputRows<'a>,
 }
 
@@ -101,18 +102,18 @@ impl Gemm<'_> {
     }
 }
 
-/// A [`StorageFormat`] as a type: how k-groups are multiplied and what a sum is in f32.
+/// A [`StorageFormat`] as a type: multiplies k-groups, and converts the sums to f32.
 pub(super) trait Dot: Copy {
     /// `acc + a * b` for one k-group in each lane.
     fn dot<I: Isa>(self, isa: I, acc: I::Bits, a: I::Bits, b: I::Bits) -> I::Bits;
-    /// A row's sums in a vector of columns as f32, with the bias added.
+    /// Converts a row's sums for a vector of columns to f32, with scales and bias applied.
     fn value<I: Isa>(self, isa: I, sums: I::Bits, columns: &ColumnParams<I>, params: QuantParams) -> I::Floats;
 }
 
 /// Bias and scales of a vector of columns.
 pub(super) struct ColumnParams<I: Isa> {
     bias: I::Floats,
-    /// Read for int8 only, as is `column_sum`.
+    /// Used for int8 only, as is `column_sum`.
     scale: I::Floats,
     column_sum: I::Floats,
 }
@@ -122,7 +123,7 @@ impl<I: Isa> ColumnParams<I> {
     /// The weights have a whole vector of columns at `column`.
     #[inline(always)]
     unsafe fn load(isa: I, weights: &PackedWeights, column: usize) -> Self {
-        // SAFETY: guaranteed by the caller. `scale` and `column_sum` are read for int8 only.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let bias = isa.load(weights.bias.as_ptr().add(column));
             if weights.format != StorageFormat::Int8 {
@@ -217,7 +218,7 @@ impl<D: Dot> SimdOp for GemmLoops<'_, D> {
                 for group in (0..k_groups).step_by(BLOCK_K_GROUPS) {
                     for (i, rows) in tiles(block.clone()).enumerate() {
                         let share = PrefetchShare { index: i, of: tiles(block.clone()).len() };
-                        // SAFETY: `sums` has a row for each row of the block, with a panel's width as stride.
+                        // SAFETY: `sums` has a row of a panel's width for each row of the block.
                         unsafe {
                             let to = sums.shared().row(rows.start - start);
                             self.sum(isa, panel, rows, group..(group + BLOCK_K_GROUPS).min(k_groups), share, to);
@@ -389,11 +390,11 @@ pub(super) fn tiles(rows: Range<usize>) -> impl ExactSizeIterator<Item = Range<u
 /// The operands of a tile and its sums.
 #[derive(Clone, Copy)]
 pub(super) struct Operands {
-    /// The rows' words, `[rows, k_groups]`.
+    /// Words of x, `[rows, k_groups]`.
     pub(super) a: *const u32,
     /// Words from the start of a row to the start of the next.
     pub(super) a_stride: usize,
-    /// A panel's words, `[k_groups, columns]`.
+    /// Words of a panel, `[k_groups, columns]`, without gaps.
     pub(super) b: *const u32,
     pub(super) k_groups: usize,
     /// `[rows, columns]`
@@ -402,7 +403,7 @@ pub(super) struct Operands {
     pub(super) sums_stride: usize,
     /// Whether to add to `sums` instead of overwriting them.
     pub(super) accumulate: bool,
-    /// Address to prefetch into L2, one cache line at each k-group. Any address is allowed.
+    /// The first address to prefetch into L2; each k-group prefetches one cache line. Any address is allowed.
     pub(super) prefetch: *const u32,
     /// Words between prefetched addresses. 0 disables prefetching.
     pub(super) prefetch_stride: usize,
@@ -438,7 +439,7 @@ impl<D: Dot, const R: usize, const V: usize> SimdOp for Microkernel<D, R, V> {
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        // Known at compile time: such tiles are not used on an instruction set with fewer registers.
+        // Decided at compile time: no code is generated for tiles that are wider than a panel of this instruction set.
         if V > I::PANEL_VECTORS {
             unreachable!("the tile is wider than a panel");
         }

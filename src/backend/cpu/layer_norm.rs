@@ -11,11 +11,11 @@ use super::workspace::{Matrix, SharedMatrix};
 pub(super) enum NormRows<'a> {
     /// The result replaces the rows.
     InPlace(SharedMatrix<'a, f32>),
-    /// The f32 result, if it is wanted, goes to other rows.
+    /// The rows are kept. The f32 result, if it is needed, goes to the second matrix.
     Copy(&'a Matrix<f32>, Option<SharedMatrix<'a, f32>>),
 }
 
-/// Layer norm. Also writes the quantized rows while a row is in cache.
+/// Layer norm of rows. Also quantizes each row, while it is in cache.
 pub(super) struct LayerNorm<'a> {
     pub(super) x: NormRows<'a>,
     pub(super) weight: &'a [f32],

@@ -1,17 +1,17 @@
 //! The fast CPU backend: packed weights, SIMD kernels selected at run time, and a thread pool.
 //!
-//! Modules in reading order: `simd` (instruction sets), `packed` (layout of weights), `gemm` and its `epilogue`,
-//! `attention`, `rotary`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others), `partition`
-//! (how a batch is split for the threads), `thread_pool`, `workspace` (scratch memory). [`roofline`] and
+//! Modules in reading order: `dtype` (precisions), `simd` (instruction sets), `packed` (layout of weights), `gemm` and its
+//! `epilogue`, `attention`, `rotary`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others),
+//! `partition` (how a batch is split for the threads), `thread_pool`, `workspace` (scratch memory). [`roofline`] and
 //! [`gemm_benchmark`] are for benchmarks. This file implements [`Backend`].
 //!
-//! Large batches are split into partitions of about 512 tokens. Each thread runs the whole graph on its own partition,
-//! without barriers. For a single short request, each operation is split over the threads instead. Either way, each
-//! value is computed by the same instructions in the same order: scores are bitwise identical for any batch
-//! composition, batch order and number of threads.
+//! Batches are split into partitions of up to 512 tokens. A thread runs the whole graph on a partition, without barriers.
+//! Sequences that cannot be divided evenly among the threads, as in a batch of one, have each operation split over all threads
+//! instead. Either way, each value is computed by the same instructions in the same order: scores are bitwise identical for any
+//! batch composition, batch order and number of threads.
 //!
-//! The residual stream, norms and heads are f32 in every precision. With bf16, GEMMs and attention multiply bf16 and
-//! sum in f32. With int8, GEMMs multiply bytes (quantized per token, weights per output) and sum in i32; attention is
+//! The residual stream, norms and the classification head are f32 in every precision. With bf16, GEMMs and attention multiply
+//! bf16 and sum in f32. With int8, GEMMs multiply bytes (quantized per token, weights per output) and sum in i32; attention is
 //! bf16.
 
 #![allow(
@@ -78,7 +78,7 @@ pub struct ExecContext {
     pool: Option<Arc<ThreadPool>>,
 }
 
-/// Activations `[rows, columns]`: as f32, in the GEMMs' storage format, or both.
+/// Activations `[rows, columns]`: as f32, as bf16 or int8 (`quantized`), or both.
 #[derive(Debug)]
 pub struct Buffer {
     rows: usize,
@@ -120,7 +120,7 @@ pub struct Norm {
 }
 
 impl CpuBackend {
-    /// GEMMs in `dtype` on the threads of `pool`, with the best instruction set of this machine.
+    /// Computes on the threads of `pool`, with GEMMs in `dtype` and the best instruction set of this machine.
     pub fn new(dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
         Self::on(SimdPath::best(), dtype, pool)
     }
@@ -143,7 +143,7 @@ impl CpuBackend {
         }
     }
 
-    /// Computes a GEMM, split over the context's threads by panels, and also by rows where panels are few.
+    /// Computes a GEMM, split over the context's threads by panels, and also by rows if there are few panels.
     fn gemm(&self, ctx: &ExecContext, gemm: &Gemm<'_>) {
         let (panels, rows) = (gemm.panels(), gemm.input.rows);
         let Some(pool) = &ctx.pool else {
@@ -224,8 +224,8 @@ impl CpuBackend {
         }
     }
 
-    /// Computes every head of every sequence, split over the context's threads. Where heads are few, queries are split
-    /// too.
+    /// Computes every head of every sequence, split over the context's threads by sequences and heads, and also by queries if
+    /// there are few of these.
     fn attend_heads<E: AttentionFormat<Value: Send + Sync>>(
         &self,
         ctx: &ExecContext,
@@ -263,21 +263,21 @@ impl CpuBackend {
     }
 }
 
-/// A GEMM is split by rows only into parts of at least about this many rows.
+/// If a GEMM is split by rows, the number of parts is at most `rows / MIN_SPLIT_ROWS`, rounded up.
 const MIN_SPLIT_ROWS: usize = 24;
 
 impl ExecContext {
-    /// For operations on the calling thread only.
+    /// Runs operations on the calling thread only.
     fn single_thread() -> Self {
         Self { pool: None }
     }
 
-    /// For operations that are split over all threads of `pool`.
+    /// Splits operations over all threads of `pool`.
     fn all_threads(pool: &Arc<ThreadPool>) -> Self {
         Self { pool: (pool.threads() > 1).then(|| Arc::clone(pool)) }
     }
 
-    /// Splits `0..n` into contiguous ranges and calls `f` with one on each thread. Empty ranges are skipped.
+    /// Splits `0..n` into contiguous ranges, one per thread, and calls `f` with each on its thread. Empty ranges are skipped.
     fn split(&self, n: usize, f: impl Fn(Range<usize>) + Sync) {
         let Some(pool) = &self.pool else { return f(0..n) };
         let threads = pool.threads();
@@ -363,10 +363,10 @@ impl Backend for CpuBackend {
         let partitioning = partition_batch(&lengths, self.pool.threads());
         let outcome = Mutex::new((vec![f32::NAN; lengths.len()], Ok(())));
         let compute = |ctx: &ExecContext, partition: &[usize]| {
-            let scores = graph(ctx, &batch.select(partition));
+            let logits = graph(ctx, &batch.select(partition));
             let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
-            match scores {
-                Ok(scores) => partition.iter().zip(scores).for_each(|(&sequence, score)| outcome.0[sequence] = score),
+            match logits {
+                Ok(logits) => partition.iter().zip(logits).for_each(|(&sequence, logit)| outcome.0[sequence] = logit),
                 Err(error) => outcome.1 = Err(error),
             }
         };
@@ -454,7 +454,8 @@ impl Backend for CpuBackend {
         }
         let mut bf16_rows = acquire_bf16(rows, columns);
         self.gemm(ctx, &gemm(OutputRows::Bf16(bf16_rows.shared())));
-        // Attention reads bf16. The input of an int8 GEMM is quantized once its rows are complete.
+        // With an activation, the result is the input of the next GEMM, and an int8 scale needs the whole row. Without one, it is
+        // the input of attention, which reads bf16.
         if weights.format == StorageFormat::Int8 && activation.is_some() {
             let quantized = QuantizedRows::acquire(StorageFormat::Int8, rows, columns);
             let mut quantized = quantized.expect("int8 rows are quantized");
@@ -569,7 +570,7 @@ impl Backend for CpuBackend {
 }
 
 impl Timed for CpuBackend {
-    /// The time, and the fraction of the threads that the execution context uses.
+    /// The time, and the share of the threads that the execution context uses.
     type Event = (Instant, f64);
 
     fn record_event(&self, ctx: &ExecContext) -> Result<(Instant, f64), BackendError> {

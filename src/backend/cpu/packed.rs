@@ -2,8 +2,8 @@
 //! them.
 //!
 //! All storage formats share one layout, so one microkernel serves them all. A *k-group* is a 32-bit word of consecutive
-//! values along the input dimension: one f32, two bf16 or four int8. A *panel* is `[k_groups, width]` words, with one
-//! column per output.
+//! values along the input dimension: one f32, two bf16 or four int8. A *panel* is `[k_groups, width]` words: its columns
+//! are `width` outputs.
 
 use bytemuck::cast_slice_mut;
 use half::bf16;
@@ -44,11 +44,11 @@ pub(super) struct PackedWeights {
     /// Columns per panel.
     pub(super) width: usize,
     words: Vec<CacheLine>,
-    // The next three have one value per column, also for the padding columns.
+    // The next three have one value for each column of every panel, padding included.
     pub(super) bias: Vec<f32>,
     /// int8: the scale of each column's weights.
     pub(super) scale: Vec<f32>,
-    /// int8: the sum of each column's dequantized weights. The epilogue adds it times the input row's `min`.
+    /// int8: the sum of each column's dequantized weights. The epilogue adds its product with the input row's `min`.
     pub(super) column_sum: Vec<f32>,
 }
 
@@ -93,8 +93,8 @@ impl PackedWeights {
         Self { format, k_groups, width, words, bias: padded_bias, scale, column_sum }
     }
 
-    /// Packs the weights of a gated layer, `[2F, inputs]`: of each panel, the first half is columns of the gate and the second
-    /// half the columns of the value that they multiply. Each half is padded with zeros.
+    /// Packs the weights of a gated layer, `[2F, inputs]`. The first half of each panel has columns of the gate; the second half
+    /// has the same columns of the value. In the last panel, both halves are padded with zeros.
     pub(super) fn pack_gated(
         format: StorageFormat,
         width: usize,
@@ -134,8 +134,7 @@ fn int8_scale(weights: &[f32]) -> f32 {
     weights.iter().fold(0f32, |largest, weight| largest.max(weight.abs())).max(f32::MIN_POSITIVE) / 127.0
 }
 
-/// `weight / scale` rounded to the nearest integer, ties to even. The standard
-/// library's rounding would be a function call per weight.
+/// `weight / scale` rounded to the nearest integer, ties to even. `f32::round_ties_even` would be a function call per weight.
 fn quantize_int8(weight: f32, scale: f32) -> i8 {
     /// 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits of the sum.
     const ROUNDING: f32 = 12_582_912.0;

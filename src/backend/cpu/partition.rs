@@ -1,9 +1,10 @@
 //! Splits a batch into partitions and assigns them to threads. Pure functions.
 
-/// Maximum tokens per partition: enough for GEMMs to run at full speed, few enough for activations to stay in a core's cache.
+/// Maximum tokens of a partition with several sequences: enough for GEMMs to run at full speed, few enough for activations to stay
+/// in a core's cache.
 const PARTITION_TOKENS: usize = 512;
 
-/// Maximum tokens assigned to one thread, relative to the mean over all threads.
+/// Maximum tokens assigned to one thread, as a multiple of the mean over all threads.
 const MAX_IMBALANCE: f64 = 1.08;
 
 /// Indices of sequences in the batch.
@@ -12,16 +13,16 @@ pub(super) type Partition = Vec<usize>;
 /// A batch, split into partitions.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Partitioning {
-    /// Computed first, one after the other. All threads work on each of them: every operation is split.
+    /// Computed first, one after the other, with every operation split over all threads.
     pub(super) shared: Vec<Partition>,
-    /// For each thread, the partitions that it alone computes. Threads synchronize only at the end.
+    /// The partitions assigned to each thread. A single thread computes each; threads synchronize only at the end.
     pub(super) per_thread: Vec<Vec<Partition>>,
 }
 
 /// Splits a batch of sequences of the given lengths, in tokens.
 ///
 /// Sequences are assigned longest first, each to the thread with the fewest tokens (longest-processing-time
-/// scheduling). While a thread exceeds the mean by more than [`MAX_IMBALANCE`], one of its sequences becomes shared.
+/// scheduling). While a thread has more than [`MAX_IMBALANCE`] times the mean, one of its sequences becomes shared.
 pub(super) fn partition_batch(lengths: &[usize], threads: usize) -> Partitioning {
     let mut partitioning = Partitioning::default();
     let mut remaining: Vec<usize> = (0..lengths.len()).collect();
@@ -39,7 +40,7 @@ pub(super) fn partition_batch(lengths: &[usize], threads: usize) -> Partitioning
         if remaining.is_empty() || tokens(most) as f64 <= mean * MAX_IMBALANCE {
             break assigned;
         }
-        // Share the shortest sequence that removes the imbalance, because shared sequences cost a barrier per operation.
+        // The shortest sequence that removes the imbalance: shared sequences cost a barrier per operation.
         let excess = tokens(most) as f64 - mean;
         let shortest = most.iter().rev().find(|&&s| lengths[s] as f64 >= excess);
         let chosen = *shortest.unwrap_or(&most[0]);

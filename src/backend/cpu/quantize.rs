@@ -1,5 +1,5 @@
-//! Converts activations to the GEMMs' storage format: bf16, or int8 with quantization parameters per row. f32 rows are
-//! used as they are.
+//! Converts f32 or bf16 activations to the GEMMs' storage format: bf16, or int8 with quantization parameters per row. GEMMs in
+//! f32 read the f32 rows.
 
 use std::ops::Range;
 
@@ -67,8 +67,8 @@ pub(super) fn shared(quantized: &mut Option<QuantizedRows>) -> SharedQuantizedRo
     quantized.as_mut().map_or(SharedQuantizedRows::Unused, QuantizedRows::shared)
 }
 
-/// Acquires rows of bf16. With an odd number of columns, the second half of each row's last k-group is set to zero. Zero
-/// weights there would not be enough: 0 * NaN is NaN.
+/// Acquires rows of bf16. With an odd number of columns, the padding value in each row's last k-group is set to zero. Its weight
+/// is zero, but that is not enough: 0 * NaN is NaN.
 pub(super) fn acquire_bf16(rows: usize, columns: usize) -> Matrix<u16> {
     let mut matrix = Matrix::acquire(rows, columns);
     if !columns.is_multiple_of(2) {
@@ -126,7 +126,7 @@ impl SimdOp for QuantizeRows<'_> {
         let mut as_f32 = Matrix::<f32>::acquire(1, c);
         let as_f32 = as_f32.row_mut(0).as_mut_ptr();
         for row in self.rows {
-            // SAFETY: the rows have c columns; only this thread writes the output rows; a row's stride holds whole vectors.
+            // SAFETY: the rows have c columns, and only this thread accesses the output rows. `as_f32` has c values.
             unsafe {
                 match self.from {
                     QuantizeSource::F32(from) => quantize_row(isa, from.row(row).as_ptr(), c, self.to, row),
@@ -156,7 +156,7 @@ impl SimdOp for QuantizeRows<'_> {
 /// `x` is valid for reads of c values. The row has c columns, and no other thread accesses it at the same time.
 #[inline(always)]
 pub(super) unsafe fn quantize_row<I: Isa>(isa: I, x: *const f32, c: usize, to: SharedQuantizedRows<'_>, row: usize) {
-    // SAFETY: guaranteed by the caller; no access goes beyond c values.
+    // SAFETY: guaranteed by the caller. No access goes beyond c values, except that bytes are stored into the row's padding.
     unsafe {
         match to {
             SharedQuantizedRows::Unused => {}
@@ -168,7 +168,7 @@ pub(super) unsafe fn quantize_row<I: Isa>(isa: I, x: *const f32, c: usize, to: S
             }
             SharedQuantizedRows::Int8(to, params) => {
                 let (mut min, mut max) = (isa.splat(f32::INFINITY), isa.splat(f32::NEG_INFINITY));
-                // Minimum and maximum ignore NaN on some processors. The sum of 0 * value is 0 or NaN.
+                // Minimum and maximum may ignore NaN. The sum of 0 * value is NaN if a value is NaN or infinite, and else 0.
                 let (mut zero_sum, zero) = (isa.splat(0.0), isa.splat(0.0));
                 for at in (0..c).step_by(I::LANES) {
                     // Lanes beyond the row repeat its first value: minimum and maximum stay the same.
@@ -196,7 +196,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_row_with_a_value_that_is_not_finite_gets_a_scale_that_is_not_a_number() {
+    fn a_nan_or_an_infinity_in_a_row_makes_its_scale_nan() {
         const COLUMNS: usize = 37;
         for path in SimdPath::supported() {
             for (bad, at) in [(f32::NAN, 0), (f32::NAN, 17), (f32::NAN, 36), (f32::INFINITY, 20), (1.0, 5)] {

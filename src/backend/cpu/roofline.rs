@@ -1,4 +1,4 @@
-//! The machine's peak multiply rate, measured.
+//! Measures the machine's peak rate of multiplications and additions.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -19,7 +19,7 @@ pub fn peak(dtype: CpuDtype, threads: usize) -> f64 {
 }
 
 pub(super) fn peak_of(format: StorageFormat, threads: usize) -> f64 {
-    /// K-groups per thread: some tens of milliseconds.
+    /// K-groups per thread: some milliseconds on a current processor.
     const K_GROUPS: usize = 2_000_000;
     let pool = ThreadPool::new(threads, false).expect("the operating system creates threads");
     let path = SimdPath::best();
@@ -40,7 +40,7 @@ pub(super) fn peak_of(format: StorageFormat, threads: usize) -> f64 {
     (2 * values * K_GROUPS * 6 * columns * threads) as f64 / seconds
 }
 
-/// The microkernel's multiplications without its loads and stores.
+/// The microkernel's dot products without its loads and stores.
 struct RegisterTile<D> {
     format: D,
     k_groups: usize,

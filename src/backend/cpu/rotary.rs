@@ -26,7 +26,7 @@ pub(super) struct Rotate<'a> {
     pub(super) x: RotatedRows<'a>,
     pub(super) rotary: &'a Rotary,
     pub(super) heads: usize,
-    /// Of all rows.
+    /// The position of every row, `[T]`.
     pub(super) positions: &'a [u32],
     /// No other thread accesses these rows at the same time.
     pub(super) rows: Range<usize>,

@@ -1,5 +1,5 @@
-//! Compares every operation, on every instruction set of this machine and at awkward sizes, with candle; and results on
-//! a single thread with results on all threads, bit for bit.
+//! Compares every operation with candle or with its definition in f64, on every instruction set of this machine and at awkward
+//! sizes. GEMMs and attention must also be bitwise equal on one thread and on all threads.
 
 use candle_core::{Device, Tensor};
 
@@ -30,11 +30,11 @@ fn on_every_path(test: &str, check: impl Fn(&CpuBackend, &Tolerance)) {
     }
 }
 
-/// How far results of a precision may be from those of f32.
+/// How far results in a precision may be from the reference.
 ///
 /// Operands here are exact in bf16. So a GEMM's error is that of the order of f32 summation (some 1e-7 of the sum of
-/// magnitudes) and of rounding its result, which is 2^-9 of the value in bf16. int8 rounds each operand to within 1/254
-/// of its row's range or 1/127 of its column's largest magnitude; these errors add up like a random walk.
+/// magnitudes) and of rounding its result, which is 2^-9 of the value in bf16. int8 rounds an activation to within 1/510
+/// of its row's range and a weight to within 1/254 of its column's largest magnitude; these errors add up like a random walk.
 struct Tolerance {
     dtype: CpuDtype,
     /// Test, path and precision, for messages.
@@ -235,11 +235,11 @@ fn layer_norms_match_the_definition() {
     on_every_path("norms", |backend, tolerance| {
         let mut random = fastrand::Rng::with_seed(8);
         for (rows, c) in [(1, 1), (2, 7), (3, 8), (1, 15), (5, 16), (2, 17), (3, 63), (2, 65), (7, 312), (2, 1024)] {
-            // Rows far from zero, where computing the variance from sums of squares would lose it.
+            // Rows far from zero, where a variance computed from sums of squares loses digits.
             let x: Vec<f32> = numbers(&mut random, rows * c).iter().map(|v| v + 30.0).collect();
             let (weight, bias) = (numbers(&mut random, c), numbers(&mut random, c));
             let weights = || NormWeights { weight: tensor(&[c], &weight), bias: tensor(&[c], &bias), eps: 1e-5 };
-            // The definition, in f64. candle computes the variance from sums of squares, which loses it here.
+            // The definition, in f64. candle is no reference here: it computes the variance from sums of squares.
             let theirs: Vec<f32> = x
                 .chunks(c)
                 .flat_map(|row| {

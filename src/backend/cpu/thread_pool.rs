@@ -1,6 +1,6 @@
 //! The compute threads: the caller's thread and its helpers.
 //!
-//! [`ThreadPool::broadcast`] runs a function of the thread's number on every thread and returns when all have finished.
+//! [`ThreadPool::broadcast`] calls a function on every thread, with the thread's number, and returns when all have finished.
 //! After a task, helpers spin for [`SPIN`], because the next operation of a small batch follows at once. Then they
 //! sleep.
 
@@ -29,7 +29,7 @@ pub struct ThreadPool {
 }
 
 thread_local! {
-    /// Whether this thread has been pinned, as a caller.
+    /// Whether this thread has been pinned as the caller of a pool.
     static PINNED: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -89,8 +89,8 @@ impl PoolState {
 }
 
 impl ThreadPool {
-    /// Starts `threads - 1` helpers beside the caller's thread. If `pinned`, each thread is pinned to a core of its
-    /// own.
+    /// Starts `threads - 1` helpers beside the caller's thread. If `pinned`, thread i is pinned to core i, modulo the number of
+    /// cores; the caller is pinned at its first task.
     ///
     /// # Errors
     /// The operating system cannot create the threads.

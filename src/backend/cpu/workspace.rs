@@ -1,15 +1,14 @@
-//! Matrices in reused scratch memory. They are acquired and released thousands of times a second, so allocating each one
-//! would be slow.
+//! Matrices in reused memory. They are acquired and released thousands of times a second, so allocating each would be slow.
 //!
 //! Each thread has its own free list of blocks. If no free block is large enough, the largest one is replaced by a new
-//! one. So a thread keeps as many blocks as it needs at the same time, and their sizes converge to those it needs.
+//! one. So a thread keeps as many blocks as it uses at the same time, and their sizes converge to those that it uses.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
 
 use bytemuck::{Pod, Zeroable};
 
-/// 64 bytes, aligned. Every row of a matrix begins on a cache line.
+/// The unit of memory: 64 bytes, aligned.
 #[derive(Debug, Clone, Copy, Pod, Zeroable)]
 #[repr(C, align(64))]
 pub(super) struct CacheLine([u8; 64]);
@@ -65,7 +64,7 @@ impl<T: Pod> Matrix<T> {
         &mut self.as_mut_slice()[start..][..columns]
     }
 
-    /// Every element, padding at the ends of rows included.
+    /// The whole block: the rows with their padding, and whatever follows the last row if the block is larger.
     pub(super) fn as_slice(&self) -> &[T] {
         bytemuck::cast_slice(&self.lines)
     }
@@ -84,7 +83,7 @@ impl<T: Pod> Matrix<T> {
 impl<T> Drop for Matrix<T> {
     fn drop(&mut self) {
         let lines = std::mem::take(&mut self.lines);
-        // While a thread exits, its free list no longer exists; the block is then deallocated.
+        // If this thread is exiting and its free list no longer exists, the block is deallocated.
         let _ = FREE.try_with(|free| free.borrow_mut().push(lines));
     }
 }
@@ -130,11 +129,12 @@ impl<T> SharedMatrix<'_, T> {
     /// The start of a row.
     ///
     /// # Safety
-    /// Accesses through the pointer stay within the row, and no other thread writes the same elements at the same time.
+    /// The matrix has this row. Accesses through the pointer stay within the row and its padding, and no other thread writes the
+    /// same elements at the same time.
     #[inline(always)]
     pub(super) unsafe fn row(&self, row: usize) -> *mut T {
         debug_assert!(row < self.rows);
-        // SAFETY: the caller passes a row of the matrix, so this is within its memory.
+        // SAFETY: the caller guarantees that the matrix has this row, so the pointer stays within its memory.
         unsafe { self.data.add(row * self.stride) }
     }
 }

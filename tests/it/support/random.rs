@@ -1,4 +1,4 @@
-//! Checkpoints with random weights for any model configuration, with the tensor names of published checkpoints.
+//! Checkpoints of BERT, RoBERTa and ModernBERT with random weights, of any size, with the tensor names of published checkpoints.
 //! For tests and benches that do not depend on the values.
 
 #![allow(unreachable_pub, dead_code, reason = "benches include this file and use a part of it")]
@@ -47,7 +47,7 @@ fn bert_tensors(config: &ModelConfig, prefix: &str) -> Vec<(String, Vec<usize>)>
     all
 }
 
-/// Without biases, except in the head.
+/// ModernBERT without biases, except in the head.
 fn modernbert_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let (c, f) = (config.hidden_size, config.intermediate_size);
     let mut all = Vec::new();

@@ -153,8 +153,8 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
     fn round(self, x: __m512) -> __m512 {
         unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x) }
     }
-    /// `vreduceps` computes x - floor(x), and `vscalefps` multiplies by 2^floor(x), down to zero. No clamping or
-    /// rounding is needed.
+    /// `vreduceps` computes x - floor(x), and `vscalefps` multiplies by 2^floor(x), with underflow to zero. So x is neither
+    /// clamped nor rounded.
     #[inline(always)]
     fn exp2_for_bf16(self, x: __m512) -> __m512 {
         unsafe {

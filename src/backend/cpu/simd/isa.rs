@@ -23,7 +23,7 @@ pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     type Bits: Copy;
     /// 32-bit lanes of a vector.
     const LANES: usize;
-    /// Vectors across a panel of packed weights. A tile of six rows needs six times as many accumulator registers.
+    /// Vectors in a row of a panel of packed weights. A tile of six rows needs six times as many accumulator registers.
     const PANEL_VECTORS: usize;
     /// Columns per panel.
     const PANEL_COLUMNS: usize = Self::LANES * Self::PANEL_VECTORS;
@@ -44,9 +44,9 @@ pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn store_bf16(self, to: *mut u16, x: Self::Floats);
     /// Reads `LANES` bf16 values.
     unsafe fn load_bf16(self, from: *const u16) -> Self::Floats;
-    /// Rounds to integers, ties to even, and writes them as bytes. Values are from 0 to 255.
+    /// Rounds `LANES` values to integers, ties to even, and writes them as bytes. Rounded values are from 0 to 255.
     unsafe fn store_u8(self, to: *mut u8, x: Self::Floats);
-    /// Prefetches a cache line into L2, if the instruction set can. Any address is allowed: prefetch never faults.
+    /// Prefetches a cache line into L2; does nothing by default. Any address is allowed: prefetch never faults.
     #[inline(always)]
     fn prefetch(self, _line: *const u32) {}
 

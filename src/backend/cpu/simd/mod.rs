@@ -1,9 +1,9 @@
 //! Instruction sets, detected at run time, behind the trait [`Isa`]. Every kernel is written once over the trait; each
 //! instruction set is a short file of one-line methods.
 //!
-//! A kernel is an [`SimdOp`] whose `run` is `inline(always)` and is entered through [`Isa::enter`], a function that
-//! carries the `target_feature`s; code inlined into it compiles to those instructions (the design of memchr's `Vector`
-//! and of the crate pulp). A value of an instruction set's type proves that this machine supports it, because only
+//! A kernel is a [`SimdOp`] whose `run` is `inline(always)`. It is called through [`Isa::enter`], which carries the
+//! `target_feature`s; code inlined into it compiles to those instructions (the design of memchr's `Vector` and of the
+//! crate pulp). A value of an instruction set's type proves that this machine supports it, because only
 //! `detect` creates one.
 //!
 //! Vectors have 32-bit lanes. A lane of [`Isa::Floats`] is an f32; a lane of [`Isa::Bits`] is an f32, two bf16, four
@@ -47,7 +47,7 @@ pub(super) enum SimdPath {
     /// NEON with dot products of signed int8 (Neoverse N1, Apple M1).
     #[cfg(target_arch = "aarch64")]
     NeonDot(neon::Neon<false, true>),
-    /// NEON (every AArch64).
+    /// NEON (every AArch64 processor).
     #[cfg(target_arch = "aarch64")]
     Neon(neon::Neon<false, false>),
     /// Plain Rust, which the compiler vectorizes for the target's baseline: SSE2 on x86-64.

@@ -205,7 +205,7 @@ unsafe impl<const BF16_I8MM: bool, const DOT: bool> Isa for Neon<BF16_I8MM, DOT>
             if BF16_I8MM {
                 return accumulate!("usdot {:v}.4s, {:v}.16b, {:v}.16b", acc, a, b);
             }
-            // Flipping the high bit of an unsigned byte and reading it as signed subtracts 128.
+            // Flipping the high bit of an unsigned byte subtracts 128, if the result is read as signed.
             let a = veorq_u32(a, vdupq_n_u32(0x8080_8080));
             if DOT {
                 return accumulate!("sdot {:v}.4s, {:v}.16b, {:v}.16b", acc, a, b);

@@ -1,5 +1,4 @@
-//! Plain Rust over arrays of lanes: the path of machines without a supported instruction set, and the reference for the
-//! others.
+//! Plain Rust over arrays of lanes, for machines without a supported instruction set.
 //!
 //! The compiler turns the loops into the target's baseline vectors (SSE2 on x86-64).
 
@@ -28,7 +27,7 @@ unsafe impl Isa for Portable {
     const LANES: usize = LANES;
     const PANEL_VECTORS: usize = 2;
 
-    // A call, as the other instruction sets' entries are: kernels inlined into every loop would be slow to compile.
+    // Kernels that are inlined into every loop would be slow to compile.
     #[inline(never)]
     fn enter<O: SimdOp>(self, op: O) -> O::Output {
         op.run(self)
