@@ -53,7 +53,7 @@ pub(crate) struct TextsRank {
     text: Option<String>,
 }
 
-/// The body of every error.
+/// The body of an error.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct TextsError {
     error: String,
