@@ -20,7 +20,7 @@ use crate::sync::{Mutex, MutexGuard};
 const SMOOTHING: f64 = 0.2;
 /// Jobs that are measured before requests are refused because of time: the first jobs may be slow.
 const MIN_MEASURED_JOBS: usize = 3;
-/// Retry-After is increased by a random fraction of itself, up to this one, so that refused clients do not all return at once.
+/// Retry-After is increased by a random part of itself, up to this fraction, so that refused clients do not all return at once.
 const RETRY_JITTER: f64 = 0.5;
 /// Maximum Retry-After, in seconds.
 const MAX_RETRY_AFTER_S: f64 = 60.0;

@@ -21,7 +21,8 @@ type Job = Box<dyn FnOnce() + Send>;
 /// The queue of the threads, which are started at its first use.
 static QUEUE: OnceLock<Sender<Job>> = OnceLock::new();
 
-/// Runs `work` on a background thread, in the order of the calls. Work is skipped if the future is dropped before it begins.
+/// Runs `work` on a background thread, in the order of the calls. If the future is dropped before the work begins, the
+/// work is skipped.
 ///
 /// # Errors
 /// [`RerankError::Internal`] if the work panics, or if no thread could be started.

@@ -42,7 +42,7 @@ pub struct Ranking {
     pub model: String,
     /// Best first, ties in the request's order; at most `top_n`.
     pub results: Vec<Ranked>,
-    /// Tokens that the model read, over all distinct chunks.
+    /// Tokens that the model read, over all distinct pairs of query and chunk.
     pub tokens: usize,
     /// Which parts of the texts the model did not read.
     pub truncation: Truncation,
@@ -98,7 +98,7 @@ pub struct RankedChunk {
 /// A request's time by stage.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Timings {
-    /// Tokenizing, chunking, and merging identical pairs.
+    /// Waiting for the tokenizer, tokenizing, chunking, and merging identical pairs.
     pub tokenize: Duration,
     /// Waiting in the queue until the first batch.
     pub queue: Duration,

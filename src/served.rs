@@ -11,7 +11,7 @@ use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
 use crate::score::ScoreMap;
 use crate::text::TextEncoder;
 
-/// A model that computes one batch for longer fails the health check. Even a large model on a small CPU needs less time.
+/// A batch that has run for longer does not count as a sign of health. Even a large model on a small CPU needs less time.
 const MAX_BATCH_TIME: Duration = Duration::from_secs(120);
 
 /// Maximum characters of a requested model name in an error message.

@@ -1,5 +1,5 @@
-//! Reads whole request bodies from the stream of `request_body.rs`. Memory is reserved for the bytes that have arrived, not for the announced length; a client must send at a
-//! minimum rate.
+//! Reads whole request bodies from the stream of `request_body.rs`. Memory is reserved as bytes arrive, not for the announced
+//! length, and a client must send at a minimum rate.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -115,8 +115,8 @@ impl MemoryBudget {
     }
 }
 
-/// Attaches a request's share of the memory to the response's bytes. It is returned when they are written to the socket or the
-/// connection ends.
+/// Attaches a request's share of the memory budget to the response's bytes. The share is given back when they are written to the
+/// socket or the connection ends.
 ///
 /// # Errors
 /// 503 if the budget has no room for the response.

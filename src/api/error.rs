@@ -1,7 +1,7 @@
 //! Error responses: the only table from errors to HTTP statuses.
 //!
-//! One body serves every client: `code`, `message` and `data` for SiliconFlow's, `detail` as a string, and `error` with the
-//! `type` that SDKs map to their exception classes. It never contains `results`.
+//! One body serves the clients of all dialects but `texts`: `code`, `message` and `data` as SiliconFlow has them, `detail` as a
+//! string, and `error` with the `type` that SDKs map to their exception classes. It never contains `results`.
 
 use std::any::Any;
 
@@ -18,7 +18,7 @@ use crate::error::RerankError;
 #[derive(Debug)]
 pub struct ApiError {
     status: StatusCode,
-    /// SiliconFlow's error number if it has one, else the status.
+    /// SiliconFlow's number for this error if there is one, else the status.
     code: u16,
     message: String,
     retry_after_s: Option<u64>,
@@ -30,7 +30,7 @@ pub struct ApiError {
     cause: Option<anyhow::Error>,
 }
 
-/// The body of every error.
+/// The body of an error, in every dialect but `texts`.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ErrorBody {
     /// SiliconFlow's number (20012 unknown model, 20015 bad parameter, 50505 overloaded), else the HTTP status.

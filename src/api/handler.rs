@@ -17,7 +17,7 @@ use crate::failpoint::failpoint;
 use crate::rerank::{Ranking, rank_all};
 use crate::scheduler::Deadline;
 
-/// Bodies of more bytes are parsed on background threads, and their responses are written there.
+/// Bodies of more bytes are parsed on background threads, and their responses are serialized there.
 const LARGE_BYTES: usize = 64 * 1024;
 
 /// Ranks documents by their relevance to a query.

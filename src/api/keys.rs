@@ -28,14 +28,14 @@ impl Keys {
     /// Equal keys count once, empty ones not at all. Each key is a client with limits of its own.
     ///
     /// # Errors
-    /// A key has characters that HTTP headers cannot carry. The message does not contain the key.
+    /// A key has a character other than visible ASCII. The message does not contain the key.
     pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>, limits: RateLimits) -> Result<Self> {
         let mut digests = Vec::new();
         let mut short_keys = 0;
         for (i, key) in keys.into_iter().map(str::trim).enumerate() {
             ensure!(
                 key.bytes().all(|byte| byte.is_ascii_graphic()),
-                "key {} has a space or a character that is not ASCII; clients cannot send it",
+                "key {} has a space, a control character or a character that is not ASCII; clients cannot send it",
                 i + 1
             );
             if !key.is_empty() && !digests.contains(&digest(key)) {

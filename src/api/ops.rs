@@ -103,7 +103,7 @@ pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -
 pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     for model in app.models()?.iter() {
         if let Err(error) = model.check(RECENT, PATIENCE_S).await {
-            let message = format!("{}: no inference succeeds: {error}", model.name);
+            let message = format!("{}: the inference of the health check failed: {error}", model.name);
             return Err(ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).retry_after(1));
         }
     }

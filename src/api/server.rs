@@ -102,7 +102,7 @@ struct Slots {
     open: VecDeque<Weak<ConnectionState>>,
 }
 
-/// The routes that a connection is served.
+/// The routes that a connection can use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Service {
     Full,
@@ -219,8 +219,9 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     }
     // Closing the listener resets the connections in the kernel's queue.
     queued_connections(listener).for_each(&mut start_connection);
-    // Closing a connection before its first request arrives would lose the request. Responses close these connections now.
-    tokio::time::sleep(LAST_REQUESTS.min(until.saturating_duration_since(Instant::now()))).await;
+    // Closing a connection before its first request arrives would lose that request. So wait for first requests; their responses
+    // close the connections.
+    tokio::time::sleep(FIRST_REQUEST_GRACE.min(until.saturating_duration_since(Instant::now()))).await;
     tracing::info!(seconds = timeouts.drain.as_secs(), "draining: no new connections, finishing running requests");
     let drained = tokio::time::timeout_at(until.into(), graceful.shutdown()).await;
     if drained.is_ok() {
@@ -234,7 +235,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
 }
 
 /// Time for the first request of the last accepted connections to arrive.
-const LAST_REQUESTS: Duration = Duration::from_millis(100);
+const FIRST_REQUEST_GRACE: Duration = Duration::from_millis(100);
 /// Time to write the responses to requests that the drain timeout refused, before the process ends.
 const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
 

@@ -99,7 +99,7 @@ impl WaitingList {
         batch.slices
     }
 
-    /// Keeps the requests for which `keep` is true, and what was planned for their clients.
+    /// Keeps the requests for which `keep` is true, and the counts of their clients.
     fn retain(&mut self, keep: impl Fn(&Waiting) -> bool) {
         let before = self.requests.len();
         self.requests.retain(keep);

@@ -24,8 +24,8 @@ pub(super) struct NewJob {
 /// The pairs of one request that are in a batch: their range, and all pairs of the request.
 type Part = (Slice, Arc<[Pair]>);
 
-/// A batch that a worker has taken: pairs of one or several requests. If it is dropped without logits, as by a worker that
-/// panics, its requests fail.
+/// A batch that a worker has taken: pairs of one or several requests. If it is dropped before
+/// [`BatchJob::deliver`] or [`BatchJob::fail`], as when the worker panics, its requests fail.
 #[derive(Debug)]
 pub(super) struct BatchJob {
     number: u64,

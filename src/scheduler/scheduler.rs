@@ -58,7 +58,8 @@ impl Scheduler {
     /// Admits `tokens` tokens of a client's work. Keep the permit until the work is finished.
     ///
     /// # Errors
-    /// [`RerankError::Overloaded`] if the queue is full; [`RerankError::CannotFinish`] if the deadline cannot be met.
+    /// [`RerankError::Overloaded`] if the client has no room in the queue, or if the request would wait too long;
+    /// [`RerankError::CannotFinish`] if it could not meet the deadline even without waiting.
     pub fn admit(
         &self,
         client: ClientId,
@@ -73,7 +74,7 @@ impl Scheduler {
     /// Scores `pairs`. If the future is dropped, the pairs that are in no batch yet leave the queue before the next batch.
     ///
     /// # Errors
-    /// The deadline passes first; the model fails.
+    /// The deadline passes first; the model fails; the scheduler refuses requests.
     pub async fn score(
         &self,
         pairs: Vec<Pair>,
@@ -100,7 +101,7 @@ impl Scheduler {
         self.queue.running_since()
     }
 
-    /// Checks that the queue has any room for a client, before a request is tokenized in vain.
+    /// Checks that the queue has any room for a client, so that no request is tokenized in vain.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`]
@@ -108,7 +109,8 @@ impl Scheduler {
         self.first_service.has_room(client).and_then(|()| self.total.has_room(client))
     }
 
-    /// Whether requests are accepted: not after [`Scheduler::refuse_all`] or a batch timeout.
+    /// Whether requests are accepted: not after [`Scheduler::refuse_all`], nor when the process is about to end because of a
+    /// failure.
     pub fn is_accepting(&self) -> bool {
         self.queue.is_open()
     }

@@ -84,7 +84,7 @@ impl Traffic {
                 _ => batch.deliver(&ids.iter().map(|&id| Some(id as f32)).collect::<Vec<_>>()),
             }
         }
-        assert!(!self.queue.is_open(), "an open queue has no end");
+        assert!(!self.queue.is_open(), "`take` returns `None` only if the queue is closed");
     }
 
     /// Runs two workers and one thread for each client, then closes the queue.

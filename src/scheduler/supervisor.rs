@@ -19,11 +19,11 @@ const RESPONSE_FLUSH_GRACE: Duration = Duration::from_millis(250);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Time between two checks of the watchdog.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
-/// More restarts than this within [`RESTART_WINDOW`] end the process.
+/// More restarts of one worker than this within [`RESTART_WINDOW`] end the process.
 const MAX_RESTARTS: usize = 3;
 const RESTART_WINDOW: Duration = Duration::from_secs(60);
 
-/// A function that ends the process and logs the given reason.
+/// A function that logs the given reason and ends the process.
 pub(super) type EndProcess = fn(&str) -> !;
 
 /// Logs the reason and ends the process with [`EXIT_DEVICE_LOST`], without exit handlers if they take longer than [`EXIT_TIMEOUT`].

@@ -33,7 +33,7 @@ pub struct Scores {
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline {
     pub at: Instant,
-    /// Seconds from the complete body to the deadline, for the error message.
+    /// Seconds from [`Deadline::after`] to the deadline, for the error message.
     pub seconds: u64,
 }
 

@@ -20,7 +20,7 @@ pub(super) struct Worker {
     pub(super) model: String,
     pub(super) encoder: Arc<dyn CrossEncoder>,
     pub(super) queue: Arc<Queue>,
-    /// Are told the time of large batches, from which they estimate waiting times.
+    /// The queue's two admissions. They estimate waiting times from the times of large batches.
     pub(super) admissions: [Arc<Admission>; 2],
     pub(super) end_process: EndProcess,
 }

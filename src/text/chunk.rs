@@ -1,8 +1,8 @@
 //! Splits long documents into overlapping chunks. Pure arithmetic on token counts: no text, no tokenizer.
 //!
-//! The usual algorithm behind SiliconFlow's `max_chunks_per_doc` and `overlap_tokens`: every token is in a chunk, adjacent
-//! chunks have `overlap` tokens in common (an aligned last chunk may have more), and a document's score is the maximum over its
-//! chunks.
+//! The parameters are those of SiliconFlow's API, `max_chunks_per_doc` and `overlap_tokens`. Every token before the limit of chunks
+//! is in a chunk. Adjacent chunks have `overlap` tokens in common, an aligned last chunk perhaps more. A document's score is the
+//! maximum over its chunks.
 
 use std::ops::Range;
 

@@ -30,7 +30,7 @@ use crate::failpoint::failpoint;
 /// Minimum window: space for a query and a document in addition to the special tokens.
 const MIN_WINDOW: usize = 16;
 
-/// Requests of at most this many bytes are tokenized apart from larger ones, see [`SizeClass`].
+/// Requests with at most this many bytes to tokenize are kept apart from larger ones, see [`SizeClass`].
 const SMALL_REQUEST_BYTES: usize = 64 * 1024;
 
 /// Assumed maximum bytes per token, for estimating the cost of a document that is tokenized in part.

@@ -36,9 +36,9 @@ impl PairTemplate {
         let ids = |text: &str| encode(tokenizer, text);
         let (query, document) = (ids("query")?, ids("document")?);
         let whole = encode_pair(tokenizer, "query", "document", rows)?;
-        let q = find(&whole, &query, 0).context("the tokenizer gives a query other tokens in a pair than alone")?;
+        let q = find(&whole, &query, 0).context("the tokenizer encodes a query in a pair differently than alone")?;
         let d = find(&whole, &document, q + query.len())
-            .context("the tokenizer gives a document other tokens in a pair than alone")?;
+            .context("the tokenizer encodes a document in a pair differently than alone")?;
         let specials = |from: usize, to: usize| whole[from..to].to_vec();
         let template = Self {
             before: specials(0, q),

@@ -5,8 +5,8 @@
 #
 # Needs g++, no GPU. --quick checks one configuration per element type and plants no bugs: seconds instead of minutes.
 # A full run that passes writes a digest of the kernels, the emulator, the checks and the bugs to checked.txt, which is
-# committed. --if-changed is a full run if the digest is another one, else --quick.
-# Exits 0 if every kernel is correct and every bug of mutations.txt was found, else 1.
+# committed. --if-changed is a full run if the digest differs from checked.txt, else --quick.
+# Exits 0 if every kernel is correct and every planted bug was found, or if there is no g++; else 1.
 set -uo pipefail
 if ! command -v g++ >/dev/null; then
     echo "SKIPPED: no g++"

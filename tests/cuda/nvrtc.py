@@ -1,9 +1,10 @@
 """Compiles the CUDA backend's kernels with NVRTC for every architecture, element and head size; needs no GPU.
 
-Usage: nvrtc.py FOLDER_OF_LIBNVRTC FOLDER_OF_KERNELS
-Prints a line per program, and for sm_90a ptxas's statistics of each kernel. Exits 1 if anything does not compile, if an attention
-or GEMM kernel spills registers, or if ptxas serializes wgmmas. With a disassembler (cuobjdump, from CUDA or Triton's wheel) also
-if an instruction accesses registers that a wgmma in flight reads or writes.
+Usage: nvrtc.py FOLDER_OF_LIBNVRTC FOLDER_OF_KERNELS [--quick]
+--quick compiles one shape for two architectures.
+Prints a line per program, and for sm_90a ptxas's statistics of each kernel. Exits 1 if anything does not compile or gives a
+warning, if an attention or GEMM kernel spills registers, or if ptxas serializes wgmmas. With a disassembler (cuobjdump, from CUDA
+or Triton's wheel) also if an instruction accesses the sums of a wgmma in flight or overwrites registers that it reads.
 """
 
 import ctypes
@@ -16,11 +17,12 @@ import sys
 import tempfile
 
 ARCHITECTURES = ["sm_80", "sm_89", "sm_90a", "sm_100", "sm_120"]
+QUICK_ARCHITECTURES = ["sm_80", "sm_90a"]
 ELEMENTS = ["F16", "BF16", "F32", "FP8"]
 # fp8 needs sm_89.
 UNSUPPORTED = [("sm_80", "FP8")]
-# (C, D). SHAPES are those of served models and are compiled for every architecture. MORE_SHAPES are compiled for DETAILED only;
-# in some of them the lanes of a warp hold different numbers of vectors of a row.
+# (C, D). SHAPES, those of bge-reranker-v2-m3 and MiniLM, are compiled for every architecture. MORE_SHAPES are compiled for
+# DETAILED only; in some of them the lanes of a warp hold different numbers of vectors of a row.
 SHAPES = [(1024, 64), (384, 32)]
 MORE_SHAPES = [(256, 32), (256, 64), (384, 64), (768, 64), (512, 64), (1792, 64), (768, 32), (1024, 32), (96, 32), (72, 32)]
 DETAILED = "sm_90a"
@@ -111,7 +113,7 @@ def machine_code(cuobjdump, cubin):
 
 
 def accesses_in_flight(code):
-    """Instructions that access the sums of a wgmma, or write its first operand, before the wait for it, along every path of a kernel.
+    """Instructions, on any path of a kernel, that access the sums of a wgmma or write its first operand before the wait for it.
     ptxas may reuse the operand's registers as soon as the wgmma has started, although the wgmma may not have read them yet."""
     # A wgmma is (first register of the sums, number of sums, first register of the operand). `started` has the uncommitted ones,
     # `groups` the committed groups.
@@ -156,7 +158,8 @@ def accesses_in_flight(code):
 
 
 def main():
-    folder, path = sys.argv[1:]
+    folder, path, *options = sys.argv[1:]
+    quick = options == ["--quick"]
     nvrtc = Nvrtc(folder)
     sources = {}
     for name in os.listdir(path):
@@ -169,8 +172,9 @@ def main():
 
     failures = 0
     details = []
-    for architecture in ARCHITECTURES:
-        for hidden, head in SHAPES + (MORE_SHAPES if architecture == DETAILED else []):
+    for architecture in QUICK_ARCHITECTURES if quick else ARCHITECTURES:
+        more_shapes = MORE_SHAPES if architecture == DETAILED else []
+        for hidden, head in SHAPES[:1] if quick else SHAPES + more_shapes:
             for element in ELEMENTS:
                 if (architecture, element) in UNSUPPORTED:
                     continue

@@ -151,7 +151,7 @@ pub(crate) struct RerankAnswer {
 pub(crate) struct AnswerResult {
     /// Its position in the request, from 0.
     index: usize,
-    /// In [0, 1]: the sigmoid of its best chunk's logit, or with `raw_scores` the logit itself.
+    /// In [0, 1]: the model's score map, a sigmoid, of its best chunk's logit; with `raw_scores` the logit itself.
     relevance_score: f64,
     /// Its text, if the request has `return_documents`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -195,7 +195,7 @@ pub(crate) struct VoyageResult {
     document: Option<String>,
 }
 
-/// Tokens that the model read, over all distinct chunks.
+/// Tokens that the model read, over all distinct pairs of query and chunk.
 #[derive(Debug, Clone, Copy, Serialize, ToSchema)]
 pub(crate) struct AnswerTokens {
     input_tokens: usize,

@@ -1,4 +1,4 @@
-//! Fields in the variants that clients send: a text as a list, an object as a text, `"true"` for true, `3.0` for 3.
+//! Fields in the variants that clients send: one text for a list of one, an object for a text, `"true"` for true, `3.0` for 3.
 
 use std::borrow::Cow;
 use std::fmt;

@@ -109,7 +109,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn told_apart_by_the_name_of_the_list() {
+    fn dialects_are_told_apart_by_the_name_of_the_list() {
         for (body, dialect) in [
             (r#"{"model":"m","query":"q","documents":["a"]}"#, Dialect::Documents),
             (r#"{"query":"q","texts":["a"],"raw_scores":false}"#, Dialect::Texts),

@@ -1,5 +1,6 @@
 //! Chooses one of the two attention kernels at start: `attention_wgmma` on Hopper if it passes the numerical cross-check and is
-//! faster, else `attention` (on `mma.sync`). All sequences use the same kernel, so that scores are batch-invariant.
+//! faster, else `attention` (on `mma.sync`). All sequences use the same kernel, so that scores are batch-invariant. Layers with a
+//! window always use `attention_local`.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,8 +20,8 @@ use crate::batch::{Batch, Pair};
 /// `ATTENTION_THREADS` and `KEY_ROWS` of the kernels: threads per block, and keys per step.
 const ATTENTION_THREADS: u32 = 128;
 const KEY_ROWS: usize = 64;
-/// Sequence lengths of the cross-check: at and around multiples of the step of keys (64), the queries of a warpgroup (64) and
-/// the tile (128).
+/// Sequence lengths of the cross-check: at and around multiples of 64, the keys of a step and the queries of a wgmma block, and of
+/// 128, the queries of a tile.
 const CHECKED_LENGTHS: [usize; 9] = [1, 63, 64, 65, 127, 128, 129, 200, 333];
 /// Tokens of the sequence that is timed.
 const TIMED_LENGTH: usize = 2048;
@@ -136,8 +137,8 @@ impl AttentionLauncher {
         if let Some(window) = &window {
             launch.arg(window);
         }
-        // SAFETY: the signature is attention(counts, offsets, tiles, qkv, out, scale), and of attention_local also window; the
-        // caller guarantees the buffers.
+        // SAFETY: the signature is attention(counts, offsets, tiles, qkv, out, scale); the last parameter of attention_local is
+        // window. The caller guarantees the buffers.
         unsafe { launch.launch(config) }?;
         Ok(())
     }
@@ -196,7 +197,7 @@ impl Trial {
         let values: Vec<f32> = (0..TIMED_LENGTH * 3 * row).map(|_| (random.f32() - 0.5) * 3.46).collect();
         let qkv = stream.clone_htod(&dtype.encode(&values))?;
         let out = stream.alloc_zeros(TIMED_LENGTH * row * dtype.bytes())?;
-        // Two tiles per multiprocessor, as on a busy device.
+        // Up to two tiles per multiprocessor, as on a busy device.
         let timed_heads = (2 * device.multiprocessors as usize).div_ceil(TIMED_LENGTH / TILE_ROWS).min(shape.heads);
         Ok(Self { stream, dtype, shape, timed_heads, qkv, out })
     }
@@ -252,7 +253,8 @@ impl Trial {
     ) -> Result<(), BackendError> {
         let buffers = (device_address(&self.qkv, &self.stream), device_address(&self.out, &self.stream));
         let upload = device_address(upload, &self.stream);
-        // SAFETY: the batch in `upload` has at most TIMED_LENGTH tokens, for which both buffers were allocated; one stream.
+        // SAFETY: the batch in `upload` has at most TIMED_LENGTH tokens, for which both buffers were allocated, and one
+        // stream orders the launches.
         unsafe { attention.launch(&self.stream, (layout, upload), self.shape, heads, None, buffers) }
     }
 }

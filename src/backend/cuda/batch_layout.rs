@@ -7,7 +7,7 @@ use crate::batch::Batch;
 /// Query rows per attention tile: `QUERY_ROWS` of the kernels.
 pub(super) const TILE_ROWS: usize = 128;
 
-/// Sizes of a batch and offsets of its upload block, in u32s. Both depend only on rounded sizes, so that batches of the same layout
+/// The rounded sizes of a batch. They determine the offsets in its upload block, in u32s, and the launches: batches of equal layouts
 /// have the same launches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Layout {

@@ -36,7 +36,7 @@ pub(super) struct CompiledKernels {
     pub(super) cubin: Vec<u8>,
 }
 
-/// NVRTC's version, {major, minor}.
+/// NVRTC's version: major, minor.
 pub(super) fn nvrtc_version() -> Result<(i32, i32)> {
     let (mut major, mut minor) = (0, 0);
     // SAFETY: the pointers are to live integers.

@@ -27,7 +27,6 @@ pub struct ExecContext {
     memory: ContextMemory,
     pub(super) stream: Arc<CudaStream>,
     pub(super) device: Arc<Device>,
-    /// The batch that is being computed.
     staged: Cell<Option<StagedBatch>>,
     capture: CaptureState,
 }
@@ -146,10 +145,10 @@ impl ExecContext {
         self.memory.tokens
     }
 
-    /// Replaces the memory by one for `tokens` tokens.
+    /// Replaces the memory by memory for `tokens` tokens.
     ///
     /// # Errors
-    /// [`BackendError::OutOfMemory`]; the context is unchanged.
+    /// [`BackendError::OutOfMemory`]; the context then keeps its memory.
     pub(super) fn grow(&mut self, tokens: usize, token_bytes: usize) -> Result<(), BackendError> {
         let memory = ContextMemory::new(&self.stream, tokens, token_bytes)?;
         self.graphs.clear(); // they contain addresses of the old memory

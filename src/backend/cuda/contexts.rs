@@ -15,7 +15,7 @@ use super::roofline::RandomBlock;
 use super::workspace::ALIGNMENT;
 use crate::backend::BackendError;
 
-/// Batches in flight per device: while one computes, the host prepares and launches the next.
+/// Maximum batches in flight per device: while one computes, the host prepares and launches the next.
 pub(super) const MAX_IN_FLIGHT: usize = 2;
 /// Time between attempts to enlarge a context that has memory for fewer than `max_batch_tokens` tokens.
 const GROW_INTERVAL: Duration = Duration::from_secs(10);
@@ -103,9 +103,10 @@ impl ContextPool {
         Ok(borrowed)
     }
 
-    /// Bytes of activation memory per token. A transformer layer needs 7 C values (its input, Q, K and V, the attention context,
-    /// the sum after attention, and its output) and the widest linear layer's outputs. With fp8, some of them are also stored as
-    /// E4M3 operands. The rest covers rounding, fragmentation and buffers with a row per sequence.
+    /// Bytes of activation memory per token. A transformer layer needs 7 C values: its input, Q, K and V, the attention context, the
+    /// sum after attention, and its output. A pre-norm layer needs 2 C more, for its norms. Added to these are the outputs of the
+    /// widest linear layer and, if it is gated, its result, half as many. With fp8, some of them are also stored as E4M3 operands.
+    /// The rest covers rounding, fragmentation and buffers with a row per sequence.
     fn token_bytes(&self, state: &ContextPoolState) -> usize {
         let dtype = self.options.dtype;
         let operand_bytes = if dtype == CudaDtype::Fp8 { dtype.operand_bytes() } else { 0 };

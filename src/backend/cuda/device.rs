@@ -21,7 +21,7 @@ const MIN_DRIVER_VERSION: i32 = 12_000;
 pub(super) struct Device {
     pub(super) context: Arc<CudaContext>,
     pub(super) name: String,
-    /// Number of streaming multiprocessors; grid sizes of strided kernels are multiples of it.
+    /// Number of streaming multiprocessors; it limits the grids of strided kernels.
     pub(super) multiprocessors: u32,
     pub(super) kernels: Kernels,
     /// Identifies the compiled kernels: sources, shape, dtype and compiler version.
@@ -37,9 +37,9 @@ pub(super) struct Kernels {
     pub(super) attention: CudaFunction,
     /// Attention within a window.
     pub(super) attention_local: CudaFunction,
-    /// Hopper with f16 activations or bf16, and a head size of 64.
+    /// Only on Hopper, with f16 or bf16 activations and a head size of 64.
     pub(super) attention_wgmma: Option<CudaFunction>,
-    /// Hopper with f16 or bf16 GEMMs.
+    /// Only on Hopper, with f16 or bf16 GEMMs.
     pub(super) gemm_wgmma: Option<CudaFunction>,
     pub(super) cls_attention: CudaFunction,
     pub(super) gather_cls: CudaFunction,
@@ -47,7 +47,7 @@ pub(super) struct Kernels {
     pub(super) gate: CudaFunction,
     pub(super) rotate: CudaFunction,
     pub(super) mean_rows: CudaFunction,
-    /// With `--dtype fp8`.
+    /// Only with `--dtype fp8`.
     pub(super) quantize: Option<CudaFunction>,
     pub(super) to_f32: CudaFunction,
     pub(super) head_dense: CudaFunction,
@@ -81,7 +81,8 @@ impl Device {
         // SAFETY: slices move between streams only after a synchronization, so cudarc need not track them with events.
         unsafe { context.disable_event_tracking() };
         if version >= 12_010 {
-            // Threads that wait for a batch sleep instead of spinning; the CPU is needed for tokenization.
+            // Threads that wait for a batch sleep instead of spinning; the CPU is needed for tokenization. The driver function
+            // exists since CUDA 12.1, and cudarc panics without it.
             context.set_blocking_synchronize().ok();
         }
         let name = context.name()?;
@@ -105,7 +106,8 @@ impl Device {
 
 impl Kernels {
     fn of(module: &Arc<CudaModule>, dtype: CudaDtype, shape: AttentionShape, hopper: bool) -> Result<Self> {
-        let function = |name: &str| module.load_function(name).with_context(|| format!("the kernel {name}"));
+        let function =
+            |name: &str| module.load_function(name).with_context(|| format!("cannot load the kernel {name}"));
         let attention_wgmma = hopper && dtype != CudaDtype::F32 && shape.head_size == 64;
         let gemm_wgmma = hopper && matches!(dtype, CudaDtype::F16 | CudaDtype::Bf16);
         Ok(Self {

@@ -10,7 +10,7 @@ use super::{CudaBackend, unsupported};
 use crate::backend::BackendError;
 
 impl CudaBackend {
-    /// Grid of a kernel that processes one row per warp and strides over the rows; at most the blocks that fit on the device.
+    /// Grid of a kernel that processes one row per warp and strides over the rows: at most 8 blocks per multiprocessor.
     pub(super) fn row_grid(&self, rows: usize) -> (usize, usize) {
         let warps = ROW_THREADS as usize / 32;
         (rows.div_ceil(warps).min(8 * self.device.multiprocessors as usize), 1)
@@ -90,7 +90,7 @@ impl CudaBackend {
         }
     }
 
-    /// A layer of the classification head, in f32: C outputs with a function, or one output.
+    /// A linear layer of the classification head, in f32: either C outputs with an elementwise function, or one output.
     pub(super) fn head(
         &self,
         ctx: &ExecContext,
@@ -112,7 +112,7 @@ impl CudaBackend {
         let staged = ctx.staged();
         let count = staged.count(x.rows);
         let grid = (staged.rows(x.rows) * outputs).div_ceil(8).min(16 * self.device.multiprocessors as usize);
-        // SAFETY: head_out(rows, x, weight, bias, out), and of head_dense also function.
+        // SAFETY: head_out(rows, x, weight, bias, out); the last parameter of head_dense is function.
         unsafe {
             launch(&ctx.stream, kernel, (grid, 1), ROW_THREADS, |arguments| {
                 push(arguments, [&count, &x.at, &weights.weight.at, &weights.bias.at, &out.at]);

@@ -2,9 +2,9 @@
 //!
 //! A weight's scale comes from its largest value. An activation's scale comes from an upper bound that follows from the weights. It
 //! is fixed at load: no calibration, scores are batch-invariant, and values never saturate. The bounds are loose, which costs
-//! little: E4M3 has the same relative error over fifteen powers of two, so the scale matters only for values below 2^-14 of the
-//! bound, where the step no longer shrinks. A scale eight times as large, with saturation, was measured on the 200 pairs of
-//! tests/precision.rs: scores differ from f32 by up to 0.77 instead of 0.074, and Kendall's tau is 0.813 instead of 0.978.
+//! little: E4M3 has the same relative error over fifteen powers of two, so the scale matters only for values below about 2^-14 of
+//! the bound, where the step no longer shrinks. A scale eight times as large, with saturation, was measured on the 200 pairs of
+//! tests/it/precision.rs: scores differ from f32 by up to 0.77 instead of 0.074, and Kendall's tau is 0.813 instead of 0.978.
 
 /// The largest E4M3 value.
 const E4M3_MAX: f32 = 448.0;
@@ -20,7 +20,7 @@ pub(super) struct ValueBound {
     row: f32,
 }
 
-/// Bounds of a linear layer's outputs, relative to its input.
+/// The norms of a linear layer from which a bound of its outputs follows, given a bound of its inputs.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LayerGain {
     /// The largest Euclidean norm of an output's weights.
@@ -48,12 +48,13 @@ impl ValueBound {
         Self { value: self.value + other.value, row: self.row + other.row }
     }
 
-    /// The largest power of two for which no scaled value exceeds E4M3.
+    /// The largest power of two for which no scaled value exceeds [`E4M3_MAX`].
     pub(super) fn scale(self) -> f32 {
         scale_for(self.value)
     }
 
-    /// The same bound of values for another number of columns. It also holds for weighted means of values, GELU and ReLU.
+    /// The same bound of values for another number of columns. It also holds for weighted means of values, and after GELU, SiLU
+    /// and ReLU.
     pub(super) fn with_columns(self, columns: usize) -> Self {
         Self::of_values(self.value, columns)
     }
@@ -72,7 +73,7 @@ impl LayerGain {
     }
 }
 
-/// The scale of a weight: the largest power of two for which no value exceeds E4M3.
+/// The scale of a weight: the largest power of two for which no scaled value exceeds [`E4M3_MAX`].
 pub(super) fn weight_scale(weight: &[f32]) -> f32 {
     scale_for(max_magnitude(weight))
 }

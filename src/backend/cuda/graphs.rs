@@ -19,7 +19,7 @@ const MAX_GRAPHS: usize = 256;
 #[derive(Debug, Default)]
 pub(super) struct GraphCache(RefCell<HashMap<Layout, GraphState>>);
 
-/// What the launches of a batch tell about capturing it.
+/// The state that capturing shares with the downloads of the batch.
 #[derive(Debug, Default)]
 pub(super) struct CaptureState {
     /// Downloads of the current batch. Only batches with a single one, the logits, are captured.
@@ -29,7 +29,7 @@ pub(super) struct CaptureState {
 }
 
 enum GraphState {
-    /// One batch ran kernel by kernel, with this number of downloads.
+    /// Batches ran kernel by kernel, the last with this number of downloads.
     Seen {
         downloads: usize,
     },
@@ -54,8 +54,8 @@ impl GraphCache {
         self.0.borrow_mut().clear();
     }
 
-    /// Runs a batch of this layout: the first kernel by kernel, the second while capturing, the others by replaying the graph.
-    /// Returns what `launch` returned, or `None` if a graph was launched.
+    /// Runs a batch of this layout. The first runs kernel by kernel; for the second, the launches are captured as a graph; it and
+    /// all later ones run as that graph. Returns what `launch` returned, or `None` if a graph was launched.
     pub(super) fn run<T>(
         &self,
         stream: &Arc<CudaStream>,

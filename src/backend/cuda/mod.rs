@@ -11,9 +11,9 @@
 //! | `elementwise` | norms, activations, gates, quantization, the classification head |
 //! | `fp8`, `weights`, `launch`, `roofline` | fp8 scales, weights on the device, launch helpers, peak rates |
 //!
-//! A device has two execution contexts: while one batch computes, the host packs, uploads and launches the next, so the GPU does not
-//! wait for the host. Buffer sizes are rounded and kernels read row counts from device memory, so a small batch can be replayed
-//! from a CUDA graph that was captured for another batch of the same layout.
+//! A device has up to two execution contexts: while one batch computes, the host packs, uploads and launches the next, so the GPU
+//! does not wait for the host. Buffer sizes are rounded and kernels read row counts from device memory, so a small batch can be
+//! replayed from a CUDA graph that was captured for another batch of the same layout.
 //!
 //! Activations have one dtype, by default f16 (three more fraction bits than bf16, at the same speed); sums, norms and the head are
 //! f32. The kernels in `kernels/` sum each row and sequence in an order that does not depend on the rest of the batch.
@@ -174,10 +174,11 @@ impl Backend for CudaBackend {
     fn linear(&self, weight: HostTensor, bias: HostTensor, role: LayerRole) -> Result<Linear, BackendError> {
         let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
         if role == LayerRole::Gated && self.options.dtype == CudaDtype::Fp8 {
-            // A bound of gate times value is the product of two loose bounds; most values would round to zero.
-            return Err(unsupported("fp8 of a gated feed-forward layer (use --dtype f16)"));
+            // The bound of gate times value is the product of two loose bounds; most values would round to zero.
+            let problem = "--dtype fp8 does not support gated feed-forward layers; use --dtype f16";
+            return Err(BackendError::Failed(problem.into()));
         }
-        // Half of a gated layer's outputs are columns of the next layer's input.
+        // A gated layer's result has half as many columns as the layer has outputs.
         let columns = if role == LayerRole::Gated { outputs / 2 } else { outputs };
         let multiple = if self.options.dtype == CudaDtype::Fp8 { 16 } else { 8 };
         if role != LayerRole::Head && (columns % multiple != 0 || inputs % multiple != 0) {
@@ -350,8 +351,7 @@ impl Backend for CudaBackend {
         let [counts, positions] = [layout.counts(), layout.positions()].map(|index| staged.address(index));
         let (heads_in, columns) = (heads as u32, x.columns as u32);
         let vecs = layout.token_rows * heads * self.shape.head_size / 16;
-        // SAFETY: rotate(counts, positions, cos, sin, heads, columns, x); positions are less than the window, which the tables have
-        // rows for.
+        // SAFETY: rotate(counts, positions, cos, sin, heads, columns, x); the tables have a row for every position.
         unsafe {
             let grid = (vecs.div_ceil(256).min(16 * self.device.multiprocessors as usize), 1);
             launch(&ctx.stream, &self.device.kernels.rotate, grid, 256, |arguments| {

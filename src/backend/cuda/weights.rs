@@ -22,7 +22,8 @@ pub struct Embeddings {
     pub(super) norm: Norm,
 }
 
-/// A linear layer: in the GEMM dtype for encoder layers, f32 for the head.
+/// A linear layer. In encoder layers the weight is in the dtype of GEMM operands and the bias in that of activations; in the head
+/// both are f32.
 #[derive(Debug)]
 pub struct Linear {
     pub(super) weight: DeviceTensor,

@@ -1,5 +1,5 @@
 //! Memory of an execution context: one device allocation for activations, divided by a first-fit allocator, and pinned host memory.
-//! No device memory is allocated while batches run, and batches of the same layout get the same addresses.
+//! Operations allocate from it and never from the driver, and batches of the same layout get the same addresses.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -139,7 +139,7 @@ impl<T: bytemuck::Pod> Pinned<T> {
     }
 
     pub(super) fn values(&self) -> &[T] {
-        // SAFETY: `length` initialised values; the GPU does not write them now, see `ExecContext::download`.
+        // SAFETY: `length` initialized values; the GPU does not write them now, see `ExecContext::download`.
         unsafe { std::slice::from_raw_parts(self.at, self.length) }
     }
 

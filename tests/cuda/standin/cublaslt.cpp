@@ -82,7 +82,7 @@ struct Algorithm {
     uint32_t tile, stages;
     int32_t splits;
     uint32_t reduction_scheme;
-    uint32_t chunk; // values of k per partial sum; 0: all
+    uint32_t chunk; // values of k per partial sum; 0: all of a split
     uint32_t unused[7];
 };
 static_assert(sizeof(Algorithm) == 64, "as in cublasLt.h");
@@ -145,7 +145,7 @@ uint16_t to_f16(float value) {
 }
 #endif
 
-// Keeps ten bits of the fraction.
+// Rounds to ten fraction bits.
 float to_tf32(float value) {
     const uint32_t bits = as_bits(value);
     return std::isfinite(value) ? as_float((bits + 0xfff + (bits >> 13 & 1)) & ~0x1fffu) : value;

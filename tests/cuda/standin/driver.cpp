@@ -1060,7 +1060,7 @@ Result may_wait(Stream& stream) {
     return unsafe_in_capture();
 }
 
-// Runs one operation, unless another thread is running some, so that repeated polling ends.
+// Runs one operation, so that repeated polling ends; none if another thread is running operations.
 Result poll(const std::function<Result(Context&, shared_ptr<Stream>&, uint64_t&)>& target) {
     std::unique_lock<std::recursive_mutex> execution(driver().execution, std::try_to_lock);
     Lock lock(driver().mutex);

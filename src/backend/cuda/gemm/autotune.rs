@@ -22,7 +22,7 @@ use crate::backend::cuda::dtype::CudaDtype;
 /// Rounds of a measurement, and timed runs per round. Each round first does the same number of untimed runs.
 const ROUNDS: usize = 4;
 const RUNS: u32 = 4;
-/// Rows of the cross-check: two tiles of the custom kernel.
+/// Maximum rows of the cross-check: those of two tiles of the custom kernel.
 const CHECKED_ROWS: usize = 256;
 /// Columns per compared row segment: few enough that a single wrong value exceeds the error bound.
 const CHECKED_COLUMNS: usize = 64;

@@ -209,7 +209,7 @@ impl Plan {
         use sys::cublasLtEpilogue_t as Epilogue;
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
         use sys::cudaDataType_t as DataType;
-        // fp8 GEMMs accumulate in f32 too. cuBLASLt's FAST_ACCUM mode, which keeps long sums in the tensor core's lower
+        // fp8 GEMMs also accumulate in f32. cuBLASLt's FAST_ACCUM mode, which keeps long sums in the tensor core's lower
         // precision, stays off, since its error was not measured.
         let (operand, result) = match dtype {
             CudaDtype::F16 => (DataType::CUDA_R_16F, DataType::CUDA_R_16F),

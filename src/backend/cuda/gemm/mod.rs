@@ -35,6 +35,6 @@ pub(super) struct GemmOperands {
     /// Read with [`GemmEpilogue::BiasResidual`]; otherwise equal to `output`.
     pub(super) residual: u64,
     pub(super) output: u64,
-    /// Factor of the product, applied before the bias: the inverse of the operands' scales.
+    /// Factor of `x W^T`, applied before the bias: the inverse of the product of both operands' scales.
     pub(super) alpha: f32,
 }

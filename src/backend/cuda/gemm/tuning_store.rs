@@ -13,7 +13,7 @@ use crate::backend::cuda::device::Device;
 use crate::backend::cuda::dtype::CudaDtype;
 use crate::backend::cuda::options::GemmChoice;
 
-/// Row counts that GEMMs are tuned for. Other row counts use the result of the next larger one.
+/// Row counts that GEMMs are tuned for. Other row counts use the result of the next larger one; above the last there is none.
 pub(in crate::backend::cuda) const TUNED_ROWS: [usize; 10] =
     [64, 128, 256, 512, 1024, 2048, 4096, 8448, 16_896, 33_792];
 

@@ -125,8 +125,8 @@ impl WgmmaGemm {
         let (sizes, row_bytes) = ([columns as u64, rows as u64], [(columns * self.dtype.bytes()) as u64]);
         let (box_sizes, steps) = ([DEPTH as u32, box_rows as u32], [1u32, 1]);
         let mut map = MaybeUninit::<driver::CUtensorMap>::uninit();
-        // SAFETY: a 2D map has two sizes, one stride, two box sizes and two steps; on success the driver has initialized `map`. It
-        // does not access memory at `address`.
+        // SAFETY: a 2D map has two sizes, one stride, two box sizes and two steps; on success the driver has initialized `map`. The
+        // call does not access memory at `address`.
         unsafe {
             driver::cuTensorMapEncodeTiled(
                 map.as_mut_ptr(),
