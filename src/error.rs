@@ -64,7 +64,7 @@ pub enum RerankError {
         "the deadline of {seconds} s passed before the request was computed; send fewer documents or try again when the server is less busy"
     )]
     Deadline {
-        /// Seconds from the request's arrival to the deadline.
+        /// Seconds from the complete body to the deadline.
         seconds: u64,
     },
     /// The device's memory does not suffice for one of the request's pairs, even in a batch alone.

@@ -35,7 +35,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let server = args.server.start(&["--api-key", KEY, "--api-key", ATTACKERS_KEY])?;
     let client = Client::new(&server.address);
     let small = requests("/v1/rerank", MODEL, 1, 20);
-    client.capacity(&small, 8, Duration::from_secs(3)).await; // warm-up
+    client.capacity(&small, 8, Duration::from_secs(3)).await?; // warm-up
     let base = server.watch.rss_mib();
     server.watch.reset_peak();
     let mut tasks = JoinSet::new();

@@ -161,8 +161,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         let keys: &[&str] = if args.without_keys { &[] } else { &["--api-key", KEY, "--api-key", ATTACKERS_KEY] };
         let server = args.server.start(keys)?;
         let client = Client::new(&server.address);
-        client.capacity(&small, 16, Duration::from_secs(1)).await;
-        let rate = args.load * client.capacity(&small, 16, Duration::from_secs(3)).await;
+        client.capacity(&small, 16, Duration::from_secs(1)).await?;
+        let rate = args.load * client.capacity(&small, 16, Duration::from_secs(3)).await?;
         let time = Duration::from_secs(args.seconds);
         let (mut alone, mut attacked, mut failed) = (Vec::new(), Vec::new(), 0);
         for run in 0..args.runs {

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::{Result, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -88,9 +89,9 @@ impl Client {
 
     /// Answers per second of `clients` clients that each wait for their answer before they send the next request.
     ///
-    /// # Panics
+    /// # Errors
     /// An answer is not 200.
-    pub(crate) async fn capacity(&self, requests: &Arc<Vec<Vec<u8>>>, clients: usize, time: Duration) -> f64 {
+    pub(crate) async fn capacity(&self, requests: &Arc<Vec<Vec<u8>>>, clients: usize, time: Duration) -> Result<f64> {
         let start = Instant::now();
         let tasks: Vec<_> = (0..clients)
             .map(|first| {
@@ -100,18 +101,19 @@ impl Client {
                     while start.elapsed() < time {
                         let request = &requests[(first + answered * clients) % requests.len()];
                         let outcome = client.ask(request, Instant::now()).await;
-                        assert_eq!(outcome.answer, Answer::Status(200), "the capacity cannot be measured");
+                        let answer = outcome.answer;
+                        ensure!(answer == Answer::Status(200), "the capacity cannot be measured: {answer:?}");
                         answered += 1;
                     }
-                    answered
+                    Ok(answered)
                 })
             })
             .collect();
         let mut answered = 0;
         for task in tasks {
-            answered += task.await.expect("a client that does not panic");
+            answered += task.await??;
         }
-        answered as f64 / start.elapsed().as_secs_f64()
+        Ok(answered as f64 / start.elapsed().as_secs_f64())
     }
 
     /// Starts `rate` requests per second at fixed times, whether or not earlier ones are answered, on at most `connections`

@@ -83,8 +83,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     for run in 0..args.runs {
         let server = args.server.start(&[])?;
         let client = Client::new(&server.address);
-        client.capacity(&requests, args.clients, Duration::from_secs(1)).await; // warm-up
-        let capacity = client.capacity(&requests, args.clients, Duration::from_secs(args.seconds)).await;
+        client.capacity(&requests, args.clients, Duration::from_secs(1)).await?; // warm-up
+        let capacity = client.capacity(&requests, args.clients, Duration::from_secs(args.seconds)).await?;
         eprintln!("run {run}: capacity {capacity:.1} requests/s");
         for &factor in &args.factors {
             let (start, cpu) = (Instant::now(), Watch::this_process().cpu_seconds());

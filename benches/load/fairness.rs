@@ -30,8 +30,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let client = Client::new(&server.address);
     let small = requests("/v1/rerank", "rerankd-mini", 1, 20);
     let large = requests("/v1/rerank", "rerankd-mini", 1000, args.words);
-    client.capacity(&small, 16, Duration::from_secs(1)).await;
-    let rate = args.load * client.capacity(&small, 16, Duration::from_secs(3)).await;
+    client.capacity(&small, 16, Duration::from_secs(1)).await?;
+    let rate = args.load * client.capacity(&small, 16, Duration::from_secs(3)).await?;
     let (mut alone, mut beside, mut large_alone, mut large_beside) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let mut batches = Vec::new();
     let mut failed = 0;

@@ -18,8 +18,10 @@ mod client;
 mod cost;
 mod curve;
 mod fairness;
+mod isolation;
 mod keys;
 mod report;
+mod restart;
 mod server;
 mod sigterm;
 mod soak;
@@ -46,6 +48,10 @@ enum Command {
     Soak(soak::Args),
     /// Response time for a wrong key that differs from the right one in its first or in its last character
     Keys(keys::Args),
+    /// Many different requests at the same time: each answer must be that of its request alone
+    Isolation(isolation::Args),
+    /// Time from SIGKILL to the next ready server
+    Restart(restart::Args),
     /// Serves a model of known speed: 5 ms for each chunk, one after another
     Stub(stub::Args),
 }
@@ -64,6 +70,8 @@ fn main() -> anyhow::Result<()> {
             Command::Sigterm(args) => sigterm::run(args).await,
             Command::Soak(args) => soak::run(args).await,
             Command::Keys(args) => keys::run(args).await,
+            Command::Isolation(args) => isolation::run(args).await,
+            Command::Restart(args) => restart::run(args).await,
             Command::Stub(args) => stub::run(args).await,
         }
     })

@@ -212,7 +212,7 @@ finish
 echo
 if [ $failures -eq 0 ]; then
     echo "all kernels correct, all bugs found"
-    digest >"$checked"
+    [ $# -gt 0 ] || digest >"$checked" # with other compiler flags it is another check
 else
     echo "$failures failures"
     exit 1
