@@ -13,6 +13,7 @@ mod observe;
 mod openapi;
 mod ops;
 mod origins;
+mod pages;
 mod request_body;
 mod router;
 mod server;

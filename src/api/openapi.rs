@@ -1,10 +1,8 @@
-//! The OpenAPI document, generated from the types of requests and responses, and the page that shows it.
+//! The OpenAPI document, generated from the types of requests and responses.
 
 use axum::Json;
-use axum::response::Redirect;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi, ToSchema};
-use utoipa_swagger_ui::SwaggerUi;
 
 use super::dialect::{documents, input, passages, text_pairs, texts, weaviate};
 use super::error::{ErrorBody, TextErrorBody};
@@ -35,16 +33,6 @@ impl Modify for SecuritySchemes {
 
 pub(super) fn contract() -> utoipa::openapi::OpenApi {
     Contract::openapi()
-}
-
-/// `/docs`: Swagger UI for the OpenAPI document. Its files are in the binary.
-pub(super) fn page() -> SwaggerUi {
-    SwaggerUi::new("/docs").config(utoipa_swagger_ui::Config::from("/openapi.json"))
-}
-
-/// `/` redirects to the documentation, for people who open the server in a browser.
-pub(super) async fn front() -> Redirect {
-    Redirect::temporary("/docs")
 }
 
 /// `/openapi.json`.

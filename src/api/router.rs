@@ -12,7 +12,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use super::ops::RERANK_PATHS;
 use super::state::App;
-use super::{auth, error, handler, host, observe, openapi, ops};
+use super::{auth, error, handler, host, observe, openapi, ops, pages};
 
 /// All paths.
 pub fn router(app: &Arc<App>) -> Router {
@@ -38,10 +38,10 @@ pub fn router(app: &Arc<App>) -> Router {
         .route("/.well-known/ready", get(ops::ready))
         .route("/.well-known/live", get(ops::health))
         .route("/v1/cluster/auth", get(ops::cluster_auth))
-        .route("/", get(openapi::front))
         .route("/openapi.json", get(openapi::document))
+        .merge(pages::routes())
         .method_not_allowed_fallback(ops::wrong_method);
-    with_middleware(app, closed.merge(open).merge(openapi::page()))
+    with_middleware(app, closed.merge(open))
 }
 
 /// The routes of a connection beyond the cap: health checks and metrics; 503 for everything else.
@@ -69,7 +69,8 @@ fn with_middleware(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
     Router::new().fallback_service(routes.map_request(normalize_path))
 }
 
-/// Removes extra slashes, which come from joining base URLs and paths: `//v1/rerank/` becomes `/v1/rerank`. `/docs/` stays.
+/// Removes extra slashes, which come from joining base URLs and paths: `//v1/rerank/` becomes `/v1/rerank`. `/docs/` stays and
+/// is redirected, because the page's addresses are relative.
 fn normalize_path(mut request: Request) -> Request {
     let path = request.uri().path();
     if path.contains("//") || (path.len() > 1 && path.ends_with('/') && path != "/docs/") {

@@ -321,13 +321,10 @@ async fn the_cluster_auth_path_says_whether_keys_are_required() {
 }
 
 #[tokio::test]
-async fn openapi_lists_every_dialect_and_its_page_needs_no_network() {
+async fn openapi_lists_every_dialect() {
     let (app, _) = app();
     let contract = get(&app, "/openapi.json").await.json();
     for path in ["/v1/rerank", "/rerank", "/v1/reranking", "/v1/ranking", "/v1/score"] {
         assert!(contract["paths"][path]["post"]["requestBody"].is_object(), "{path}");
     }
-    let page = get(&app, "/docs/").await;
-    assert_eq!(page.status, 200, "{}", page.text);
-    assert!(!page.text.contains("https://"), "nothing is fetched from elsewhere: {}", page.text);
 }

@@ -286,6 +286,37 @@ async fn queued_pairs_of_a_disconnected_client_are_dropped() {
 }
 
 #[tokio::test]
+async fn pages_need_no_key_load_nothing_from_elsewhere_and_are_revalidated() {
+    let (app, _) = app_with(&["secret"], LIMITS, QUEUE);
+    let mut paths = vec!["/".to_owned(), "/docs".to_owned()];
+    for html in ["/", "/docs"] {
+        let text = get(&app, html).await.text;
+        let links = text.split('"').collect::<Vec<_>>();
+        let assets = links.iter().filter(|link| link.starts_with("assets/")).map(|link| format!("/{link}"));
+        paths.extend(assets);
+    }
+    assert!(paths.len() >= 6, "each page has a style and a script: {paths:?}");
+    for path in paths {
+        let answer = get(&app, &path).await;
+        assert_eq!(answer.status, 200, "{path}");
+        assert!(!answer.text.contains("https://"), "{path}");
+        let policy = answer.headers["content-security-policy"].to_str().unwrap();
+        assert!(policy.starts_with("default-src 'none'") && !policy.contains("unsafe"), "{path}: {policy}");
+        assert_eq!(answer.headers["x-content-type-options"], "nosniff", "{path}");
+        let again = Request::get(&path).header("if-none-match", &answer.headers["etag"]).body(Body::empty()).unwrap();
+        let again = send(&app, again).await;
+        assert_eq!((again.status.as_u16(), again.text.as_str()), (304, ""), "{path}");
+        let older = Request::get(&path).header("if-none-match", "\"older\"").body(Body::empty()).unwrap();
+        assert_eq!(send(&app, older).await.text, answer.text, "{path}");
+    }
+    let slash = get(&app, "/docs/").await;
+    assert_eq!((slash.status.as_u16(), slash.headers["location"].to_str().unwrap()), (308, "../docs"));
+    for path in ["/assets/", "/assets/nope", "/docs/nope"] {
+        check_error(&get(&app, path).await, 401, 401, "authentication_error", "Invalid token");
+    }
+}
+
+#[tokio::test]
 async fn keys_are_required_everywhere_but_on_health_and_contract_paths() {
     let (app, watch) = app_with(&["secret", "other"], LIMITS, QUEUE);
     let ask = |path: &str, header: Option<(&str, &str)>| {

@@ -24,10 +24,21 @@ use crate::support::stub::{self, TestResponse, WORDS};
 
 const KEY: &str = "fuzz-key-1";
 const LIMITS: ApiLimits = ApiLimits { max_documents: 20, max_body_bytes: 1 << 16, ..stub::LIMITS };
-/// Paths that need no key.
-const OPEN_PATHS: [&str; 5] = ["/", "/health", "/ready", "/openapi.json", "/v1/cluster/auth"];
-/// The statuses of docs/api.md, and the redirects to the documentation.
-const STATUSES: [u16; 14] = [200, 303, 307, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 504];
+/// Paths that need no key, besides the static pages.
+const OPEN_PATHS: [&str; 4] = ["/health", "/ready", "/openapi.json", "/v1/cluster/auth"];
+/// The static pages.
+const PAGES: [&str; 8] = [
+    "/",
+    "/docs",
+    "/docs/",
+    "/assets/style.css",
+    "/assets/common.js",
+    "/assets/playground.js",
+    "/assets/reference.js",
+    "/assets/example.txt",
+];
+/// The statuses of docs/api.md, and those of the static pages: unchanged, and the redirect from `/docs/`.
+const STATUSES: [u16; 14] = [200, 304, 308, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 504];
 /// Longest response to a POST, in bytes for each byte of the body, beyond a fixed part.
 const RESPONSE_BYTES_PER_BODY_BYTE: usize = 8;
 const MAX_RESPONSE_BYTES: usize = 16 << 20;
@@ -74,7 +85,7 @@ pub fn run(input: &[u8]) {
     }
     let answer = send(&SERVERS.closed, parts.request().unwrap());
     check(&answer, &path, &method, parts.body);
-    let is_open = OPEN_PATHS.contains(&&*path) || path == "/docs" || path.starts_with("/docs/");
+    let is_open = OPEN_PATHS.contains(&&*path) || PAGES.contains(&&*path);
     let has_key = parts.headers.iter().any(|(_, value)| value.windows(KEY.len()).any(|part| part == KEY.as_bytes()));
     assert!(is_open || has_key || answer.status == StatusCode::UNAUTHORIZED, "{method} {path}: {}", answer.status);
 }
@@ -92,8 +103,8 @@ fn check(answer: &TestResponse, path: &str, method: &Method, body: &[u8]) {
     let status = answer.status.as_u16();
     assert!(STATUSES.contains(&status), "{method} {path}: {status}");
     assert!(answer.headers.contains_key("x-request-id"));
-    // The pages of the documentation are HTML, and the metrics are a text that may be empty.
-    if path.starts_with("/docs") || answer.status.is_redirection() || (path == "/metrics" && status == 200) {
+    // Pages are HTML, and the metrics are a text that may be empty.
+    if answer.status.is_redirection() || (status == 200 && (PAGES.contains(&path) || path == "/metrics")) {
         return;
     }
     if answer.text.is_empty() {
