@@ -43,7 +43,9 @@ pub(crate) async fn run(args: Args) -> Result<()> {
         large_alone.push(ms(took));
         let after = batch_seconds(&server.address).await?;
         batches.push(1e3 * (after.0 - before.0) / (after.1 - before.1));
-        alone.push(quantile(&latencies_ms(&client.offer(&small, rate, took, CONNECTIONS).await, 200), 0.99));
+        let outcomes = client.offer(&small, rate, took, CONNECTIONS).await;
+        failed += outcomes.iter().filter(|outcome| outcome.answer != Answer::Status(200)).count();
+        alone.push(quantile(&latencies_ms(&outcomes, 200), 0.99));
         let asked = tokio::spawn({
             let (client, large) = (client.clone(), std::sync::Arc::clone(&large));
             async move { client.ask(&large[run % large.len()], Instant::now()).await }

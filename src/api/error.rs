@@ -1,6 +1,6 @@
 //! Error responses: the only table from errors to HTTP statuses.
 //!
-//! One body serves the clients of all dialects but `texts`: `code`, `message` and `data` as SiliconFlow has them, `detail` as a
+//! One body serves the clients of all dialects but `texts` and Weaviate's: `code`, `message` and `data` as SiliconFlow has them, `detail` as a
 //! string, and `error` with the `type` that SDKs map to their exception classes. It never contains `results`.
 
 use std::any::Any;
@@ -30,7 +30,7 @@ pub struct ApiError {
     cause: Option<anyhow::Error>,
 }
 
-/// The body of an error, in every dialect but `texts`.
+/// The body of an error, in every dialect but `texts` and Weaviate's.
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct ErrorBody {
     /// SiliconFlow's number (20012 unknown model, 20015 bad parameter, 50505 overloaded), else the HTTP status.

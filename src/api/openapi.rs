@@ -40,7 +40,8 @@ pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
     Json(contract())
 }
 
-/// Body of a rerank path. The name of the list of documents determines the dialect.
+/// Body of `/v1/rerank` and `/rerank`. The name of the list determines the dialect; `documents` with `property` and without
+/// `model` is Weaviate's.
 #[derive(ToSchema)]
 #[schema(as = AnyRerankBody)]
 #[serde(untagged)]
@@ -108,7 +109,7 @@ rerank_path!(
 rerank_path!(
     rerank,
     "/rerank",
-    "Ranks texts as text-embeddings-inference does, documents as /v1/rerank or as Weaviate's reranker-transformers.",
+    "Ranks `texts` as text-embeddings-inference does, and `documents` as /v1/rerank or Weaviate's reranker-transformers does.",
     AnyBody<'_>,
     AnyAnswer,
     AnyError

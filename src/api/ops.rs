@@ -19,7 +19,7 @@ use crate::served::Model;
 use crate::telemetry;
 
 /// Paths that rank; each accepts every dialect. Two version prefixes occur when an SDK adds its own to a base URL that has one.
-pub(super) const RERANK_PATHS: [&str; 16] = [
+pub(super) const RERANK_PATHS: [&str; 17] = [
     "/v1/rerank",
     "/v2/rerank",
     "/rerank",
@@ -35,6 +35,7 @@ pub(super) const RERANK_PATHS: [&str; 16] = [
     "/v1/v1/ranking",
     "/v1/score",
     "/score",
+    "/v1/v1/score",
     "/v1/retrieval/{*model}",
 ];
 

@@ -28,7 +28,7 @@ pub fn router(app: &Arc<App>) -> Router {
     for path in RERANK_PATHS {
         closed = closed.route(path, post(handler::rerank));
     }
-    // A key is required by default: for every path that is not merged below, including unknown paths and wrong methods.
+    // Every path of this router needs a key, and so do unknown paths. Paths without a key are merged below.
     let closed = closed
         .method_not_allowed_fallback(ops::wrong_method)
         .layer(middleware::from_fn_with_state(Arc::clone(app), auth::require_key));
@@ -55,7 +55,8 @@ pub(crate) fn overloaded_router(app: &Arc<App>) -> Router {
     with_middleware(app, open)
 }
 
-/// Adds the middleware of every route: the host check, panics as 500, the log line and the request id.
+/// Adds the middleware of every route: the host check, CORS, panics as 500, the log line, the request id, and the removal of
+/// extra slashes.
 fn with_middleware(app: &Arc<App>, routes: Router<Arc<App>>) -> Router {
     let mut routes = routes.layer(middleware::from_fn_with_state(Arc::clone(app), host::require_known_host));
     if let Some(cors) = app.origins.layer() {

@@ -42,8 +42,8 @@ fn gelu<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
 }
 
 /// [`gelu`] for results that are rounded to bf16: `x / (1 + 2^-u)`, where u is x times a polynomial of x^2, fitted to
-/// the log odds of the normal distribution. The error is at most 7.5e-5 or 6.5e-4 of the value, whichever is larger,
-/// if x is at least -20. Below, where GELU is 0, the result is `4e-6 x`.
+/// the log odds of the normal distribution. For x of at least -20 the absolute error is at most 7.5e-5, or the relative error
+/// at most 6.5e-4. Below, where GELU is 0, the result is `4e-6 x`.
 #[inline(always)]
 fn gelu_for_bf16<I: Isa>(isa: I, x: I::Floats) -> I::Floats {
     let y = isa.max(isa.min(x, isa.splat(4.5)), isa.splat(-4.5));

@@ -160,7 +160,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
 
         let mut packed_keys = Matrix::<u32>::acquire(key_panels * k_groups, I::PANEL_COLUMNS);
         let mut packed_values = Matrix::<u32>::acquire(1, value_panels * value_k_groups * value_width);
-        // Also used as scratch for the keys of one vector, which are fewer than BLOCK_QUERIES.
+        // Also scratch for `pack_keys`, which packs LANES keys at a time; LANES is less than BLOCK_QUERIES.
         let mut packed_queries = Matrix::<u32>::acquire(1, BLOCK_QUERIES * k_groups);
         // At least a cache line wider than the block: with a power-of-two stride, rows would map to the same few cache sets.
         let block_keys = BLOCK_KEYS.min(keys.next_multiple_of(I::PANEL_COLUMNS));
@@ -357,7 +357,7 @@ unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
 /// it returns `old_max` and 0.
 ///
 /// # Safety
-/// As for [`softmax_block`].
+/// As for [`softmax_block`]; `scores` must also be valid for writes.
 #[inline(always)]
 unsafe fn softmax_window<I: Isa, E: AttentionFormat>(
     isa: I,

@@ -5,12 +5,12 @@
 //!
 //! ```text
 //! for each panel of W:                         96 KB, for example, if 64 columns have 768 inputs in bf16
-//!     for each block of k-groups:              of 1024, so that a block fits in the cache
+//!     for each block of k-groups:              of 1024, so that it fits in the cache; usually there is only one
 //!         for each tile of rows:
 //!             for each k-group:                words of x are broadcast, vectors of the panel are loaded
 //!                 acc[row][vector] += x word * panel vector
 //!                 prefetch a cache line of the next block into L2
-//!     epilogue: scales, bias, activation, residual, rounding
+//!             in the last block, epilogue: scales, bias, activation, residual, rounding
 //! ```
 //!
 //! Each element is summed in the order of the k-groups, in whichever tile it is. So a row's result does not depend on

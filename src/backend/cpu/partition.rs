@@ -40,7 +40,8 @@ pub(super) fn partition_batch(lengths: &[usize], threads: usize) -> Partitioning
         if remaining.is_empty() || tokens(most) as f64 <= mean * MAX_IMBALANCE {
             break assigned;
         }
-        // The shortest sequence that removes the imbalance: shared sequences cost a barrier per operation.
+        // The shortest sequence that removes the imbalance, or else the longest: tokens of shared sequences cost a barrier after
+        // every operation.
         let excess = tokens(most) as f64 - mean;
         let shortest = most.iter().rev().find(|&&s| lengths[s] as f64 >= excess);
         let chosen = *shortest.unwrap_or(&most[0]);

@@ -95,7 +95,7 @@ pub(super) fn gather_rows<T: bytemuck::Pod>(from: &Matrix<T>, rows: &[u32]) -> M
     let mut to = Matrix::acquire(rows.len(), from.columns());
     let (stride, from_stride) = (to.stride(), from.stride());
     for (i, &row) in rows.iter().enumerate() {
-        // Copies the whole stride, including the zero padding of the row's last k-group.
+        // Copies the whole stride, including the padding of the row's last k-group.
         to.as_mut_slice()[i * stride..][..stride]
             .copy_from_slice(&from.as_slice()[row as usize * from_stride..][..stride]);
     }

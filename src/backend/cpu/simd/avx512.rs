@@ -40,7 +40,7 @@ fn enter_base<O: SimdOp, I: Isa>(op: O, isa: I) -> O::Output {
 
 // SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers
 // of the pointer methods guarantee valid pointers. All loads and stores are unaligned.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every one-line method")]
+#[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every method")]
 unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
     type Floats = __m512;
     type Bits = __m512i;
@@ -242,7 +242,7 @@ unsafe impl<const BF16: bool, const VNNI: bool> Isa for Avx512<BF16, VNNI> {
                     pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
                     pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
                 }
-                // fours[4 i + j] holds, in each quarter q, word 4 q + j of rows 4 i to 4 i + 3.
+                // fours[i + j] holds, in each quarter q, word 4 q + j of rows i to i + 3 (i = 0, 4, 8, 12).
                 let mut fours = pairs;
                 for i in (0..16).step_by(4) {
                     fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
