@@ -69,7 +69,7 @@ impl ServerArgs {
             .stderr(output)
             .stdout(Stdio::null())
             .spawn()
-            .with_context(|| format!("cannot start {}; build it: cargo build --release", self.server.display()))?;
+            .with_context(|| format!("cannot start {:?}; build it: cargo build --release", command.get_program()))?;
         let address = loop {
             let text = std::fs::read_to_string(&log)?;
             let found = text.lines().find_map(|line| line.split_once("listening on http://"));

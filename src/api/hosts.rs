@@ -1,4 +1,4 @@
-//! The host names that requests may use on a server without keys.
+//! The host names that requests may use on a loopback server without keys.
 
 use std::net::IpAddr;
 

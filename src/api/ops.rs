@@ -99,7 +99,8 @@ pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -
     app.models()?.find(&id).map(|model| Json(model.into())).map_err(unknown)
 }
 
-/// Liveness: every model has finished a batch in the last 30 s, is running one, or passes an inference now.
+/// Liveness: every model has finished a batch in the last 30 s, has been running one for less than two minutes, or passes an
+/// inference now.
 #[utoipa::path(get, path = "/health", responses((status = 200, description = "Every model computes scores"), (status = 503, description = "A model does not, or the models are still loading", body = super::error::ErrorBody)))]
 pub(super) async fn health(State(app): State<Arc<App>>) -> Result<Response, ApiError> {
     for model in app.models()?.iter() {
@@ -125,7 +126,8 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiEr
     Ok(Json(json!({"status": "ready"})).into_response())
 }
 
-/// The first model and the limits, as text-embeddings-inference describes them. Weaviate reads `/meta` at its start.
+/// The first model and the limits, as text-embeddings-inference describes them. `/meta`, which Weaviate reads at its start, has the
+/// same answer.
 #[utoipa::path(get, path = "/info", responses((status = 200, description = "The first model and the limits", content_type = "application/json"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<serde_json::Value>, ApiError> {
     let model = app.models()?.iter().next();
@@ -161,7 +163,7 @@ pub(super) async fn metrics() -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
-/// 404 with a list of the paths that exist.
+/// 404 with a list of the main paths.
 pub(super) async fn unknown_path(request: Request) -> ApiError {
     let path: String = request.uri().path().chars().take(100).collect();
     let exist =

@@ -5,7 +5,8 @@ use std::ops::Range;
 use super::simd::{Isa, SimdOp, load_partial, load_partial_bf16, store_partial, store_partial_bf16};
 use super::workspace::SharedMatrix;
 
-/// Cosines and sines of every position and pair, each `[positions, D / 2]`.
+/// Cosines and sines for every position and every two columns that are rotated together, each `[positions, D / 2]`; D is the
+/// head size.
 #[derive(Debug)]
 pub struct Rotary {
     pub(super) cos: Vec<f32>,

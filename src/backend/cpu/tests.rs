@@ -32,8 +32,8 @@ fn on_every_path(test: &str, check: impl Fn(&CpuBackend, &Tolerance)) {
 
 /// How far results in a precision may be from the reference.
 ///
-/// Operands here are exact in bf16. So a GEMM's error is that of the order of f32 summation (some 1e-7 of the sum of
-/// magnitudes) and of rounding its result, which is 2^-9 of the value in bf16. int8 rounds an activation to within 1/510
+/// Operands here are exact in bf16. So a GEMM's error has two sources: sums in f32 in another order (some 1e-7 of the sum of
+/// magnitudes), and rounding of the result (2^-9 of the value in bf16). int8 rounds an activation to within 1/510
 /// of its row's range and a weight to within 1/254 of its column's largest magnitude; these errors add up like a random walk.
 struct Tolerance {
     dtype: CpuDtype,
@@ -256,8 +256,7 @@ fn layer_norms_match_the_definition() {
                 let ours =
                     backend.layer_norm(ctx, &backend.norm(weights()).unwrap(), backend.buffer(rows, &x)).unwrap();
                 let what = format!("{rows} x {c}");
-                // A number near 30 has an error of 2e-6, and so has the mean. Their difference is divided by the
-                // deviation.
+                // Near 30, the mean in f32 has an error of up to 2e-6; a number's difference from it is divided by the deviation.
                 let exact = Tolerance { dtype: CpuDtype::F32, label: tolerance.label.clone() };
                 exact.check(&backend.download(ctx, &ours).unwrap(), &theirs, 10.0, 1, &what);
                 let exact = backend.download(ctx, &ours).unwrap();
@@ -326,8 +325,8 @@ fn check_attention(
     let (result, first) = ours(&single_thread, batch, [qkv, q, kv]);
     let (result_all, first_all) = ours(&all_threads, batch, [qkv, q, kv]);
     assert_eq!((bits(&result), bits(&first)), (bits(&result_all), bits(&first_all)), "{}: {what}", tolerance.label);
-    // A weighted mean of values up to 4, with weights that bf16 rounds too. In f32, the absolute error of a score, a sum
-    // of d terms up to 16, is the relative error of its weight.
+    // Results are weighted means of values up to 4; bf16 rounds the weights too. A weight is the exponential of a score, so the
+    // absolute error of the score, which is a sum of d terms up to 16, is the weight's relative error in f32.
     let terms = if tolerance.dtype == CpuDtype::F32 { 16 * shape.head_size } else { 1 };
     tolerance.check(&result, &reference.download(&(), &theirs).unwrap(), 4.0, terms, &what);
     tolerance.check(&first, &reference.download(&(), &theirs_first).unwrap(), 4.0, terms, &format!("{what}, first"));
@@ -459,7 +458,7 @@ fn embeddings_match_the_reference() {
             let theirs = reference.download(&(), &theirs).unwrap();
             for ctx in &backend.contexts() {
                 let ours = backend.embed(ctx, &backend.embeddings(tables()).unwrap(), &batch).unwrap();
-                // Numbers that are exact in bf16 are exact in f16 too, down to 2^-17.
+                // bf16 and int8 backends store tables in f16. Numbers that are exact in bf16 are exact there too, down to 2^-17.
                 let exact = Tolerance { dtype: CpuDtype::F32, label: tolerance.label.clone() };
                 exact.check(&backend.download(ctx, &ours).unwrap(), &theirs, 60.0, 1, &format!("{c}"));
             }
@@ -536,7 +535,7 @@ impl SimdOp for ExactOps<'_> {
 
 /// In every precision a NaN must reach the result, so that the server reports an error.
 #[test]
-fn a_nan_anywhere_in_a_row_reaches_the_result() {
+fn a_nan_in_a_row_reaches_the_result() {
     on_every_path("NaN", |backend, tolerance| {
         let c = 70;
         let mut x = vec![1.0; 2 * c];

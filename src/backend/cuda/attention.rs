@@ -20,8 +20,8 @@ use crate::batch::{Batch, Pair};
 /// `ATTENTION_THREADS` and `KEY_ROWS` of the kernels: threads per block, and keys per step.
 const ATTENTION_THREADS: u32 = 128;
 const KEY_ROWS: usize = 64;
-/// Sequence lengths of the cross-check: at and around multiples of 64, the keys of a step and the queries of a wgmma block, and of
-/// 128, the queries of a tile.
+/// Sequence lengths of the cross-check: at and around multiples of 64 (keys per step, queries per wgmma block) and of 128 (queries per
+/// tile).
 const CHECKED_LENGTHS: [usize; 9] = [1, 63, 64, 65, 127, 128, 129, 200, 333];
 /// Tokens of the sequence that is timed.
 const TIMED_LENGTH: usize = 2048;
@@ -32,7 +32,7 @@ pub(super) struct AttentionLauncher {
     pub(super) function: CudaFunction,
     /// Blocks, of `ATTENTION_THREADS` threads, per tile of 128 queries.
     pub(super) blocks_per_tile: usize,
-    /// Dynamic shared memory: Q, and two stages of K and V. In f32 one stage of K and V.
+    /// Dynamic shared memory: Q, and two stages of K and V. In f32 only one stage of K and V, without Q.
     pub(super) shared_bytes: usize,
 }
 
@@ -106,7 +106,7 @@ impl AttentionLauncher {
     }
 
     /// Launches the kernel over all tiles of a batch, for `heads` heads. `window` is for the kernel of [`Self::local`] only.
-    /// `upload` is the device address of the batch's upload block in `layout`.
+    /// `upload` is the device address of the batch's upload block; `layout` has its offsets.
     ///
     /// # Safety
     /// `upload` holds a batch in this layout, `qkv` its `[T, 3C]`, and `out` has room for `[T, C]`; both are device addresses of
@@ -197,7 +197,7 @@ impl Trial {
         let values: Vec<f32> = (0..TIMED_LENGTH * 3 * row).map(|_| (random.f32() - 0.5) * 3.46).collect();
         let qkv = stream.clone_htod(&dtype.encode(&values))?;
         let out = stream.alloc_zeros(TIMED_LENGTH * row * dtype.bytes())?;
-        // Up to two tiles per multiprocessor, as on a busy device.
+        // About two tiles per multiprocessor, as on a busy device, if there are enough heads.
         let timed_heads = (2 * device.multiprocessors as usize).div_ceil(TIMED_LENGTH / TILE_ROWS).min(shape.heads);
         Ok(Self { stream, dtype, shape, timed_heads, qkv, out })
     }

@@ -27,7 +27,7 @@ unsafe impl Isa for Portable {
     const LANES: usize = LANES;
     const PANEL_VECTORS: usize = 2;
 
-    // Kernels that are inlined into every loop would be slow to compile.
+    // Not inlined: a copy of the kernel in every caller would be slow to compile.
     #[inline(never)]
     fn enter<O: SimdOp>(self, op: O) -> O::Output {
         op.run(self)
