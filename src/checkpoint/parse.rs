@@ -236,11 +236,10 @@ fn rotary_base(fields: &Fields, kind: &str, older: &str, default: f64) -> Result
         ensure!(rope_type == "default", "rope_parameters.{kind}.rope_type is {rope_type:?}; supported is \"default\"");
         base = parameters.number("rope_theta").with_context(about)?;
     }
-    let base = match base {
-        Some(base) => base,
-        None => fields.number(older)?.unwrap_or(default),
-    };
-    check_rotary_base(older, base)
+    match base {
+        Some(base) => check_rotary_base(&format!("rope_parameters.{kind}.rope_theta"), base),
+        None => check_rotary_base(older, fields.number(older)?.unwrap_or(default)),
+    }
 }
 
 fn check_rotary_base(field: &str, base: f64) -> Result<f64> {

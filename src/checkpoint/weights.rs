@@ -141,7 +141,7 @@ impl Weights {
         for (tensor, shard) in &index.weight_map {
             let held = weights.index.get(tensor).map(|&(i, _)| weights.files[i].name.as_str());
             ensure!(
-                held.is_some_and(|name| name.ends_with(shard.as_str())),
+                held.is_some_and(|name| Path::new(name) == index_path.with_file_name(shard)),
                 "{}: tensor {tensor} is not in the shard {shard}",
                 index_path.display()
             );
