@@ -29,7 +29,7 @@ use rerankd::loading::{DeviceChoice, LoadedModel};
 use rerankd::text::{Chunk, DocumentOptions};
 use serde::Deserialize;
 
-use crate::support::{SplitMix64, cpu, fixture, load, load_on, paragraphs, real};
+use crate::support::{SplitMix64, cpu, fixture, load, load_on, paragraphs, real, skip};
 
 /// Bound on the absolute difference from `transformers` at every stage.
 ///
@@ -46,6 +46,14 @@ const CANDLE_BOUND: f32 = 1e-5;
 /// The largest difference measured is 5e-6, after twelve layers in f32, for logits of about 10. The bound allows for any order of
 /// summation and is about a thousandth of a usual difference between two documents.
 const REAL_BOUND: f64 = 1e-3;
+
+/// The kernels' unit tests run on every instruction set of the machine.
+#[test]
+fn instruction_sets_that_this_machine_lacks_are_skips() {
+    for name in CpuBackend::missing_instruction_sets() {
+        skip(&format!("instruction set {name}"), "this processor does not have it");
+    }
+}
 
 #[test]
 fn candle_matches_transformers_at_every_stage() {

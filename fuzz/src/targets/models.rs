@@ -43,7 +43,7 @@ static LOADERS: LazyLock<Mutex<Loaders>> = LazyLock::new(|| {
     Mutex::new(Loaders { loaders, runtime })
 });
 
-/// A model folder either loads and scores, or gives an error that names a file or says that the test pair was not scored.
+/// A model folder either loads and scores, or gives an error that names a file or says that the test pair has no finite score.
 pub fn run(input: &[u8]) {
     let Some([config, tokenizer, weights]) = files(input) else { return };
     // In memory if possible.
@@ -85,7 +85,7 @@ fn split(input: &[u8]) -> Option<(&[u8], &[u8])> {
     Some((&input[..at], &input[at + SEPARATOR.len()..]))
 }
 
-/// A loaded model tokenizes and scores: every pair fits the window, and every id has an embedding.
+/// If a loaded model tokenizes the request, then every pair fits the window, every id has an embedding, and it scores.
 async fn score(model: &LoadedModel) {
     let documents: Arc<[String]> =
         ["", "apple", "red apple, green fruit. ".repeat(8).as_str()].map(str::to_owned).into();

@@ -129,6 +129,11 @@ impl CpuBackend {
         Self { path, format: dtype.storage_format(), pool }
     }
 
+    /// Instruction sets with kernels for this architecture that the machine does not have, for reports.
+    pub fn missing_instruction_sets() -> Vec<&'static str> {
+        SimdPath::missing()
+    }
+
     /// Whether this machine has an instruction for bf16 dot products. Without one, bf16 is slower than f32.
     pub fn has_bf16() -> bool {
         SimdPath::best().has_bf16()

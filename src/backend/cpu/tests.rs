@@ -9,20 +9,11 @@ use super::*;
 use crate::backend::candle::CandleBackend;
 use crate::batch::Pair;
 
-/// Runs `check` on every path of this machine, in every precision. Paths that this machine lacks are reported.
+/// Runs `check` on every path of this machine, in every precision. `golden::instruction_sets_that_this_machine_lacks_are_skips`
+/// reports the others.
 fn on_every_path(test: &str, check: impl Fn(&CpuBackend, &Tolerance)) {
-    let paths = SimdPath::supported();
-    let names: Vec<&str> = paths.iter().map(|path| path.name()).collect();
-    eprintln!("{test}: on {}", names.join(", "));
-    for missing in
-        ["AVX-512 BF16 VNNI", "AVX-512 VNNI", "AVX-512", "AVX2 VNNI", "AVX2", "NEON BF16 I8MM", "NEON DotProd", "NEON"]
-    {
-        if !names.contains(&missing) {
-            eprintln!("{test}: SKIPPED on {missing}, which this machine does not have");
-        }
-    }
     let pool = Arc::new(ThreadPool::new(2, false).unwrap());
-    for path in paths {
+    for path in SimdPath::supported() {
         for dtype in [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8] {
             let backend = CpuBackend::on(path, dtype, Arc::clone(&pool));
             check(&backend, &Tolerance { dtype, label: format!("{test}, {}, {dtype:?}", path.name()) });

@@ -321,7 +321,7 @@ mod schedules {
                     let _threads = pool.lock_threads();
                     let task = |thread| {
                         if panics(thread, number) {
-                            resume_unwind(Box::new("injected")); // unlike `panic!`, ends no schedule
+                            resume_unwind(Box::new("injected")); // `panic!` would call the panic hook, where shuttle reports a failed schedule
                         }
                     };
                     let outcome = catch_unwind(AssertUnwindSafe(|| pool.broadcast(&task)));

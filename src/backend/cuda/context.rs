@@ -1,5 +1,5 @@
-//! Execution contexts: the stream, memory, GEMM handles and graphs of one batch in flight. A batch has one upload and one download,
-//! through pinned memory.
+//! Execution contexts: the stream, memory, GEMM handles and graphs of one batch in flight. A batch has one upload and usually
+//! one download, the logits, both through pinned memory.
 
 use std::cell::Cell;
 use std::sync::Arc;

@@ -15,7 +15,7 @@ pub(in crate::backend::cpu) trait SimdOp {
 ///
 /// # Safety
 /// A value of an implementing type exists only on a machine that has its instructions. Callers of the pointer methods
-/// guarantee that the pointers are valid for the number of elements that each method documents.
+/// guarantee that the pointers are valid for `LANES` elements, at any alignment, if the method does not say otherwise.
 pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     /// A vector of `LANES` f32.
     type Floats: Copy;
@@ -44,7 +44,8 @@ pub(in crate::backend::cpu) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn store_bf16(self, to: *mut u16, x: Self::Floats);
     /// Reads `LANES` bf16 values.
     unsafe fn load_bf16(self, from: *const u16) -> Self::Floats;
-    /// Rounds `LANES` values to integers, ties to even, and writes them as bytes. Rounded values are from 0 to 255.
+    /// Rounds `LANES` values to integers, ties to even, and writes them as bytes. The caller guarantees that the
+    /// rounded values are from 0 to 255; instruction sets treat others differently.
     unsafe fn store_u8(self, to: *mut u8, x: Self::Floats);
     /// Prefetches a cache line into L2; does nothing by default. Any address is allowed: prefetch never faults.
     #[inline(always)]

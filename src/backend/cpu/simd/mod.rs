@@ -76,6 +76,20 @@ impl SimdPath {
         paths
     }
 
+    /// The names of this architecture's paths that the machine cannot run.
+    pub(super) fn missing() -> Vec<&'static str> {
+        let all: &[&str] = match () {
+            #[cfg(target_arch = "x86_64")]
+            () => &["AVX-512 BF16 VNNI", "AVX-512 VNNI", "AVX-512", "AVX2 VNNI", "AVX2"],
+            #[cfg(target_arch = "aarch64")]
+            () => &["NEON BF16 I8MM", "NEON DotProd", "NEON"],
+            #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+            () => &[],
+        };
+        let supported: Vec<&str> = Self::supported().into_iter().map(Self::name).collect();
+        all.iter().filter(|name| !supported.contains(name)).copied().collect()
+    }
+
     /// The best path that this machine can run.
     pub(super) fn best() -> Self {
         Self::supported()[0]

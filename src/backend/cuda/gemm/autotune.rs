@@ -243,7 +243,7 @@ impl Gemms {
         let error = match launched {
             Ok(got) => worst_row(&expected, &got, CHECKED_COLUMNS),
             Err(BackendError::Failed(error)) => {
-                tracing::warn!(%error, "the custom GEMM kernel does not launch on this GPU and is not used; please report this");
+                tracing::warn!(%error, "the custom GEMM kernel does not launch on this GPU");
                 f32::NAN
             }
             Err(error) => {
@@ -260,7 +260,7 @@ impl Gemms {
                 ?shape,
                 error,
                 bound = bound(self.dtype),
-                "the custom GEMM kernel failed the numerical cross-check with cuBLASLt on this GPU and is not used; please report this"
+                "the custom GEMM kernel did not pass the cross-check with cuBLASLt on this GPU and is not used; please report this"
             );
         }
         Ok(passed)

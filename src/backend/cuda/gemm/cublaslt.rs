@@ -13,14 +13,14 @@ use crate::backend::BackendError;
 use crate::backend::cuda::dtype::CudaDtype;
 use crate::backend::cuda::launch::device_address;
 
-/// Bytes of workspace: NVIDIA's recommendation for Hopper; smaller GPUs use less.
+/// Bytes of workspace: NVIDIA's recommendation for Hopper; other GPUs need less and get the same.
 const WORKSPACE: usize = 32 << 20;
 /// Algorithms requested from the heuristic per shape.
 const CANDIDATES: usize = 8;
 /// The row count of the heuristic query in batch-invariant mode.
 const INVARIANT_ROWS: usize = 2048;
-/// Alignment in bytes of a weight slice: it starts at a multiple of 8 outputs of at least 8 inputs of two bytes, or in fp8 at a
-/// multiple of 16 outputs of at least 16 inputs of one byte.
+/// Alignment in bytes of a weight slice, which has some of a layer's rows (Q, or K and V). It starts at a row number divisible by
+/// 8, and a row has at least 8 values of two bytes: 8 x 8 x 2 = 128. In fp8 it is 16 rows of 16 values of one byte: 256.
 const WEIGHT_ALIGNMENT: u32 = 128;
 /// Alignment in bytes of a bias slice.
 const BIAS_ALIGNMENT: u64 = 16;

@@ -32,7 +32,7 @@ pub(super) struct GemmOperands {
     pub(super) x: u64,
     pub(super) weight: u64,
     pub(super) bias: u64,
-    /// Read with [`GemmEpilogue::BiasResidual`]; otherwise equal to `output`.
+    /// Read only with [`GemmEpilogue::BiasResidual`].
     pub(super) residual: u64,
     pub(super) output: u64,
     /// Factor of `x W^T`, applied before the bias: the inverse of the product of both operands' scales.
