@@ -85,19 +85,19 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     log.iter().for_each(|(_, answer, _)| *answers.entry(format!("{answer:?}")).or_default() += 1);
     println!("{:.0} minutes; answers to well-behaved clients: {answers:?}", args.minutes);
     println!(
-        "memory: {:.1} MiB at the end, slope {:+.2} MiB/h after the first quarter",
+        "memory: {:.1} MiB in the last sample, slope {:+.2} MiB/h after the first quarter",
         warm.last().map_or(f64::NAN, |s| s.rss_mib),
         60.0 * slope(&warm)
     );
     println!(
-        "descriptors: {} idle, at most {} and {} in the halves after warm-up, {} at the end",
+        "descriptors: {} idle, at most {} and {} in the two halves of the time after warm-up, {} when the clients had left",
         idle.0,
         most(first, |s| s.descriptors),
         most(last, |s| s.descriptors),
         end.0
     );
     println!(
-        "threads: {} idle, at most {} and {}, {} at the end",
+        "threads: {} idle, at most {} and {}, {} when the clients had left",
         idle.1,
         most(first, |s| s.threads),
         most(last, |s| s.threads),
@@ -133,7 +133,7 @@ async fn well_behaved(client: Client, requests: Arc<Vec<Vec<u8>>>, pause_ms: u64
     }
 }
 
-/// Leaves at a random moment: within the body, in the queue, while its answer is computed or sent.
+/// Leaves at a random moment: within the request, in the queue, while its answer is computed or sent.
 async fn leaver(address: String) {
     let requests = requests("/v1/rerank", MODEL, 20, 100);
     loop {

@@ -26,8 +26,8 @@ pub(super) async fn require_known_host(
         if let Some(unknown) = [host, origin].into_iter().flatten().find(|host| !hosts.allows(host)) {
             let unknown: String = unknown.chars().take(100).collect();
             let message = format!(
-                "the host {unknown:?} is not allowed: a server without keys answers on localhost only; set --api-key, or name the \
-                 host with --allowed-host, or the origin of a web page with --allowed-origin"
+                "the host {unknown:?} is not allowed: a server without keys on a loopback address answers to localhost only; set \
+                 --api-key, or name the host with --allowed-host, or the origin of a web page with --allowed-origin"
             );
             return Err(ApiError::new(StatusCode::FORBIDDEN, message).for_path(request.uri().path()));
         }

@@ -26,7 +26,7 @@ pub(super) struct RequestStats {
     pub(super) tokens: usize,
 }
 
-/// Why a request was refused, for the log line; in the response's extensions.
+/// Why a request got an error response, for the log line; in the response's extensions.
 #[derive(Debug, Clone)]
 pub(super) struct RefusalReason(pub(super) String);
 
@@ -50,7 +50,8 @@ impl InFlight {
             tracing::debug!(%method, route, status, "probe");
         } else if let Some(RefusalReason(reason)) = response.extensions().get() {
             let reason: String = reason.chars().take(MAX_REASON_CHARS).collect();
-            tracing::info!(%method, route, status, reason, ms, "refused");
+            let outcome = if status < 500 || status == 503 { "refused" } else { "failed" };
+            tracing::info!(%method, route, status, reason, ms, "{outcome}");
         } else {
             tracing::info!(%method, route, status, documents, tokens, ms, "answered");
         }

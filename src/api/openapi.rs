@@ -80,7 +80,7 @@ macro_rules! rerank_path {
         #[utoipa::path(
             post, path = $path, request_body = $body,
             responses(
-                (status = 200, description = "Best first", body = $answer),
+                (status = 200, description = "The scores: best first, or in the request's order for `text_2` and Weaviate", body = $answer),
                 (status = 400, description = "A field is wrong (code 20015), or the model unknown (20012)", body = $error),
                 (status = 401, description = "No key, or a wrong one", body = $error),
                 (status = 408, description = "The body did not arrive in time", body = $error),
@@ -88,7 +88,7 @@ macro_rules! rerank_path {
                 (status = 415, description = "A compressed body", body = $error),
                 (status = 429, description = "A rate limit of the key is used up; see Retry-After", body = $error),
                 (status = 500, description = "A fault of the server", body = $error),
-                (status = 503, description = "Too much is waiting (code 50505); see Retry-After", body = $error),
+                (status = 503, description = "Overloaded, loading or shutting down (code 50505); see Retry-After", body = $error),
                 (status = 504, description = "The deadline passed first", body = $error),
             ),
             security(("key" = []), ("x-api-key" = []))

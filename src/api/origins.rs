@@ -36,7 +36,7 @@ impl Origins {
         Ok(all)
     }
 
-    /// Whether a page of this origin may use the server.
+    /// Whether this origin or `*` is in the list.
     pub(super) fn allows(&self, origin: &HeaderValue) -> bool {
         self.any || self.listed.contains(origin)
     }

@@ -32,7 +32,7 @@ const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; st
 
 /// The routes of all pages. They need no key, because they contain nothing of this server's data.
 pub(super) fn routes() -> Router<Arc<App>> {
-    // The addresses in the pages are relative, so that the server can have a path prefix behind a proxy.
+    // Addresses in the pages are relative, because a proxy may add a path prefix. Below `/docs/` they would be wrong.
     let router = Router::new().route("/docs/", get(|| async { Redirect::permanent("../docs") }));
     PAGES.into_iter().fold(router, |router, (path, content_type, content)| {
         let etag = etag(content);

@@ -44,7 +44,7 @@ pub fn router(app: &Arc<App>) -> Router {
     with_middleware(app, closed.merge(open))
 }
 
-/// The routes of a connection beyond the cap: health checks and metrics; 503 for everything else.
+/// The routes of a connection beyond the cap for which no room could be made: health checks and metrics; 503 for everything else.
 pub(crate) fn overloaded_router(app: &Arc<App>) -> Router {
     let metrics = get(ops::metrics).layer(middleware::from_fn_with_state(Arc::clone(app), auth::require_key));
     let open = Router::new()

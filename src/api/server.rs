@@ -1,7 +1,7 @@
 //! The accept loop: timeouts on every connection, a cap on the number of connections, and a drain with a deadline.
 //!
-//! `axum::serve` would be shorter, but it installs no timer: hyper's header timeout never fires, and a silent connection stays
-//! open forever (axum#2741).
+//! `axum::serve` would be shorter, but it has no timeouts: a silent connection stays open forever (axum#2741). The timeouts are
+//! in `connection.rs`; hyper's own header timeout is off, because it also applies to idle connections.
 
 use std::collections::VecDeque;
 use std::io;
@@ -50,11 +50,11 @@ pub struct ServerTimeouts {
     pub header: Duration,
     /// Maximum time between two requests on one connection.
     pub idle: Duration,
-    /// A connection is closed if its client reads less than `MIN_WRITE_RATE` (`connection.rs`) of a response over this time.
+    /// A connection is closed if, over this time, its client reads a response more slowly than `MIN_WRITE_RATE` (`connection.rs`).
     pub write: Duration,
     /// Time from the signal until connections are no longer accepted. Meanwhile /ready fails, which tells load balancers.
     pub shutdown_grace: Duration,
-    /// Maximum time from the signal to the end, even if requests are still running.
+    /// Maximum time from the signal until the requests that are still running are refused.
     pub drain: Duration,
 }
 
@@ -120,8 +120,8 @@ impl Slots {
     }
 
     /// A slot for a new connection, and its service; `None` if all slots are taken. At the cap it is a reserved slot, and the
-    /// connection that has been idle for longest is told to close. If there is none, or at most [`HEALTH_CONNECTIONS`] reserved
-    /// slots are left, the new connection has [`Service::Overloaded`].
+    /// connection that has been idle for longest is told to close. If no connection is idle, or at most [`HEALTH_CONNECTIONS`]
+    /// reserved slots are left, the new connection has [`Service::Overloaded`].
     fn take(&mut self) -> Option<(OwnedSemaphorePermit, Service)> {
         if let Ok(slot) = Arc::clone(&self.regular).try_acquire_owned() {
             return Some((slot, Service::Full));

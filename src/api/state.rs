@@ -17,7 +17,7 @@ pub struct App {
     models: OnceLock<Models>,
     pub(super) keys: Keys,
     pub(super) limits: ApiLimits,
-    /// Allowed Host and Origin headers; `None` allows every host.
+    /// Hosts allowed in the Host header, and in the Origin header in addition to `origins`. With `None` neither is checked.
     pub(super) hosts: Option<HostList>,
     /// Origins of web pages that may use the server.
     pub(super) origins: Origins,

@@ -13,7 +13,7 @@ use crate::error::RerankError;
 use crate::rerank::{Ranked, Ranking, RerankRequest};
 use crate::text::DocumentOptions;
 
-/// A request. One text in `text_1` is scored with every text in `text_2`; a list is scored element by element.
+/// A request. A single text in `text_1` is scored with every text in `text_2`; several are paired with those in `text_2`.
 /// `truncate_prompt_tokens` is ignored: a long text in `text_2` is split into chunks and has its best chunk's score.
 #[derive(Debug, Deserialize, ToSchema)]
 #[schema(example = json!({"model": "rerankd-mini", "text_1": "Apple", "text_2": ["apple", "banana"]}))]
@@ -21,7 +21,7 @@ pub(crate) struct TextPairsBody<'a> {
     /// A served model's name or alias. Default: the first model.
     #[serde(default)]
     model: Option<String>,
-    /// The query, or a list with one query for each text in `text_2`.
+    /// The query, also as a list of one; or a list with one query for each text in `text_2`.
     #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     text_1: Documents<'a>,
@@ -113,7 +113,7 @@ mod tests {
     }
 
     #[test]
-    fn one_query_takes_all_texts_and_a_list_is_paired() {
+    fn one_query_takes_all_texts_and_several_are_paired() {
         let query = |query: &str, documents| (query.to_owned(), documents);
         assert_eq!(requests(r#"{"text_1":"q","text_2":"a"}"#), Ok(vec![query("q", 1)]));
         assert_eq!(requests(r#"{"text_1":["q"],"text_2":["a","b"]}"#), Ok(vec![query("q", 2)]));

@@ -14,8 +14,8 @@
 //! FlashAttention (Dao et al. 2022). Results are batch-invariant and do not depend on how queries are split among threads:
 //! each query's row is computed independently, and the boundaries between blocks of keys are relative to the sequence's first key.
 //!
-//! With a window, a block of queries reads only the panels of keys that one of them attends to, so the work is
-//! proportional to the window. Other keys in these panels have a weight of exactly zero, which changes no sum.
+//! With a window, a block of queries reads only the panels with a key that at least one of them attends to, so the
+//! multiplications are proportional to the window. Other keys in these panels have a weight of exactly zero, which changes no sum.
 
 use std::ops::Range;
 
@@ -59,9 +59,9 @@ pub(super) struct Attention<'a, T> {
 
 /// A storage format for attention: adds to [`Dot`] what packing and softmax need.
 pub(super) trait AttentionFormat: Dot {
-    /// The type of a stored value.
+    /// The type of a stored number of Q, K or V, or of a weight.
     type Value: bytemuck::Pod;
-    /// Values in a k-group.
+    /// Numbers in a k-group (see `packed.rs`).
     const VALUES_PER_K_GROUP: usize;
     /// Accuracy of the softmax's exponentials.
     const ACCURACY: Accuracy;

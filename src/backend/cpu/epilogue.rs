@@ -16,9 +16,9 @@ pub(super) enum OutputRows<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct VectorPosition {
     pub(super) row: usize,
-    /// Index of the first value's output, among all outputs of the weights.
+    /// The first value's output of the layer: a row of W.
     pub(super) output: usize,
-    /// Column of the first value in the result. Column 0 is the first computed output.
+    /// Column of the first value in the result. Column 0 is the first output that is computed.
     pub(super) column: usize,
 }
 
@@ -43,7 +43,7 @@ pub(super) struct StoreGeluBf16<'a>(pub(super) SharedMatrix<'a, u16>);
 #[derive(Clone, Copy)]
 pub(super) struct StoreResidual<'a>(pub(super) &'a Matrix<f32>, pub(super) SharedMatrix<'a, f32>);
 
-/// Any epilogue, for whole vectors.
+/// Any epilogue without a gate, for whole vectors.
 #[derive(Clone, Copy)]
 pub(super) struct StoreAny<'a> {
     pub(super) activation: Option<Activation>,
@@ -51,7 +51,7 @@ pub(super) struct StoreAny<'a> {
     pub(super) output: OutputRows<'a>,
 }
 
-/// Any epilogue, for vectors with outputs outside `start..end`, which are not stored.
+/// Any epilogue without a gate, for vectors with outputs outside `start..end`, which are not stored.
 #[derive(Clone, Copy)]
 pub(super) struct StoreClipped<'a> {
     pub(super) inner: StoreAny<'a>,
