@@ -454,12 +454,13 @@ function chunkStrip(label, text, chunks, best, onChoose) {
     onChoose(index);
     options[index].focus();
   };
-  const isDense = chunks.length > DENSE_CHUNKS;
-  const strip = el("div", { class: isDense ? "strip dense" : "strip", role: "listbox", "aria-label": `Chunks of ${label}`, "aria-orientation": "horizontal", keydown: move }, ...options);
-  const unread = text.length - chunks.at(-1).to;
-  if (unread > 0) {
-    const rest = el("span", { class: "unread", title: "not scored", "aria-hidden": true });
-    rest.style.flexGrow = unread;
+  const list = el("div", { class: "chunks", role: "listbox", "aria-label": `Chunks of ${label}`, "aria-orientation": "horizontal", keydown: move }, ...options);
+  const strip = el("div", { class: chunks.length > DENSE_CHUNKS ? "strip dense" : "strip" }, list);
+  const end = chunks.at(-1).to;
+  if (text.slice(end).trim()) {
+    const rest = el("span", { class: "unread", title: "The rest was not scored." });
+    list.style.flexGrow = end;
+    rest.style.flexGrow = text.length - end;
     strip.append(rest);
   }
   strip.choose = (chosen) =>
