@@ -446,7 +446,8 @@ def an_instruction_can_be_given_to_models_that_take_one(test):
 def an_empty_form_says_what_is_missing(test):
     test.open_and_load_models()
     test.browser.click("#clear")
-    assert test.browser.focused() == "query" and test.browser.is_visible(".empty")
+    assert test.browser.focused() == "query"
+    assert test.browser.js("return document.querySelector('.empty p').offsetWidth") > 250
     test.browser.click("#run")
     assert test.browser.text("#query-error") and test.browser.text("#documents-error")
     assert test.browser.focused() == "query"
@@ -473,6 +474,7 @@ def errors_of_the_server_are_shown_in_its_words(test):
     test.browser.click("#run")
     test.browser.wait("return document.querySelector('#problem').textContent", "no problem is shown")
     assert message in test.problems() and "400" in test.problems()
+    assert not test.browser.count("#problem button"), "the same request would fail again"
     assert test.browser.js("return document.querySelector('#problem').getAttribute('role')") == "alert"
     test.fill("q", "one\n\ntwo")
     test.rank()
@@ -505,7 +507,7 @@ def a_server_that_is_gone_is_reported(test):
     test.expected_errors = ["ERR_CONNECTION"]
     test.browser.click("#run")
     test.browser.wait("return document.querySelector('#problem').textContent", "no problem is shown")
-    assert "does not answer" in test.problems()
+    assert "does not answer" in test.problems() and test.browser.count("#problem button")
     assert test.browser.text("#run").startswith("Rank")
 
 
@@ -538,7 +540,7 @@ def a_key_is_asked_for_and_a_wrong_one_refused(test):
     test.expected_errors = ["status of 401"]
     test.open(test.servers.closed)
     test.browser.wait("return document.querySelector('#key').checkVisibility()", "no field for the key")
-    assert "needs a key" in test.browser.text("#key-error")
+    assert "needs a key" in test.browser.text("#key-error") and "model" not in shown_body(test.browser)
     test.browser.type("#key", "wrong")
     test.browser.click("#run")
     test.browser.wait("return document.querySelector('#key-error').textContent.includes('refuses')", "a wrong key is not refused")
@@ -776,16 +778,16 @@ def screenshots(browser, servers, folder):
         browser.screen(*size, dark=is_dark, scale=scale)
         test.open_and_load_models(servers.open)
         settle(browser)
-        browser.screenshot(folder / f"{name}-example.png")
+        browser.screenshot(folder / f"{name}-example.webp")
         test.rank()
         settle(browser)
-        browser.screenshot(folder / f"{name}.png")
+        browser.screenshot(folder / f"{name}.webp")
         browser.js("document.querySelector('#code').scrollIntoView({ behavior: 'instant' })")
         settle(browser)
-        browser.screenshot(folder / f"{name}-code.png")
+        browser.screenshot(folder / f"{name}-code.webp")
         test.open(servers.open, path="/docs")
         settle(browser)
-        browser.screenshot(folder / f"{name}-reference.png")
+        browser.screenshot(folder / f"{name}-reference.webp")
 
 
 def settle(browser):
