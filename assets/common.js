@@ -10,7 +10,7 @@ export function el(tag, attributes = {}, ...children) {
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value != null) node.setAttribute(name, value);
   }
-  node.append(...children.filter((child) => child != null));
+  node.append(...children.filter((child) => child != null && child !== false));
   return node;
 }
 
@@ -26,6 +26,7 @@ export async function copy(text, button) {
     area.select();
     document.execCommand("copy");
     area.remove();
+    button.focus();
   }
   const label = button.textContent;
   if (label === "Copied") return;

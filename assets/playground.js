@@ -15,7 +15,7 @@ const MAX_CODE_CHARS = 50_000;
 const EXAMPLE = {
   query: "What should I do if a carbon monoxide alarm sounds at night?",
   documents: [
-    "Carbon monoxide is a colourless gas without smell. It forms when wood, gas or charcoal burns with too little air.",
+    "Carbon monoxide is a colorless gas without smell. It forms when wood, gas or charcoal burns with too little air.",
     "The alarm clock in the dormitory is set to half past four when the forecast promises a clear summit.",
     "Smoke detectors are tested on the first Monday of the month. The test sounds three times; please ignore it.",
     "At night the winter room can cool down to minus ten degrees. Bring a warm sleeping bag, and do what you can to keep the door shut.",
@@ -30,6 +30,7 @@ let answer = null; // {query, results, stats}: the ranking on the page
 let shown = RESULTS_PER_PAGE;
 let pending = null; // AbortController of the request in flight
 let needsKey = false; // the server has asked for a key
+let nextLoad = 0; // timer of the next attempt to load the models
 
 const form = byId("form");
 const field = (id) => byId(id).value;
@@ -57,7 +58,8 @@ function typedDocuments() {
 }
 
 function requestBody(list) {
-  const body = { model: field("model"), query: field("query"), documents: list.map(({ text }) => text), return_chunks: "all" };
+  const model = field("model");
+  const body = { ...(model && { model }), query: field("query"), documents: list.map(({ text }) => text), return_chunks: "all" };
   const instruction = field("instruction").trim();
   if (takesInstruction() && instruction) body.instruction = instruction;
   return body;
@@ -87,6 +89,7 @@ async function rank() {
   const start = performance.now();
   const progress = setInterval(() => {
     const seconds = Math.floor((performance.now() - start) / 1000);
+    if (byId("progress").hidden) say("Ranking. Escape cancels.");
     byId("progress").hidden = false;
     byId("progress-text").textContent = `Ranking ${count(list.length, "document")}${seconds ? `, ${seconds} s` : ""}`;
   }, PROGRESS_AFTER_MS);
@@ -105,7 +108,7 @@ async function rank() {
     }
   } catch (error) {
     if (signal.aborted) say("Cancelled.");
-    else showProblem("The server does not answer.", "It may have stopped, or the connection is down.");
+    else showProblem({ message: "The server does not answer.", hint: "It may have stopped, or the connection is down.", isRetryable: true });
   } finally {
     clearInterval(progress);
     byId("progress").hidden = true;
@@ -128,8 +131,12 @@ function serverStats(headers) {
 function refused(response, message) {
   if (response.status === 401) return askForKey();
   const seconds = response.headers.get("retry-after");
-  const hint = seconds ? `Try again in ${seconds} s.` : "";
-  showProblem(message ?? "The answer is not that of a rerank server.", hint, `Status ${response.status}`);
+  showProblem({
+    title: `Status ${response.status}`,
+    message: message ?? "The answer is not that of a rerank server.",
+    hint: seconds && `Try again in ${seconds} s.`,
+    isRetryable: [408, 429].includes(response.status) || response.status >= 500,
+  });
 }
 
 /** Shows the key field. Without a key in it this is a question, with one an error. */
@@ -148,7 +155,8 @@ async function loadModels() {
   if (response?.status === 401) return askForKey();
   if (!response?.ok) {
     byId("model-hint").textContent = response ? "The server is loading its models ..." : "The server does not answer.";
-    setTimeout(loadModels, 2000);
+    clearTimeout(nextLoad);
+    nextLoad = setTimeout(loadModels, 2000);
     return;
   }
   models = (await response.json()).data;
@@ -261,11 +269,13 @@ const score = (value) => (value !== 0 && Math.abs(value) < 0.0005 ? value.toExpo
 const unit = (value) => Math.min(Math.max(value, 0), 1);
 const say = (text) => (byId("status").textContent = text);
 
-function showProblem(message, hint, title) {
-  const retry = () => el("button", { type: "button", click: rank }, "Try again");
-  byId("problem").replaceChildren(
-    ...(message ? [el("div", { class: "problem" }, el("strong", {}, title ?? message), title && el("p", {}, message), hint && el("p", { class: "hint" }, hint), retry())] : []),
-  );
+/** Shows an error, or none. */
+function showProblem(problem) {
+  if (!problem) return byId("problem").replaceChildren();
+  const { title, message, hint, isRetryable } = problem;
+  const box = el("div", { class: "problem" }, el("strong", {}, title ?? message), title && el("p", {}, message), hint && el("p", { class: "hint" }, hint));
+  if (isRetryable) box.append(el("button", { type: "button", click: rank }, "Try again"));
+  byId("problem").replaceChildren(box);
 }
 
 function showTitle(isStale) {
@@ -292,7 +302,6 @@ function showPreview() {
 }
 
 function showAnswer(next) {
-  const isFirst = !answer;
   answer = next;
   shown = RESULTS_PER_PAGE;
   const show = () => {
@@ -306,7 +315,7 @@ function showAnswer(next) {
   const [best] = answer.results;
   say(`${count(answer.results.length, "document")} ranked in ${milliseconds(answer.stats.ms)}.` + (best ? ` Best: ${best.document.label}, score ${score(best.relevance_score)}.` : ""));
   // On a phone the results are below the form.
-  if (isFirst && byId("results").getBoundingClientRect().top > innerHeight * 0.8) byId("results").scrollIntoView();
+  if (byId("results").getBoundingClientRect().top > innerHeight * 0.8) byId("results").scrollIntoView();
 }
 
 function showStats({ ms, times, truncated, tokens }) {
@@ -454,12 +463,13 @@ function chunkStrip(label, text, chunks, best, onChoose) {
     onChoose(index);
     options[index].focus();
   };
-  const isDense = chunks.length > DENSE_CHUNKS;
-  const strip = el("div", { class: isDense ? "strip dense" : "strip", role: "listbox", "aria-label": `Chunks of ${label}`, "aria-orientation": "horizontal", keydown: move }, ...options);
-  const unread = text.length - chunks.at(-1).to;
-  if (unread > 0) {
-    const rest = el("span", { class: "unread", title: "not scored", "aria-hidden": true });
-    rest.style.flexGrow = unread;
+  const list = el("div", { class: "chunks", role: "listbox", "aria-label": `Chunks of ${label}`, "aria-orientation": "horizontal", keydown: move }, ...options);
+  const strip = el("div", { class: chunks.length > DENSE_CHUNKS ? "strip dense" : "strip" }, list);
+  const end = chunks.at(-1).to;
+  if (text.slice(end).trim()) {
+    const rest = el("span", { class: "unread", title: "The rest was not scored." });
+    list.style.flexGrow = end;
+    rest.style.flexGrow = text.length - end;
     strip.append(rest);
   }
   strip.choose = (chosen) =>

@@ -71,11 +71,11 @@ const table = (caption, heads, rows) =>
 /** The forms of a body: those of a union, or the body alone. */
 const forms = (schema) => resolve(schema).oneOf ?? [schema];
 
-/** `documents`, `texts`: what tells the forms of a request apart. */
-function formName(schema, others) {
-  const required = (form) => resolve(form).required ?? [];
-  const own = required(schema).filter((name) => others.every((other) => other === schema || !required(other).includes(name)));
-  return own.find((name) => name !== "model") ?? own[0];
+/** The required fields that tell a form of a request from the others: "`documents` and `property`". */
+function formName(form, forms) {
+  const required = (schema) => resolve(schema).required ?? [];
+  const own = required(form).filter((name) => !forms.every((other) => required(other).includes(name)));
+  return own.map((name) => `\`${name}\``).join(" and ");
 }
 
 const json = (part) => part?.content?.["application/json"]?.schema;
@@ -96,19 +96,19 @@ function operation(method, path, details, needsKey) {
   const request = json(details.requestBody);
   const bodies = request ? forms(request) : [];
   for (const body of bodies) {
-    const name = bodies.length > 1 ? `Request with \`${formName(body, bodies)}\`` : "Request";
+    const name = bodies.length > 1 ? `Request with ${formName(body, bodies)}` : "Request";
     const { description = "", example } = resolve(body);
     parts.push(el("h3", {}, ...rich(name)), el("p", {}, ...rich(description)), fieldTable(body, `${title}: ${plain(name)}`, true));
-    if (example) parts.push(snippet(curl(new URL(path.slice(1), location.href).href, example, needsKey && isClosed)));
+    if (example) parts.push(snippet(`${title}: ${plain(name)}`, curl(new URL(path.slice(1), location.href).href, example, needsKey && isClosed)));
   }
   if (method === "get" && !path.includes("{")) {
     const key = needsKey && isClosed ? ' -H "Authorization: Bearer $RERANKD_API_KEY"' : "";
-    parts.push(snippet(`curl ${new URL(path.slice(1), location.href).href}${key}`));
+    parts.push(snippet(title, `curl ${new URL(path.slice(1), location.href).href}${key}`));
   }
 
   const answers = json(details.responses["200"]);
   for (const [i, answer] of (answers ? forms(answers) : []).entries()) {
-    const name = bodies.length > 1 ? `Response to \`${formName(bodies[i] ?? bodies[0], bodies)}\`` : "Response";
+    const name = bodies.length > 1 ? `Response to ${formName(bodies[i] ?? bodies[0], bodies)}` : "Response";
     parts.push(el("details", {}, el("summary", {}, ...rich(name)), fieldTable(answer, `${title}: ${plain(name)}`, false)));
   }
   const statuses = Object.entries(details.responses).map(([status, { description }]) =>
@@ -121,9 +121,9 @@ function operation(method, path, details, needsKey) {
 /** For responses without a description. */
 const STATUS = { 200: "The answer", 401: "No key, or a wrong one", 404: "There is no such model" };
 
-function snippet(code) {
+function snippet(name, code) {
   const button = el("button", { type: "button", click: () => copy(code, button) }, "Copy");
-  return el("div", { class: "snippet" }, button, el("pre", { tabindex: "0", role: "region", "aria-label": "Example" }, code));
+  return el("div", { class: "snippet" }, button, el("pre", { tabindex: "0", role: "region", "aria-label": `Example of ${name}` }, code));
 }
 
 async function render() {
@@ -140,7 +140,7 @@ async function render() {
     "section",
     { id: "errors", "aria-labelledby": "errors-title" },
     el("h2", { id: "errors-title" }, "Errors"),
-    el("p", {}, "The body of every error, except those of text-embeddings-inference's format, which are ", el("code", {}, pretty({ error: "…", error_type: "…" }).replace(/\s+/g, " ")), "."),
+    el("p", {}, ...rich("The body of every error. For clients of text-embeddings-inference and Weaviate, `error` is a text, and there is `error_type`.")),
     fieldTable(schemas.ErrorBody, "Error body", false),
   );
   byId("operations").replaceChildren(...operations.map(({ node }) => node), errors);

@@ -42,7 +42,9 @@ pub(super) fn routes() -> Router<Arc<App>> {
 
 /// The page, or 304 if the client has it.
 fn page(content_type: &'static str, content: &'static str, etag: &HeaderValue, request: &HeaderMap) -> Response {
-    let is_known = request.get(header::IF_NONE_MATCH).is_some_and(|known| known == etag);
+    // Proxies that compress make the tag a weak one.
+    let known = request.get(header::IF_NONE_MATCH).map_or(&b""[..], HeaderValue::as_bytes);
+    let is_known = known.strip_prefix(b"W/").unwrap_or(known) == etag.as_bytes();
     let headers = [
         (header::ETAG, etag.clone()),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),

@@ -328,3 +328,17 @@ async fn openapi_lists_every_dialect() {
         assert!(contract["paths"][path]["post"]["requestBody"].is_object(), "{path}");
     }
 }
+
+#[tokio::test]
+async fn openapi_says_what_each_field_of_a_request_means() {
+    let (app, _) = app();
+    let contract = get(&app, "/openapi.json").await.json();
+    let schemas = contract["components"]["schemas"].as_object().unwrap();
+    for name in ["RerankBody", "TextsBody", "InputBody", "PassagesBody", "TextPairsBody", "WeaviateBody"] {
+        let fields = schemas[name]["properties"].as_object().unwrap();
+        assert!(fields.len() >= 3, "{name}");
+        for (field, schema) in fields {
+            assert!(schema["description"].is_string(), "{name}.{field}: {schema}");
+        }
+    }
+}

@@ -110,7 +110,8 @@ class Browser:
         self.cdp("Emulation.setEmulatedMedia", features=features)
 
     def screenshot(self, path):
-        path.write_bytes(base64.b64decode(self.cdp("Page.captureScreenshot", format="png")["data"]))
+        """Saves what is in view, as WebP."""
+        path.write_bytes(base64.b64decode(self.cdp("Page.captureScreenshot", format="webp", quality=75)["data"]))
 
     def console(self):
         """Messages of the console since the last call: errors, and violations of the Content-Security-Policy."""

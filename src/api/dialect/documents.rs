@@ -30,7 +30,6 @@ pub(crate) struct RerankBody<'a> {
     /// Text that the documents are ranked against; not empty. Truncated if it is longer than its share of the window.
     query: String,
     /// Texts, or objects with a `text`; at least one. A long document is split into chunks and has its best chunk's score.
-    #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     documents: Documents<'a>,
     /// For documents that are objects: the fields that are joined to their text, in this order. Default: `text`.
@@ -51,18 +50,18 @@ pub(crate) struct RerankBody<'a> {
     truncation: Option<IgnoredAny>,
     /// Whether results contain the document's text. Default: false.
     #[serde(default, deserialize_with = "flag")]
-    #[schema(schema_with = fields::flag_schema)]
+    #[schema(value_type = fields::Flag)]
     return_documents: Option<bool>,
     /// Infinity's: whether scores are the model's logits instead of numbers in [0, 1]. Default: false.
     #[serde(default, deserialize_with = "flag")]
-    #[schema(schema_with = fields::flag_schema)]
+    #[schema(value_type = fields::Flag)]
     raw_scores: Option<bool>,
     /// Documents with a lower score are left out. Default: none.
     #[serde(default)]
     min_score: Option<f64>,
     /// Whether each result tells where its best chunk is in the text (`true` or `best`), or all its chunks (`all`). Default: false.
     #[serde(default, deserialize_with = "chunk_detail")]
-    #[schema(schema_with = fields::chunk_detail_schema)]
+    #[schema(value_type = fields::ChunkDetail)]
     return_chunks: Option<ChunkDetail>,
     /// A task description for models that take one. Models that take none ignore it, and the response has the header
     /// `x-rerankd-ignored: instruction`.

@@ -7,9 +7,11 @@ use std::sync::Arc;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde_json::value::RawValue;
+use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{
     AnyOfBuilder, ArrayBuilder, ArrayItems, Object, ObjectBuilder, Schema, SchemaType, Type,
 };
+use utoipa::{PartialSchema, ToSchema};
 
 use crate::error::RerankError;
 
@@ -233,33 +235,51 @@ impl<'de> Visitor<'de> for WantedTexts<'_> {
     }
 }
 
-/// The OpenAPI schema of [`Document`].
-pub(super) fn document_schema() -> Schema {
-    let object = ObjectBuilder::new().property("text", text_schema()).build();
-    AnyOfBuilder::new().item(text_schema()).item(object).build().into()
+// The OpenAPI schemas. A type with a name, unlike a `schema_with` function, keeps the field's description.
+
+impl ToSchema for Document<'_> {}
+
+impl PartialSchema for Document<'_> {
+    fn schema() -> RefOr<Schema> {
+        let object = ObjectBuilder::new().property("text", text_schema()).build();
+        AnyOfBuilder::new().item(text_schema()).item(object).into()
+    }
 }
 
-/// The OpenAPI schema of [`Documents`].
-pub(super) fn documents_schema() -> Schema {
-    let documents = ArrayItems::RefOrSchema(Box::new(document_schema().into()));
-    let list = ArrayBuilder::new().items(documents).min_items(Some(1)).build();
-    AnyOfBuilder::new().item(list).item(text_schema()).build().into()
+impl ToSchema for Documents<'_> {}
+
+impl PartialSchema for Documents<'_> {
+    fn schema() -> RefOr<Schema> {
+        let documents = ArrayItems::RefOrSchema(Box::new(Document::schema()));
+        let list = ArrayBuilder::new().items(documents).min_items(Some(1)).build();
+        AnyOfBuilder::new().item(list).item(text_schema()).into()
+    }
 }
 
-/// The OpenAPI schema of [`flag`].
-pub(super) fn flag_schema() -> Schema {
-    let text =
-        ObjectBuilder::new().schema_type(Type::String).enum_values(Some(["true", "false", "True", "False"])).build();
-    let flag = ObjectBuilder::new().schema_type(SchemaType::Array(vec![Type::Boolean, Type::Null])).build();
-    AnyOfBuilder::new().item(flag).item(text).build().into()
+/// The schema of [`flag`].
+pub(super) enum Flag {}
+
+impl ToSchema for Flag {}
+
+impl PartialSchema for Flag {
+    fn schema() -> RefOr<Schema> {
+        flag_or(["true", "false", "True", "False"])
+    }
 }
 
-/// The OpenAPI schema of [`chunk_detail`].
-pub(super) fn chunk_detail_schema() -> Schema {
-    let words = ["best", "all", "true", "false", "True", "False"];
+impl ToSchema for ChunkDetail {}
+
+impl PartialSchema for ChunkDetail {
+    fn schema() -> RefOr<Schema> {
+        flag_or(["best", "all", "true", "false", "True", "False"])
+    }
+}
+
+/// A Boolean, null or one of the words.
+fn flag_or<const N: usize>(words: [&'static str; N]) -> RefOr<Schema> {
     let text = ObjectBuilder::new().schema_type(Type::String).enum_values(Some(words)).build();
     let flag = ObjectBuilder::new().schema_type(SchemaType::Array(vec![Type::Boolean, Type::Null])).build();
-    AnyOfBuilder::new().item(flag).item(text).build().into()
+    AnyOfBuilder::new().item(flag).item(text).into()
 }
 
 fn text_schema() -> Object {

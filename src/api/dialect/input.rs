@@ -23,7 +23,6 @@ pub(crate) struct InputBody<'a> {
     /// Text that the input is ranked against; not empty.
     query: String,
     /// Texts, or objects; at least one.
-    #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     input: Documents<'a>,
     /// For objects: the fields that are joined to their text, in this order. Default: `text`.
@@ -36,7 +35,7 @@ pub(crate) struct InputBody<'a> {
     top_k: Option<i64>,
     /// Whether results contain their texts. Default: false.
     #[serde(default, deserialize_with = "flag")]
-    #[schema(schema_with = fields::flag_schema)]
+    #[schema(value_type = fields::Flag)]
     return_input: Option<bool>,
 }
 

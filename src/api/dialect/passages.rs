@@ -21,11 +21,9 @@ pub(crate) struct PassagesBody<'a> {
     #[serde(default)]
     model: Option<String>,
     /// Text that the passages are ranked against; not empty.
-    #[schema(schema_with = fields::document_schema)]
     #[serde(borrow)]
     query: Document<'a>,
     /// Texts, or objects with a `text`; at least one.
-    #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     passages: Documents<'a>,
     /// Number of results, best first. Default: all.

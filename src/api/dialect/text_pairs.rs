@@ -22,16 +22,14 @@ pub(crate) struct TextPairsBody<'a> {
     #[serde(default)]
     model: Option<String>,
     /// The query, also as a list of one; or a list with one query for each text in `text_2`.
-    #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     text_1: Documents<'a>,
     /// Texts, at least one.
-    #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     text_2: Documents<'a>,
     /// Whether scores are in [0, 1] instead of the model's logits. Default: true.
     #[serde(default, deserialize_with = "flag", alias = "activation")]
-    #[schema(schema_with = fields::flag_schema)]
+    #[schema(value_type = fields::Flag)]
     use_activation: Option<bool>,
 }
 

@@ -20,7 +20,6 @@ pub(crate) struct TextsBody<'a> {
     /// Query that the texts are ranked against; not empty.
     query: String,
     /// Texts, or objects with a `text`; at least one.
-    #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     texts: Documents<'a>,
     /// A served model's name or alias. Default: the first model.
@@ -32,11 +31,11 @@ pub(crate) struct TextsBody<'a> {
     top_n: Option<i64>,
     /// Whether scores are the model's logits instead of numbers in [0, 1]. Default: false.
     #[serde(default, deserialize_with = "flag")]
-    #[schema(schema_with = fields::flag_schema)]
+    #[schema(value_type = fields::Flag)]
     raw_scores: Option<bool>,
     /// Whether results contain their texts. Default: false.
     #[serde(default, deserialize_with = "flag")]
-    #[schema(schema_with = fields::flag_schema)]
+    #[schema(value_type = fields::Flag)]
     return_text: Option<bool>,
 }
 

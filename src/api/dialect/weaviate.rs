@@ -21,7 +21,6 @@ pub(crate) struct WeaviateBody<'a> {
     /// Text that the documents are ranked against; not empty.
     query: String,
     /// Texts, at least one.
-    #[schema(schema_with = fields::documents_schema)]
     #[serde(borrow)]
     documents: Documents<'a>,
     /// Ignored. It tells this format from others with `documents`.
