@@ -4,10 +4,10 @@
 //! cargo build --release --bin rerankd --example load
 //! target/release/examples/load curve --stub --json curve.jsonl   # goodput and latency against offered load
 //! target/release/examples/load attack                            # what other clients notice of an attacker
-//! benches/load/plot curve.jsonl > curve.svg
+//! target/release/examples/load plot curve.jsonl > curve.svg
 //! ```
 //!
-//! Each command but `stub` starts its own server, unless `--address` names one, and prints a table. `curve`, `attack`, `cost`
+//! Each command but `stub` and `plot` starts its own server, unless `--address` names one, and prints a table. `curve`, `attack`, `cost`
 //! and `soak` also append their figures to `--json FILE`, as lines of JSON.
 
 #![allow(clippy::print_stdout, reason = "the tables are the result")]
@@ -19,6 +19,7 @@ mod cost;
 mod curve;
 mod fairness;
 mod keys;
+mod plot;
 mod report;
 mod server;
 mod sigterm;
@@ -46,6 +47,8 @@ enum Command {
     Soak(soak::Args),
     /// Response time for a wrong key that differs from the right one in its first or in its last character
     Keys(keys::Args),
+    /// Draws the results of `curve` as an SVG
+    Plot(plot::Args),
     /// Serves a model of known speed: 5 ms for each chunk, one after another
     Stub(stub::Args),
 }
@@ -64,6 +67,7 @@ fn main() -> anyhow::Result<()> {
             Command::Sigterm(args) => sigterm::run(args).await,
             Command::Soak(args) => soak::run(args).await,
             Command::Keys(args) => keys::run(args).await,
+            Command::Plot(args) => plot::run(&args),
             Command::Stub(args) => stub::run(args).await,
         }
     })

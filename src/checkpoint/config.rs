@@ -146,7 +146,7 @@ impl ModelConfig {
     /// Values in all of the model's tensors. Fits u64: `check` bounds each factor first.
     ///
     /// A pre-norm model has a norm after the last layer, and none before the first attention.
-    pub(super) fn parameters(&self) -> u64 {
+    pub fn parameters(&self) -> u64 {
         let [c, f, layers] = [self.hidden_size, self.intermediate_size, self.layers].map(|n| n as u64);
         let inputs = if self.gated { 2 * f } else { f };
         let embedding_rows = (self.vocab_size + self.position_rows + self.type_vocab_size) as u64;
