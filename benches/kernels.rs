@@ -53,7 +53,7 @@ fn share_of_peak(
 ) -> String {
     let mut pairs: Vec<(f64, f64)> = (0..7)
         .map(|_| {
-            let peak = peak(dtype, threads);
+            let peak = peak(dtype, threads).expect("the operating system creates threads");
             gemm.run();
             let begun = Instant::now();
             (0..4).for_each(|_| gemm.run());

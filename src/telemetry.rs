@@ -12,7 +12,7 @@ use tracing_subscriber::EnvFilter;
 /// Format of log lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
 pub enum LogFormat {
-    /// Plain lines, colored on a terminal
+    /// Plain lines, colored on a terminal unless NO_COLOR is set
     #[default]
     Text,
     /// One JSON object per line
@@ -51,6 +51,11 @@ const MAX_WAITING_LINES: usize = 16_384;
 
 static DROPPED_LINES: OnceLock<ErrorCounter> = OnceLock::new();
 
+/// Whether to write colors to `stream`: it is a terminal that has them, and neither `NO_COLOR` nor `CLICOLOR=0` is set.
+pub fn shows_colors(stream: &impl anstream::stream::RawStream) -> bool {
+    anstream::AutoStream::choice(stream) != anstream::ColorChoice::Never
+}
+
 /// Starts logging to standard error, on a separate thread. A second call has no effect.
 ///
 /// # Panics
@@ -65,7 +70,7 @@ pub fn init_logs(format: LogFormat, filter: &str) -> LogGuard {
         .with_writer(writer)
         .log_internal_errors(false)
         .with_target(false)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()));
+        .with_ansi(shows_colors(&std::io::stderr()));
     let started = match format {
         LogFormat::Text => logs.try_init().is_ok(),
         LogFormat::Json => logs.json().flatten_event(true).try_init().is_ok(),

@@ -4,10 +4,10 @@
 //! cargo build --release --bin rerankd --example load
 //! target/release/examples/load curve --stub --json curve.jsonl   # goodput and latency against offered load
 //! target/release/examples/load attack                            # what other clients notice of an attacker
-//! benches/load/plot curve.jsonl > curve.svg
+//! target/release/examples/load plot curve.jsonl > curve.svg
 //! ```
 //!
-//! Each command but `stub` starts its own server, unless `--address` names one, and prints a table. `curve`, `attack`, `cost`
+//! Each command but `stub` and `plot` starts its own server, unless `--address` names one, and prints a table. `curve`, `attack`, `cost`
 //! and `soak` also append their figures to `--json FILE`, as lines of JSON.
 
 #![allow(clippy::print_stdout, reason = "the tables are the result")]
@@ -20,6 +20,7 @@ mod curve;
 mod fairness;
 mod isolation;
 mod keys;
+mod plot;
 mod report;
 mod restart;
 mod server;
@@ -52,6 +53,8 @@ enum Command {
     Isolation(isolation::Args),
     /// Time from SIGKILL to the next ready server
     Restart(restart::Args),
+    /// Draws the results of `curve` as an SVG
+    Plot(plot::Args),
     /// Serves a model of known speed: 5 ms for each chunk, one after another
     Stub(stub::Args),
 }
@@ -72,6 +75,7 @@ fn main() -> anyhow::Result<()> {
             Command::Keys(args) => keys::run(args).await,
             Command::Isolation(args) => isolation::run(args).await,
             Command::Restart(args) => restart::run(args).await,
+            Command::Plot(args) => plot::run(&args),
             Command::Stub(args) => stub::run(args).await,
         }
     })

@@ -13,6 +13,7 @@ pub mod candle;
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod gpus;
 pub mod profile;
 
 use std::ops::Range;

@@ -147,7 +147,7 @@ impl ModelConfig {
     ///
     /// Pre-norm and post-norm models have equally many norms: the former have one after the last layer, but none before the first
     /// attention; the embeddings of both have one.
-    pub(super) fn parameters(&self) -> u64 {
+    pub fn parameters(&self) -> u64 {
         let [c, f, layers] = [self.hidden_size, self.intermediate_size, self.layers].map(|n| n as u64);
         let inputs = if self.gated { 2 * f } else { f };
         let embedding_rows = (self.vocab_size + self.position_rows + self.type_vocab_size) as u64;

@@ -3,13 +3,15 @@
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::{Context, Result};
 use futures_util::{StreamExt, stream};
 use serde_json::json;
 
 use super::failure::Failure;
-use super::output::{print, table};
+use super::output::{PictureFile, print, table};
+use super::plot::{Axis, Chart, Point, Scale, Series};
 use super::start::start_models;
 use crate::client::Client;
 use crate::config::args::ModelArgs;
@@ -57,8 +59,20 @@ pub(super) struct EvalArgs {
     /// File for the results of each topic, one JSON object per topic and ranker [default: none]
     #[arg(long, value_name = "FILE")]
     per_query: Option<PathBuf>,
+    /// File for a picture (SVG) of quality against cost, nDCG@10 against the time of a query [default: none]
+    ///
+    /// With several --model, one picture compares them. Bars are 95% confidence intervals.
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     #[command(flatten)]
     pub(super) models: ModelArgs,
+}
+
+/// BM25 or a model, its result for each topic, and the mean time of a topic.
+struct Ranker {
+    name: String,
+    results: Vec<TopicResult>,
+    seconds: f64,
 }
 
 /// One ranker's result for one topic: indices of the documents, best first, and the measures of that order.
@@ -78,16 +92,32 @@ pub(super) fn run(args: &EvalArgs) -> Result<(), Failure> {
         limit: args.limit,
     };
     let topics = topics::read(&args.topics, &options).map_err(Failure::Other)?;
+    let picture = args.svg.as_deref().map(PictureFile::create).transpose()?;
     let models =
         start_models(&settings, |name, about| tracing::info!(model = name, "{about}")).map_err(Failure::of_loading)?;
-    let mut rankers = vec![("BM25".to_owned(), bm25(&topics, &args.recall_at))];
+    let timed = |name: &str, rank: &mut dyn FnMut() -> Result<Vec<TopicResult>>| {
+        let start = Instant::now();
+        let results = rank().map_err(Failure::Other)?;
+        let seconds = start.elapsed().as_secs_f64() / topics.len() as f64;
+        Ok::<_, Failure>(Ranker { name: name.to_owned(), results, seconds })
+    };
+    let mut rankers = vec![timed("BM25", &mut || Ok(bm25(&topics, &args.recall_at)))?];
     for model in models.iter() {
-        rankers.push((model.name.clone(), evaluate(&models, &model.name, &topics, args).map_err(Failure::Other)?));
+        rankers.push(timed(&model.name, &mut || evaluate(&models, &model.name, &topics, args))?);
     }
     if let Some(path) = &args.per_query {
         write_per_query(path, &topics, &rankers).map_err(Failure::Other)?;
     }
-    print(&summary(&rankers, &args.recall_at, topics.len()))
+    print(&summary(&rankers, &args.recall_at, topics.len()))?;
+    match picture {
+        Some(picture) => {
+            let data = args.topics.file_name().unwrap_or(args.topics.as_os_str()).to_string_lossy();
+            let device = &settings.load.device;
+            let title = format!("{data}, {} queries; {}, {}", topics.len(), device.place(), device.name());
+            picture.write(&[chart(title, &rankers)])
+        }
+        None => Ok(()),
+    }
 }
 
 /// Ranks each topic's documents by BM25, with the word statistics of all topics' documents.
@@ -140,26 +170,52 @@ fn measure(topic: &Topic, order: Vec<usize>, recall_at: &[usize]) -> TopicResult
     TopicResult { measures: Measures::of(&ranked, &topic.relevant, recall_at), order }
 }
 
-fn summary(rankers: &[(String, Vec<TopicResult>)], recall_at: &[usize], topics: usize) -> String {
+fn summary(rankers: &[Ranker], recall_at: &[usize], topics: usize) -> String {
     let mut head = vec![format!("{topics} topics"), "nDCG@10".to_owned(), "MRR@10".to_owned()];
     head.extend(recall_at.iter().map(|k| format!("recall@{k}")));
+    head.push("ms/query".to_owned());
     let mut rows = vec![head];
-    for (name, results) in rankers {
-        let all: Vec<Measures> = results.iter().map(|result| result.measures.clone()).collect();
+    for ranker in rankers {
+        let all: Vec<Measures> = ranker.results.iter().map(|result| result.measures.clone()).collect();
         let Some(mean) = Measures::mean(&all) else { continue };
-        let values = [mean.ndcg_10, mean.mrr_10].into_iter().chain(mean.recall);
-        rows.push(std::iter::once(name.clone()).chain(values.map(|value| format!("{value:.4}"))).collect());
+        let values = [mean.ndcg_10, mean.mrr_10].into_iter().chain(mean.recall).map(|value| format!("{value:.4}"));
+        let milliseconds = format!("{:.2}", 1e3 * ranker.seconds);
+        rows.push(std::iter::once(ranker.name.clone()).chain(values).chain([milliseconds]).collect());
     }
     table(&rows)
 }
 
-fn write_per_query(path: &PathBuf, topics: &[Topic], rankers: &[(String, Vec<TopicResult>)]) -> Result<()> {
+/// Each ranker's mean nDCG@10, with a 95% confidence interval (1.96 standard errors), against its time.
+fn chart(title: String, rankers: &[Ranker]) -> Chart {
+    let point = |ranker: &Ranker| {
+        let values = || ranker.results.iter().map(|result| result.measures.ndcg_10);
+        let n = values().count() as f64;
+        let mean = values().sum::<f64>() / n;
+        let variance = values().map(|value| (value - mean).powi(2)).sum::<f64>() / (n - 1.0).max(1.0);
+        let half = 1.96 * (variance / n).sqrt();
+        Point {
+            x: 1e3 * ranker.seconds,
+            y: mean,
+            interval: Some((mean - half, (mean + half).min(1.0))),
+            label: ranker.name.clone(),
+        }
+    };
+    let series = |ranker| Series { name: String::new(), points: vec![point(ranker)], line: false };
+    Chart {
+        title,
+        x: Axis { label: "mean time of a query, ms".to_owned(), scale: Scale::Log },
+        y: Axis { label: "nDCG@10 (higher is better), with 95% confidence interval".to_owned(), scale: Scale::Linear },
+        series: rankers.iter().map(series).collect(),
+    }
+}
+
+fn write_per_query(path: &PathBuf, topics: &[Topic], rankers: &[Ranker]) -> Result<()> {
     let mut file = BufWriter::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?);
     for (i, topic) in topics.iter().enumerate() {
-        for (ranker, results) in rankers {
-            let TopicResult { order, measures } = &results[i];
+        for ranker in rankers {
+            let TopicResult { order, measures } = &ranker.results[i];
             let line = json!({
-                "topic": topic.id, "ranker": ranker, "query": topic.query, "order": order,
+                "topic": topic.id, "ranker": ranker.name, "query": topic.query, "order": order,
                 "ndcg@10": measures.ndcg_10, "mrr@10": measures.mrr_10, "recall": measures.recall,
             });
             writeln!(file, "{line}").with_context(|| format!("cannot write {}", path.display()))?;

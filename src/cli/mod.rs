@@ -1,11 +1,16 @@
 //! The command line: one file per command. [`Failure`] lists the exit codes.
 
 mod bench;
+mod completions;
+mod doctor;
+mod documents;
 mod download;
 mod eval;
 mod failure;
+mod man;
 mod models;
 mod output;
+pub mod plot;
 mod rank;
 mod serve;
 mod start;
@@ -31,6 +36,7 @@ Every flag of `serve` can also be set by an environment variable (--max-document
 file (max_documents = 100). Downloads follow HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE.
 
 Examples:
+  rerankd doctor
   rerankd serve --model BAAI/bge-reranker-v2-m3 --device auto
   rerankd rank --query 'how to reset a password' help/*.txt"
 )]
@@ -55,6 +61,12 @@ enum CliCommand {
     Models(models::ListModelsArgs),
     /// Download models into the cache, to load them without a network later
     Download(download::DownloadArgs),
+    /// Check this machine: what `serve` would use and why, and what to fix
+    Doctor(doctor::DoctorArgs),
+    /// Print the completions of a shell
+    Completions(completions::CompletionsArgs),
+    /// Print the manual page, or write the pages of all commands into a folder
+    Man(man::ManArgs),
 }
 
 /// Reads the command line, the environment and the config file.
@@ -87,6 +99,9 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         CliCommand::Bench(args) => bench::run(&args),
         CliCommand::Models(args) => models::run(&args),
         CliCommand::Download(args) => download::run(&args),
+        CliCommand::Doctor(args) => doctor::run(&args),
+        CliCommand::Completions(args) => completions::run(&args, Cli::command()),
+        CliCommand::Man(args) => man::run(&args, Cli::command()),
     }
 }
 
@@ -102,7 +117,7 @@ mod tests {
     #[test]
     fn every_flag_of_serve_has_an_environment_variable_of_the_same_name() {
         let command = Cli::command();
-        for sub in ["serve", "rank", "eval", "bench"] {
+        for sub in ["serve", "doctor", "rank", "eval", "bench"] {
             for arg in command.find_subcommand(sub).unwrap().get_arguments().filter(|arg| arg.get_env().is_some()) {
                 let long = arg.get_long().expect("an argument with a variable is a flag");
                 assert_eq!(arg.get_env().unwrap(), &*format!("RERANKD_{}", long.to_uppercase().replace('-', "_")));

@@ -1,11 +1,11 @@
 //! `rerankd rank`: ranks files, or the lines of standard input, against one query, without a server.
 
-use std::io::{BufRead, Write};
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, anyhow};
 use serde_json::json;
 
+use super::documents::{NamedDocuments, read_documents};
 use super::failure::Failure;
 use super::output::{print, table};
 use super::start::start_models;
@@ -26,6 +26,10 @@ pub(super) struct RankArgs {
     #[arg(short, long)]
     query: String,
     /// Files to rank, one document each [default: each line of standard input is a document]
+    ///
+    /// A folder stands for all files in it and below; hidden files, and files that are not UTF-8 text, are left out. A pattern in
+    /// quotes, such as 'docs/**/*.md', stands for the files that match. `-` stands for the lines of standard input.
+    #[arg(value_name = "FILE")]
     files: Vec<PathBuf>,
     /// Number of results to print, best first [default: all]
     #[arg(short = 'n', long, value_name = "N")]
@@ -40,12 +44,6 @@ pub(super) struct RankArgs {
     pub(super) models: ModelArgs,
 }
 
-/// Documents and their names: file names or line numbers.
-struct NamedDocuments {
-    names: Vec<String>,
-    texts: Vec<String>,
-}
-
 pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
     let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     if settings.sources.len() > 1 {
@@ -53,7 +51,11 @@ pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
             "`rerankd rank` takes one --model; `rerankd eval` compares several models"
         )));
     }
-    let documents = read_documents(args).map_err(Failure::Other)?;
+    if args.query.trim().is_empty() {
+        let reason = anyhow!("--query is empty; give the text that the documents are ranked against");
+        return Err(Failure::Other(reason));
+    }
+    let documents = read_documents(&args.files, args.models.max_document_chars).map_err(Failure::Other)?;
     let models =
         start_models(&settings, |name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::of_loading)?;
     let request = RerankRequest {
@@ -79,35 +81,6 @@ pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
     bar.finish_and_clear();
     let ranking = ranking.map_err(|error| Failure::Other(error.into()))?;
     print(&if args.json { json_lines(&ranking, &documents) } else { ranked_table(&ranking, &documents) })
-}
-
-fn read_documents(args: &RankArgs) -> Result<NamedDocuments> {
-    ensure!(!args.query.trim().is_empty(), "--query is empty; give the text that the documents are ranked against");
-    let (names, texts) = if args.files.is_empty() {
-        if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
-            writeln!(std::io::stderr(), "reading documents from the terminal, one per line; end with Ctrl-D").ok();
-        }
-        let lines = std::io::stdin()
-            .lock()
-            .lines()
-            .collect::<std::io::Result<Vec<_>>>()
-            .context("standard input cannot be read as UTF-8 text")?;
-        ((1..=lines.len()).map(|line| format!("line {line}")).collect(), lines)
-    } else {
-        let read = |path: &PathBuf| {
-            std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))
-        };
-        (
-            args.files.iter().map(|path| path.display().to_string()).collect(),
-            args.files.iter().map(read).collect::<Result<_>>()?,
-        )
-    };
-    let documents = NamedDocuments { names, texts };
-    ensure!(
-        !documents.texts.is_empty(),
-        "there is nothing to rank: name files, or write one document per line to standard input"
-    );
-    Ok(documents)
 }
 
 fn json_lines(ranking: &Ranking, documents: &NamedDocuments) -> String {

@@ -17,7 +17,7 @@ use crate::config::resolve::ServeSettings;
 use crate::telemetry;
 
 /// Open files besides regular connections: logs, model files, reserved connections.
-const OTHER_FILES: u64 = 256;
+pub(super) const OTHER_FILES: u64 = 256;
 
 pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let mut settings = args.resolve(&Machine::detect()).map_err(Failure::Config)?;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::backend::cpu::CpuBackend;
+use crate::backend::gpus::CudaSurvey;
 
 /// What this process found on its machine and in its environment. Tests construct their own.
 #[derive(Debug, Clone)]
@@ -39,6 +40,18 @@ impl Machine {
             user_cache: folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache"))),
         }
     }
+}
+
+/// Describes the GPUs and CUDA's libraries; `None` in a build without CUDA.
+#[cfg(feature = "cuda")]
+pub fn survey_cuda() -> Option<CudaSurvey> {
+    Some(crate::backend::cuda::survey())
+}
+
+/// Describes the GPUs and CUDA's libraries; `None` in a build without CUDA.
+#[cfg(not(feature = "cuda"))]
+pub fn survey_cuda() -> Option<CudaSurvey> {
+    None
 }
 
 #[cfg(feature = "cuda")]

@@ -4,6 +4,7 @@ use std::sync::LazyLock;
 
 use serde::Deserialize;
 
+use super::memory::ModelSize;
 use crate::score::ScoreMap;
 
 /// File name and text of each entry.
@@ -27,14 +28,20 @@ pub struct Entry {
     /// Other names that requests may use.
     #[serde(default)]
     pub aliases: Vec<String>,
-    /// When to choose the model, in one line.
+    /// The languages that the model was trained for.
+    pub languages: String,
+    /// When to choose the model among those of its languages, in one line.
     pub choose_when: String,
     /// `model_type` in the model's config.json.
     pub architecture: String,
-    /// Number of parameters, for display: `568M`.
-    pub parameters: String,
-    /// Size of the download, for display: `2.3 GB`.
-    pub download: String,
+    /// Number of parameters.
+    pub parameters: u64,
+    /// `vocab_size` in the model's config.json.
+    pub vocabulary: u64,
+    /// `hidden_size` in the model's config.json.
+    pub hidden_size: u64,
+    /// Size of the download in megabytes; `None` when the files are embedded in the binary.
+    pub download_mb: Option<u64>,
     /// Licence of the weights.
     pub licence: String,
     /// Where the files are; `None` when they are embedded in the binary.
@@ -93,6 +100,17 @@ pub fn find(name: &str) -> Option<&'static Entry> {
     })
 }
 
+/// The entry whose name or short name is most similar to `name`, if one is at least as similar as names with a typing error.
+pub fn similar(name: &str) -> Option<&'static Entry> {
+    const MIN_SIMILARITY: f64 = 0.85;
+    let name = name.to_lowercase();
+    let similarity = |own: &str| strsim::jaro_winkler(&own.to_lowercase(), &name);
+    let of =
+        |entry: &Entry| entry.names().map(|own| similarity(own).max(similarity(short_name(own)))).fold(0.0, f64::max);
+    let best = entries().iter().map(|entry| (of(entry), entry)).max_by(|a, b| a.0.total_cmp(&b.0));
+    best.filter(|&(similarity, _)| similarity >= MIN_SIMILARITY).map(|(_, entry)| entry)
+}
+
 /// A model's name without the organization: `bge-reranker-v2-m3` for `BAAI/bge-reranker-v2-m3`.
 pub fn short_name(name: &str) -> &str {
     name.rsplit('/').next().unwrap_or(name)
@@ -102,6 +120,16 @@ impl Entry {
     /// The name and its aliases.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         std::iter::once(self.name.as_str()).chain(self.aliases.iter().map(String::as_str))
+    }
+
+    /// The dimensions that memory depends on.
+    pub fn size(&self) -> ModelSize {
+        ModelSize {
+            parameters: self.parameters,
+            vocabulary: self.vocabulary,
+            hidden_size: self.hidden_size,
+            gated: matches!(self.architecture.as_str(), "modernbert" | "new"),
+        }
     }
 }
 
@@ -117,6 +145,8 @@ mod tests {
         for entry in entries() {
             assert!(entry.window.default <= entry.window.max, "{}", entry.name);
             assert!(entry.score.is_valid(), "{}", entry.name);
+            assert!(entry.vocabulary * entry.hidden_size < entry.parameters, "{}", entry.name);
+            assert_eq!(entry.hub.is_some(), entry.download_mb.is_some(), "{}", entry.name);
             assert!(
                 entry.hub.as_ref().is_none_or(|hub| {
                     hub.revision == "main"

@@ -2,7 +2,9 @@
 //! pair. Called once, at start.
 
 pub mod catalogue;
+mod device;
 pub mod download;
+pub mod memory;
 pub mod source;
 
 use std::collections::HashSet;
@@ -11,16 +13,12 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use crate::backend::Timed;
 use crate::backend::candle::CandleBackend;
 use crate::backend::cpu::{self, CpuBackend};
 use crate::backend::profile::{Profile, Profiled};
 #[cfg(feature = "cuda")]
-use crate::backend::{
-    AttentionShape,
-    cuda::{CudaBackend, CudaOptions},
-};
-use crate::backend::{Backend, cpu::CpuDtype};
+use crate::backend::{AttentionShape, cuda::CudaBackend};
+use crate::backend::{Backend, Timed};
 use crate::batch::{Batch, Pair};
 use crate::checkpoint::config::ModelConfig;
 use crate::checkpoint::modules::{ModuleEntry, parse_score_map};
@@ -31,40 +29,12 @@ use crate::encoder::{self, CrossEncoder};
 use crate::score::ScoreMap;
 use crate::telemetry;
 use crate::text::{EmbeddingRows, TextEncoder, TextLimits};
+pub use device::{DeviceChoice, gated_notice};
 use download::Hub;
 use source::{ModelFiles, ModelSource, WeightsFile};
 
 /// Default window in tokens of a model that is not in the catalogue, if its position embeddings allow as much.
 const DEFAULT_WINDOW: usize = 1024;
-
-/// The device that a model computes on, and its precision.
-#[derive(Debug, Clone)]
-pub enum DeviceChoice {
-    /// The CPU kernels, on a thread pool that all models share.
-    Cpu { dtype: CpuDtype, threads: usize, pin_threads: bool },
-    /// candle on the CPU, in f32: the reference implementation.
-    Candle { threads: usize },
-    /// NVIDIA GPUs by ordinal, each with a copy of the model.
-    #[cfg(feature = "cuda")]
-    Cuda(Vec<usize>, CudaOptions),
-    /// candle's own CUDA kernels.
-    #[cfg(feature = "candle-cuda")]
-    CandleCuda { ordinal: usize, threads: usize },
-}
-
-impl DeviceChoice {
-    /// The precision; for candle, which has only one, the name of the implementation. For tables and metrics.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Cpu { dtype, .. } => dtype.name(),
-            Self::Candle { .. } => "candle",
-            #[cfg(feature = "cuda")]
-            Self::Cuda(_, options) => options.dtype.name(),
-            #[cfg(feature = "candle-cuda")]
-            Self::CandleCuda { .. } => "candle-cuda",
-        }
-    }
-}
 
 /// How to load models.
 #[derive(Debug, Clone)]
@@ -142,11 +112,7 @@ impl<'a> Loader<'a> {
     fn load_files(&self, source: &ModelSource) -> Result<LoadedModel> {
         let start = Instant::now();
         let files = source.files(self.hub)?;
-        let (config_json, config_file) = &files.config;
-        let entries: Vec<ModuleEntry> = files.modules.iter().map(|module| module.entry.clone()).collect();
-        let configs: Vec<String> = files.modules.iter().skip(1).map(|module| module.config.clone()).collect();
-        let config =
-            ModelConfig::parse_with_modules(config_json, &entries, &configs).with_context(|| config_file.clone())?;
+        let config = model_config(&files)?;
         let score_map = score_map(source, &files)?;
         let window = window(source, &config, self.options.window)?;
         let (tokenizer_json, tokenizer_file) = &files.tokenizer;
@@ -155,7 +121,10 @@ impl<'a> Loader<'a> {
             .with_context(|| tokenizer_file.clone())?;
         check_pair_format(source, &text).with_context(|| tokenizer_file.clone())?;
         warn_of_licence(source);
-        let device = device_for(&config, &self.options.device, &source.name);
+        let device = self.options.device.for_model(&config);
+        if device.name() != self.options.device.name() {
+            tracing::warn!("{}", gated_notice(&source.name));
+        }
         let encoder = self.encoder(&device, &config, &files, &source.name)?;
         check_score(encoder.as_ref(), &text.probe().with_context(|| tokenizer_file.clone())?)?;
         let description = format!(
@@ -243,6 +212,17 @@ impl<'a> Loader<'a> {
     }
 }
 
+/// The configuration of a model, without loading its weights.
+///
+/// # Errors
+/// A configuration file is damaged or describes a model that is not supported. The message names the file and the field.
+pub fn model_config(files: &ModelFiles) -> Result<ModelConfig> {
+    let (config_json, config_file) = &files.config;
+    let entries: Vec<ModuleEntry> = files.modules.iter().map(|module| module.entry.clone()).collect();
+    let configs: Vec<String> = files.modules.iter().skip(1).map(|module| module.config.clone()).collect();
+    ModelConfig::parse_with_modules(config_json, &entries, &configs).with_context(|| config_file.clone())
+}
+
 fn shared(encoder: Result<impl CrossEncoder + 'static>) -> Result<Arc<dyn CrossEncoder>> {
     Ok(Arc::new(encoder?))
 }
@@ -287,21 +267,6 @@ fn check_pair_format(source: &ModelSource, text: &TextEncoder) -> Result<()> {
 fn warn_of_licence(source: &ModelSource) {
     let Some(entry) = source.entry.filter(|entry| entry.licence.contains("-NC")) else { return };
     tracing::warn!("the licence of {}, {}, excludes commercial use", source.name, entry.licence);
-}
-
-/// The device for the model: `requested`, but bf16 on the CPU instead of int8 for gated feed-forward networks. Their products of
-/// two activations have outliers, and int8 has one scale for a whole row. Whether rankings survive that is known for trained
-/// weights only, and has not been measured.
-fn device_for(config: &ModelConfig, requested: &DeviceChoice, name: &str) -> DeviceChoice {
-    match *requested {
-        DeviceChoice::Cpu { dtype: CpuDtype::Int8, threads, pin_threads } if config.gated => {
-            tracing::warn!(
-                "{name} is computed in bf16: int8 is not measured for models with gated feed-forward layers (--dtype)"
-            );
-            DeviceChoice::Cpu { dtype: CpuDtype::Bf16, threads, pin_threads }
-        }
-        _ => requested.clone(),
-    }
 }
 
 /// Scores one pair, to find damaged weights and device failures at start.

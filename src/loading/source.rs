@@ -88,7 +88,7 @@ impl ModelSource {
     /// folder takes precedence. The default revision is the catalogue's commit, or else the branch `main`.
     ///
     /// # Errors
-    /// MODEL is none of these; the message then lists the catalogue. Or NAME or MODEL is empty.
+    /// MODEL is none of these; the message then names a known model of a similar name. Or NAME or MODEL is empty.
     pub fn parse(argument: &str) -> Result<Self> {
         let (given_name, model) = match argument.split_once('=').filter(|_| !Path::new(argument).is_dir()) {
             Some((name, model)) => (Some(name), model),
@@ -132,10 +132,10 @@ impl ModelSource {
                 aliases: Vec::new(),
             });
         }
-        let known: Vec<&str> = catalogue::entries().iter().map(|entry| entry.name.as_str()).collect();
+        let hint = catalogue::similar(model).map_or(String::new(), |entry| format!("Did you mean {}? ", entry.name));
         bail!(
-            "--model {model:?} is not a folder, not organization/name on the hub, and not one of the known models: {}",
-            known.join(", ")
+            "--model {model:?} is not a folder, not organization/name on the hub, and not a known model. {hint}\
+             `rerankd models` lists the known models"
         )
     }
 
@@ -192,7 +192,7 @@ fn hub_files(hub: &Hub, at: &Revision, known: Option<&HubFiles>) -> Result<Model
     let fetch = |file: &str| -> Result<PathBuf> {
         hub.fetch(at, file).with_context(|| {
             let why = if hub.is_offline() {
-                "not in the cache, and HF_HUB_OFFLINE disables downloads"
+                "not in the cache, and HF_HUB_OFFLINE disables downloads; unset it, or run `rerankd download` where there is a network"
             } else {
                 "cannot be downloaded"
             };
@@ -309,10 +309,12 @@ mod tests {
     }
 
     #[test]
-    fn other_arguments_are_refused_with_the_list_of_known_models() {
+    fn other_arguments_are_refused_with_a_similar_name() {
         for wrong in ["nothing-here", "a/b/c", "../etc/passwd", "https://host/x", "a/..", "=x", "x="] {
             assert!(ModelSource::parse(wrong).is_err(), "{wrong}");
         }
-        assert!(ModelSource::parse("nothing-here").unwrap_err().to_string().contains("BAAI/bge-reranker-v2-m3"));
+        let message = |argument: &str| ModelSource::parse(argument).unwrap_err().to_string();
+        assert!(message("bge-reranker-v2m3").contains("Did you mean BAAI/bge-reranker-v2-m3?"));
+        assert!(!message("nothing-here").contains("Did you mean") && message("x").contains("`rerankd models`"));
     }
 }

@@ -55,11 +55,153 @@ fn rank_reads_documents_from_files() {
 }
 
 #[test]
+fn rank_reads_folders_patterns_and_lines() {
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, content: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, content).unwrap();
+    };
+    write("b.md", b"second");
+    write("deep/er/a.md", b"third");
+    write("page.html", b"<!doctype html><p>fourth</p>");
+    write("logo.png", b"\x89PNG\r\n\x1a\n\0\xff");
+    write(".hidden.md", b"hidden");
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let run = |files: &[String]| {
+        let model = model();
+        let start = ["rank", "--query", "a", "--json", "--model", &model];
+        let output = run(&[&start[..], &files.iter().map(String::as_str).collect::<Vec<_>>()].concat(), "one\ntwo\n");
+        let mut names: Vec<String> = stdout(&output)
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap()["name"].as_str().unwrap().to_owned())
+            .collect();
+        names.sort_unstable();
+        (names, String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (names, log) = run(&[path("")]);
+    assert_eq!(names, [path("b.md"), path("deep/er/a.md"), path("page.html")]);
+    assert!(log.contains("logo.png") && log.contains("1 of 3 documents are HTML"), "{log}");
+    assert_eq!(run(&[path("**/*.md")]).0, [path("b.md"), path("deep/er/a.md")]);
+    assert_eq!(run(&[path("b.md"), "-".to_owned()]).0, [path("b.md"), "line 1".to_owned(), "line 2".to_owned()]);
+}
+
+#[test]
+fn rank_says_how_to_convert_what_is_not_text() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    std::fs::write(path("paper.pdf"), b"%PDF-1.7\n\xe2\xe3").unwrap();
+    std::fs::write(path("old.txt"), b"caf\xe9").unwrap();
+    for (file, named) in [
+        ("paper.pdf", "pdftotext"),
+        ("old.txt", "iconv"),
+        ("missing.txt", "no such file"),
+        ("*.rst", "no file matches"),
+        ("[", "not a valid pattern"),
+    ] {
+        let output = run(&["rank", "--query", "a", "--model", &model(), &path(file)], "");
+        let message = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.contains(named) && message.contains(file), "{file}: {message}");
+    }
+}
+
+#[test]
 fn models_lists_the_catalogue() {
     let table = stdout(&run(&["models"], ""));
-    assert!(table.contains("BAAI/bge-reranker-v2-m3") && table.contains("1024 of 8192"));
+    assert!(table.contains("BAAI/bge-reranker-v2-m3") && table.contains("1024 to 8192 tokens"));
+    assert!(table.lines().all(|line| line.chars().count() <= 100 || line.starts_with("Cache folder")), "{table}");
     let json: Value = serde_json::from_str(&stdout(&run(&["models", "--json"], ""))).unwrap();
-    assert!(json.as_array().unwrap().len() >= 7);
+    let models = json.as_array().unwrap();
+    assert!(models.len() >= 7);
+    let named = |name: &str| models.iter().find(|model| model["name"] == name).unwrap();
+    assert_eq!(named("rerankd-mini")["cached"], true);
+    // Gated feed-forward layers are not computed in int8.
+    assert!(named("cross-encoder/ettin-reranker-17m-v1")["memory_bytes"]["int8"].is_null());
+    for model in models {
+        for field in ["languages", "licence", "choose_when"] {
+            assert!(!model[field].as_str().unwrap().is_empty(), "{model}");
+        }
+        let memory = |dtype: &str| model["memory_bytes"][dtype].as_u64().unwrap();
+        assert!(memory("f32") > memory("bf16") && memory("bf16") > model["parameters"].as_u64().unwrap(), "{model}");
+    }
+}
+
+/// `rerankd models` estimates memory. A factor of two leaves room for another allocator.
+#[test]
+fn a_server_takes_about_the_memory_that_models_shows() {
+    let json: Value = serde_json::from_str(&stdout(&run(&["models", "--json"], ""))).unwrap();
+    let estimates = json.as_array().unwrap().iter().find(|model| model["name"] == "rerankd-mini").unwrap();
+    for dtype in ["f32", "bf16", "int8"] {
+        let server = Server::start(&["--model", "rerankd-mini", "--dtype", dtype, "--threads", "2"]);
+        let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+        let resident = 1024.0 * line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap();
+        let ratio = estimates["memory_bytes"][dtype].as_f64().unwrap() / resident;
+        assert!((0.5..2.0).contains(&ratio), "{dtype}: {line}, estimate over measurement {ratio}");
+    }
+}
+
+#[test]
+fn completions_and_manual_pages_name_every_command() {
+    let commands = ["serve", "rank", "eval", "bench", "models", "download", "doctor", "completions", "man"];
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let script = stdout(&run(&["completions", shell], ""));
+        assert!(commands.iter().all(|command| script.contains(command)) && script.contains("device"), "{shell}");
+    }
+    let page = stdout(&run(&["man"], ""));
+    assert!(page.contains(".TH rerankd 1") && commands.iter().all(|command| page.contains(command)), "{page}");
+    let folder = tempfile::tempdir().unwrap();
+    stdout(&run(&["man", folder.path().join("man1").to_str().unwrap()], ""));
+    for command in commands {
+        let page = std::fs::read_to_string(folder.path().join(format!("man1/rerankd-{command}.1"))).unwrap();
+        assert!(page.contains(".TH rerankd\\-") || page.contains(".TH rerankd-"), "{command}: {page}");
+    }
+}
+
+#[test]
+fn eval_and_bench_draw_pictures() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).display().to_string();
+    let topic = r#"{"query":"capital of France","positive":["Paris"],"negative":["Berlin","Rome"]}"#;
+    std::fs::write(path("topics.jsonl"), format!("{topic}\n{topic}\n")).unwrap();
+    let (tiny, picture) = (format!("tiny={}", model()), path("picture.svg"));
+    let models = ["--model", &tiny, "--model", "rerankd-mini"];
+    let table = stdout(&run(&[&["eval", &path("topics.jsonl"), "--svg", &picture], &models[..]].concat(), ""));
+    assert!(table.contains("ms/query"), "{table}");
+    let svg = std::fs::read_to_string(&picture).unwrap();
+    assert!(svg.starts_with("<svg") && svg.ends_with("</svg>\n"), "{svg}");
+    assert_eq!(svg.matches("<circle").count(), 3, "{svg}");
+    assert!(["BM25", "tiny", "rerankd-mini", "topics.jsonl, 2 queries"].iter().all(|text| svg.contains(text)), "{svg}");
+
+    let arguments = ["bench", "--runs", "1", "--max-batch-tokens", "256", "--svg", &picture];
+    let table = stdout(&run(&[&arguments[..], &models[..2]].concat(), ""));
+    let svg = std::fs::read_to_string(&picture).unwrap();
+    let measured = table.lines().filter(|line| line.starts_with("tiny with pairs")).count();
+    assert!(measured >= 3 && svg.matches("<circle").count() == measured, "{table}\n{svg}");
+
+    let unwritable = path("none/picture.svg");
+    for arguments in [&["eval", &path("topics.jsonl")][..], &["bench", "--runs", "1"]] {
+        let output = run(&[arguments, &["--svg", &unwritable]].concat(), "");
+        assert_eq!(output.status.code(), Some(78));
+        assert!(String::from_utf8_lossy(&output.stderr).contains("picture.svg: cannot be written"));
+    }
+}
+
+#[test]
+fn logs_have_colors_only_where_they_are_wanted() {
+    let log = |environment: &[(&str, &str)]| {
+        let model = model();
+        let mut command = rerankd();
+        command.args(["rank", "--query", "a", "--log", "debug", "--model", &model]).arg(support::fixture("README.md"));
+        String::from_utf8_lossy(&command.envs(environment.iter().copied()).output().unwrap().stderr).into_owned()
+    };
+    let (plain, colored) = (log(&[]), log(&[("CLICOLOR_FORCE", "1")]));
+    assert!(plain.contains("hidden size") && !plain.contains('\x1b'), "{plain}");
+    assert!(
+        colored.contains('\x1b') && !log(&[("CLICOLOR_FORCE", "1"), ("NO_COLOR", "1")]).contains('\x1b'),
+        "{colored}"
+    );
 }
 
 /// The protocol that benches/peers uses: for each line of JSON on standard input, one line of JSON on standard output. `mode` is
@@ -97,7 +239,8 @@ fn usage_errors_exit_with_their_code_and_name_the_cause() {
     for (arguments, code, named) in [
         (&["serve", "--prot", "1"][..], 2, "--prot"),
         (&["serve", "--port", "x"], 2, "--port"),
-        (&["serve", "--model", "nothing"], 78, "BAAI/bge-reranker-v2-m3"),
+        (&["serve", "--model", "nothing"], 78, "`rerankd models`"),
+        (&["serve", "--model", "bge-reranker-v2"], 78, "Did you mean BAAI/bge-reranker-v2-m3?"),
         (&["serve", "--model", "."], 78, "no checkpoint in this folder"),
         (&["serve", "--model", &model, "--window", "9999"], 78, "window"),
         (&["serve", "--model", &model, "--window", "3"], 78, "window"),

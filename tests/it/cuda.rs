@@ -289,6 +289,35 @@ fn device_auto_falls_back_to_the_cpu_if_the_gpu_is_unusable() {
 }
 
 #[test]
+fn doctor_describes_the_gpu_and_why_it_cannot_be_used() {
+    let doctor = |arguments: &[&str], faults: &[(&str, &str)]| {
+        let arguments = [&["doctor", "--port", "0"], arguments].concat();
+        let output = on_standin(&arguments, faults, "")?;
+        Some((output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned()))
+    };
+    let Some((code, text)) = doctor(&["--device", "auto"], &[]) else { return };
+    assert_eq!(code, Some(0), "{text}");
+    for named in ["NVRTC 13.0, cuBLASLt 13.0", "cuda:0: ", "device: cuda:0 (--device auto found a GPU); precision: f16"]
+    {
+        assert!(text.contains(named), "{named}: {text}");
+    }
+    let (code, text) = doctor(&[], &[]).unwrap();
+    assert!(code == Some(0) && text.contains("fix: --device auto"), "{text}");
+    for (arguments, fault, named) in [
+        (&["--device", "auto"][..], ("STANDIN_CAPABILITY", "7.5"), "the kernels need 8.0"),
+        (&["--device", "auto"], ("STANDIN_DRIVER_VERSION", "12080"), "install the libraries of CUDA 12"),
+        (&["--device", "cuda", "--dtype", "fp8"], ("STANDIN_CAPABILITY", "8.6"), "fix: --dtype f16"),
+        (&["--device", "cuda:1"], ("STANDIN_DEVICES", "1"), "there is no device cuda:1"),
+        (&["--device", "cuda"], ("STANDIN_DEVICES", "0"), "nvidia-smi"),
+        (&["--device", "cuda"], ("STANDIN_MEMORY_MIB", "500"), "memory of cuda:0"),
+    ] {
+        let (code, text) = doctor(arguments, &[fault]).unwrap();
+        let words = text.split_whitespace().collect::<Vec<_>>().join(" ");
+        assert!(code == Some(78) && words.contains(named), "{arguments:?} {fault:?}: {text}");
+    }
+}
+
+#[test]
 fn compiled_kernels_are_cached_for_the_next_start() {
     let Some(environment) = environment("cuda-cache-once") else { return };
     std::fs::remove_dir_all(&environment[1].1).ok();

@@ -387,6 +387,31 @@ fn a_model_is_downloaded_once_and_then_loads_offline() {
 }
 
 #[test]
+fn doctor_asks_the_hub_only_if_told_and_downloads_nothing() {
+    let hub = StandIn::serve(fixture_files("xlmr"));
+    let home = tempfile::tempdir().unwrap();
+    let doctor = |hub: &str, arguments: &[&str]| {
+        let mut command = binary(hub, home.path());
+        command.args(["doctor", "--port", "0", "--model", REPOSITORY]).args(arguments);
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    assert_eq!(doctor(&hub.address, &[]).0, Some(0));
+    assert_eq!(hub.requests().len(), 0);
+    let (code, text) = doctor(&hub.address, &["--online"]);
+    assert!(code == Some(0) && text.contains(&format!("has {REPOSITORY} at main")), "{text}");
+    assert!(hub.requests().len() == 1 && hub.content_requests().is_empty());
+    hub.edit("config.json", |file| {
+        file.metadata_faults.push_back(Fault::Status("403 Forbidden", String::new()));
+    });
+    let (code, text) = doctor(&hub.address, &["--online"]);
+    assert!(code == Some(78) && text.contains("accept its terms"), "{text}");
+    let (code, text) = doctor("http://127.0.0.1:1", &["--online"]);
+    assert!(code == Some(78) && text.contains("cannot be reached") && text.contains("HF_ENDPOINT"), "{text}");
+    assert_eq!(all_files(home.path()), Vec::<PathBuf>::new());
+}
+
+#[test]
 fn a_chain_of_modules_is_downloaded_with_its_folders() {
     let hub = StandIn::serve(fixture_files("ettin"));
     let home = tempfile::tempdir().unwrap();

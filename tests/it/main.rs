@@ -9,6 +9,7 @@ mod cli;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod dialects;
+mod doctor;
 mod failpoints;
 mod fuzz;
 mod golden;

@@ -134,6 +134,11 @@ impl CpuBackend {
         SimdPath::missing()
     }
 
+    /// The best instruction set of this machine that the kernels support, as in logs; `portable` if there is none.
+    pub fn instruction_set() -> &'static str {
+        SimdPath::best().name()
+    }
+
     /// Whether this machine has an instruction for bf16 dot products. Without one, bf16 is slower than f32.
     pub fn has_bf16() -> bool {
         SimdPath::best().has_bf16()
@@ -588,9 +593,10 @@ impl Timed for CpuBackend {
     }
 
     fn roofline(&self) -> Result<Option<Roofline>, BackendError> {
-        let peak = |format| roofline::peak_of(format, self.pool.threads());
-        let gemms = peak(self.format);
-        let attention = if self.format == StorageFormat::Int8 { peak(StorageFormat::Bf16) } else { gemms };
+        let peak =
+            |format| roofline::peak_of(format, self.pool.threads()).map_err(|error| BackendError::Failed(error.into()));
+        let gemms = peak(self.format)?;
+        let attention = if self.format == StorageFormat::Int8 { peak(StorageFormat::Bf16)? } else { gemms };
         Ok(Some(Roofline { gemms, attention, memory: None }))
     }
 }

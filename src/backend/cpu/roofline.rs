@@ -1,6 +1,7 @@
 //! Measures the machine's peak rate of multiplications and additions.
 
 use std::hint::black_box;
+use std::io;
 use std::time::Instant;
 
 use super::dtype::CpuDtype;
@@ -12,16 +13,16 @@ use super::thread_pool::ThreadPool;
 /// Peak operations per second of the GEMM's multiply instructions on `threads` threads, measured on registers only. A
 /// multiplication and an addition are two operations.
 ///
-/// # Panics
+/// # Errors
 /// The operating system cannot create the threads.
-pub fn peak(dtype: CpuDtype, threads: usize) -> f64 {
+pub fn peak(dtype: CpuDtype, threads: usize) -> io::Result<f64> {
     peak_of(dtype.storage_format(), threads)
 }
 
-pub(super) fn peak_of(format: StorageFormat, threads: usize) -> f64 {
+pub(super) fn peak_of(format: StorageFormat, threads: usize) -> io::Result<f64> {
     /// K-groups per thread: some milliseconds on a current processor.
     const K_GROUPS: usize = 2_000_000;
-    let pool = ThreadPool::new(threads, false).expect("the operating system creates threads");
+    let pool = ThreadPool::new(threads, false)?;
     let path = SimdPath::best();
     let _threads = pool.lock_threads();
     let run = |k_groups| {
@@ -37,7 +38,7 @@ pub(super) fn peak_of(format: StorageFormat, threads: usize) -> f64 {
     let seconds = begun.elapsed().as_secs_f64();
     let values = format.values_per_k_group();
     let columns = path.panel_columns();
-    (2 * values * K_GROUPS * 6 * columns * threads) as f64 / seconds
+    Ok((2 * values * K_GROUPS * 6 * columns * threads) as f64 / seconds)
 }
 
 /// The microkernel's dot products without its loads and stores.

@@ -150,7 +150,7 @@ pub(super) fn seconds_between(from: &CudaEvent, to: &CudaEvent) -> Result<f64, d
 }
 
 /// The driver's CUDA version: 12010 is CUDA 12.1.
-fn driver_version() -> Result<i32> {
+pub(super) fn driver_version() -> Result<i32> {
     let mut version = 0;
     // SAFETY: the pointer is to a live integer.
     unsafe { driver::sys::cuDriverGetVersion(&raw mut version) }.result().context("the CUDA driver does not start")?;
@@ -158,7 +158,7 @@ fn driver_version() -> Result<i32> {
 }
 
 /// Checks the driver, the libraries and the device without creating a context. Returns the driver's CUDA version.
-fn check(ordinal: usize) -> Result<i32> {
+pub(super) fn check(ordinal: usize) -> Result<i32> {
     check_libraries()?;
     let version = driver_version()?;
     let driver = format!("{}.{}", version / 1000, version % 1000 / 10);
@@ -187,7 +187,7 @@ fn check(ordinal: usize) -> Result<i32> {
 }
 
 /// A device's name and compute capability.
-fn capability(ordinal: usize) -> Result<(String, i32, i32), driver::DriverError> {
+pub(super) fn capability(ordinal: usize) -> Result<(String, i32, i32), driver::DriverError> {
     use driver::result::device;
     let device = device::get(ordinal as i32)?;
     // SAFETY: `device` comes from the driver.

@@ -39,6 +39,7 @@ mod graphs;
 mod launch;
 mod options;
 mod roofline;
+mod survey;
 mod weights;
 mod workspace;
 
@@ -64,6 +65,7 @@ use self::launch::{
     GELU_ERF, GELU_TANH, IDENTITY, RELU, ROW_THREADS, SILU, device_address, function_number, launch, push,
 };
 pub use self::options::{CudaOptions, GemmChoice};
+pub use self::survey::survey;
 use self::weights::{DeviceTensor, Fp8Weight};
 pub use self::weights::{Embeddings, Linear, Norm, Rotary};
 use super::{

@@ -38,7 +38,8 @@ pub(super) fn run(
     let engine = format!("rerankd-{}", device.name());
     let mut ready = json!({"engine": engine, "ready": true, "version": env!("CARGO_PKG_VERSION")});
     if let DeviceChoice::Cpu { dtype, threads, .. } = device {
-        ready["peak"] = roofline::peak(*dtype, *threads).into();
+        let peak = roofline::peak(*dtype, *threads).context("cannot measure the peak rate").map_err(Failure::Other)?;
+        ready["peak"] = peak.into();
     }
     print(&format!("{ready}\n"))?;
     for line in std::io::stdin().lines() {

@@ -1,7 +1,9 @@
 //! `rerankd bench`: measures how fast models score pairs on this machine, without HTTP and without tokenization.
 
 mod json_protocol;
+mod medians;
 mod profile_table;
+mod sweep;
 mod timing;
 mod workloads;
 
@@ -9,17 +11,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::failure::Failure;
-use super::output::{print, table};
+use super::output::PictureFile;
 use crate::backend::profile::Profile;
-use crate::batch::Batch;
 use crate::config::args::ModelArgs;
 use crate::config::hub::hub_options_from_env;
 use crate::config::machine::Machine;
 use crate::config::resolve::{Notice, QueueSettings};
+use crate::loading::Loader;
 use crate::loading::download::Hub;
-use crate::loading::{LoadedModel, Loader};
-use crate::telemetry;
-use workloads::Workloads;
+use medians::{medians, print_medians};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct BenchArgs {
@@ -44,6 +44,11 @@ pub(super) struct BenchArgs {
     /// and, on a GPU, its measured memory bandwidth. "% reached" is the minimum time divided by the measured time.
     #[arg(long, conflicts_with = "json")]
     profile: bool,
+    /// File for a picture (SVG) of throughput against latency [default: none]
+    ///
+    /// Measures requests of 1, 2, 4 and more pairs, in place of the built-in workloads.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "profile", "workloads"])]
+    svg: Option<PathBuf>,
     #[command(flatten)]
     pub(super) models: ModelArgs,
 }
@@ -56,9 +61,15 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let batch_tokens = settings.scheduler.max_batch_tokens;
     let hub = Hub::new(hub_options_from_env().map_err(Failure::Config)?);
     let loader = Loader::new(&hub, &settings.load).map_err(Failure::Config)?;
+    let picture = args.svg.as_deref().map(PictureFile::create).transpose()?;
+    let mut curves = Vec::new();
     for source in &settings.sources {
         let model = loader.load(source).map_err(Failure::of_loading)?;
         tracing::info!(model = model.name, "{}", model.description);
+        if picture.is_some() {
+            curves.extend(sweep::run(&model, args.runs, batch_tokens)?);
+            continue;
+        }
         let workloads = match &args.workloads {
             Some(path) => workloads::read(path, &model).map_err(Failure::Config)?,
             None => workloads::built_in(&model),
@@ -68,31 +79,12 @@ pub(super) fn run(args: &BenchArgs) -> Result<(), Failure> {
         } else if args.json {
             json_protocol::run(&settings.load.device, &model, &workloads, batch_tokens)?;
         } else {
-            print_medians(&model, &workloads, args.runs, batch_tokens)?;
+            let workloads: Vec<_> = workloads.iter().map(|(name, pairs)| (name.as_str(), pairs.as_slice())).collect();
+            print_medians(&medians(&model, &workloads, args.runs, batch_tokens)?)?;
         }
     }
-    Ok(())
-}
-
-/// Prints a table with the median time of each workload.
-fn print_medians(model: &LoadedModel, workloads: &Workloads, runs: u32, batch_tokens: usize) -> Result<(), Failure> {
-    let mut rows = vec![["workload", "pairs", "tokens", "median ms", "tokens/s"].map(str::to_owned).to_vec()];
-    let bar = telemetry::progress_count(u64::from(runs + 1) * workloads.len() as u64, "measuring");
-    for (name, pairs) in workloads {
-        let batches = workloads::pack(model, pairs, batch_tokens);
-        let tokens: usize = batches.iter().map(Batch::tokens).sum();
-        timing::measure(model, &batches, 1, &bar)?;
-        let (mut seconds, _) = timing::measure(model, &batches, runs, &bar)?;
-        seconds.sort_by(f64::total_cmp);
-        let median = seconds[seconds.len() / 2];
-        rows.push(vec![
-            name.clone(),
-            pairs.len().to_string(),
-            tokens.to_string(),
-            format!("{:.1}", median * 1e3),
-            format!("{:.0}", tokens as f64 / median),
-        ]);
+    match picture {
+        Some(picture) => picture.write(&[sweep::chart(&settings.load.device, curves)]),
+        None => Ok(()),
     }
-    bar.finish_and_clear();
-    print(&table(&rows))
 }

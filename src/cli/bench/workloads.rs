@@ -13,10 +13,6 @@ pub(super) type Workloads = BTreeMap<String, Vec<Pair>>;
 
 /// The four workloads that `rerankd bench --help` describes. Token ids start at 5, to avoid special tokens.
 pub(super) fn built_in(model: &LoadedModel) -> Workloads {
-    let pair = |tokens: usize| {
-        let ids = (0..tokens.min(model.text.window())).map(|i| (i * 37 % (model.vocabulary - 5) + 5) as u32).collect();
-        Pair::new(ids, vec![0; tokens.min(model.text.window())])
-    };
     let spread = |from: usize, to: usize, n: usize| (0..n).map(move |i| from + (to - from) * (i * 7 % n) / (n - 1));
     [
         ("a", vec![512; 8]),
@@ -25,8 +21,15 @@ pub(super) fn built_in(model: &LoadedModel) -> Workloads {
         ("d", vec![128]),
     ]
     .into_iter()
-    .map(|(name, lengths)| (name.to_owned(), lengths.into_iter().map(pair).collect()))
+    .map(|(name, lengths)| (name.to_owned(), lengths.into_iter().map(|tokens| pair(model, tokens)).collect()))
     .collect()
+}
+
+/// A pair of `tokens` tokens, or of the model's window if that is shorter.
+pub(super) fn pair(model: &LoadedModel, tokens: usize) -> Pair {
+    let tokens = tokens.min(model.text.window());
+    let ids = (0..tokens).map(|i| (i * 37 % (model.vocabulary - 5) + 5) as u32).collect();
+    Pair::new(ids, vec![0; tokens])
 }
 
 /// Reads workloads from a JSON file of the form `{"name": [[token ids], ...], ...}`.

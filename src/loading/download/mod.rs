@@ -98,6 +98,16 @@ impl Hub {
         })
     }
 
+    /// Asks the hub whether it has the file, and downloads nothing.
+    ///
+    /// # Errors
+    /// The hub cannot be reached, or refuses access.
+    pub fn probe(&self, at: &Revision, file: &str) -> Result<bool, HubError> {
+        check_file_name(file)?;
+        let client = HttpClient::new(&self.options, &self.policy)?;
+        Ok(Retries::run(&self.policy, || client.metadata(at, &at.revision, file))?.is_some())
+    }
+
     fn download(&self, at: &Revision, file: &str) -> Result<Option<PathBuf>, HubError> {
         check_file_name(file)?;
         let cache = RepoCache::new(&self.options.cache, at)?;
