@@ -1,4 +1,5 @@
-//! `rerankd rank`: ranks files, or the lines of standard input, against one query, without a server.
+//! `rerankd rank`: ranks files, or the lines of standard input, against one query, without a server; or with `--input` many queries
+//! from a file to a file.
 
 use std::io::{BufRead, Write};
 use std::path::PathBuf;
@@ -7,6 +8,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::json;
 
 use super::failure::Failure;
+use super::jobs::JobArgs;
 use super::output::{print, table};
 use super::start::start_models;
 use crate::client::Client;
@@ -23,8 +25,8 @@ const EXCERPT_CHARS: usize = 72;
 #[derive(Debug, clap::Args)]
 pub(super) struct RankArgs {
     /// Text that the documents are ranked against
-    #[arg(short, long)]
-    query: String,
+    #[arg(short, long, required_unless_present_any = ["input", "run"])]
+    query: Option<String>,
     /// Files to rank, one document each [default: each line of standard input is a document]
     files: Vec<PathBuf>,
     /// Number of results to print, best first [default: all]
@@ -37,6 +39,8 @@ pub(super) struct RankArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    jobs: JobArgs,
+    #[command(flatten)]
     pub(super) models: ModelArgs,
 }
 
@@ -47,6 +51,10 @@ struct NamedDocuments {
 }
 
 pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
+    let overlap_tokens = usize::from(args.overlap_tokens);
+    if let Some(output) = &args.jobs.output {
+        return args.jobs.run(output, &args.models, args.top_n, overlap_tokens);
+    }
     let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     if settings.sources.len() > 1 {
         return Err(Failure::Config(anyhow!(
@@ -59,14 +67,10 @@ pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
     let request = RerankRequest {
         client: Client::default(),
         model: None,
-        query: args.query.clone(),
+        query: args.query.clone().unwrap_or_default(),
         documents: documents.texts.clone().into(),
         top_n: args.top_n,
-        options: DocumentOptions {
-            overlap_tokens: usize::from(args.overlap_tokens),
-            max_chunks_per_doc: usize::MAX,
-            ..DocumentOptions::default()
-        },
+        options: DocumentOptions { overlap_tokens, max_chunks_per_doc: usize::MAX, ..DocumentOptions::default() },
         deadline: None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -82,7 +86,8 @@ pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
 }
 
 fn read_documents(args: &RankArgs) -> Result<NamedDocuments> {
-    ensure!(!args.query.trim().is_empty(), "--query is empty; give the text that the documents are ranked against");
+    let query = args.query.as_deref().unwrap_or_default();
+    ensure!(!query.trim().is_empty(), "--query is empty; give the text that the documents are ranked against");
     let (names, texts) = if args.files.is_empty() {
         if std::io::IsTerminal::is_terminal(&std::io::stdin()) {
             writeln!(std::io::stderr(), "reading documents from the terminal, one per line; end with Ctrl-D").ok();

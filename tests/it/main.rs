@@ -14,6 +14,7 @@ mod fuzz;
 mod golden;
 mod http;
 mod hub;
+mod jobs;
 mod loading;
 mod mini;
 mod precision;
