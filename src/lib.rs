@@ -16,6 +16,7 @@
 //! - [`loading`]: from a model's name to a model that scores: catalogue, downloads, start-up checks. Called once, at start.
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
+//! - `jobs`: ranks many queries from a file to a file, resumable, in this process or by servers.
 //! - [`batch`], [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
 //!
 //! What the crate does without:
@@ -42,6 +43,7 @@ pub mod encoder;
 pub mod error;
 pub mod eval;
 pub mod failpoint;
+mod jobs;
 pub mod loading;
 pub mod rerank;
 pub mod scheduler;

@@ -157,6 +157,13 @@ pub fn progress_count(total: u64, label: &str) -> ProgressBar {
     progress(total, label, "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}")
 }
 
+/// A progress bar of a share of `total`, with a message, on standard error; without a total only the message. It is hidden when
+/// standard error is not a terminal.
+pub fn progress_share(total: Option<u64>) -> ProgressBar {
+    let template = if total.is_some() { "{wide_bar} {percent}% {msg}" } else { "{spinner} {msg}" };
+    progress(total.unwrap_or(0), "", template)
+}
+
 fn progress(total: u64, label: &str, template: &str) -> ProgressBar {
     let style = ProgressStyle::with_template(template).expect("the template is valid");
     let bar = ProgressBar::new(total).with_style(style).with_message(label.to_owned());

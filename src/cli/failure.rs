@@ -12,7 +12,7 @@ use crate::loading::download::HubError;
 /// | 0 | success, `--help`, or a server that drained after SIGTERM or SIGINT | |
 /// | 1 | any other failure | |
 /// | 2 | the command line, an environment variable or a value in the config file is not valid | no |
-/// | 69 | the model hub cannot be reached or is busy | yes, later |
+/// | 69 | the model hub cannot be reached or is busy; or no server takes a query, or another process writes the output (`rank`) | yes, later |
 /// | 70 | the device is lost or hangs; the scheduler ends the process | yes |
 /// | 78 | the settings do not fit this machine, or a model's files are missing or damaged | no |
 /// | 130 | a second SIGTERM or SIGINT during the drain | |
@@ -22,7 +22,7 @@ pub enum Failure {
     Usage(clap::Error),
     /// Settings or a model's files are wrong: 78. A restart does not help.
     Config(anyhow::Error),
-    /// The hub cannot be reached or is busy: 69. A later start may succeed.
+    /// The hub or a server cannot be reached or is busy: 69. A later start may succeed.
     Temporary(anyhow::Error),
     /// Any other failure: 1.
     Other(anyhow::Error),

@@ -7,6 +7,7 @@ mod documents;
 mod download;
 mod eval;
 mod failure;
+mod jobs;
 mod man;
 mod models;
 mod output;
@@ -38,7 +39,8 @@ file (max_documents = 100). Downloads follow HF_HOME, HF_ENDPOINT, HF_TOKEN and 
 Examples:
   rerankd doctor
   rerankd serve --model BAAI/bge-reranker-v2-m3 --device auto
-  rerankd rank --query 'how to reset a password' help/*.txt"
+  rerankd rank --query 'how to reset a password' help/*.txt
+  rerankd rank --input queries.jsonl --output ranked.jsonl"
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -51,7 +53,7 @@ pub struct Cli {
 enum CliCommand {
     /// Serve models over HTTP
     Serve(ServeArgs),
-    /// Rank files, or the lines of standard input, against one query
+    /// Rank files, or the lines of standard input, against one query; or many queries from a file to a file
     Rank(rank::RankArgs),
     /// Measure how well models rank a data set, compared with BM25
     Eval(eval::EvalArgs),

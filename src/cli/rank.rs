@@ -1,4 +1,5 @@
-//! `rerankd rank`: ranks files, or the lines of standard input, against one query, without a server.
+//! `rerankd rank`: ranks files, or the lines of standard input, against one query, without a server; or with `--input` many queries
+//! from a file to a file.
 
 use std::path::PathBuf;
 
@@ -7,6 +8,7 @@ use serde_json::json;
 
 use super::documents::{NamedDocuments, read_documents};
 use super::failure::Failure;
+use super::jobs::JobArgs;
 use super::output::{print, table};
 use super::start::start_models;
 use crate::client::Client;
@@ -23,8 +25,8 @@ const EXCERPT_CHARS: usize = 72;
 #[derive(Debug, clap::Args)]
 pub(super) struct RankArgs {
     /// Text that the documents are ranked against
-    #[arg(short, long)]
-    query: String,
+    #[arg(short, long, required_unless_present_any = ["input", "run"])]
+    query: Option<String>,
     /// Files to rank, one document each [default: each line of standard input is a document]
     ///
     /// A folder stands for all files in it and below; hidden files, and files that are not UTF-8 text, are left out. A pattern in
@@ -41,17 +43,24 @@ pub(super) struct RankArgs {
     #[arg(long)]
     json: bool,
     #[command(flatten)]
+    jobs: JobArgs,
+    #[command(flatten)]
     pub(super) models: ModelArgs,
 }
 
 pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
+    let overlap_tokens = usize::from(args.overlap_tokens);
+    if let Some(output) = &args.jobs.output {
+        return args.jobs.run(output, &args.models, args.top_n, overlap_tokens);
+    }
     let settings = args.models.resolve(&Machine::detect(), QueueSettings::UNBOUNDED).map_err(Failure::Config)?;
     if settings.sources.len() > 1 {
         return Err(Failure::Config(anyhow!(
             "`rerankd rank` takes one --model; `rerankd eval` compares several models"
         )));
     }
-    if args.query.trim().is_empty() {
+    let query = args.query.clone().unwrap_or_default();
+    if query.trim().is_empty() {
         let reason = anyhow!("--query is empty; give the text that the documents are ranked against");
         return Err(Failure::Other(reason));
     }
@@ -61,14 +70,10 @@ pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
     let request = RerankRequest {
         client: Client::default(),
         model: None,
-        query: args.query.clone(),
+        query,
         documents: documents.texts.clone().into(),
         top_n: args.top_n,
-        options: DocumentOptions {
-            overlap_tokens: usize::from(args.overlap_tokens),
-            max_chunks_per_doc: usize::MAX,
-            ..DocumentOptions::default()
-        },
+        options: DocumentOptions { overlap_tokens, max_chunks_per_doc: usize::MAX, ..DocumentOptions::default() },
         deadline: None,
     };
     let runtime = tokio::runtime::Builder::new_current_thread()

@@ -186,7 +186,7 @@ pub struct ServeArgs {
 
     /// Origin of a web page that may use the server from a browser; repeat it for several, * for every page [default: none]
     ///
-    /// Adds CORS headers to responses and answers preflight requests. Example: https://app.example
+    /// Adds CORS headers to responses and answers preflight requests. Example: `https://app.example`
     #[arg(
         long = "allowed-origin",
         id = "allowed-origin",

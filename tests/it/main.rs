@@ -15,6 +15,7 @@ mod fuzz;
 mod golden;
 mod http;
 mod hub;
+mod jobs;
 mod loading;
 mod mini;
 mod precision;

@@ -65,6 +65,11 @@ impl Server {
         Self { child, stderr, address }
     }
 
+    /// IP address and port.
+    pub(crate) fn address(&self) -> &str {
+        &self.address
+    }
+
     pub(crate) fn connect(&self) -> TcpStream {
         TcpStream::connect(&self.address).unwrap()
     }
