@@ -114,10 +114,10 @@ impl ApiError {
         Self { has_text: true, ..self }
     }
 
-    /// For a request whose body is not read, so that its dialect is unknown: with a [`TextErrorBody`] on the path of
-    /// text-embeddings-inference.
+    /// For a request whose body is not read, so that its dialect is unknown: with a [`TextErrorBody`] on the paths of
+    /// text-embeddings-inference and Weaviate.
     pub(super) fn for_path(self, path: &str) -> Self {
-        if path == "/rerank" { self.with_text() } else { self }
+        if matches!(path, "/rerank" | "/meta") { self.with_text() } else { self }
     }
 
     /// text-embeddings-inference's name for the kind of error.

@@ -259,6 +259,7 @@ async fn an_unread_body_on_the_path_of_text_embeddings_inference_gets_its_error_
         );
         assert!(found.json()["message"].is_string(), "{path}");
     }
+    assert!(get(&closed, "/meta").await.json()["error"].is_string(), "Weaviate reads it at its start");
 }
 
 fn from_page(method: &str, path: &str, origin: &str) -> Request<Body> {
