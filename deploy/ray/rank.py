@@ -62,12 +62,18 @@ def main():
     parser.add_argument("--cpus", type=int, default=1, help="of each actor")
     parser.add_argument("--gpus", type=int, default=0, help="of each actor")
     parser.add_argument("--queries-per-batch", type=int, default=100)
+    parser.add_argument("--local-cpus", type=int, help="CPUs of a cluster that is started on this machine, for tests")
     options = parser.parse_args()
     command = [options.rerankd, "rank", "--model", options.model, "--threads", str(options.cpus), "--log", "warn"]
     if options.gpus:
         command += ["--device", "cuda"]
 
-    ray.init(runtime_env={"py_modules": [str(Path(__file__).resolve().parent.parent / "python" / "reranker.py")]})
+    reranker = str(Path(__file__).resolve().parent.parent / "python" / "reranker.py")
+    ray.init(num_cpus=options.local_cpus, runtime_env={"py_modules": [reranker]})
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if cpus <= options.actors * options.cpus:
+        # Ray would wait for ever for a CPU to read the input with.
+        sys.exit(f"the actors would take all {cpus} CPUs; leave at least one for reading and writing")
     begun = time.monotonic()
     table = ray.data.read_parquet(options.input, columns=["id", "query", "documents"])
     rows = table.count()

@@ -148,6 +148,8 @@ def ray(work, options, expected):
     command = [
         *(sys.executable, str(DEPLOY / "ray" / "rank.py"), "--input", str(work / "queries.parquet")),
         *("--output", str(output), "--model", options.model, "--rerankd", RERANKD, "--actors", "2", "--cpus", "1"),
+        # Two for the actors; the rest reads and writes.
+        *("--local-cpus", "4"),
     ]
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     is_half_way = lambda: len(list(work.glob("ray.new-*/*.parquet"))) >= blocks / 2
