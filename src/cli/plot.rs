@@ -140,21 +140,46 @@ impl<'a> Drawing<'a> {
 
     fn draw(&self, svg: &mut String) {
         self.draw_axes(svg);
-        let mut taken = Vec::new();
-        for series in &self.chart.series {
-            for point in self.visible(series) {
-                let (x, y) = (self.at_x(point.x), self.at_y(point.y));
-                taken.push(Area { left: x - 5.0, top: y - 5.0, width: 10.0, height: 10.0 });
-            }
-        }
+        let mut taken: Vec<Area> = self.chart.series.iter().flat_map(|series| self.marks(series)).collect();
         for (i, series) in self.chart.series.iter().enumerate() {
             self.draw_series(i, series, svg);
         }
         for series in &self.chart.series {
             for point in self.visible(series).filter(|point| !point.label.is_empty()) {
-                self.draw_label(point, &mut taken, svg);
+                self.draw_label(point, series.line, &mut taken, svg);
             }
         }
+    }
+
+    /// The places of a series' points, intervals and lines, which labels avoid. A line is a row of squares.
+    fn marks(&self, series: &Series) -> Vec<Area> {
+        const STEP: f64 = 4.0;
+        let square = |(x, y): (f64, f64), half: f64| Area {
+            left: x - half,
+            top: y - half,
+            width: 2.0 * half,
+            height: 2.0 * half,
+        };
+        let points: Vec<(f64, f64)> =
+            self.visible(series).map(|point| (self.at_x(point.x), self.at_y(point.y))).collect();
+        let mut marks: Vec<Area> = points.iter().map(|&point| square(point, 5.0)).collect();
+        for point in self.visible(series) {
+            if let Some((low, high)) = point.interval {
+                let (bottom, top) = (self.at_y(low), self.at_y(high));
+                marks.push(Area { left: self.at_x(point.x) - 4.0, top, width: 8.0, height: bottom - top });
+            }
+        }
+        if series.line {
+            for ends in points.windows(2) {
+                let ((x, y), (dx, dy)) = (ends[0], (ends[1].0 - ends[0].0, ends[1].1 - ends[0].1));
+                let steps = (dx.hypot(dy) / STEP).ceil().max(1.0);
+                marks.extend((0..steps as usize).map(|i| {
+                    let share = i as f64 / steps;
+                    square((x + share * dx, y + share * dy), STEP / 2.0)
+                }));
+            }
+        }
+        marks
     }
 
     fn visible<'b>(&'b self, series: &'b Series) -> impl Iterator<Item = &'b Point> {
@@ -209,13 +234,19 @@ impl<'a> Drawing<'a> {
         }
     }
 
-    /// Writes a point's label beside it, on the first side where it covers nothing else and stays in the area.
-    fn draw_label(&self, point: &Point, taken: &mut Vec<Area>, svg: &mut String) {
+    /// Writes a point's label beside it, at the first place where it covers nothing else and stays in the area. On a line the
+    /// places above and below come first.
+    fn draw_label(&self, point: &Point, on_line: bool, taken: &mut Vec<Area>, svg: &mut String) {
         let (x, y) = (self.at_x(point.x), self.at_y(point.y));
         let width = point.label.chars().count() as f64 * CHARACTER;
-        let sides =
-            [(x + 9.0, y - 8.0), (x - width / 2.0, y - 24.0), (x - width / 2.0, y + 8.0), (x - width - 9.0, y - 8.0)];
-        let rectangles = sides.map(|(left, top)| Area { left, top, width, height: 16.0 });
+        let (right, left, center) = (x + 9.0, x - width - 9.0, x - width / 2.0);
+        let (above, below, middle) = (y - 22.0, y + 6.0, y - 8.0);
+        let beside = [(right, middle), (left, middle)];
+        let upright = [(center, above), (center, below)];
+        let corners = [(right, above), (left, above), (right, below), (left, below)];
+        let places = if on_line { [upright, beside] } else { [beside, upright] };
+        let places = places.concat().into_iter().chain(corners);
+        let rectangles: Vec<Area> = places.map(|(left, top)| Area { left, top, width, height: 16.0 }).collect();
         let fits = |area: &&Area| {
             area.left >= self.area.left
                 && area.left + width <= self.area.left + self.area.width + RIGHT
@@ -388,6 +419,23 @@ mod tests {
             assert_eq!(svg.matches("<circle").count(), drawn, "{scale:?}: {svg}");
             assert!(!svg.contains("NaN") && !svg.contains("inf"), "{svg}");
             assert!(svg.contains("&lt;a &amp; b&gt;") && !svg.contains("<a"), "{svg}");
+        }
+    }
+
+    #[test]
+    fn labels_cover_no_point_line_or_interval() {
+        let mut chart = chart(Scale::Linear, &[(0.0, 0.0), (1.0, 5.0), (2.0, 4.0), (3.0, 4.0), (4.0, 0.0)]);
+        chart.series[0].points[3].interval = Some((3.0, 5.0));
+        let drawing = Drawing::new(&chart, Area { left: LEFT, top: TOP, width: 620.0, height: 330.0 });
+        let marks = drawing.marks(&chart.series[0]);
+        assert!(marks.len() > 100, "lines are marked too");
+        let mut taken = marks.clone();
+        for point in &chart.series[0].points {
+            drawing.draw_label(point, true, &mut taken, &mut String::new());
+        }
+        assert_eq!(taken.len(), marks.len() + 5);
+        for label in &taken[marks.len()..] {
+            assert!(!marks.iter().any(|mark| mark.overlaps(label)), "{label:?}");
         }
     }
 
