@@ -338,7 +338,7 @@ function showStats({ ms, times, truncated, tokens }) {
 }
 
 function showList(results) {
-  byId("list").replaceChildren(...results.slice(0, shown).map(card));
+  byId("list").replaceChildren(...results.slice(0, shown).map(entry));
   settle();
   const rest = results.length - shown;
   byId("more").hidden = rest <= 0;
@@ -352,7 +352,7 @@ function showList(results) {
 }
 
 /** One document. Without a score it is not ranked yet. */
-function card({ document: { label, text }, index, relevance_score, chunk, chunks }, position) {
+function entry({ document: { label, text }, index, relevance_score, chunk, chunks }, position) {
   const isRanked = relevance_score != null;
   const bar = isRanked ? el("div", { class: "bar" }, el("i")) : null;
   bar?.firstChild.style.setProperty("--score", unit(relevance_score));
@@ -363,10 +363,10 @@ function card({ document: { label, text }, index, relevance_score, chunk, chunks
     el("span", { class: "rank", "aria-hidden": true }, isRanked ? `${position + 1}` : ""),
     el(
       "div",
-      { class: "card" },
+      { class: "entry" },
       el(
         "div",
-        { class: "card-head" },
+        { class: "entry-head" },
         el("h3", { class: "name" }, label),
         el("span", { class: "score" }, ...(isRanked ? [el("span", { class: "visually-hidden" }, "score "), score(relevance_score)] : [])),
       ),
@@ -391,7 +391,7 @@ function shortText(text) {
   return [paragraph, button];
 }
 
-/** After the cards are on the page: shows the buttons of clamped texts, and scrolls panes to their passage. */
+/** After the entries are on the page: shows the buttons of clamped texts, and scrolls panes to their passage. */
 function settle() {
   for (const paragraph of byId("list").querySelectorAll(".text.short")) {
     paragraph.nextSibling.hidden = paragraph.scrollHeight <= paragraph.clientHeight + 1;

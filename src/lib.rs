@@ -17,7 +17,7 @@
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - `jobs`: ranks many queries from a file to a file, resumable, in this process or by servers.
-//! - [`batch`], [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
+//! - [`batch`], `bounded_list`, [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;
@@ -35,6 +35,7 @@ pub mod api;
 pub mod backend;
 pub mod background;
 pub mod batch;
+mod bounded_list;
 pub mod checkpoint;
 pub mod cli;
 pub mod client;

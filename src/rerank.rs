@@ -1,10 +1,11 @@
 //! Ranking one request: text to pairs, pairs to logits, logits to a ranking.
 
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::{StreamExt, TryStreamExt, future, stream};
+use futures_util::{StreamExt, stream};
 
 use crate::client::Client;
 use crate::error::RerankError;
@@ -12,9 +13,6 @@ use crate::scheduler::{Deadline, Scores};
 use crate::score::ScoreMap;
 use crate::served::Models;
 use crate::text::{Chunk, DocumentOptions, EncodedRequest, Truncation};
-
-/// Queries of one body that are ranked at the same time.
-const CONCURRENT_QUERIES: usize = 64;
 
 /// A validated request.
 #[derive(Debug, Clone)]
@@ -35,6 +33,21 @@ pub struct RerankRequest {
     pub deadline: Option<Deadline>,
 }
 
+impl RerankRequest {
+    /// A request to the first model, with the default options and without a deadline.
+    pub fn new(query: String, documents: Arc<[String]>) -> Self {
+        Self {
+            client: Client::default(),
+            model: None,
+            query,
+            documents,
+            top_n: None,
+            options: DocumentOptions::default(),
+            deadline: None,
+        }
+    }
+}
+
 /// The ranked documents.
 #[derive(Debug)]
 pub struct Ranking {
@@ -48,20 +61,6 @@ pub struct Ranking {
     pub truncation: Truncation,
     /// Time by stage.
     pub timings: Timings,
-}
-
-impl Ranking {
-    fn merge(mut self, other: Self) -> Self {
-        self.results.extend(other.results);
-        self.tokens += other.tokens;
-        self.truncation.query |= other.truncation.query;
-        self.truncation.documents += other.truncation.documents;
-        self.truncation.chunks += other.truncation.chunks;
-        self.timings.tokenize = self.timings.tokenize.max(other.timings.tokenize);
-        self.timings.queue = self.timings.queue.max(other.timings.queue);
-        self.timings.inference = self.timings.inference.max(other.timings.inference);
-        self
-    }
 }
 
 /// One document of a ranking.
@@ -111,52 +110,47 @@ pub struct Timings {
 /// # Errors
 /// See [`RerankError`].
 pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, RerankError> {
-    let model = models.choose(request.model.as_deref())?;
-    let client = &request.client;
+    rank_all(models, vec![request]).await
+}
+
+/// Ranks the documents of several queries as one request: tokenized, admitted and scored together, and limited together. Client,
+/// model, `top_n`, options and deadline are those of the first query. In the result, a document's index counts the documents of
+/// the queries before its own.
+///
+/// # Errors
+/// See [`RerankError`].
+pub async fn rank_all(models: &Models, queries: Vec<RerankRequest>) -> Result<Ranking, RerankError> {
+    let first = queries.first().ok_or_else(|| RerankError::invalid("query", "is missing"))?;
+    let model = models.choose(first.model.as_deref())?;
+    let (client, options, top_n, deadline) = (&first.client, first.options, first.top_n, first.deadline);
     model.scheduler.has_room(client.id)?;
     let start = Instant::now();
-    let encoded = model.text.encode(client.id, &request.query, Arc::clone(&request.documents), request.options).await?;
+    let encode = |query: &RerankRequest| {
+        let (text, documents) = (query.query.clone(), Arc::clone(&query.documents));
+        async move { model.text.encode(client.id, &text, documents, options).await }
+    };
+    let mut encoding = pin!(stream::iter(queries.iter().map(encode)).buffered(model.text.threads().max(1)));
+    let mut encoded = EncodedRequest::default();
+    let mut tokens = 0;
+    while let Some(query) = encoding.next().await {
+        let query = query?;
+        tokens += query.tokens();
+        model.text.check_tokens(tokens)?;
+        encoded.append(query);
+    }
     let tokenize = start.elapsed();
-    let tokens = encoded.tokens();
-    let permit = model.scheduler.admit(client.id, tokens, request.deadline)?;
+    let permit = model.scheduler.admit(client.id, tokens, deadline)?;
     client.take_tokens(tokens)?;
     let EncodedRequest { pairs, documents, truncation } = encoded;
-    let scores = model.scheduler.score(pairs, permit, request.deadline).await?;
-    let mut results = best_first(&scores, model.score_map, &documents, request.top_n);
-    if request.options.spans {
+    let scores = model.scheduler.score(pairs, permit, deadline).await?;
+    let mut results = best_first(&scores, model.score_map, &documents, top_n);
+    if options.spans {
         for ranked in &mut results {
             ranked.chunks = ranked_chunks(&scores, model.score_map, &documents[ranked.index]);
         }
     }
     let timings = Timings { tokenize, queue: scores.queued, inference: scores.computed };
     Ok(Ranking { model: model.name.clone(), results, tokens, truncation, timings })
-}
-
-/// Ranks several requests. In the result, a document's index counts the documents of the requests before its own.
-///
-/// # Errors
-/// The first error of any request.
-pub async fn rank_all(models: &Models, mut requests: Vec<RerankRequest>) -> Result<Ranking, RerankError> {
-    if requests.len() == 1 {
-        return rerank(models, requests.remove(0)).await;
-    }
-    let mut first_index = 0;
-    let ranked = requests.into_iter().map(|request| {
-        let first = first_index;
-        first_index += request.documents.len();
-        async move {
-            let mut ranking = rerank(models, request).await?;
-            ranking.results.iter_mut().for_each(|ranked| ranked.index += first);
-            Ok(ranking)
-        }
-    });
-    let merged = stream::iter(ranked).buffered(CONCURRENT_QUERIES).try_fold(None, |all: Option<Ranking>, ranking| {
-        future::ready(Ok(Some(match all {
-            Some(all) => all.merge(ranking),
-            None => ranking,
-        })))
-    });
-    merged.await?.ok_or_else(|| RerankError::invalid("query", "is missing"))
 }
 
 /// Each document's best chunk, sorted by logit descending, then index, truncated to `top_n`. The sigmoid saturates at 1 for

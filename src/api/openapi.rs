@@ -57,10 +57,10 @@ enum AnyBody<'a> {
 #[schema(as = AnyRerankAnswer)]
 #[serde(untagged)]
 #[allow(dead_code, reason = "a schema for the OpenAPI document, never constructed")]
-enum AnyAnswer {
-    Documents(documents::RerankAnswer),
-    Texts(Vec<texts::TextsRank>),
-    Weaviate(weaviate::WeaviateAnswer),
+enum AnyAnswer<'a> {
+    Documents(documents::RerankAnswer<'a>),
+    Texts(Vec<texts::TextsRank<'a>>),
+    Weaviate(weaviate::WeaviateAnswer<'a>),
 }
 
 /// Error of a rerank path, in the body's dialect.
@@ -103,7 +103,7 @@ rerank_path!(
     "/v1/rerank",
     "Ranks documents as SiliconFlow, Cohere, Jina, Voyage and most others do.",
     AnyBody<'_>,
-    AnyAnswer,
+    AnyAnswer<'_>,
     AnyError
 );
 rerank_path!(
@@ -111,7 +111,7 @@ rerank_path!(
     "/rerank",
     "Ranks `texts` as text-embeddings-inference does, and `documents` as /v1/rerank or Weaviate's reranker-transformers does.",
     AnyBody<'_>,
-    AnyAnswer,
+    AnyAnswer<'_>,
     AnyError
 );
 rerank_path!(
@@ -119,7 +119,7 @@ rerank_path!(
     "/v1/reranking",
     "Ranks an input list as Mixedbread does.",
     input::InputBody<'_>,
-    input::InputAnswer,
+    input::InputAnswer<'_>,
     ErrorBody
 );
 rerank_path!(

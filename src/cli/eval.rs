@@ -13,7 +13,6 @@ use super::failure::Failure;
 use super::output::{PictureFile, print, table};
 use super::plot::{Axis, Chart, Point, Scale, Series};
 use super::start::start_models;
-use crate::client::Client;
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
 use crate::config::resolve::QueueSettings;
@@ -22,7 +21,6 @@ use crate::eval::{Measures, Topic, TopicOptions, topics};
 use crate::rerank::{RerankRequest, rerank};
 use crate::served::Models;
 use crate::telemetry;
-use crate::text::DocumentOptions;
 
 /// Topics in flight, so that some are tokenized while others are computed.
 const CONCURRENT_TOPICS: usize = 4;
@@ -147,13 +145,8 @@ fn evaluate(models: &Models, name: &str, topics: &[Topic], args: &EvalArgs) -> R
     let bar = telemetry::progress_count(topics.len() as u64, name);
     let rank = async |topic: &Topic| -> Result<TopicResult> {
         let request = RerankRequest {
-            client: Client::default(),
             model: Some(name.to_owned()),
-            query: topic.query.clone(),
-            documents: topic.documents.clone().into(),
-            top_n: None,
-            options: DocumentOptions::default(),
-            deadline: None,
+            ..RerankRequest::new(topic.query.clone(), topic.documents.clone().into())
         };
         let ranking = rerank(models, request).await.with_context(|| format!("topic {}", topic.id))?;
         bar.inc(1);

@@ -11,7 +11,6 @@ use super::failure::Failure;
 use super::jobs::JobArgs;
 use super::output::{print, table};
 use super::start::start_models;
-use crate::client::Client;
 use crate::config::args::ModelArgs;
 use crate::config::machine::Machine;
 use crate::config::resolve::QueueSettings;
@@ -68,13 +67,9 @@ pub(super) fn run(args: &RankArgs) -> Result<(), Failure> {
     let models =
         start_models(&settings, |name, about| tracing::debug!(model = name, "{about}")).map_err(Failure::of_loading)?;
     let request = RerankRequest {
-        client: Client::default(),
-        model: None,
-        query,
-        documents: documents.texts.clone().into(),
         top_n: args.top_n,
         options: DocumentOptions { overlap_tokens, max_chunks_per_doc: usize::MAX, ..DocumentOptions::default() },
-        deadline: None,
+        ..RerankRequest::new(query, documents.texts.clone().into())
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -1,12 +1,12 @@
 //! Queries from JSON Lines: `{"id", "query", "documents": [text, or {"id", "text"}]}`.
 
 use anyhow::Result;
-use serde::de::{Error, SeqAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::job::{JobId, JobRecord, JobSource, RankJob};
 use super::lines::{LinePosition, LineReader};
+use crate::bounded_list::BoundedList;
 
 /// Maximum documents of one query.
 const MAX_DOCUMENTS: usize = 100_000;
@@ -64,26 +64,7 @@ struct RawDocuments<'a>(Vec<&'a RawValue>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for RawDocuments<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct DocumentsVisitor;
-        impl<'de> Visitor<'de> for DocumentsVisitor {
-            type Value = RawDocuments<'de>;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a list of documents")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-                let mut documents = Vec::new();
-                while let Some(document) = list.next_element()? {
-                    if documents.len() == MAX_DOCUMENTS {
-                        return Err(A::Error::custom(format!("documents: more than {MAX_DOCUMENTS}")));
-                    }
-                    documents.push(document);
-                }
-                Ok(RawDocuments(documents))
-            }
-        }
-        deserializer.deserialize_seq(DocumentsVisitor)
+        deserializer.deserialize_seq(BoundedList::new(MAX_DOCUMENTS, "documents")).map(Self)
     }
 }
 

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use super::job::{JobError, JobScore, RankJob, ResultFormat};
 use super::remote::Servers;
-use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranked, RerankRequest, rerank};
 use crate::served::Models;
@@ -36,13 +35,9 @@ impl JobRanker {
             Self::Local { models, overlap_tokens, top_n, format } => {
                 let options = DocumentOptions { overlap_tokens: *overlap_tokens, ..DocumentOptions::default() };
                 let request = RerankRequest {
-                    client: Client::default(),
-                    model: None,
-                    query: job.query.clone(),
-                    documents: Arc::clone(&job.texts),
                     top_n: *top_n,
                     options,
-                    deadline: None,
+                    ..RerankRequest::new(job.query.clone(), Arc::clone(&job.texts))
                 };
                 (models, request, *format)
             }

@@ -211,6 +211,12 @@ impl TextEncoder {
         self.inner.limits.threads
     }
 
+    /// # Errors
+    /// [`RerankError::TooMuchWork`] if a request of this many tokens is over the limit.
+    pub fn check_tokens(&self, tokens: usize) -> Result<(), RerankError> {
+        self.inner.check_tokens(tokens)
+    }
+
     /// Maximum tokens of a query: its share of the window.
     pub fn max_query_tokens(&self) -> usize {
         let all = self.inner.window - self.inner.template.special_tokens();
@@ -345,9 +351,7 @@ impl TextEncoder {
                 tokens_so_far[slice.document].store(text.tokens, Relaxed);
                 total += text.append(slice, reach);
             }
-            if total > limits.max_request_tokens {
-                return Err(RerankError::TooMuchWork { tokens: total, limit: limits.max_request_tokens });
-            }
+            self.check_tokens(total)?;
         }
         drop(results);
         for (text, skipped) in texts.iter_mut().zip(&bytes_skipped) {
@@ -389,6 +393,11 @@ impl TextEncoder {
 }
 
 impl Inner {
+    fn check_tokens(&self, tokens: usize) -> Result<(), RerankError> {
+        let limit = self.limits.max_request_tokens;
+        if tokens > limit { Err(RerankError::TooMuchWork { tokens, limit }) } else { Ok(()) }
+    }
+
     fn pairs(
         &self,
         query: &[u32],
@@ -402,9 +411,7 @@ impl Inner {
         let fixed = query.len() + self.template.special_tokens();
         let tokens =
             documents.iter().flat_map(|text| chunking.chunks(read(text))).map(|chunk| fixed + chunk.len()).sum();
-        if tokens > self.limits.max_request_tokens {
-            return Err(RerankError::TooMuchWork { tokens, limit: self.limits.max_request_tokens });
-        }
+        self.check_tokens(tokens)?;
         let mut encoded = EncodedRequest::default();
         let mut known: HashMap<&[u32], usize> = HashMap::new();
         for text in documents {
@@ -430,6 +437,19 @@ impl Inner {
 }
 
 impl EncodedRequest {
+    /// Adds the pairs and documents of another query.
+    pub fn append(&mut self, other: Self) {
+        let first = self.pairs.len();
+        self.pairs.extend(other.pairs);
+        let moved = |chunks: Vec<Chunk>| {
+            chunks.into_iter().map(|chunk| Chunk { pair: first + chunk.pair, ..chunk }).collect::<Vec<_>>()
+        };
+        self.documents.extend(other.documents.into_iter().map(moved));
+        self.truncation.query |= other.truncation.query;
+        self.truncation.documents += other.truncation.documents;
+        self.truncation.chunks += other.truncation.chunks;
+    }
+
     /// Tokens of all distinct pairs.
     pub fn tokens(&self) -> usize {
         self.pairs.iter().map(Pair::tokens).sum()

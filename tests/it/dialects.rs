@@ -144,6 +144,11 @@ async fn vllm_score_requests_get_its_response_shape() {
     let found = post(&app, "/score", paired.to_string()).await.json();
     assert_eq!(found["usage"]["total_tokens"], 3 * 5, "three pairs of [CLS] text [SEP] text [SEP]");
     assert_eq!(scores(found), [-1.0, 0.0, -1.0]);
+    // Each pair is far below the limit of 20,000 tokens; together they have more.
+    let long: Vec<&str> = (0..300).map(|i| stub::WORDS[i * i / 50 % 6]).collect(); // no two chunks alike
+    let together = json!({"text_1": vec!["red"; 100], "text_2": vec![long.join(" "); 100]});
+    let refused = post(&app, "/score", together.to_string()).await;
+    check_error(&refused, 413, 413, "request_too_large", "tokens");
     let uneven = post(&app, "/score", r#"{"text_1":["a","b"],"text_2":["a","b","c"]}"#).await;
     check_error(&uneven, 400, 20015, "invalid_request_error", "text_1");
 }

@@ -335,7 +335,7 @@ def a_long_document_shows_its_chunks_and_the_best_one_in_context(test):
     assert test.browser.js(in_view, ANSWER), "the answer is not in view"
     pane = test.browser.js("return document.querySelector('.first .pane').textContent")
     assert len(pane) > len(marked) + 1000
-    test.browser.click(".first .card > .link")
+    test.browser.click(".first .entry > .link")
     assert test.browser.js("return document.querySelector('.first .pane').textContent") == EXAMPLE.read_text()
 
 

@@ -13,7 +13,6 @@ use utoipa::ToSchema;
 
 use super::fields::{self, ChunkDetail, Documents, RankFields, chunk_detail, flag, in_range, whole};
 use super::parsed::ParsedRequest;
-use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranked, RankedChunk, Ranking, RerankRequest};
 use crate::text::{DocumentOptions, MAX_OVERLAP_TOKENS};
@@ -97,13 +96,13 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     let top_n = in_range("top_n", body.top_n, 1, i64::MAX)?;
     let top_k = in_range("top_k", body.top_k, 1, i64::MAX)?;
     let request = RerankRequest {
-        client: Client::default(),
         model: body.model,
-        query: fields::query("query", body.query)?,
-        documents: body.documents.texts("documents", body.rank_fields.as_ref(), max_documents)?,
         top_n: top_n.or(top_k),
         options,
-        deadline: None,
+        ..RerankRequest::new(
+            fields::query("query", body.query)?,
+            body.documents.texts("documents", body.rank_fields.as_ref(), max_documents)?,
+        )
     };
     let texts = body.return_documents.unwrap_or(false).then(|| request.documents.clone());
     let shape = Shape {
@@ -114,7 +113,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     };
     let has_instruction = body.instruction.is_some_and(|text| !text.trim().is_empty());
     let write = move |ranking: &Ranking, id: String| {
-        let text = |index: usize| texts.as_ref().map(|texts| texts[index].clone());
+        let text = |index: usize| texts.as_ref().map(|texts| texts[index].as_str());
         let mut response = Json(answer(ranking, id, text, shape)).into_response();
         if has_instruction {
             response.headers_mut().insert("x-rerankd-ignored", HeaderValue::from_static("instruction"));
@@ -126,13 +125,13 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
 
 /// A response.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct RerankAnswer {
+pub(crate) struct RerankAnswer<'a> {
     /// The request's id.
     id: String,
     /// Best first.
-    results: Vec<AnswerResult>,
+    results: Vec<AnswerResult<'a>>,
     /// The results again, under Voyage's names.
-    data: Vec<VoyageResult>,
+    data: Vec<VoyageResult<'a>>,
     tokens: AnswerTokens,
     meta: Meta,
     /// The served model's name.
@@ -147,7 +146,7 @@ pub(crate) struct RerankAnswer {
 
 /// The score of one document.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct AnswerResult {
+pub(crate) struct AnswerResult<'a> {
     /// Its position in the request, from 0.
     index: usize,
     /// In [0, 1]: the model's score map, a sigmoid, of its best chunk's logit; with `raw_scores` the logit itself.
@@ -155,7 +154,7 @@ pub(crate) struct AnswerResult {
     /// Its text, if the request has `return_documents`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    document: Option<AnswerDocument>,
+    document: Option<AnswerDocument<'a>>,
     /// The chunk with the highest score, if the request has `return_chunks`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
@@ -179,19 +178,19 @@ pub(crate) struct AnswerChunk {
 
 /// A document's text.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct AnswerDocument {
-    text: String,
+pub(crate) struct AnswerDocument<'a> {
+    text: &'a str,
 }
 
 /// The score of one document, under Voyage's names.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct VoyageResult {
+pub(crate) struct VoyageResult<'a> {
     index: usize,
     relevance_score: f64,
     /// Its text, if the request has `return_documents`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    document: Option<String>,
+    document: Option<&'a str>,
 }
 
 /// Tokens that the model read, over all distinct pairs of query and chunk.
@@ -247,7 +246,7 @@ pub(super) fn unix_seconds() -> u64 {
 /// What the request says about the response.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
-    /// Whether the response has Voyage's `data`.
+    /// Whether `object` is `list`, as Voyage's clients require.
     for_voyage: bool,
     /// Whether scores are logits.
     raw: bool,
@@ -267,7 +266,12 @@ impl Shape {
     }
 }
 
-fn answer(ranking: &Ranking, id: String, text: impl Fn(usize) -> Option<String>, shape: Shape) -> RerankAnswer {
+fn answer<'a>(
+    ranking: &Ranking,
+    id: String,
+    text: impl Fn(usize) -> Option<&'a str>,
+    shape: Shape,
+) -> RerankAnswer<'a> {
     let tokens = AnswerTokens { input_tokens: ranking.tokens, output_tokens: 0 };
     let score = |ranked: &Ranked| shape.score(ranked.score, ranked.logit);
     let kept = || ranking.results.iter().filter(|ranked| score(ranked) >= shape.min_score);

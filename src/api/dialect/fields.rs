@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error, IgnoredAny, MapAccess, Unexpected, Visitor};
 use serde_json::value::RawValue;
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{
@@ -13,6 +13,7 @@ use utoipa::openapi::schema::{
 };
 use utoipa::{PartialSchema, ToSchema};
 
+use crate::bounded_list::BoundedList;
 use crate::error::RerankError;
 
 /// Maximum documents that are parsed, whatever `--max-documents` says.
@@ -138,31 +139,14 @@ fn plain(error: &serde_json::Error) -> String {
 
 impl<'de: 'a, 'a> Deserialize<'de> for Documents<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ListVisitor;
-        impl<'de> Visitor<'de> for ListVisitor {
-            type Value = Vec<Document<'de>>;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a list of texts")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
-                let mut documents = Vec::new();
-                while let Some(document) = list.next_element()? {
-                    if documents.len() == MAX_PARSED_DOCUMENTS {
-                        return Err(A::Error::custom(format_args!("more than {MAX_PARSED_DOCUMENTS} documents")));
-                    }
-                    documents.push(document);
-                }
-                Ok(documents)
-            }
-        }
         let value = <&'de RawValue>::deserialize(deserializer)?;
         if value.get().starts_with('"') {
             return Ok(Self(vec![Document(value)]));
         }
         let mut list = serde_json::Deserializer::from_str(value.get());
-        let documents = list.deserialize_any(ListVisitor).map_err(|error| D::Error::custom(plain(&error)))?;
+        let documents = list
+            .deserialize_any(BoundedList::new(MAX_PARSED_DOCUMENTS, "texts"))
+            .map_err(|error| D::Error::custom(plain(&error)))?;
         Ok(Self(documents))
     }
 }
@@ -173,29 +157,11 @@ pub(super) struct RankFields(Vec<String>);
 
 impl<'de> Deserialize<'de> for RankFields {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct NamesVisitor;
-        impl<'de> Visitor<'de> for NamesVisitor {
-            type Value = RankFields;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a list of field names")
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<RankFields, A::Error> {
-                let mut names = Vec::new();
-                while let Some(name) = list.next_element::<String>()? {
-                    if names.len() == MAX_RANK_FIELDS {
-                        return Err(A::Error::custom(format_args!("more than {MAX_RANK_FIELDS} names")));
-                    }
-                    if name.len() > MAX_RANK_FIELD_BYTES {
-                        return Err(A::Error::custom(format_args!("a name of more than {MAX_RANK_FIELD_BYTES} bytes")));
-                    }
-                    names.push(name);
-                }
-                Ok(RankFields(names))
-            }
+        let names: Vec<String> = deserializer.deserialize_seq(BoundedList::new(MAX_RANK_FIELDS, "field names"))?;
+        if names.iter().any(|name| name.len() > MAX_RANK_FIELD_BYTES) {
+            return Err(D::Error::custom(format_args!("a name of more than {MAX_RANK_FIELD_BYTES} bytes")));
         }
-        deserializer.deserialize_seq(NamesVisitor)
+        Ok(Self(names))
     }
 }
 

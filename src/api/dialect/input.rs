@@ -8,10 +8,8 @@ use utoipa::ToSchema;
 use super::documents::Usage;
 use super::fields::{self, Documents, RankFields, flag, in_range, whole};
 use super::parsed::ParsedRequest;
-use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
-use crate::text::DocumentOptions;
 
 /// A request.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -41,9 +39,9 @@ pub(crate) struct InputBody<'a> {
 
 /// A response.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct InputAnswer {
+pub(crate) struct InputAnswer<'a> {
     /// Best first.
-    data: Vec<InputResult>,
+    data: Vec<InputResult<'a>>,
     model: String,
     /// Always `list`.
     object: &'static str,
@@ -55,7 +53,7 @@ pub(crate) struct InputAnswer {
 
 /// One document.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct InputResult {
+pub(crate) struct InputResult<'a> {
     /// Its position in the request, from 0.
     index: usize,
     /// In [0, 1].
@@ -63,7 +61,7 @@ pub(crate) struct InputResult {
     /// Its text, if the request has `return_input`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    input: Option<String>,
+    input: Option<&'a str>,
     /// Always null: Mixedbread's older and newer SDK expect different values.
     #[schema(value_type = Option<String>)]
     object: (),
@@ -72,13 +70,12 @@ pub(crate) struct InputResult {
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: InputBody<'_> = fields::json(body)?;
     let request = RerankRequest {
-        client: Client::default(),
         model: body.model,
-        query: fields::query("query", body.query)?,
-        documents: body.input.texts("input", body.rank_fields.as_ref(), max_documents)?,
         top_n: in_range("top_k", body.top_k, 1, i64::MAX)?,
-        options: DocumentOptions::default(),
-        deadline: None,
+        ..RerankRequest::new(
+            fields::query("query", body.query)?,
+            body.input.texts("input", body.rank_fields.as_ref(), max_documents)?,
+        )
     };
     let return_input = body.return_input.unwrap_or(false);
     let texts = return_input.then(|| request.documents.clone());
@@ -86,7 +83,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
         let result = |ranked: &crate::rerank::Ranked| InputResult {
             index: ranked.index,
             score: ranked.score,
-            input: texts.as_ref().map(|texts| texts[ranked.index].clone()),
+            input: texts.as_ref().map(|texts| texts[ranked.index].as_str()),
             object: (),
         };
         let answer = InputAnswer {

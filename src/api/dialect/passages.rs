@@ -8,10 +8,8 @@ use utoipa::ToSchema;
 use super::documents::Usage;
 use super::fields::{self, Document, Documents, in_range, whole};
 use super::parsed::ParsedRequest;
-use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
-use crate::text::DocumentOptions;
 
 /// A request. `truncate` is ignored: a long passage is split into chunks, and its score is its best chunk's score.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -52,13 +50,12 @@ pub(crate) struct PassageRank {
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: PassagesBody<'_> = fields::json(body)?;
     let request = RerankRequest {
-        client: Client::default(),
         model: body.model,
-        query: fields::query("query", body.query.text("query", None)?)?,
-        documents: body.passages.texts("passages", None, max_documents)?,
         top_n: in_range("top_k", body.top_k, 1, i64::MAX)?,
-        options: DocumentOptions::default(),
-        deadline: None,
+        ..RerankRequest::new(
+            fields::query("query", body.query.text("query", None)?)?,
+            body.passages.texts("passages", None, max_documents)?,
+        )
     };
     let write = |ranking: &Ranking, _id: String| {
         let rank = |ranked: &crate::rerank::Ranked| PassageRank { index: ranked.index, logit: ranked.logit };

@@ -8,10 +8,8 @@ use utoipa::ToSchema;
 use super::documents::{Usage, unix_seconds};
 use super::fields::{self, Documents, flag};
 use super::parsed::ParsedRequest;
-use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranked, Ranking, RerankRequest};
-use crate::text::DocumentOptions;
 
 /// A request. A single text in `text_1` is scored with every text in `text_2`; several are paired with those in `text_2`.
 /// `truncate_prompt_tokens` is ignored: a long text in `text_2` is split into chunks and has its best chunk's score.
@@ -65,15 +63,8 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
     let documents = body.text_2.texts("text_2", None, max_documents)?;
     let query = |(i, text): (usize, &String)| fields::query(&format!("text_1[{i}]"), text.clone());
     let mut queries = queries.iter().enumerate().map(query).collect::<Result<Vec<_>, _>>()?;
-    let request = |query, documents| RerankRequest {
-        client: Client::default(),
-        model: body.model.clone(),
-        query,
-        documents,
-        top_n: None,
-        options: DocumentOptions::default(),
-        deadline: None,
-    };
+    let request =
+        |query, documents| RerankRequest { model: body.model.clone(), ..RerankRequest::new(query, documents) };
     let requests = if queries.len() == 1 {
         vec![request(queries.remove(0), documents)]
     } else if queries.len() == documents.len() {

@@ -7,10 +7,8 @@ use utoipa::ToSchema;
 
 use super::fields::{self, Documents, flag, in_range, whole};
 use super::parsed::ParsedRequest;
-use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranking, RerankRequest};
-use crate::text::DocumentOptions;
 
 /// A request. `truncate` and `truncation_direction` are ignored: a long text is split into chunks, and its score is its best
 /// chunk's score.
@@ -41,26 +39,22 @@ pub(crate) struct TextsBody<'a> {
 
 /// The score of one text.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct TextsRank {
+pub(crate) struct TextsRank<'a> {
     /// Its position in the request, from 0.
     index: usize,
     score: f64,
     /// The text, if the request has `return_text`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
-    text: Option<String>,
+    text: Option<&'a str>,
 }
 
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: TextsBody<'_> = fields::json(body)?;
     let request = RerankRequest {
-        client: Client::default(),
         model: body.model,
-        query: fields::query("query", body.query)?,
-        documents: body.texts.texts("texts", None, max_documents)?,
         top_n: in_range("top_n", body.top_n, 1, i64::MAX)?,
-        options: DocumentOptions::default(),
-        deadline: None,
+        ..RerankRequest::new(fields::query("query", body.query)?, body.texts.texts("texts", None, max_documents)?)
     };
     let texts = body.return_text.unwrap_or(false).then(|| request.documents.clone());
     let raw = body.raw_scores.unwrap_or(false);
@@ -68,7 +62,7 @@ pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, 
         let rank = |ranked: &crate::rerank::Ranked| TextsRank {
             index: ranked.index,
             score: if raw { f64::from(ranked.logit) } else { ranked.score },
-            text: texts.as_ref().map(|texts| texts[ranked.index].clone()),
+            text: texts.as_ref().map(|texts| texts[ranked.index].as_str()),
         };
         Json(ranking.results.iter().map(rank).collect::<Vec<_>>()).into_response()
     };

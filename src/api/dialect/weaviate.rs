@@ -9,10 +9,8 @@ use utoipa::ToSchema;
 
 use super::fields::{self, Documents};
 use super::parsed::ParsedRequest;
-use crate::client::Client;
 use crate::error::RerankError;
 use crate::rerank::{Ranked, Ranking, RerankRequest};
-use crate::text::DocumentOptions;
 
 /// A request. The first model ranks it, because Weaviate names none.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -31,34 +29,29 @@ pub(crate) struct WeaviateBody<'a> {
 
 /// A response.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct WeaviateAnswer {
+pub(crate) struct WeaviateAnswer<'a> {
     /// One for each document, in the request's order.
-    scores: Vec<DocumentScore>,
+    scores: Vec<DocumentScore<'a>>,
 }
 
 /// The score of one document. Weaviate finds the document by its text.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct DocumentScore {
-    document: String,
+pub(crate) struct DocumentScore<'a> {
+    document: &'a str,
     score: f64,
 }
 
 pub(super) fn parse(body: &[u8], max_documents: usize) -> Result<ParsedRequest, RerankError> {
     let body: WeaviateBody<'_> = fields::json(body)?;
-    let request = RerankRequest {
-        client: Client::default(),
-        model: None,
-        query: fields::query("query", body.query)?,
-        documents: body.documents.texts("documents", None, max_documents)?,
-        top_n: None,
-        options: DocumentOptions::default(),
-        deadline: None,
-    };
+    let request = RerankRequest::new(
+        fields::query("query", body.query)?,
+        body.documents.texts("documents", None, max_documents)?,
+    );
     let texts = request.documents.clone();
     let write = move |ranking: &Ranking, _id: String| {
         let mut results: Vec<&Ranked> = ranking.results.iter().collect();
         results.sort_by_key(|ranked| ranked.index);
-        let score = |ranked: &Ranked| DocumentScore { document: texts[ranked.index].clone(), score: ranked.score };
+        let score = |ranked: &Ranked| DocumentScore { document: &texts[ranked.index], score: ranked.score };
         Json(WeaviateAnswer { scores: results.into_iter().map(score).collect() }).into_response()
     };
     Ok(ParsedRequest::new(request, write))

@@ -32,6 +32,7 @@ mod quantize;
 pub mod roofline;
 mod rotary;
 mod simd;
+mod table;
 #[cfg(test)]
 mod tests;
 mod thread_pool;
@@ -40,9 +41,6 @@ mod workspace;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
-
-use half::f16;
-use half::slice::HalfFloatSliceExt;
 
 use self::attention::{Attention, AttentionFormat, Sequence};
 pub use self::dtype::CpuDtype;
@@ -55,6 +53,7 @@ use self::quantize::{QuantizeRows, QuantizeSource, QuantizedRows, acquire_bf16, 
 pub use self::rotary::Rotary;
 use self::rotary::{Rotate, RotatedRows};
 use self::simd::SimdPath;
+use self::table::Table;
 pub use self::thread_pool::ThreadPool;
 use self::workspace::Matrix;
 use super::{
@@ -86,21 +85,13 @@ pub struct Buffer {
     quantized: Option<QuantizedRows>,
 }
 
-/// Embedding tables: f32 if GEMMs are f32, otherwise f16, which has three more mantissa bits than bf16 and sufficient
-/// range.
+/// Embedding tables and their layer norm.
 #[derive(Debug)]
 pub struct Embeddings {
     words: Table,
     positions: Option<Table>,
     types: Option<Table>,
     norm: Norm,
-}
-
-/// One embedding table, `[rows, C]`.
-#[derive(Debug)]
-enum Table {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
 }
 
 /// A linear layer's packed weights and bias.
@@ -258,19 +249,6 @@ impl CpuBackend {
             }
         });
     }
-
-    fn table(&self, tensor: HostTensor) -> Table {
-        match self.format {
-            StorageFormat::F32 => Table::F32(tensor.data),
-            StorageFormat::Bf16 | StorageFormat::Int8 => {
-                let mut values = vec![f16::ZERO; tensor.data.len()];
-                let part = tensor.data.len().div_ceil(self.pool.threads()).max(1);
-                let parts = values.chunks_mut(part).zip(tensor.data.chunks(part)).collect();
-                self.pool.for_each(parts, |(to, from): (&mut [f16], &[f32])| to.convert_from_f32_slice(from));
-                Table::F16(values)
-            }
-        }
-    }
 }
 
 /// If a GEMM is split by rows, the number of parts is at most `rows / MIN_SPLIT_ROWS`, rounded up.
@@ -300,26 +278,6 @@ impl ExecContext {
     }
 }
 
-impl Table {
-    /// Copies row `index` to `to`, `[C]`, or adds it to `to` if `add`. `scratch` is `[C]`.
-    fn read(&self, index: u32, to: &mut [f32], scratch: &mut [f32], add: bool) {
-        let at = index as usize * to.len();
-        let row = match self {
-            Self::F32(data) => &data[at..][..to.len()],
-            Self::F16(data) => {
-                data[at..][..to.len()].convert_to_f32_slice(scratch);
-                scratch
-            }
-        };
-        if !add {
-            return to.copy_from_slice(row);
-        }
-        for (to, value) in to.iter_mut().zip(row) {
-            *to += value;
-        }
-    }
-}
-
 impl Backend for CpuBackend {
     type ExecContext = ExecContext;
     type Buffer = Buffer;
@@ -338,10 +296,11 @@ impl Backend for CpuBackend {
     }
 
     fn embeddings(&self, tables: EmbeddingTables) -> Result<Embeddings, BackendError> {
+        let table = |tensor: HostTensor| Table::new(tensor.data, self.format, &self.pool);
         Ok(Embeddings {
-            words: self.table(tables.words),
-            positions: tables.positions.map(|table| self.table(table)),
-            types: tables.types.map(|table| self.table(table)),
+            words: table(tables.words),
+            positions: tables.positions.map(table),
+            types: tables.types.map(table),
             norm: self.norm(tables.norm)?,
         })
     }
