@@ -21,7 +21,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use rerankd::api::{App, Keys};
-use rerankd::backend::cpu::{CpuBackend, CpuDtype};
+use rerankd::backend::cpu::CpuDtype;
+use rerankd::backend::cpu::roofline::MultiplyRates;
 use rerankd::batch::{Batch, Pair};
 use rerankd::checkpoint::config::ModelConfig;
 use rerankd::client::ClientId;
@@ -72,7 +73,7 @@ fn base(threads: usize) -> LoadedModel {
         Ok("f32") => CpuDtype::F32,
         Ok("int8") => CpuDtype::Int8,
         Ok("bf16") => CpuDtype::Bf16,
-        _ if CpuBackend::has_bf16() => CpuDtype::Bf16,
+        _ if MultiplyRates::measured().bf16_is_fast() => CpuDtype::Bf16,
         _ => CpuDtype::F32,
     };
     let options = LoadOptions {

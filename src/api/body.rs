@@ -138,8 +138,9 @@ pub(super) async fn hold_until_written(mut share: Permit, response: Response) ->
 }
 
 fn check_headers(headers: &HeaderMap, limits: &ApiLimits) -> Result<(), ApiError> {
-    if let Some(encoding) = headers.get(header::CONTENT_ENCODING).filter(|value| *value != "identity") {
-        let message = format!("content-encoding {encoding:?} is not supported; send the JSON uncompressed");
+    if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        // The header is not quoted: each of its bytes may take 14 in the response.
+        let message = "content-encoding: only \"identity\" is supported; send the JSON uncompressed".to_owned();
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }
     if content_length(headers).is_some_and(|length| length > limits.max_body_bytes) {

@@ -57,9 +57,10 @@ pub struct ModelArgs {
 
     /// Precision of the encoder's matrix multiplications
     ///
-    /// On a CPU: `f32`; `bf16` (half the memory, about twice as fast where the CPU has bf16 instructions); `int8` (a quarter of
-    /// the memory, less accurate scores). On a GPU: `f16`, `bf16`, `f32`; `fp8` (E4M3, needs compute capability 8.9 or higher,
-    /// less accurate than int8). `auto` is f16 on a GPU, bf16 on a CPU with AVX-512 BF16 or NEON BF16, and f32 on other CPUs.
+    /// On a CPU: `f32`; `bf16` (half the memory, about twice as fast where the CPU has fast bf16 instructions); `int8` (a quarter
+    /// of the memory, less accurate scores). On a GPU: `f16`, `bf16`, `f32`; `fp8` (E4M3, needs compute capability 8.9 or higher,
+    /// less accurate than int8). `auto` is f16 on a GPU, bf16 on a CPU that multiplies it at least as fast as f32 (measured at
+    /// start), and f32 on other CPUs.
     #[arg(long, value_enum, default_value = "auto", env = "RERANKD_DTYPE")]
     pub dtype: DtypeArg,
 

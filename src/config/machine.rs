@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::backend::cpu::CpuBackend;
+use crate::backend::cpu::roofline::MultiplyRates;
 use crate::backend::gpus::CudaSurvey;
 
 /// What this process found on its machine and in its environment. Tests construct their own.
@@ -10,8 +10,8 @@ use crate::backend::gpus::CudaSurvey;
 pub struct Machine {
     /// Number of processors that this process may use, as limited by its affinity mask and cgroup quota.
     pub processors: usize,
-    /// Whether the CPU has bf16 dot-product instructions.
-    pub has_bf16: bool,
+    /// Measures the CPU's rates of multiplications. Called for `--dtype auto` only.
+    pub multiply_rates: fn() -> MultiplyRates,
     /// Looks for a CUDA device. Called for `--device auto` only, because it opens the driver library.
     pub find_cuda: fn() -> CudaAvailability,
     /// The user's cache folder (XDG Base Directory Specification), if the environment names one.
@@ -35,7 +35,7 @@ impl Machine {
         let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         Self {
             processors: std::thread::available_parallelism().map_or(1, Into::into),
-            has_bf16: CpuBackend::has_bf16(),
+            multiply_rates: MultiplyRates::measured,
             find_cuda,
             user_cache: folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache"))),
         }

@@ -153,18 +153,18 @@ impl ModelArgs {
                 #[cfg(feature = "cuda")]
                 CudaAvailability::Usable if self.dtype == DtypeArg::Int8 => {
                     notices.push(Notice::Info("using the CPU: --dtype int8 is for CPUs".to_owned()));
-                    self.cpu(machine, threads)
+                    self.cpu(machine, threads, notices)
                 }
                 #[cfg(feature = "cuda")]
                 CudaAvailability::Usable => self.cuda(machine, "cuda"),
                 CudaAvailability::Unusable(reason) => {
                     notices
                         .push(Notice::Warning(format!("using the CPU: a GPU was found but cannot be used: {reason}")));
-                    self.cpu(machine, threads)
+                    self.cpu(machine, threads, notices)
                 }
-                _ => self.cpu(machine, threads),
+                _ => self.cpu(machine, threads, notices),
             },
-            "cpu" => self.cpu(machine, threads),
+            "cpu" => self.cpu(machine, threads, notices),
             #[cfg(feature = "cuda")]
             _ if name.starts_with("cuda") => self.cuda(machine, name),
             "candle" => self.require_f32().map(|()| DeviceChoice::Candle { threads }),
@@ -179,15 +179,19 @@ impl ModelArgs {
         }
     }
 
-    fn cpu(&self, machine: &Machine, threads: usize) -> Result<DeviceChoice> {
+    fn cpu(&self, machine: &Machine, threads: usize, notices: &mut Vec<Notice>) -> Result<DeviceChoice> {
         let dtype = match self.dtype {
             DtypeArg::F32 => CpuDtype::F32,
             DtypeArg::Bf16 => CpuDtype::Bf16,
             DtypeArg::Int8 => CpuDtype::Int8,
             DtypeArg::F16 => bail!("--dtype f16 needs a GPU; on a CPU choose bf16, int8 or f32"),
             DtypeArg::Fp8 => bail!("--dtype fp8 needs a GPU; on a CPU choose int8, bf16 or f32"),
-            DtypeArg::Auto if machine.has_bf16 => CpuDtype::Bf16,
-            DtypeArg::Auto => CpuDtype::F32,
+            DtypeArg::Auto => {
+                let rates = (machine.multiply_rates)();
+                let dtype = if rates.bf16_is_fast() { CpuDtype::Bf16 } else { CpuDtype::F32 };
+                notices.push(Notice::Info(format!("--dtype auto is {}: {rates}", dtype.name())));
+                dtype
+            }
         };
         Ok(DeviceChoice::Cpu { dtype, threads, pin_threads: self.pin_threads })
     }
@@ -340,10 +344,15 @@ mod tests {
     use clap::{Args as _, Command, FromArgMatches as _};
 
     use super::*;
+    use crate::backend::cpu::roofline::MultiplyRates;
 
     /// Without bf16 instructions and without a GPU.
-    const PLAIN: Machine =
-        Machine { processors: 8, has_bf16: false, find_cuda: || CudaAvailability::Absent, user_cache: None };
+    const PLAIN: Machine = Machine {
+        processors: 8,
+        multiply_rates: || MultiplyRates { bf16: None, int8: 2.0 },
+        find_cuda: || CudaAvailability::Absent,
+        user_cache: None,
+    };
 
     fn resolve(machine: Machine, flags: &[&str]) -> Result<ServeSettings> {
         let command = ServeArgs::augment_args(Command::new("serve"));
@@ -360,9 +369,13 @@ mod tests {
     }
 
     #[test]
-    fn auto_dtype_is_bf16_only_on_cpus_that_have_it() {
+    fn auto_dtype_is_bf16_only_on_cpus_where_it_is_fast() {
         assert!(device(PLAIN, &[]).contains("F32, threads: 8"));
-        assert!(device(Machine { has_bf16: true, ..PLAIN }, &["--threads", "3"]).contains("Bf16, threads: 3"));
+        let fast = Machine { multiply_rates: || MultiplyRates { bf16: Some(2.0), int8: 4.0 }, ..PLAIN };
+        let slow = Machine { multiply_rates: || MultiplyRates { bf16: Some(0.5), int8: 4.0 }, ..PLAIN };
+        assert!(device(fast, &["--threads", "3"]).contains("Bf16, threads: 3"));
+        assert!(device(slow.clone(), &[]).contains("F32"));
+        assert!(device(slow, &["--dtype", "bf16"]).contains("Bf16"));
     }
 
     #[test]
@@ -371,8 +384,8 @@ mod tests {
         let settings = resolve(broken, &["--device", "auto", "--model", "rerankd-mini"]).unwrap();
         assert!(matches!(settings.models.load.device, DeviceChoice::Cpu { .. }));
         assert_eq!(
-            settings.models.notices,
-            [Notice::Warning("using the CPU: a GPU was found but cannot be used: the driver is too old".to_owned())]
+            settings.models.notices[0],
+            Notice::Warning("using the CPU: a GPU was found but cannot be used: the driver is too old".to_owned())
         );
     }
 

@@ -50,6 +50,7 @@ use self::layer_norm::{LayerNorm, NormRows};
 use self::packed::{PackedWeights, StorageFormat};
 use self::partition::partition_batch;
 use self::quantize::{QuantizeRows, QuantizeSource, QuantizedRows, acquire_bf16, gather_rows, gemm_input};
+use self::roofline::best_path;
 pub use self::rotary::Rotary;
 use self::rotary::{Rotate, RotatedRows};
 use self::simd::SimdPath;
@@ -113,7 +114,7 @@ pub struct Norm {
 impl CpuBackend {
     /// Computes on the threads of `pool`, with GEMMs in `dtype` and the best instruction set of this machine.
     pub fn new(dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
-        Self::on(SimdPath::best(), dtype, pool)
+        Self::on(best_path(), dtype, pool)
     }
 
     fn on(path: SimdPath, dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
@@ -127,12 +128,7 @@ impl CpuBackend {
 
     /// The best instruction set of this machine that the kernels support, as in logs; `portable` if there is none.
     pub fn instruction_set() -> &'static str {
-        SimdPath::best().name()
-    }
-
-    /// Whether this machine has an instruction for bf16 dot products. Without one, bf16 is slower than f32.
-    pub fn has_bf16() -> bool {
-        SimdPath::best().has_bf16()
+        best_path().name()
     }
 
     /// The operand A of a GEMM with `weights`.

@@ -68,8 +68,7 @@ fn describe_device(device: &DeviceChoice, args: &ModelArgs, machine: &Machine) -
     let why_dtype = match args.dtype {
         DtypeArg::Auto if on_gpu => "auto is f16 on a GPU",
         DtypeArg::Auto if matches!(device, DeviceChoice::Candle { .. }) => "candle computes in f32",
-        DtypeArg::Auto if machine.has_bf16 => "auto, because this processor has bf16 instructions",
-        DtypeArg::Auto => "auto, because this processor has no bf16 instructions",
+        DtypeArg::Auto => &format!("auto: {}", (machine.multiply_rates)()),
         _ => "--dtype",
     };
     format!("device: {} ({why_device}); precision: {} ({why_dtype})", device.place(), device.name())

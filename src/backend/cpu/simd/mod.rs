@@ -23,7 +23,7 @@ pub(super) use isa::{Accuracy, Isa, MAX_LANES, SimdOp, exp2};
 pub(super) use partial::{load_partial, load_partial_bf16, store_partial, store_partial_bf16};
 pub(super) use portable::Portable;
 
-/// The supported instruction sets. The best one is chosen at start and named in the log.
+/// The supported instruction sets. One is chosen at start and named in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SimdPath {
     /// AVX-512 with dot products of bf16 and int8 (Zen 4 and later, Sapphire Rapids and later).
@@ -90,9 +90,13 @@ impl SimdPath {
         all.iter().filter(|name| !supported.contains(name)).copied().collect()
     }
 
-    /// The best path that this machine can run.
-    pub(super) fn best() -> Self {
-        Self::supported()[0]
+    /// The same instruction set, but with bf16 dot products computed in f32; `None` if it does not exist in this form.
+    pub(super) fn without_bf16(self) -> Option<Self> {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16(_) => avx512::Avx512::<false, true>::detect().map(Self::Avx512Vnni),
+            _ => None,
+        }
     }
 
     /// The name in logs.
