@@ -211,10 +211,8 @@ impl Permit {
     /// [`RerankError::Overloaded`] if there is no room.
     pub fn grow_to(&mut self, units: usize) -> Result<(), RerankError> {
         let more = units.saturating_sub(self.units);
-        if more > 0 {
-            self.admission.add(self.client, more, self.units, self.admission.limit(None))?;
-            self.units += more;
-        }
+        self.admission.add(self.client, more, self.units, self.admission.limit(None))?;
+        self.units += more;
         Ok(())
     }
 }
@@ -263,10 +261,11 @@ mod tests {
     fn a_request_is_admitted_whole_or_refused() {
         let admission = admission(100, 3600);
         let first = admit(&admission, 80, None).unwrap();
-        assert!(is_refused(admit(&admission, 50, None)));
+        assert!(matches!(admit(&admission, 50, None), Err(RerankError::Overloaded { retry_after_s: 1..=2 })));
         let second = admit(&admission, 20, None).unwrap();
         assert_eq!(admission.waiting(), 100);
         assert!(admission.has_room(ClientId::Only).is_err());
+        assert!(admission.lock().by_client.is_empty(), "the only client shares with nobody");
         drop((first, second));
         assert_eq!(admission.waiting(), 0);
         assert!(admission.has_room(ClientId::Only).is_ok());
@@ -289,6 +288,7 @@ mod tests {
             admit(&admission, 2001, patience),
             Err(RerankError::CannotFinish { needed_s: 3, patience_s: 2 })
         ));
+        assert!(admit(&admission, 2000, patience).is_ok(), "exactly in time");
         let _first = admit(&admission, 1500, patience).unwrap();
         assert!(is_refused(admit(&admission, 600, patience)), "1.5 s wait + 0.6 s > 2 s");
     }
@@ -322,6 +322,17 @@ mod tests {
         drop((first, second, third));
         assert_eq!(admission.waiting(), 0);
         assert!(admission.lock().by_client.is_empty());
+    }
+
+    #[test]
+    fn a_client_may_add_half_of_what_is_free_beyond_its_own_work() {
+        let admission = admission(120, 3600);
+        let key = ClientId::Key(1);
+        let _nothing = admission.admit(ClientId::Key(2), 0, None).unwrap();
+        let _first = admission.admit(key, 20, None).unwrap();
+        assert_eq!(admission.lock().by_client.len(), 1, "a client that holds nothing has no entry");
+        assert!(is_refused(admission.admit(key, 41, None)), "20 + 41 are more than the 59 that stay free");
+        assert!(admission.admit(key, 40, None).is_ok());
     }
 
     #[test]
