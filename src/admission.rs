@@ -149,7 +149,7 @@ impl Admission {
         Ok(())
     }
 
-    /// Whether `client` has room for more work, without taking any.
+    /// Checks that `client` has room for more work, without taking any.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`]

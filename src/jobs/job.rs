@@ -58,7 +58,7 @@ pub(crate) struct JobScore {
 /// Why a query has no ranking.
 #[derive(Debug)]
 pub(crate) enum JobError {
-    /// The query's own fault; others may succeed.
+    /// This query cannot be ranked; others may succeed.
     Query(String),
     /// No server can be reached or has room. A later run may succeed.
     Unavailable(anyhow::Error),

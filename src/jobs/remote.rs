@@ -21,7 +21,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(180);
 /// Maximum bytes of a response.
 const MAX_RESPONSE_BYTES: u64 = 256 << 20;
-/// Refusals of a query that servers answer with an internal error or a timeout.
+/// Attempts to rank a query that servers answer with an internal error (500) or a timeout (504).
 const FAILED_ATTEMPTS: u32 = 3;
 /// Pause of a server after its first failure. It doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);

@@ -105,7 +105,8 @@ impl EntityTag {
         }
     }
 
-    /// The name of the lock and of the incomplete file, without the extension: the digest, or a hash that includes an opaque tag.
+    /// The name of the lock and of the incomplete file, without the extension: the digest; for an opaque tag, a hash of repository,
+    /// file and tag.
     pub(super) fn work_name(&self, repository: &str, file: &str) -> String {
         match self {
             Self::Sha256(digest) | Self::GitBlob(digest) => digest.clone(),
