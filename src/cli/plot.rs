@@ -48,7 +48,7 @@ pub struct Point {
     pub label: String,
 }
 
-/// Series are told apart by these colors, and beyond them by dashes.
+/// Colors of the series. After the last color they begin again, with other dashes.
 const COLORS: [&str; 6] = ["#2f81f7", "#d29922", "#3fb950", "#db61a2", "#a371f7", "#f85149"];
 const DASHES: [&str; 3] = ["none", "7 4", "2 4"];
 const STYLE: &str = "\

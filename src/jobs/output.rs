@@ -1,8 +1,8 @@
 //! The output of a run, written so that a killed run can go on.
 //!
-//! Results are appended to `OUT.partial`. Every few seconds the file is synced, and then `OUT.state.json` says how far input and
-//! output are, by an atomic rename. A run that finds both cuts off what was written after the last state and goes on from there.
-//! At the end `OUT.partial` becomes `OUT`.
+//! Results are appended to `OUT.partial`. Every few seconds the file is synced. Then `OUT.state.json`, which says how far input
+//! and output are, is replaced by an atomic rename. A run that finds both files removes the results after the last state and
+//! continues from there. At the end `OUT.partial` becomes `OUT`.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};

@@ -58,7 +58,7 @@ pub(crate) struct RerankBody<'a> {
     /// Documents with a lower score are left out. Default: none.
     #[serde(default)]
     min_score: Option<f64>,
-    /// Whether each result tells where its best chunk is in the text (`true` or `best`), or all its chunks (`all`). Default: false.
+    /// Whether each result has the position of its best chunk (`true` or `best`), or of all its chunks (`all`). Default: false.
     #[serde(default, deserialize_with = "chunk_detail")]
     #[schema(value_type = fields::ChunkDetail)]
     return_chunks: Option<ChunkDetail>,
