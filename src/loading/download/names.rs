@@ -1,5 +1,5 @@
-//! Names that become paths or URLs. [`Commit`] and [`EntityTag`] are checked when they are made; a [`Revision`] and a file name by
-//! their check functions, before they are used.
+//! Names that become paths or URLs. A [`Commit`] and an [`EntityTag`] are checked when they are created, a [`Revision`] and a file
+//! name by their check functions before they are used.
 
 use std::fmt;
 

@@ -80,7 +80,8 @@ pub(super) enum BodyAction {
 /// metadata, `validator` the entity tag of the response that brought the bytes so far.
 ///
 /// # Errors
-/// [`HubError::InvalidResponse`] if the size contradicts the metadata, or the status is neither 200, 206 nor 416.
+/// [`HubError::Damaged`] if the size contradicts the metadata; [`HubError::InvalidResponse`] if the status is neither 200, 206 nor
+/// 416.
 pub(super) fn body_action(
     headers: &ContentHeaders,
     offset: u64,
