@@ -4,8 +4,8 @@
 //! been planned, then in the second. A quarter of every batch is reserved for the second level, so that large requests advance
 //! too. Room that one level does not use is available to the other.
 //!
-//! In each level, the next request is one of the client that has been given the fewest tokens (start-time fair queueing: Goyal,
-//! Vin and Cheng, 1996). The requests of one client are first come, first served: requests of similar size finish one after
+//! In each level, the next request is one of the client whose requests have received the fewest tokens (start-time fair queueing:
+//! Goyal, Vin and Cheng, 1996). The requests of one client are first come, first served: requests of similar size finish one after
 //! another instead of all finishing late together.
 
 use std::collections::{BTreeMap, VecDeque};
