@@ -4,10 +4,10 @@
 //! - [`cli`]: one file per command; the exit codes.
 //! - [`config`]: flags, environment variables and the config file, resolved to settings.
 //! - [`api`]: HTTP: request formats, API keys, limits, the error table, health and metrics.
-//! - [`rerank`]: a request from text to ranking, in one short function.
+//! - [`rerank`]: ranks one request, from text to ranking.
 //! - [`served`]: the served models by name.
 //! - [`text`]: from text to pairs of token ids; long documents are split into overlapping chunks.
-//! - [`client`]: who sends a request, and the rate limits of its API key.
+//! - [`client`]: the client that sends a request, and the rate limits of its API key.
 //! - [`background`]: threads of low priority for large requests.
 //! - [`admission`]: work is admitted whole or refused at once, by size, estimated wait, and the shares of clients.
 //! - [`scheduler`]: the queue, batch composition, the workers that run batches, and their supervision.
