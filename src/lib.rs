@@ -17,7 +17,8 @@
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - `jobs`: ranks many queries from a file to a file, resumable, in this process or by servers.
-//! - [`batch`], `bounded_list`, [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
+//! - [`batch`], `bounded_list`, [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the
+//!   crate.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;
@@ -26,7 +27,8 @@
 //! - `unsafe` outside `backend/cpu` and `backend/cuda`;
 //! - environment variables outside `config`;
 //! - file access in `api`, `rerank`, `served`, `text`, `scheduler` and `encoder`;
-//! - `cfg(feature)` outside `backend`, `sync`, `failpoint` and tests, except where `config` and `loading` choose the device.
+//! - `cfg(feature)` outside `backend`, `sync`, `failpoint` and tests, except where `config` and `loading` choose the device and
+//!   `main` the allocator.
 
 #![deny(unsafe_code)]
 

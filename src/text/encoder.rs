@@ -1,8 +1,8 @@
 //! A model's tokenizer and pair template: turns a request into pairs of token ids.
 //!
-//! Tokenization runs in units of at most some tens of KiB, so that requests take turns. Large requests are tokenized on threads of
-//! low priority. A request is admitted by its bytes before it is tokenized, and each document is tokenized only as far as its chunks
-//! reach.
+//! Tokenization runs in units of at most some tens of KiB, so that requests take turns. Large requests are tokenized on threads
+//! of low priority. A request is admitted by its bytes before it is tokenized, and each document is tokenized only as far as its
+//! chunks reach.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
