@@ -4,8 +4,9 @@
 //! units and in the seconds that it takes at the measured speed. A limit in seconds suits a laptop and a GPU alike.
 //!
 //! Several clients share a limit by dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory
-//! packet switches", 1998): a client may hold at most as much as is free. So one client alone can take half of the room, and n
-//! clients 1 / (n + 1) each. An exception is a client that holds nothing: its first request may take all that is free.
+//! packet switches", 1998): a client may add work as long as it then holds at most as much as is still free. So one client alone
+//! can take half of the room, and n clients 1 / (n + 1) each. A client that holds nothing is excepted: its first request may take
+//! all that is free.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError};
@@ -149,7 +150,7 @@ impl Admission {
         Ok(())
     }
 
-    /// Whether `client` has room for more work, without taking any.
+    /// Checks that `client` has room for more work, without taking any.
     ///
     /// # Errors
     /// [`RerankError::Overloaded`]

@@ -1,4 +1,4 @@
-//! Who sends a request, and how much each client may send: clients are told apart by their API keys.
+//! The client that sends a request, known by its API key, and the rate limits of each client.
 
 use std::num::NonZeroU32;
 use std::sync::Arc;

@@ -4,10 +4,10 @@
 //! - [`cli`]: one file per command; the exit codes.
 //! - [`config`]: flags, environment variables and the config file, resolved to settings.
 //! - [`api`]: HTTP: request formats, API keys, limits, the error table, health and metrics.
-//! - [`rerank`]: a request from text to ranking, in one short function.
+//! - [`rerank`]: ranks one request, from text to ranking.
 //! - [`served`]: the served models by name.
 //! - [`text`]: from text to pairs of token ids; long documents are split into overlapping chunks.
-//! - [`client`]: who sends a request, and the rate limits of its API key.
+//! - [`client`]: the client that sends a request, and the rate limits of its API key.
 //! - [`background`]: threads of low priority for large requests.
 //! - [`admission`]: work is admitted whole or refused at once, by size, estimated wait, and the shares of clients.
 //! - [`scheduler`]: the queue, batch composition, the workers that run batches, and their supervision.
@@ -17,7 +17,8 @@
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - `jobs`: ranks many queries from a file to a file, resumable, in this process or by servers.
-//! - [`batch`], `bounded_list`, [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the crate.
+//! - [`batch`], `bounded_list`, [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the
+//!   crate.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;
@@ -26,7 +27,8 @@
 //! - `unsafe` outside `backend/cpu` and `backend/cuda`;
 //! - environment variables outside `config`;
 //! - file access in `api`, `rerank`, `served`, `text`, `scheduler` and `encoder`;
-//! - `cfg(feature)` outside `backend`, `sync`, `failpoint` and tests, except where `config` and `loading` choose the device.
+//! - `cfg(feature)` outside `backend`, `sync`, `failpoint` and tests, except where `config` and `loading` choose the device and
+//!   `main` the allocator.
 
 #![deny(unsafe_code)]
 

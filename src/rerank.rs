@@ -29,7 +29,7 @@ pub struct RerankRequest {
     pub top_n: Option<usize>,
     /// How documents are split into chunks.
     pub options: DocumentOptions,
-    /// When the request is given up.
+    /// When the request is answered with an error if it has no result yet; `None` is never.
     pub deadline: Option<Deadline>,
 }
 

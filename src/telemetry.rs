@@ -157,8 +157,8 @@ pub fn progress_count(total: u64, label: &str) -> ProgressBar {
     progress(total, label, "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}")
 }
 
-/// A progress bar of a share of `total`, with a message, on standard error; without a total only the message. It is hidden when
-/// standard error is not a terminal.
+/// A progress bar that shows which share of `total` is done, and a message, on standard error; without a total only the message. It
+/// is hidden when standard error is not a terminal.
 pub fn progress_share(total: Option<u64>) -> ProgressBar {
     let template = if total.is_some() { "{wide_bar} {percent}% {msg}" } else { "{spinner} {msg}" };
     progress(total.unwrap_or(0), "", template)

@@ -1,4 +1,4 @@
-//! What a well-behaved client notices of an attacker (goal: the client's p99 latency less than doubles).
+//! Latency of a well-behaved client beside an attacker. The goal is that its p99 less than doubles.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

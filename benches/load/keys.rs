@@ -1,5 +1,5 @@
-//! Whether the time of a refusal tells how much of a key was right (goal G21 of docs/reliability.md): a Mann-Whitney test of two
-//! wrong keys.
+//! Whether the response time for a wrong key reveals how much of the key is right (goal G21 of docs/reliability.md): a
+//! Mann-Whitney test of two wrong keys.
 
 use std::time::{Duration, Instant};
 

@@ -7,8 +7,8 @@
 //! target/release/examples/load plot curve.jsonl > curve.svg
 //! ```
 //!
-//! Each command but `stub` and `plot` starts its own server, unless `--address` names one, and prints a table. `curve`, `attack`, `cost`
-//! and `soak` also append their figures to `--json FILE`, as lines of JSON.
+//! Each command but `stub` and `plot` starts its own server, unless `--address` names one, and prints a table. `curve`, `attack`,
+//! `cost` and `soak` also append their figures to `--json FILE`, as lines of JSON.
 
 #![allow(clippy::print_stdout, reason = "the tables are the result")]
 

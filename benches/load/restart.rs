@@ -1,4 +1,4 @@
-//! Time from a kill to the next ready server (goal G10 of docs/reliability.md), beside the time of reading its weights.
+//! Time from a kill to the next ready server (goal G10 of docs/reliability.md), and the time of reading its weights.
 
 use std::path::Path;
 use std::time::Instant;

@@ -78,7 +78,8 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Sends requests, one after another, until the port is closed or `stop` is set. Even clients keep their connection.
+/// Sends requests, one after another, until the port is closed or `stop` is set. A client with an even number keeps
+/// its connection.
 async fn ask_until(
     address: String,
     requests: Arc<Vec<Vec<u8>>>,

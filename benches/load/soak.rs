@@ -1,5 +1,5 @@
-//! Mixed requests, broken ones and clients that leave, for a long time (goal G6 of docs/reliability.md). Reports memory, descriptors
-//! and threads, which should stay constant.
+//! Mixed requests, broken ones and clients that leave, for a long time (goal G6 of docs/reliability.md). Reports memory,
+//! descriptors and threads, which should stay constant.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

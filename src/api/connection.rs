@@ -78,14 +78,14 @@ impl ConnectionState {
         })
     }
 
-    /// A request's header is complete; its body follows.
+    /// Called when a request's header is complete and its body follows.
     pub(super) fn request_started(&self, version: Version) {
         self.is_writing.store(true, Relaxed);
         self.has_interim.store(version == Version::HTTP_11, Relaxed);
         *self.phase() = Phase::Receiving;
     }
 
-    /// The whole request has arrived.
+    /// Called when the whole request has arrived.
     pub(super) fn request_received(&self) {
         let mut phase = self.phase();
         if *phase == Phase::Receiving {
@@ -98,7 +98,7 @@ impl ConnectionState {
         *self.phase() == Phase::Receiving
     }
 
-    /// hyper has the whole response, but has perhaps not written all of it to the socket.
+    /// Called when hyper has the whole response, though perhaps not all of it is written to the socket.
     pub(super) fn request_finished(&self) {
         *self.phase() = Phase::Idle(Instant::now());
     }
@@ -112,7 +112,7 @@ impl ConnectionState {
         }
     }
 
-    /// Everything that hyper has is written to the socket.
+    /// Called when everything that hyper has is written to the socket.
     fn flushed(&self) {
         if !self.phase().has_request() {
             self.is_writing.store(false, Relaxed);

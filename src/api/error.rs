@@ -1,7 +1,7 @@
 //! Error responses: the only table from errors to HTTP statuses.
 //!
-//! One body serves the clients of all dialects but `texts` and Weaviate's: `code`, `message` and `data` as SiliconFlow has them, `detail` as a
-//! string, and `error` with the `type` that SDKs map to their exception classes. It never contains `results`.
+//! One body serves the clients of all dialects but `texts` and Weaviate's: `code`, `message` and `data` as SiliconFlow has them,
+//! `detail` as a string, and `error` with the `type` that SDKs map to their exception classes. It never contains `results`.
 
 use std::any::Any;
 

@@ -25,7 +25,7 @@ struct Key {
 }
 
 impl Keys {
-    /// Equal keys count once, empty ones not at all. Each key is a client with limits of its own.
+    /// Each distinct key is a client with its own limits. Empty keys are ignored.
     ///
     /// # Errors
     /// A key has a character other than visible ASCII. The message does not contain the key.

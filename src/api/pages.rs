@@ -26,11 +26,11 @@ const PAGES: [(&str, &str, &str); 7] = [
 const HTML: &str = "text/html; charset=utf-8";
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 
-/// Scripts, styles and requests only from and to this server; no frames, no forms that leave the page.
+/// Only scripts and styles of this server, and requests to it; no frames, and no forms that are sent anywhere.
 const CONTENT_SECURITY_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
      img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
-/// The routes of all pages. They need no key, because they contain nothing of this server's data.
+/// The routes of all pages. They need no key, because they contain no data of this server.
 pub(super) fn routes() -> Router<Arc<App>> {
     // Addresses in the pages are relative, because a proxy may add a path prefix. Below `/docs/` they would be wrong.
     let router = Router::new().route("/docs/", get(|| async { Redirect::permanent("../docs") }));

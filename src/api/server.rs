@@ -52,7 +52,7 @@ pub struct ServerTimeouts {
     pub idle: Duration,
     /// A connection is closed if, over this time, its client reads a response more slowly than `MIN_WRITE_RATE` (`connection.rs`).
     pub write: Duration,
-    /// Time from the signal until connections are no longer accepted. Meanwhile /ready fails, which tells load balancers.
+    /// Time from the signal until connections are no longer accepted. Meanwhile /ready fails, so that load balancers notice.
     pub shutdown_grace: Duration,
     /// Maximum time from the signal until the requests that are still running are refused.
     pub drain: Duration,

@@ -15,8 +15,8 @@ pub(super) struct NamedDocuments {
     pub(super) texts: Vec<String>,
 }
 
-/// Reads the documents that `arguments` name, in their order. Without arguments each line of standard input is a document. Of
-/// a file at least `max_chars` characters are read, if it has as many.
+/// Reads the documents that `arguments` name, in their order. Without arguments each line of standard input is a document. The rest
+/// of a file after `max_chars` characters may be left out.
 ///
 /// # Errors
 /// A path does not exist, a pattern matches no file, or a file that is named or matched cannot be read as text; there is no
@@ -155,7 +155,7 @@ mod tests {
         let path = folder.path().join("long.txt");
         std::fs::write(&path, "é".repeat(1000)).unwrap();
         assert_eq!(read_text(&path, 1000).unwrap(), "é".repeat(1000));
-        // 4 * 10 + 4 bytes, and with another first character half a character is left over.
+        // The limit is 4 * 10 + 4 bytes: 22 times "é". With an "a" first, it splits the last "é", which is then left out.
         assert_eq!(read_text(&path, 10).unwrap(), "é".repeat(22));
         std::fs::write(&path, format!("a{}", "é".repeat(1000))).unwrap();
         assert_eq!(read_text(&path, 10).unwrap(), format!("a{}", "é".repeat(21)));

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use crate::loading::download::HubError;
 
-/// A failure of a command. The exit codes follow `sysexits.h`, so that a process manager can tell apart what a restart may cure:
+/// A failure of a command. The exit codes follow `sysexits.h`, so that a process manager knows whether a restart may help:
 ///
 /// | code | meaning | restart? |
 /// |---|---|---|
@@ -13,7 +13,7 @@ use crate::loading::download::HubError;
 /// | 1 | any other failure | |
 /// | 2 | the command line, an environment variable or a value in the config file is not valid | no |
 /// | 69 | the model hub cannot be reached or is busy; or no server takes a query, or another process writes the output (`rank`) | yes, later |
-/// | 70 | the device is lost or hangs; the scheduler ends the process | yes |
+/// | 70 | the device is lost or hangs, or a worker panics too often; the scheduler ends the process | yes |
 /// | 78 | the settings do not fit this machine, or a model's files are missing or damaged | no |
 /// | 130 | a second SIGTERM or SIGINT during the drain | |
 #[derive(Debug)]

@@ -17,7 +17,7 @@ use crate::jobs::{
 };
 use crate::secret::Secret;
 
-/// Default queries in flight in this process: enough short ones for a batch on a GPU.
+/// Default queries in flight in this process: enough to fill a batch on a GPU with short ones.
 const LOCAL_WINDOW: usize = 256;
 /// Default queries in flight at each server.
 const WINDOW_PER_SERVER: usize = 8;
@@ -57,7 +57,7 @@ pub(super) struct JobArgs {
     #[arg(long, value_enum, requires = "output")]
     output_format: Option<ResultFormat>,
 
-    /// Rank part I of N, from 0, of the input; the parts' outputs in order are the output without this flag
+    /// Rank part I of N of the input, counted from 0; the outputs of all parts, joined in order, are the output without this flag
     #[arg(long, value_name = "I/N", default_value = "0/1", requires = "output")]
     shard: Shard,
 
@@ -80,7 +80,7 @@ pub(super) struct JobArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=100_000), requires = "output")]
     concurrency: Option<u32>,
 
-    /// Seconds without any server for a query, after which the command ends with exit code 69
+    /// Maximum seconds for which no server takes a query; then the command ends with exit code 69
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(0..=604_800), requires = "server")]
     patience: u64,
 
@@ -179,7 +179,7 @@ impl JobArgs {
         top_n: Option<usize>,
         overlap_tokens: usize,
     ) -> Result<Value> {
-        // What came through a pipe cannot be compared, so it is never the same.
+        // The content of a pipe cannot be compared, so two pipes never count as equal.
         let content = |path: &Path| {
             if is_regular_file(path) { fingerprint(path) } else { Ok(format!("a pipe, {}", uuid::Uuid::now_v7())) }
         };

@@ -31,7 +31,7 @@ pub enum Scale {
 /// Points of one color, joined by a line or not.
 #[derive(Debug, Clone)]
 pub struct Series {
-    /// The name in the legend; an empty one is not shown. With several charts, series of the same position have the same name.
+    /// The name in the legend; an empty one is not shown. In several charts, series at the same position must have the same name.
     pub name: String,
     pub points: Vec<Point>,
     pub line: bool,
@@ -48,7 +48,7 @@ pub struct Point {
     pub label: String,
 }
 
-/// Series are told apart by these colors, and beyond them by dashes.
+/// Colors of the series. After the last color they begin again, with other dashes.
 const COLORS: [&str; 6] = ["#2f81f7", "#d29922", "#3fb950", "#db61a2", "#a371f7", "#f85149"];
 const DASHES: [&str; 3] = ["none", "7 4", "2 4"];
 const STYLE: &str = "\
@@ -111,7 +111,7 @@ impl Area {
     }
 }
 
-/// A chart on its place in the picture.
+/// A chart and its place in the picture.
 struct Drawing<'a> {
     chart: &'a Chart,
     area: Area,
@@ -295,7 +295,7 @@ impl Range {
         ((value - self.low) / (self.high - self.low)).clamp(0.0, 1.0)
     }
 
-    /// Round numbers in the range, some `wanted` of them.
+    /// Round numbers in the range, about `wanted` of them.
     fn ticks(&self, wanted: usize) -> Vec<f64> {
         if !self.log {
             let step = round_step((self.high - self.low) / wanted as f64);

@@ -50,7 +50,7 @@ pub struct ModelArgs {
     /// Device to compute on: cpu, cuda, cuda:N, auto or candle
     ///
     /// `cpu`: the fastest kernels for this processor. `cuda`: the first NVIDIA GPU; `cuda:1` selects the second;
-    /// `cuda:0,cuda:1` uses both, each with a copy of the model. `auto`: the first GPU if there is one, else the CPU. `candle`:
+    /// `cuda:0,cuda:1` uses both, each with a copy of the model. `auto`: the first GPU if it can be used, else the CPU. `candle`:
     /// the reference implementation on the CPU, f32 only, slow.
     #[arg(long, default_value = "cpu", env = "RERANKD_DEVICE")]
     pub device: String,
@@ -273,11 +273,13 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 75, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_IDLE_TIMEOUT", help_heading = "Limits")]
     pub idle_timeout: u64,
 
-    /// Time limit without progress in sending a response; afterwards the connection is closed
+    /// Time for which a client may read a response more slowly than 1 KiB/s; afterwards the connection is closed
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_WRITE_TIMEOUT", help_heading = "Limits")]
     pub write_timeout: u64,
 
     /// Time limit for a request's body to arrive; afterwards it is answered with 408
+    ///
+    /// A body must also arrive at 1,024 bytes in 5 seconds or faster.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BODY_TIMEOUT", help_heading = "Limits")]
     pub body_timeout: u64,
 
@@ -289,7 +291,8 @@ pub struct ServeArgs {
 
     /// Time limit for running requests to finish after SIGTERM or SIGINT
     ///
-    /// After the limit the remaining connections are closed. A second signal ends the process at once.
+    /// After the limit, running requests are answered with 503 and the connections are closed. A second signal ends the process at
+    /// once.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_DRAIN_TIMEOUT", help_heading = "Limits")]
     pub drain_timeout: u64,
 }

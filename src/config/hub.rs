@@ -9,7 +9,8 @@ use crate::loading::download::HubOptions;
 use crate::secret::Secret;
 
 /// Reads `HF_HUB_CACHE`, `HF_HOME`, `XDG_CACHE_HOME`, `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH` and `HF_HUB_OFFLINE`. An empty
-/// variable counts as unset. Without `HF_TOKEN` the token is read from the file `HF_TOKEN_PATH` (default: `$HF_HOME/token`), if there is one.
+/// variable counts as unset. Without `HF_TOKEN` the token is read from the file `HF_TOKEN_PATH` (default: `$HF_HOME/token`), if
+/// there is one.
 ///
 /// # Errors
 /// `HF_HUB_OFFLINE` is not a boolean, `HF_ENDPOINT` is not an HTTP URL, or a variable is not UTF-8. The message names the

@@ -21,8 +21,8 @@ use crate::text::{Tail, TextLimits};
 
 /// Default token budget of one batch on a CPU.
 pub const CPU_BATCH_TOKENS: usize = 2048;
-/// Default token budget of one batch on a GPU. With it, a GEMM whose number of outputs is a multiple of 256 is a whole
-/// number of waves: its 128 x 256 tiles fill the 132 multiprocessors of an H100 or H200 without a partial last wave.
+/// Default token budget of one batch on a GPU: 132 tiles of 128 rows, one for each multiprocessor of an H100 or H200. The tiles of
+/// a GEMM (128 x 256) then keep all multiprocessors busy to the end if the number of outputs is a multiple of 256.
 #[cfg(feature = "cuda")]
 pub const CUDA_BATCH_TOKENS: usize = 16_896;
 

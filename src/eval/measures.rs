@@ -1,5 +1,5 @@
-//! nDCG@10, MRR@10 and recall@k, defined as in `trec_eval` (`ndcg_cut.10`, `recip_rank`, `recall.k`), the reciprocal rank with a
-//! cutoff at 10 as in MS MARCO.
+//! nDCG@10, MRR@10 and recall@k, defined as in `trec_eval` (`ndcg_cut.10`, `recip_rank`, `recall.k`); the reciprocal rank has a
+//! cutoff at 10, as in MS MARCO.
 
 /// The cutoff rank of nDCG and MRR.
 const CUTOFF: usize = 10;

@@ -25,7 +25,7 @@ pub(crate) struct RankJob {
 /// A unit of the input: a line of JSON, or a query's lines of a run.
 #[derive(Debug)]
 pub(crate) struct JobRecord {
-    /// Why it cannot be ranked, or the job.
+    /// The job, or why it cannot be ranked.
     pub(crate) job: Result<RankJob, String>,
     /// The query's id, if it could be read.
     pub(crate) id: Option<JobId>,
@@ -58,7 +58,7 @@ pub(crate) struct JobScore {
 /// Why a query has no ranking.
 #[derive(Debug)]
 pub(crate) enum JobError {
-    /// The query's own fault; others may succeed.
+    /// This query cannot be ranked; others may succeed.
     Query(String),
     /// No server can be reached or has room. A later run may succeed.
     Unavailable(anyhow::Error),

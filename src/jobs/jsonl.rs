@@ -59,7 +59,8 @@ struct JobLine<'a> {
     documents: RawDocuments<'a>,
 }
 
-/// Documents, not parsed yet. A longer list is refused while it is read, because short documents take more memory than text.
+/// At most [`MAX_DOCUMENTS`] documents, not parsed yet. A longer list is refused while it is read: many short documents take more
+/// memory than their JSON.
 struct RawDocuments<'a>(Vec<&'a RawValue>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for RawDocuments<'a> {

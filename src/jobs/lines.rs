@@ -1,5 +1,5 @@
-//! Lines of a file or a pipe. A shard of a file is a range of its bytes, moved to the starts of lines, so that no shard has to
-//! read another one, and the shards in order are the whole file.
+//! Lines of a file or a pipe. A shard of a file is a range of its bytes whose ends are moved to the starts of lines. So a shard is
+//! read without the others, and all shards, in order, are the whole file.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
@@ -239,7 +239,7 @@ fn line_before(path: &Path, offset: u64, limit: u64) -> Result<Option<Vec<u8>>> 
     if offset == 0 {
         return Ok(None);
     }
-    // With the line breaks before and after it.
+    // The line, and the line breaks before and after it.
     let start = offset.saturating_sub(limit + 2);
     let read = || -> io::Result<Vec<u8>> {
         let mut file = File::open(path)?;

@@ -1,8 +1,8 @@
 //! The output of a run, written so that a killed run can go on.
 //!
-//! Results are appended to `OUT.partial`. Every few seconds the file is synced, and then `OUT.state.json` says how far input and
-//! output are, by an atomic rename. A run that finds both cuts off what was written after the last state and goes on from there.
-//! At the end `OUT.partial` becomes `OUT`.
+//! Results are appended to `OUT.partial`. Every few seconds the file is synced. Then `OUT.state.json`, which says how far input
+//! and output are, is replaced by an atomic rename. A run that finds both files removes the results after the last state and
+//! continues from there. At the end `OUT.partial` becomes `OUT`.
 
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -16,7 +16,7 @@ use serde_json::Value;
 
 use super::lines::LinePosition;
 
-/// Counts of a run, from its beginning, over all its interruptions.
+/// Counts of a run since its first start, interruptions included.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct JobCounts {
     /// Queries that were ranked.
@@ -148,7 +148,7 @@ impl ResumableFile {
         lock(&file, &partial)?;
         let length = file.metadata().with_context(|| cannot_write(&partial))?.len();
         let state = match read_state(&state_path)? {
-            // Of a run that has written nothing, nothing can be lost.
+            // A run that has written nothing loses nothing if it begins again as another job.
             Some(state) if state.input_offset.is_none() && !state.complete => JobState { job, ..state },
             Some(state) => {
                 check_same_job(&state.job, &job, path)?;

@@ -24,7 +24,7 @@ pub(crate) struct JobProgress {
 }
 
 impl JobProgress {
-    /// The input is from offset `start` to `end`. An earlier run has got to `resumed` and has done what `counts` says.
+    /// The input is from offset `start` to `end`. An earlier run stopped at offset `resumed`, with these counts.
     pub(crate) fn start(start: u64, end: Option<u64>, resumed: u64, counts: JobCounts) -> Self {
         let bar = telemetry::progress_share(end.map(|end| end.saturating_sub(start)));
         let now = Instant::now();
@@ -55,7 +55,7 @@ impl JobProgress {
     }
 }
 
-/// `left` is bytes of input to do and done in `elapsed` seconds.
+/// `left` has the bytes of input that are still to do, and those that were done in `elapsed` seconds.
 fn describe(counts: JobCounts, new_pairs: u64, elapsed: f64, left: Option<(u64, u64)>) -> String {
     let JobCounts { queries, pairs, failed } = counts;
     let mut text = format!("{queries} queries, {pairs} pairs, {:.0} pairs/s", new_pairs as f64 / elapsed.max(1e-3));

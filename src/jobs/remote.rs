@@ -21,11 +21,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(180);
 /// Maximum bytes of a response.
 const MAX_RESPONSE_BYTES: u64 = 256 << 20;
-/// Refusals of a query that servers answer with an internal error or a timeout.
+/// Attempts to rank a query that servers answer with an internal error (500) or a timeout (504).
 const FAILED_ATTEMPTS: u32 = 3;
 /// Pause of a server after its first failure. It doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
-/// Longest pause without a `Retry-After`, and longest `Retry-After` that is honored.
+/// Longest pause without a `Retry-After`, and longest pause with one.
 const MAX_PAUSE: Duration = Duration::from_secs(10);
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
@@ -35,7 +35,7 @@ pub(crate) struct RemoteOptions {
     /// Base URLs, or URLs of a rerank path.
     pub(crate) urls: Vec<String>,
     pub(crate) key: Option<Secret>,
-    /// A served model; `None` is the first server's first.
+    /// A served model; `None` is the first model of the first server that answers.
     pub(crate) model: Option<String>,
     pub(crate) top_n: Option<usize>,
     pub(crate) overlap_tokens: usize,

@@ -19,7 +19,7 @@ const READ_AHEAD: usize = 2;
 /// Maximum KiB of text in flight. A larger query is ranked alone.
 const MAX_KIB_IN_FLIGHT: u32 = 64 << 10;
 
-/// What a query that cannot be ranked does to the run.
+/// What to do about a query that cannot be ranked.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum OnError {
     /// End the run. What was ranked before is kept, and the run can be continued

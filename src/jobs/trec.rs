@@ -78,7 +78,7 @@ impl TrecSource {
         ensure!(fits && bytes.len() as u64 <= MAX_RUN_LINE_BYTES, "{}: the line is too long", place());
         let text = std::str::from_utf8(&bytes).with_context(|| format!("{}: not UTF-8", place()))?;
         let columns: Vec<&str> = text.split_whitespace().collect();
-        // A blank line is an error too: with it, the line before a shard would not tell where a query begins.
+        // A blank line is an error too: as the line before a shard, it would not tell whether the shard begins within a query.
         let [query, _, document, _, _, ..] = columns[..] else {
             bail!("{}: expected query Q0 document rank score tag", place());
         };

@@ -100,7 +100,7 @@ pub fn find(name: &str) -> Option<&'static Entry> {
     })
 }
 
-/// The entry whose name or short name is most similar to `name`, if one is at least as similar as names with a typing error.
+/// The entry whose name or short name is most similar to `name`, if they differ by little more than a typing error.
 pub fn similar(name: &str) -> Option<&'static Entry> {
     const MIN_SIMILARITY: f64 = 0.85;
     let name = name.to_lowercase();

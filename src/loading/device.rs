@@ -56,8 +56,8 @@ impl DeviceChoice {
     }
 
     /// The device for a model: this one, but bf16 on the CPU instead of int8 for gated feed-forward networks. Their products of
-    /// two activations have outliers, and int8 has one scale for a whole row. Whether rankings survive that is known for trained
-    /// weights only, and has not been measured.
+    /// two activations have outliers, and int8 has one scale for a whole row. How much that changes rankings can be
+    /// measured with trained weights only, and has not been.
     pub fn for_model(&self, config: &ModelConfig) -> Self {
         match *self {
             Self::Cpu { dtype: CpuDtype::Int8, threads, pin_threads } if config.gated => {

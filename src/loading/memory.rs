@@ -38,7 +38,8 @@ impl ModelSize {
     }
 
     /// Bytes of a server with this model on the CPU: weights, tokenizer and a constant. The weights are 4 bytes per parameter in
-    /// f32 and 2 in bf16. In int8 they are 2 for embeddings, which are stored as f16, and 1 for the rest.
+    /// f32 and 2 in bf16. In int8 they are 2 for embeddings, which are stored as f16, and 1 for the rest; a gated model has bf16
+    /// weights instead.
     pub fn cpu_bytes(self, dtype: CpuDtype) -> u64 {
         let (embedding, other) = match dtype {
             CpuDtype::F32 => (4, 4),

@@ -33,7 +33,7 @@ pub use device::{DeviceChoice, gated_notice};
 use download::Hub;
 use source::{ModelFiles, ModelSource, WeightsFile};
 
-/// Default window in tokens of a model that is not in the catalogue, if its position embeddings allow as much.
+/// Default window, in tokens, of a model that is not in the catalogue; less if its position embeddings end before.
 const DEFAULT_WINDOW: usize = 1024;
 
 /// How to load models.

@@ -19,7 +19,7 @@ const CONFIG_FILE: &str = "config.json";
 const MODULES_FILE: &str = "modules.json";
 const SENTENCE_TRANSFORMERS_FILE: &str = "config_sentence_transformers.json";
 
-/// Longest config.json and tokenizer.json that are read, in bytes. The largest published tokenizers have some 20 MB.
+/// Maximum bytes of config.json and of tokenizer.json. The largest published tokenizers have some 20 MB.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 const MAX_TOKENIZER_BYTES: u64 = 256 << 20;
 

@@ -4,8 +4,8 @@
 //! been planned, then in the second. A quarter of every batch is reserved for the second level, so that large requests advance
 //! too. Room that one level does not use is available to the other.
 //!
-//! In each level, the next request is one of the client that has been given the fewest tokens (start-time fair queueing: Goyal,
-//! Vin and Cheng, 1996). The requests of one client are first come, first served: requests of similar size finish one after
+//! In each level, the next request is one of the client whose requests have received the fewest tokens (start-time fair queueing:
+//! Goyal, Vin and Cheng, 1996). The requests of one client are first come, first served: requests of similar size finish one after
 //! another instead of all finishing late together.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -33,8 +33,8 @@ pub(super) struct Waiting {
 pub(super) struct WaitingList {
     /// In order of arrival.
     requests: VecDeque<Waiting>,
-    /// Tokens that have been planned for each client that waits. A client that begins to wait starts with the least of the
-    /// others, so that it has neither credit nor debt.
+    /// Tokens that have been planned for each client that has requests here. The count of a client that comes anew starts at the
+    /// smallest count of the others, so that the client is neither preferred nor put last.
     served: BTreeMap<ClientId, usize>,
 }
 
@@ -91,7 +91,7 @@ impl WaitingList {
         let mut batch = BatchPlan { slices: Vec::new(), room: max_tokens };
         batch.fill(self, true, reserved);
         if batch.slices.is_empty() {
-            batch.fill(self, true, 0); // a first pair that is larger than the unreserved part must not wait for ever
+            batch.fill(self, true, 0); // else a pair larger than the unreserved part would wait for ever
         }
         batch.fill(self, false, 0);
         batch.fill(self, true, 0);
@@ -162,7 +162,7 @@ impl BatchPlan {
         true
     }
 
-    /// Appends a slice, joined to the last one if it continues it.
+    /// Appends a slice, or extends the last slice if these pairs follow it.
     fn push(&mut self, job: u64, pairs: Range<usize>) {
         match self.slices.last_mut() {
             _ if pairs.is_empty() => {}

@@ -399,11 +399,11 @@ mod tests {
     enum Step {
         /// A request of this many pairs arrives.
         Push(usize),
-        /// The client of this request leaves. The number counts modulo the requests.
+        /// The client of this request leaves. The index is taken modulo the number of requests.
         Leave(usize),
         /// A worker takes a batch.
         Take,
-        /// This batch ends. The number counts modulo the batches that run.
+        /// This batch ends. The index is taken modulo the number of running batches.
         Finish(usize, Outcome),
     }
 
@@ -433,7 +433,7 @@ mod tests {
             self.answer.is_some() && !self.failed && self.taken < self.pairs
         }
 
-        /// Checks that the request is answered exactly if it has failed or has all of its logits.
+        /// Checks that the request is answered if and only if it has failed or has all of its logits.
         fn check(&mut self, id: u64) {
             let Some(answer) = &mut self.answer else { return };
             match answer.try_recv() {

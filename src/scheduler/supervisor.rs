@@ -1,5 +1,5 @@
 //! Failures of workers and devices. A worker that panics is restarted. A device that is lost or hangs ends the process with an
-//! exit code for the process manager, which starts it again: a process that only answers errors would be worse.
+//! exit code, so that the process manager starts it again: without its device, a process could answer with errors only.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Weak};

@@ -29,7 +29,7 @@ pub struct Scores {
     pub computed: Duration,
 }
 
-/// When a request is given up.
+/// The time at which a request without a result is answered with an error.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadline {
     pub at: Instant,

@@ -1,7 +1,7 @@
 //! Splits long documents into overlapping chunks. Pure arithmetic on token counts: no text, no tokenizer.
 //!
-//! The parameters are those of SiliconFlow's API, `max_chunks_per_doc` and `overlap_tokens`. Every token before the limit of chunks
-//! is in a chunk. Adjacent chunks have `overlap` tokens in common, an aligned last chunk perhaps more. A document's score is the
+//! The parameters are those of SiliconFlow's API, `max_chunks_per_doc` and `overlap_tokens`. Every token up to the limit of chunks
+//! is in a chunk. Adjacent chunks have `overlap` tokens in common; an aligned last chunk may share more. A document's score is the
 //! maximum over its chunks.
 
 use std::ops::Range;

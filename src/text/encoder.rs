@@ -1,8 +1,8 @@
 //! A model's tokenizer and pair template: turns a request into pairs of token ids.
 //!
-//! Tokenization runs in units of at most some tens of KiB, so that requests take turns; that of large requests runs on threads of low
-//! priority. A request is admitted by its bytes before it is tokenized, and each document is tokenized only as far as its chunks
-//! reach.
+//! Tokenization runs in units of at most some tens of KiB, so that requests take turns. Large requests are tokenized on threads
+//! of low priority. A request is admitted by its bytes before it is tokenized, and each document is tokenized only as far as its
+//! chunks reach.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -211,8 +211,10 @@ impl TextEncoder {
         self.inner.limits.threads
     }
 
+    /// Checks the tokens of a request against the limit.
+    ///
     /// # Errors
-    /// [`RerankError::TooMuchWork`] if a request of this many tokens is over the limit.
+    /// [`RerankError::TooMuchWork`]
     pub fn check_tokens(&self, tokens: usize) -> Result<(), RerankError> {
         self.inner.check_tokens(tokens)
     }

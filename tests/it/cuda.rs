@@ -33,8 +33,8 @@ fn standin() -> Option<PathBuf> {
     Some(folder)
 }
 
-/// Environment variables that make the binary load the stand-in. `cache` is the folder for compiled kernels. GEMMs use cuBLASLt, as the
-/// custom kernel is slow on the emulator and has its own test.
+/// Environment variables that make the binary load the stand-in. `cache` is the folder for compiled kernels. GEMMs use cuBLASLt,
+/// as the custom kernel is slow on the emulator and has its own test.
 fn environment(cache: &str) -> Option<[(&'static str, String); 3]> {
     let cache = Path::new(env!("CARGO_TARGET_TMPDIR")).join(cache);
     Some([
@@ -194,8 +194,8 @@ fn a_device_with_little_memory_splits_batches() {
     let folder = tempfile::tempdir().unwrap();
     let file = workloads(folder.path());
     let Some(whole) = on_standin(&bench(&file, "f16", "4096"), &[], ALL) else { return };
-    // Weights take 15 MiB; a context 32 MiB of workspace, and 38 MiB for 4096 tokens. 150 MiB leave a smaller second context, 75 MiB
-    // only one smaller context.
+    // Weights take 15 MiB; a context 32 MiB of workspace, and 38 MiB for 4096 tokens. 150 MiB leave a smaller second context, 75
+    // MiB only one smaller context.
     for memory in ["150", "75"] {
         let little = on_standin(&bench(&file, "f16", "4096"), &[("STANDIN_MEMORY_MIB", memory)], ALL).unwrap();
         assert_eq!(logits(&whole), logits(&little), "{memory} MiB");

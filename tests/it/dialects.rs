@@ -250,7 +250,7 @@ async fn an_instruction_that_no_model_takes_is_reported() {
     }
 }
 
-/// Before the body is read, only the path tells the dialect.
+/// Before the body is read, the dialect is known from the path only.
 #[tokio::test]
 async fn an_unread_body_on_the_path_of_text_embeddings_inference_gets_its_error_shape() {
     let (closed, _) = stub::app_with(&["key"], stub::LIMITS, stub::QUEUE);

@@ -1,4 +1,5 @@
-//! The fuzz targets on their committed inputs and on reproducible mutations of these. fuzz/README.md describes fuzzing with libFuzzer.
+//! The fuzz targets on their committed inputs and on reproducible mutations of these. fuzz/README.md describes fuzzing with
+//! libFuzzer.
 
 #[path = "../../fuzz/src/targets/mod.rs"]
 mod targets;

@@ -87,7 +87,8 @@ fn profiling_counts_operations_and_keeps_scores_bitwise_equal() {
         let layers = config.layers;
         assert_eq!(calls("attention"), layers - 1, "{operations:?}");
         assert_eq!(calls("layer norm"), 2 * (layers - 1), "{operations:?}");
-        // Q, K and V are one GEMM. In the last layer K and V are one GEMM over all tokens, and Q is computed for the CLS tokens only.
+        // Q, K and V are one GEMM. In the last layer K and V are one GEMM over all tokens, and Q is computed for the CLS tokens
+        // only.
         assert_eq!(calls("GEMM"), 4 * (layers - 1) + 1, "{operations:?}");
         assert_eq!((calls("CLS: GEMM"), calls("CLS: attention")), (4, 1), "{operations:?}");
         assert_eq!((calls("embeddings"), calls("head")), (1, 2), "{operations:?}");

@@ -434,7 +434,8 @@ async fn a_valid_request_id_is_kept_and_an_invalid_one_replaced() {
     assert_ne!(send(&app, ask(&"x".repeat(200))).await.headers["x-request-id"].len(), 200);
 }
 
-/// Texts that split into one word of a million bytes, or into half a million words. Short requests beside them are answered.
+/// Texts that split into one word of a million bytes, or into half a million words. Short requests that are sent meanwhile are
+/// answered.
 #[tokio::test(flavor = "multi_thread")]
 async fn very_long_texts_are_answered_or_rejected_by_their_token_count() {
     let (app, _) = app();

@@ -27,7 +27,7 @@ fn succeeds(arguments: &[&str]) -> Output {
     output
 }
 
-/// Runs to a failure with this exit code, and returns what it says.
+/// Expects a failure with this exit code, and returns the error message.
 fn fails(arguments: &[&str], code: i32) -> String {
     let output = rank(arguments).output().unwrap();
     let message = String::from_utf8(output.stderr).unwrap();
@@ -292,7 +292,7 @@ fn start_server(more: &[&str]) -> Server {
     Server::start(&[&["--model", &model], more].concat())
 }
 
-/// `rerankd rank` by servers, without a model of its own.
+/// `rerankd rank` with servers; the process loads no model.
 fn rank_by_servers(arguments: &[&str]) -> Output {
     rerankd().arg("rank").args(arguments).env("RERANKD_API_KEY", "secret").output().unwrap()
 }

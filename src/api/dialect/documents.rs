@@ -43,7 +43,7 @@ pub(crate) struct RerankBody<'a> {
     #[serde(default, deserialize_with = "whole")]
     #[schema(minimum = 1)]
     top_k: Option<i64>,
-    /// Voyage's; ignored: long documents are always split into chunks.
+    /// Voyage's field; ignored, because long documents are always split into chunks.
     #[serde(default)]
     #[schema(value_type = serde_json::Value)]
     truncation: Option<IgnoredAny>,
@@ -51,14 +51,14 @@ pub(crate) struct RerankBody<'a> {
     #[serde(default, deserialize_with = "flag")]
     #[schema(value_type = fields::Flag)]
     return_documents: Option<bool>,
-    /// Infinity's: whether scores are the model's logits instead of numbers in [0, 1]. Default: false.
+    /// Infinity's field: whether scores are the model's logits instead of numbers in [0, 1]. Default: false.
     #[serde(default, deserialize_with = "flag")]
     #[schema(value_type = fields::Flag)]
     raw_scores: Option<bool>,
     /// Documents with a lower score are left out. Default: none.
     #[serde(default)]
     min_score: Option<f64>,
-    /// Whether each result tells where its best chunk is in the text (`true` or `best`), or all its chunks (`all`). Default: false.
+    /// Whether each result has the position of its best chunk (`true` or `best`), or of all its chunks (`all`). Default: false.
     #[serde(default, deserialize_with = "chunk_detail")]
     #[schema(value_type = fields::ChunkDetail)]
     return_chunks: Option<ChunkDetail>,
@@ -159,7 +159,7 @@ pub(crate) struct AnswerResult<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     chunk: Option<AnswerChunk>,
-    /// All scored chunks in the text's order, if `return_chunks` is `all`. Neighbours overlap.
+    /// All scored chunks in the text's order, if `return_chunks` is `all`. Adjacent chunks overlap.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(nullable = false)]
     chunks: Option<Vec<AnswerChunk>>,
@@ -243,7 +243,7 @@ pub(super) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// What the request says about the response.
+/// The options of a request that determine its response.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
     /// Whether `object` is `list`, as Voyage's clients require.

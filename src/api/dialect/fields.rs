@@ -289,7 +289,7 @@ pub(super) fn flag<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<
     deserializer.deserialize_any(WordVisitor { expected: "true or false", words: WORDS })
 }
 
-/// Which chunks a result tells.
+/// Which chunks a result describes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum ChunkDetail {
     None,
@@ -299,7 +299,7 @@ pub(super) enum ChunkDetail {
     All,
 }
 
-/// A [`ChunkDetail`]: false, true or `"best"`, `"all"`; or null.
+/// Reads a [`ChunkDetail`]: false is `None`, true or `"best"` is `Best`, `"all"` is `All`; null is the default.
 pub(super) fn chunk_detail<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<ChunkDetail>, D::Error> {
     const WORDS: &[(&str, ChunkDetail)] = &[
         ("false", ChunkDetail::None),

@@ -23,8 +23,8 @@ use super::error::ApiError;
 use crate::error::RerankError;
 use crate::rerank::RerankRequest;
 
-/// Parses and validates the body of a request to a rerank path, in any dialect; of several queries only the first. The server's
-/// handler uses the same functions; this one is for fuzzing and tests of other crates.
+/// Parses and validates the body of a request to a rerank path, in any dialect. If it has several queries, returns the first. For
+/// fuzzing and the tests of other crates; the server's handler uses the same functions.
 ///
 /// # Errors
 /// [`RerankError::Invalid`] with the field's name.

@@ -21,7 +21,7 @@ pub(crate) struct WeaviateBody<'a> {
     /// Texts, at least one.
     #[serde(borrow)]
     documents: Documents<'a>,
-    /// Ignored. It tells this format from others with `documents`.
+    /// Its value is ignored. Its presence distinguishes this format from others with `documents`.
     #[schema(required)]
     #[allow(dead_code, reason = "the dialect is chosen by it")]
     property: Option<String>,

@@ -15,7 +15,7 @@ use crate::loading::memory::ModelSize;
 use crate::loading::source::{ModelLocation, ModelSource};
 use crate::loading::{DeviceChoice, gated_notice, model_config};
 
-/// What the checks of the choice depend on.
+/// What the checks depend on, besides the settings.
 pub(super) struct Surroundings<'a> {
     pub(super) host: &'a Host,
     pub(super) machine: &'a Machine,
@@ -143,7 +143,8 @@ fn check_download(report: &mut Report, source: &ModelSource, options: &HubOption
     }
 }
 
-/// Whether the models fit into the memory. `needed` is bytes of the host and of a GPU, and the number of models of unknown size.
+/// Whether the models fit into the memory. `needed` has the bytes that they need on the host and on each GPU, and the number of
+/// models of unknown size.
 fn check_memory(report: &mut Report, device: &DeviceChoice, needed: (u64, u64, usize), around: &Surroundings<'_>) {
     let (host, gpu, unknown) = needed;
     let more = if unknown > 0 { format!(", and {unknown} models of unknown size") } else { String::new() };

@@ -6,8 +6,8 @@ use super::report::{Report, Severity};
 use crate::backend::gpus::CudaSurvey;
 use crate::cli::output::bytes;
 
-/// Whether GPUs are there and usable. `device` is the value of `--device`: with `cuda` it is a problem that there is no GPU, with
-/// `auto` only that there is one that cannot be used.
+/// Whether there are GPUs, and whether they can be used. `device` is the value of `--device`. With `cuda` and `auto`, a GPU that
+/// cannot be used is a problem; that there is no GPU is a problem only with `cuda`.
 pub(super) fn check(report: &mut Report, survey: Option<&CudaSurvey>, device: &str) {
     report.section("GPU");
     let is_cuda = device.starts_with("cuda");

@@ -43,7 +43,7 @@ impl Host {
             system.refresh_processes_specifics(wanted, false, ProcessRefreshKind::nothing());
             system.process(pid)?.cgroup_limits()
         });
-        // The page cache counts towards a cgroup's usage, but is given up when memory is short; `rss` is not.
+        // The page cache counts as usage of a cgroup, but the kernel frees it when memory is short. It cannot free `rss`.
         let within_limit = limits.as_ref().map(|limits| limits.total_memory.saturating_sub(limits.rss));
         let available = Some(system.available_memory()).filter(|&bytes| bytes > 0);
         Self {

@@ -67,8 +67,8 @@ impl HttpClient {
         Ok(Self { agent, endpoint: options.endpoint.clone(), token: options.token.clone() })
     }
 
-    /// What the hub says about a file of `at.repository` at `revision`: `at.revision`, or the commit that it was resolved to. `None`
-    /// if the repository does not have the file.
+    /// What the hub says about a file of `at.repository` at `revision`: `at.revision`, or the commit that it was resolved to.
+    /// `None` if the repository does not have the file.
     ///
     /// # Errors
     /// No connection, no access, an unusable response, or no such repository or revision. A 404 that does not say which of these is

@@ -70,8 +70,8 @@ impl Hub {
     /// The path of the file in the cache; it is downloaded and verified if it is not there.
     ///
     /// # Errors
-    /// The file does not exist, or is not cached when offline; the hub cannot be reached; or the content is not what the hub
-    /// announced. In the last two cases the chain of causes has a [`HubError`].
+    /// The file does not exist, or is not cached when offline; the hub cannot be reached; the content is not what the hub
+    /// announced; or the cache cannot be written. In the last three cases the chain of causes has a [`HubError`].
     pub fn fetch(&self, at: &Revision, file: &str) -> Result<PathBuf> {
         self.fetch_optional(at, file)?.ok_or_else(|| match self.options.offline {
             true => anyhow!("{file} of {at} is not cached"),
@@ -82,8 +82,8 @@ impl Hub {
     /// As [`Hub::fetch`], with `None` for a file that the repository does not have, or that is not cached when offline.
     ///
     /// # Errors
-    /// The hub cannot be reached, or the content is not what the hub announced. The chain of causes has a
-    /// [`HubError`].
+    /// The hub cannot be reached, the content is not what the hub announced, or the cache cannot be written. The chain of causes
+    /// has a [`HubError`].
     pub fn fetch_optional(&self, at: &Revision, file: &str) -> Result<Option<PathBuf>> {
         if let Some(path) = self.cached(at, file) {
             return Ok(Some(path));

@@ -1,5 +1,5 @@
-//! Names that become paths or URLs. [`Commit`] and [`EntityTag`] are checked when they are made; a [`Revision`] and a file name by
-//! their check functions, before they are used.
+//! Names that become paths or URLs. A [`Commit`] and an [`EntityTag`] are checked when they are created, a [`Revision`] and a file
+//! name by their check functions before they are used.
 
 use std::fmt;
 
@@ -105,7 +105,8 @@ impl EntityTag {
         }
     }
 
-    /// The name of the lock and of the incomplete file, without the extension: the digest, or a hash that includes an opaque tag.
+    /// The name of the lock and of the incomplete file, without the extension: the digest; for an opaque tag, a hash of repository,
+    /// file and tag.
     pub(super) fn work_name(&self, repository: &str, file: &str) -> String {
         match self {
             Self::Sha256(digest) | Self::GitBlob(digest) => digest.clone(),

@@ -70,9 +70,9 @@ pub(super) struct ContentHeaders {
 pub(super) enum BodyAction {
     /// The body continues the incomplete file; the whole file has `total` bytes.
     Append { total: Option<u64> },
-    /// The body is the whole file: drop what is there.
+    /// The body is the whole file: drop the bytes so far.
     Restart { total: Option<u64> },
-    /// The response does not fit what is there: drop both and request the whole file.
+    /// The response does not continue the bytes so far: drop both and request the whole file.
     Discard { reason: String },
 }
 
@@ -80,7 +80,8 @@ pub(super) enum BodyAction {
 /// metadata, `validator` the entity tag of the response that brought the bytes so far.
 ///
 /// # Errors
-/// [`HubError::InvalidResponse`] if the size contradicts the metadata, or the status is neither 200, 206 nor 416.
+/// [`HubError::Damaged`] if the size contradicts the metadata; [`HubError::InvalidResponse`] if the status is neither 200, 206 nor
+/// 416.
 pub(super) fn body_action(
     headers: &ContentHeaders,
     offset: u64,

@@ -89,7 +89,7 @@ impl Transfer<'_> {
         result
     }
 
-    /// One request: ends with the whole file, or with an error and as many bytes as came.
+    /// Makes one request. It ends with the whole file, or with an error after a part of it.
     fn attempt(&self, partial: &mut Partial, bar: &ProgressBar) -> Result<(), HubError> {
         if let Some(size) = self.metadata.size {
             if partial.length == size {

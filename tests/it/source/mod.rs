@@ -62,7 +62,7 @@ pub(crate) struct Source {
 
 /// What a path leads to.
 enum Target {
-    /// A module as a whole. The items that the file then uses through it are paths of their own.
+    /// A module. The items that the file uses through it are resolved as separate paths.
     Module,
     File(usize),
     /// Another crate, or the standard library.
