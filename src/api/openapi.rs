@@ -1,6 +1,10 @@
 //! The OpenAPI document, generated from the types of requests and responses.
 
-use axum::Json;
+use std::sync::LazyLock;
+
+use axum::body::Bytes;
+use axum::http::header;
+use axum::response::IntoResponse;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::{Modify, OpenApi, ToSchema};
 
@@ -36,8 +40,10 @@ pub(super) fn contract() -> utoipa::openapi::OpenApi {
 }
 
 /// `/openapi.json`.
-pub(super) async fn document() -> Json<utoipa::openapi::OpenApi> {
-    Json(contract())
+pub(super) async fn document() -> impl IntoResponse {
+    static JSON: LazyLock<Bytes> =
+        LazyLock::new(|| serde_json::to_vec(&contract()).expect("the document is plain JSON").into());
+    ([(header::CONTENT_TYPE, "application/json")], JSON.clone())
 }
 
 /// Body of `/v1/rerank` and `/rerank`. The name of the list determines the dialect; `documents` with `property` and without
