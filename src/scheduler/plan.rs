@@ -228,6 +228,19 @@ mod tests {
     }
 
     #[test]
+    fn the_first_level_ends_at_its_number_of_tokens() {
+        const QUARTER: usize = FIRST_SERVICE_TOKENS / 4;
+        let mut waiting = queue(&[&[QUARTER; 5], &[QUARTER]]);
+        for _ in 0..4 {
+            assert!(waiting.is_in_first_level(0));
+            waiting.next_batch(QUARTER);
+        }
+        assert!(!waiting.is_in_first_level(0));
+        assert!(waiting.is_in_first_level(1), "it has not had its turn");
+        assert!(!waiting.is_in_first_level(2), "there is no such request");
+    }
+
+    #[test]
     fn a_quarter_of_a_batch_is_kept_for_large_requests() {
         let mut waiting = queue(&[&[100; 100]]);
         while waiting.requests[0].is_in_first_level() {
