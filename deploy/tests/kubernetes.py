@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Renders the manifests of deploy/kubernetes and checks them. No cluster is contacted.
 
-    python3 -m venv v && v/bin/pip install -r deploy/tests/kubernetes-requirements.txt
+    python3 -m venv v && v/bin/pip install -r deploy/tests/static-requirements.txt
     v/bin/python deploy/tests/kubernetes.py
 
 | what | with |
 |---|---|
 | rendering | kustomize, or kubectl 1.27 or later |
 | Kubernetes' objects, unknown fields too | the JSON schemas of each version in VERSIONS |
-| PodMonitor, ScaledObject, unknown fields too | types made from their CRDs (npm packages, see crds/), checked by TypeScript |
+| PodMonitor, ScaledObject, unknown fields too | types made from their CRDs (npm packages, see schemas/), checked by TypeScript |
 | references between objects, timeouts, security settings | rules below |
 | queries | a PromQL parser, and the metrics that docs/operations.md lists |
 | rerankd.toml | rerankd itself ($RERANKD_BIN, or target/release/rerankd) |
@@ -34,7 +34,7 @@ import yaml
 DEPLOY = Path(__file__).resolve().parent.parent
 REPOSITORY = DEPLOY.parent
 KUBERNETES = DEPLOY / "kubernetes"
-WORK = REPOSITORY / "target" / "tmp" / "crds"
+WORK = REPOSITORY / "target" / "tmp" / "schemas"
 RERANKD = Path(os.environ.get("RERANKD_BIN") or REPOSITORY / "target" / "release" / "rerankd")
 # The oldest one that the manifests support, and newer ones.
 VERSIONS = ["1.29", "1.31", "1.33", "1.35", "1.37"]
@@ -99,7 +99,7 @@ def install_types():
         return False
     WORK.mkdir(parents=True, exist_ok=True)
     for name in ("package.json", "package-lock.json"):
-        shutil.copy(DEPLOY / "tests" / "crds" / name, WORK)
+        shutil.copy(DEPLOY / "tests" / "schemas" / name, WORK)
     subprocess.run(["npm", "ci", "--ignore-scripts", "--silent"], cwd=WORK, check=True)
     return True
 
