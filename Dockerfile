@@ -32,7 +32,7 @@ COPY deploy/image/cuda-wheels.txt /
 RUN pip download --no-cache-dir --no-deps --only-binary=:all: --require-hashes --dest /wheels --requirement /cuda-wheels.txt \
     && for wheel in /wheels/*.whl; do python -m zipfile -e "$wheel" /unpacked || exit 1; done \
     && for info in /unpacked/*.dist-info; do \
-        name=$(basename "${info%-*}") \
+        name=$(basename "${info%%-*}") \
         && install -D --mode=644 "$info/licenses/License.txt" "/out/usr/share/doc/$name/copyright" || exit 1; \
     done \
     && mkdir -p /out/usr/local/lib/cuda \

@@ -139,7 +139,6 @@ def check_server(subject, image, target, options):
             check_health(server)
         if options:
             with check(subject, "the root is read-only, for uid 0 too"):
-                expect(server.writes_to("/cache/by-root", user="0") is False, "uid 0 without capabilities writes to /cache of another user")
                 expect(not server.writes_to("/man", user="0"), "uid 0 writes to /")
         with check(subject, "stops at SIGTERM when idle"):
             code = server.stop()
@@ -252,7 +251,7 @@ def check_planted_mistakes(image):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "large").write_bytes(bytes(MAX_BYTES["cpu"]))
         lines = [f"FROM {image}", "COPY large /usr/bin/large", "USER 0:0", "STOPSIGNAL SIGKILL"]
-        lines.append('HEALTHCHECK --interval=2s --retries=1 --start-period=0s CMD ["rerankd", "health", "--port", "1"]')
+        lines.append('HEALTHCHECK --interval=2s --retries=1 CMD ["rerankd", "health", "--port", "1"]')
         Path(folder, "Dockerfile").write_text("\n".join(lines) + "\n")
         form = ["--format", "docker"] if "podman" in ENGINE[0] else []
         engine("build", *form, "--tag", tag, folder)
