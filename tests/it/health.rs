@@ -69,7 +69,7 @@ fn the_port_comes_from_the_config_file_as_for_serve() {
 #[test]
 fn a_server_that_is_not_healthy_is_reported_with_its_reason() {
     let port = stand_in(|stream| {
-        stream.read(&mut [0; 1024]).unwrap();
+        assert!(stream.read(&mut [0; 1024]).unwrap() > 0);
         let body = r#"{"message":"the models are loading"}"#;
         write!(stream, "HTTP/1.1 503 x\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
     });
