@@ -17,8 +17,8 @@
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - `jobs`: ranks many queries from a file to a file, resumable, in this process or by servers.
-//! - [`batch`], `bounded_list`, [`error`], [`score`], [`secret`], [`telemetry`]: leaf modules that depend on nothing else in the
-//!   crate.
+//! - [`batch`], `bounded_list`, [`error`], [`score`], [`secret`], [`telemetry`], `tls`: leaf modules that depend on nothing else
+//!   in the crate.
 //!
 //! What the crate does without:
 //! - padding: a batch is packed tokens and offsets, on every backend;
@@ -56,3 +56,4 @@ pub mod served;
 mod sync;
 pub mod telemetry;
 pub mod text;
+mod tls;

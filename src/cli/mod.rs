@@ -7,6 +7,7 @@ mod documents;
 mod download;
 mod eval;
 mod failure;
+mod health;
 mod jobs;
 mod man;
 mod models;
@@ -65,6 +66,8 @@ enum CliCommand {
     Download(download::DownloadArgs),
     /// Check this machine: what `serve` would use and why, and what to fix
     Doctor(doctor::DoctorArgs),
+    /// Ask the server on this machine whether it is healthy, for health checks of containers
+    Health(health::HealthArgs),
     /// Print the completions of a shell
     Completions(completions::CompletionsArgs),
     /// Print the manual page, or write the pages of all commands into a folder
@@ -102,6 +105,7 @@ pub fn run(cli: Cli) -> Result<(), Failure> {
         CliCommand::Models(args) => models::run(&args),
         CliCommand::Download(args) => download::run(&args),
         CliCommand::Doctor(args) => doctor::run(&args),
+        CliCommand::Health(args) => health::run(&args),
         CliCommand::Completions(args) => completions::run(&args, Cli::command()),
         CliCommand::Man(args) => man::run(&args, Cli::command()),
     }
@@ -119,7 +123,7 @@ mod tests {
     #[test]
     fn every_flag_of_serve_has_an_environment_variable_of_the_same_name() {
         let command = Cli::command();
-        for sub in ["serve", "doctor", "rank", "eval", "bench"] {
+        for sub in ["serve", "doctor", "rank", "eval", "bench", "health"] {
             for arg in command.find_subcommand(sub).unwrap().get_arguments().filter(|arg| arg.get_env().is_some()) {
                 let long = arg.get_long().expect("an argument with a variable is a flag");
                 assert_eq!(arg.get_env().unwrap(), &*format!("RERANKD_{}", long.to_uppercase().replace('-', "_")));

@@ -298,7 +298,7 @@ pub struct ServeArgs {
 }
 
 /// Seconds, with decimals.
-fn parse_seconds(text: &str) -> Result<f64, String> {
+pub(crate) fn parse_seconds(text: &str) -> Result<f64, String> {
     match text.parse() {
         Ok(seconds) if (0.01..=86_400.0).contains(&seconds) => Ok(seconds),
         _ => Err("expected 0.01 to 86400".to_owned()),

@@ -14,6 +14,7 @@ use ureq::{Agent, Body};
 
 use super::job::{JobError, JobScore, RankJob};
 use crate::secret::Secret;
+use crate::tls;
 
 /// Maximum time of connecting.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -91,6 +92,7 @@ impl Servers {
             .user_agent(concat!("rerankd/", env!("CARGO_PKG_VERSION")))
             .max_idle_connections_per_host(64)
             .max_idle_connections(512)
+            .tls_config(tls::client_config())
             .build()
             .new_agent();
         let pool = Mutex::new(ServerPool::new(urls.len()));
@@ -304,7 +306,10 @@ impl ServerHttp {
 
     /// The body of a successful response.
     fn read(&self, url: &str, response: Result<Response<Body>, ureq::Error>) -> Result<Vec<u8>, Refusal> {
-        let broken = |error: &ureq::Error| Refusal::Busy { reason: format!("{url}: {error}"), retry_after: None };
+        let broken = |error: &ureq::Error| Refusal::Busy {
+            reason: format!("{url}: {error}{}", tls::hint(error)),
+            retry_after: None,
+        };
         let mut response = response.map_err(|error| match &error {
             ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
                 Refusal::Misconfigured(format!("{url}: {error}"))

@@ -144,7 +144,7 @@ fn a_server_takes_about_the_memory_that_models_shows() {
 
 #[test]
 fn completions_and_manual_pages_name_every_command() {
-    let commands = ["serve", "rank", "eval", "bench", "models", "download", "doctor", "completions", "man"];
+    let commands = ["serve", "rank", "eval", "bench", "models", "download", "doctor", "health", "completions", "man"];
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let script = stdout(&run(&["completions", shell], ""));
         assert!(commands.iter().all(|command| script.contains(command)) && script.contains("device"), "{shell}");

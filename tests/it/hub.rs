@@ -18,6 +18,7 @@ use sha2::{Digest, Sha256};
 
 use crate::support::fixture;
 use crate::support::server::{Server, rerankd};
+use crate::support::tls::TlsProxy;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 const OTHER_COMMIT: &str = "89abcdef0123456789abcdef0123456789abcdef";
@@ -384,6 +385,41 @@ fn a_model_is_downloaded_once_and_then_loads_offline() {
     assert_eq!(hub.requests().len(), requests.len(), "a cached model needs no request");
     let folder = rank(fixture("xlmr").to_str().unwrap(), &hub.address, home.path(), &[]);
     assert_eq!(folder.stdout, first.stdout, "the same files from their folder");
+}
+
+/// `command` without the certificates that this machine's environment names.
+fn with_certificates(command: &mut Command, file: &Path) -> Output {
+    command.env_remove("SSL_CERT_DIR").env("SSL_CERT_FILE", file).output().unwrap()
+}
+
+#[test]
+fn a_mirror_with_a_certificate_of_a_private_authority_is_trusted_if_ssl_cert_file_names_it() {
+    let hub = StandIn::serve(fixture_files("xlmr"));
+    let proxy = TlsProxy::to(hub.address.strip_prefix("http://").unwrap());
+    let home = tempfile::tempdir().unwrap();
+    let mut command = binary(&proxy.url, home.path());
+    let output = with_certificates(command.args(["download", REPOSITORY]), &proxy.authority());
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(!hub.content_requests().is_empty());
+}
+
+#[test]
+fn a_private_authority_that_is_not_trusted_is_named_with_the_way_out() {
+    let hub = StandIn::serve(fixture_files("xlmr"));
+    let proxy = TlsProxy::to(hub.address.strip_prefix("http://").unwrap());
+    let home = tempfile::tempdir().unwrap();
+    let other = TlsProxy::to("127.0.0.1:1");
+    // Without any certificate the built-in list is used, which does not have this authority either.
+    let empty = home.path().join("empty.pem");
+    std::fs::write(&empty, "").unwrap();
+    for file in [other.authority(), empty] {
+        let mut command = binary(&proxy.url, home.path());
+        let output =
+            with_certificates(command.args(["doctor", "--port", "0", "--online", "--model", REPOSITORY]), &file);
+        let text = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.code() == Some(78) && text.contains("SSL_CERT_FILE"), "{text}{}", stderr(&output));
+    }
+    assert!(hub.requests().is_empty());
 }
 
 #[test]

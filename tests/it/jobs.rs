@@ -13,6 +13,7 @@ use tempfile::TempDir;
 
 use crate::support;
 use crate::support::server::{Server, rerankd};
+use crate::support::tls::TlsProxy;
 
 /// `rerankd rank` with the tiny model.
 fn rank(arguments: &[&str]) -> Command {
@@ -309,6 +310,25 @@ fn servers_give_the_same_bytes_though_they_refuse_requests() {
     assert!(ranked.status.success(), "{}", String::from_utf8_lossy(&ranked.stderr));
     assert_eq!(folder.read("out"), expected(&input, &[]));
     assert!(refused.load(Ordering::SeqCst) > 3);
+}
+
+#[test]
+fn a_server_with_a_certificate_of_a_private_authority_is_trusted_if_ssl_cert_file_names_it() {
+    let folder = Folder::new();
+    let input = folder.write("in", &queries(3));
+    let server = start_server(&[]);
+    let proxy = TlsProxy::to(server.address());
+    let rank = |output: &str, authority: &Path| {
+        let arguments = ["--input", &input, "--output", output, "--server", &proxy.url, "--patience", "0"];
+        let mut command = rerankd();
+        command.arg("rank").args(arguments).env_remove("SSL_CERT_DIR").env("SSL_CERT_FILE", authority).output().unwrap()
+    };
+    let ranked = rank(&folder.path("out"), &proxy.authority());
+    assert!(ranked.status.success(), "{}", String::from_utf8_lossy(&ranked.stderr));
+    assert_eq!(folder.read("out"), expected(&input, &[]));
+    let refused = rank(&folder.path("out2"), &TlsProxy::to("127.0.0.1:1").authority());
+    let message = String::from_utf8_lossy(&refused.stderr);
+    assert!(refused.status.code() == Some(69) && message.contains("SSL_CERT_FILE"), "{message}");
 }
 
 #[test]

@@ -13,6 +13,7 @@ mod doctor;
 mod failpoints;
 mod fuzz;
 mod golden;
+mod health;
 mod http;
 mod hub;
 mod jobs;

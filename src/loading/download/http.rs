@@ -12,6 +12,7 @@ use super::response::{ContentHeaders, FileHeaders, FileMetadata};
 use super::retry::parse_retry_after;
 use super::url;
 use crate::secret::Secret;
+use crate::tls;
 
 const MAX_REDIRECTS: usize = 10;
 
@@ -62,6 +63,7 @@ impl HttpClient {
             .timeout_per_read(Some(policy.read_timeout))
             .user_agent(concat!("rerankd/", env!("CARGO_PKG_VERSION")))
             .accept_encoding("identity")
+            .tls_config(tls::client_config())
             .build()
             .new_agent();
         Ok(Self { agent, endpoint: options.endpoint.clone(), token: options.token.clone() })
@@ -185,7 +187,7 @@ impl HttpClient {
 }
 
 fn request_error(uri: &Uri, error: &ureq::Error) -> HubError {
-    let message = format!("{}: {error}", url::origin(uri));
+    let message = format!("{}: {error}{}", url::origin(uri), tls::hint(error));
     match error {
         ureq::Error::BadUri(_) | ureq::Error::Http(_) | ureq::Error::InvalidProxyUrl => {
             HubError::InvalidResponse(message)

@@ -4,6 +4,7 @@ pub(crate) mod random;
 pub(crate) mod server;
 pub(crate) mod skip;
 pub(crate) mod stub;
+pub(crate) mod tls;
 
 use std::path::{Path, PathBuf};
 
