@@ -11,7 +11,7 @@ use crate::client::Client;
 use crate::error::RerankError;
 use crate::scheduler::{Deadline, Scores};
 use crate::score::ScoreMap;
-use crate::served::Models;
+use crate::served::{Model, Models};
 use crate::text::{Chunk, DocumentOptions, EncodedRequest, Truncation};
 
 /// A validated request.
@@ -110,18 +110,18 @@ pub struct Timings {
 /// # Errors
 /// See [`RerankError`].
 pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, RerankError> {
-    rank_all(models, vec![request]).await
+    let model = models.choose(request.model.as_deref())?;
+    rank_all(model, vec![request]).await
 }
 
 /// Ranks the documents of several queries as one request: tokenized, admitted and scored together, and limited together. Client,
-/// model, `top_n`, options and deadline are those of the first query. In the result, a document's index counts the documents of
-/// the queries before its own.
+/// `top_n`, options and deadline are those of the first query. In the result, a document's index counts the documents of the
+/// queries before its own.
 ///
 /// # Errors
 /// See [`RerankError`].
-pub async fn rank_all(models: &Models, queries: Vec<RerankRequest>) -> Result<Ranking, RerankError> {
+pub async fn rank_all(model: &Model, queries: Vec<RerankRequest>) -> Result<Ranking, RerankError> {
     let first = queries.first().ok_or_else(|| RerankError::invalid("query", "is missing"))?;
-    let model = models.choose(first.model.as_deref())?;
     let (client, options, top_n, deadline) = (&first.client, first.options, first.top_n, first.deadline);
     model.scheduler.has_room(client.id)?;
     let start = Instant::now();

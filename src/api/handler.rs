@@ -52,7 +52,10 @@ async fn answer(app: &App, client: Client, body: Vec<u8>, id: String) -> (Result
             (request.client, request.deadline) = (client.clone(), Some(deadline));
         }
         let documents = requests.iter().map(|request| request.documents.len()).sum();
-        let ranked = tokio::time::timeout_at(deadline.at.into(), rank_all(app.models()?, requests)).await;
+        // From here on the request keeps its model, and no other, even if the set of models is replaced.
+        let name = requests.first().and_then(|request| request.model.as_deref());
+        let model = Arc::clone(app.models()?.choose(name)?);
+        let ranked = tokio::time::timeout_at(deadline.at.into(), rank_all(&model, requests)).await;
         let ranking = ranked.unwrap_or(Err(RerankError::Deadline { seconds: deadline.seconds }))?;
         count(&ranking, documents);
         let stats = RequestStats { documents, tokens: ranking.tokens };

@@ -13,14 +13,16 @@ mod models;
 mod output;
 pub mod plot;
 mod rank;
+mod reload;
 mod serve;
 mod start;
 
 use std::ffi::OsString;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use anyhow::anyhow;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::args::{CommonArgs, ServeArgs};
+use crate::config::args::{CommonArgs, FlagValues, ServeArgs};
 use crate::config::file::{config_path, with_config_file};
 use crate::telemetry;
 pub use failure::Failure;
@@ -47,6 +49,9 @@ pub struct Cli {
     common: CommonArgs,
     #[command(subcommand)]
     command: CliCommand,
+    /// The flags of `command`.
+    #[arg(skip)]
+    values: FlagValues,
 }
 
 #[derive(Debug, Subcommand)]
@@ -84,8 +89,28 @@ fn parse_from(arguments: Vec<OsString>) -> Result<Cli, Failure> {
     if let Some(path) = config_path(&arguments) {
         command = with_config_file(command, &path).map_err(Failure::Config)?;
     }
-    let matches = command.try_get_matches_from(arguments).map_err(Failure::Usage)?;
-    Cli::from_arg_matches(&matches).map_err(Failure::Usage)
+    let matches = command.try_get_matches_from_mut(arguments).map_err(Failure::Usage)?;
+    let values = flag_values(&command, &matches);
+    Cli::from_arg_matches(&matches).map(|cli| Cli { values, ..cli }).map_err(Failure::Usage)
+}
+
+fn flag_values(command: &clap::Command, matches: &ArgMatches) -> FlagValues {
+    let Some((name, matches)) = matches.subcommand() else { return FlagValues::new() };
+    let arguments = command.find_subcommand(name).into_iter().flat_map(|command| command.get_arguments());
+    let value = |argument: &clap::Arg| {
+        let values = matches.try_get_raw(argument.get_id().as_str()).ok().flatten().into_iter().flatten();
+        Some((argument.get_long()?.to_owned(), values.map(OsString::from).collect()))
+    };
+    arguments.filter_map(value).collect()
+}
+
+/// The settings of `serve`, read again from the command line, the environment and the config file of this process.
+fn read_serve_again() -> Result<(ServeArgs, FlagValues), Failure> {
+    let cli = parse()?;
+    match cli.command {
+        CliCommand::Serve(args) => Ok((args, cli.values)),
+        _ => Err(Failure::Other(anyhow!("the command is not `serve`"))),
+    }
 }
 
 /// Starts logging and runs the command to its end.
@@ -95,7 +120,7 @@ fn parse_from(arguments: Vec<OsString>) -> Result<Cli, Failure> {
 pub fn run(cli: Cli) -> Result<(), Failure> {
     let _logs = telemetry::init_logs(cli.common.log_format, &cli.common.log);
     match cli.command {
-        CliCommand::Serve(args) => serve::run(&args),
+        CliCommand::Serve(args) => serve::run(&args, cli.values, read_serve_again),
         CliCommand::Rank(args) => rank::run(&args),
         CliCommand::Eval(args) => eval::run(&args),
         CliCommand::Bench(args) => bench::run(&args),

@@ -2,6 +2,8 @@
 //!
 //! Every flag of `serve` is also an environment variable (`RERANKD_` and the flag's name) and a key of the config file.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -10,6 +12,10 @@ use clap::{Args, ValueEnum};
 
 use crate::secret::Secret;
 use crate::telemetry::{self, LogFormat};
+
+/// The values of a command's flags as they were typed, by the flag's name without `--`; those of its environment variable, the
+/// config file or the default, if it was not.
+pub type FlagValues = BTreeMap<String, Vec<OsString>>;
 
 /// The models to load, the device, and the limits on text. Shared by every command that computes scores.
 #[derive(Debug, Clone, Args)]

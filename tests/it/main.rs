@@ -19,6 +19,7 @@ mod jobs;
 mod loading;
 mod mini;
 mod precision;
+mod reload;
 mod source;
 mod support;
 mod text;
