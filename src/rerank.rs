@@ -55,7 +55,7 @@ pub struct Ranking {
     pub model: String,
     /// Best first, ties in the request's order; at most `top_n`.
     pub results: Vec<Ranked>,
-    /// Tokens that the model read, over all distinct pairs of query and chunk.
+    /// Tokens of all distinct pairs of query and chunk, whether they were scored now or before.
     pub tokens: usize,
     /// Which parts of the texts the model did not read.
     pub truncation: Truncation,
@@ -139,10 +139,8 @@ pub async fn rank_all(model: &Model, queries: Vec<RerankRequest>) -> Result<Rank
         encoded.append(query);
     }
     let tokenize = start.elapsed();
-    let permit = model.scheduler.admit(client.id, tokens, deadline)?;
-    client.take_tokens(tokens)?;
     let EncodedRequest { pairs, documents, truncation } = encoded;
-    let scores = model.scheduler.score(pairs, permit, deadline).await?;
+    let scores = model.score(client, pairs, deadline).await?;
     let mut results = best_first(&scores, model.score_map, &documents, top_n);
     if options.spans {
         for ranked in &mut results {

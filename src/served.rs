@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::client::ClientId;
+use crate::background;
+use crate::batch::Pair;
+use crate::client::{Client, ClientId};
 use crate::error::RerankError;
 use crate::loading::download::Hub;
 use crate::loading::source::ModelSource;
 use crate::loading::{LoadOptions, LoadedModel, Loader};
-use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
+use crate::scheduler::{Deadline, Scheduler, SchedulerLimits, Scores};
 use crate::score::ScoreMap;
+use crate::score_cache::ScoreCache;
 use crate::text::TextEncoder;
 
 /// A batch that has run for longer does not count as a sign of health. Even a large model on a small CPU needs less time.
@@ -19,6 +22,9 @@ const MAX_BATCH_TIME: Duration = Duration::from_secs(120);
 const MAX_NAME_CHARS: usize = 128;
 /// Maximum leading parts of a requested model name that are ignored as a gateway's prefix.
 const MAX_PREFIX_PARTS: usize = 8;
+
+/// Requests with more tokens are looked up in the cache on background threads.
+const LARGE_LOOKUP_TOKENS: usize = 65_536;
 
 /// A served model: its names, its text encoder and its scheduler. Clones are the same model. Dropping the last of them waits for the
 /// workers, see [`Scheduler`].
@@ -36,6 +42,8 @@ pub struct Model {
     pub text: TextEncoder,
     /// Pairs to logits.
     pub scheduler: Arc<Scheduler>,
+    /// Logits of earlier pairs, if they are kept.
+    cache: Option<Arc<ScoreCache>>,
 }
 
 /// Every served model. The set does not change: to serve others, replace it.
@@ -55,7 +63,55 @@ impl Model {
     pub fn start(loaded: LoadedModel, limits: SchedulerLimits) -> std::io::Result<Self> {
         let LoadedModel { name, aliases, score_map, text, dtype, encoder, .. } = loaded;
         let scheduler = Arc::new(Scheduler::start(&name, encoder, limits)?);
-        Ok(Self { name, dtype, aliases, score_map, text, scheduler })
+        Ok(Self { name, dtype, aliases, score_map, text, scheduler, cache: None })
+    }
+
+    /// The same model under other aliases.
+    #[must_use]
+    pub fn with_aliases(self, aliases: Vec<String>) -> Self {
+        Self { aliases, ..self }
+    }
+
+    /// Keeps logits in at most `bytes` bytes of memory; 0 keeps none.
+    #[must_use]
+    pub fn with_score_cache(self, bytes: usize) -> Self {
+        let cache = ScoreCache::new(&self.name, bytes).map(Arc::new);
+        Self { cache, ..self }
+    }
+
+    /// The logits of a client's pairs. Those that the cache does not have are admitted to the queue and scored.
+    ///
+    /// # Errors
+    /// As [`Scheduler::admit`], [`Client::take_tokens`] and [`Scheduler::score`].
+    pub async fn score(
+        &self,
+        client: &Client,
+        pairs: Vec<Pair>,
+        deadline: Option<Deadline>,
+    ) -> Result<Scores, RerankError> {
+        let Some(cache) = &self.cache else { return self.compute(client, pairs, deadline).await };
+        let (id, is_large) = (client.id, pairs.iter().map(Pair::tokens).sum::<usize>() > LARGE_LOOKUP_TOKENS);
+        let look_up = {
+            let cache = Arc::clone(cache);
+            move || cache.look_up(id, pairs)
+        };
+        let (lookup, missing) = background::run_if(is_large, look_up).await?;
+        let Scores { logits: computed, queued, computed: time } = self.compute(client, missing, deadline).await?;
+        let cache = Arc::clone(cache);
+        let logits = background::run_if(is_large, move || cache.complete(lookup, &computed)).await?;
+        Ok(Scores { logits, queued, computed: time })
+    }
+
+    async fn compute(
+        &self,
+        client: &Client,
+        pairs: Vec<Pair>,
+        deadline: Option<Deadline>,
+    ) -> Result<Scores, RerankError> {
+        let tokens = pairs.iter().map(Pair::tokens).sum();
+        let permit = self.scheduler.admit(client.id, tokens, deadline)?;
+        client.take_tokens(tokens)?;
+        self.scheduler.score(pairs, permit, deadline).await
     }
 
     /// Checks that an inference has succeeded within `recent`, or succeeds now within `timeout_s` seconds. A model that has

@@ -57,6 +57,9 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum CliCommand {
     /// Serve models over HTTP
+    ///
+    /// SIGTERM or SIGINT ends the server after the requests that are running. SIGHUP reads the --config file and the --api-key-file
+    /// again: models, aliases and keys change without a restart; the log names other settings that have changed.
     Serve(ServeArgs),
     /// Rank files, or the lines of standard input, against one query; or many queries from a file to a file
     Rank(rank::RankArgs),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, ensure};
 use tokio::sync::oneshot;
 
 use super::failure::Failure;
@@ -17,7 +17,7 @@ use crate::config::machine::{HostMemory, Machine};
 use crate::config::resolve::{Notice, ServeSettings};
 use crate::loading::Loader;
 use crate::loading::download::Hub;
-use crate::loading::source::ModelSource;
+use crate::loading::source::{BUILTIN, ModelSource};
 use crate::served::{Model, Models, check_names};
 
 /// The flags that take effect at SIGHUP. All others need a restart.
@@ -135,7 +135,6 @@ impl<'a> ModelKeeper<'a> {
             Ok(settings) => settings,
             Err(reason) => return tracing::error!("SIGHUP: nothing is changed: {reason}"),
         };
-        settings.models.notices.iter().for_each(Notice::log);
         // Keys first: a key that was removed must not be accepted until a model is loaded.
         warn_of_short_keys(&settings.keys);
         if let Err(error) = self.app.set_keys(settings.keys) {
@@ -153,9 +152,9 @@ impl<'a> ModelKeeper<'a> {
     /// The settings of now, from the same command line. Logs the changes that need a restart.
     fn read_settings(&self) -> Result<ServeSettings, String> {
         let (args, values) = (self.read_again)().map_err(|failure| failure.reason())?;
-        // As when the config file is read while an editor writes it. The built-in model is no replacement.
-        if args.models.models.is_empty() && self.values.get("model").is_some_and(|models| !models.is_empty()) {
-            return Err("there is no --model any more".to_owned());
+        // As when the config file is read while an editor writes it. The built-in model replaces others only if it is named.
+        if args.models.models.is_empty() && self.served.iter().any(|(source, _)| source.name != BUILTIN) {
+            return Err(format!("there is no --model any more; to serve the built-in model, name it: {BUILTIN}"));
         }
         let settings = args.resolve(&Machine::detect()).map_err(|error| format!("{error:#}"))?;
         for (flag, value) in values {
@@ -182,7 +181,7 @@ impl<'a> ModelKeeper<'a> {
         let mut served = Vec::with_capacity(sources.len());
         for (source, aliases) in sources.into_iter().zip(aliases) {
             let model = match self.served.iter().find(|(own, _)| own.is_same_model(&source)) {
-                Some((_, model)) => Model { aliases, ..model.clone() },
+                Some((_, model)) => model.clone().with_aliases(aliases),
                 None => load(self, &source)?,
             };
             served.push((source, model));
@@ -191,7 +190,10 @@ impl<'a> ModelKeeper<'a> {
         self.app.set_models(if accept_any_name { models.accepting_any_name() } else { models });
         for (source, model) in std::mem::replace(&mut self.served, served) {
             if !self.served.iter().any(|(own, _)| own.is_same_model(&source)) {
-                tracing::info!(model = model.name, "no longer served; its memory is freed when its requests are answered");
+                tracing::info!(
+                    model = model.name,
+                    "no longer served; its memory is freed when its requests are answered"
+                );
                 self.retired.push(model);
             }
         }
@@ -202,23 +204,17 @@ impl<'a> ModelKeeper<'a> {
         let loaded = self.loader.load(source)?;
         tracing::info!(model = loaded.name, "{}", loaded.description);
         let name = loaded.name.clone();
-        Model::start(loaded, self.settings.models.scheduler)
-            .with_context(|| format!("cannot start the workers of {name}"))
+        let model = Model::start(loaded, self.settings.models.scheduler)
+            .with_context(|| format!("cannot start the workers of {name}"))?;
+        Ok(model.with_score_cache(self.settings.score_cache_bytes))
     }
 
     /// [`ModelKeeper::load`], unless the model needs more memory than the host has free: then the served models would end with the
     /// process.
     fn load_if_it_fits(&self, source: &ModelSource) -> Result<Model> {
         let (needed, _) = self.loader.memory(source)?;
-        match HostMemory::detect().free {
-            Some(free) if needed > free => bail!(
-                "{} needs about {} of memory and {} are free; stop serving another model first, with a SIGHUP of its own",
-                source.name,
-                bytes(needed),
-                bytes(free)
-            ),
-            _ => self.load(source),
-        }
+        check_fits(&source.name, needed, HostMemory::detect().free)?;
+        self.load(source)
     }
 
     /// Drops the retired models that no request uses.
@@ -239,5 +235,29 @@ pub(super) fn warn_of_short_keys(keys: &Keys) {
             "{} API keys have fewer than 16 characters and are easy to guess; `openssl rand -hex 32` makes a better one",
             keys.short_keys()
         );
+    }
+}
+
+/// # Errors
+/// The model needs more bytes than are free, as far as known.
+fn check_fits(model: &str, needed: u64, free: Option<u64>) -> Result<()> {
+    ensure!(
+        free.is_none_or(|free| needed <= free),
+        "{model} needs about {} of memory and {} are free; stop serving another model first, with a SIGHUP of its own",
+        bytes(needed),
+        bytes(free.unwrap_or_default())
+    );
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_that_needs_more_memory_than_is_free_is_refused_with_both_figures() {
+        assert!(check_fits("m", 2_000_000, Some(2_000_000)).is_ok() && check_fits("m", 2_000_000, None).is_ok());
+        let error = check_fits("m", 2_000_000_000, Some(1_000_000)).unwrap_err().to_string();
+        assert!(error.contains("m needs about 2.0 GB of memory and 1 MB are free"), "{error}");
     }
 }

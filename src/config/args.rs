@@ -250,6 +250,12 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = parse_seconds, env = "RERANKD_MAX_QUEUE_WAIT", help_heading = "Limits")]
     pub max_queue_wait: f64,
 
+    /// Memory for the scores of earlier requests, of each model; the same query and chunk are then not computed again
+    ///
+    /// An entry takes 89 bytes and holds one score. Each API key uses only its own entries. 0 keeps no scores.
+    #[arg(long, value_name = "BYTES", default_value_t = 0, env = "RERANKD_SCORE_CACHE_BYTES", help_heading = "Limits")]
+    pub score_cache_bytes: usize,
+
     /// Time limit for one batch; afterwards the device counts as hung and the process ends with exit code 70
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BATCH_TIMEOUT", help_heading = "Limits")]
     pub batch_timeout: u64,

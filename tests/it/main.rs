@@ -20,6 +20,7 @@ mod loading;
 mod mini;
 mod precision;
 mod reload;
+mod score_cache;
 mod source;
 mod support;
 mod text;

@@ -153,9 +153,11 @@ fn api_keys_change_without_a_restart_and_other_settings_are_reported() {
     };
     assert_eq!(status(&reloaded.server, "first-key-of-many-characters"), "200");
     std::fs::write(keys.path(), "other-key-of-many-characters\n").unwrap();
-    let log = reloaded.reload(&format!("{config}max-documents = 5\nlog = \"info\"\n"), DONE);
-    assert!(log.contains("--max-documents has changed; that needs a restart"), "{log}");
-    assert_eq!(log.matches("needs a restart").count(), 1, "{log}");
+    let log = reloaded.reload(&format!("{config}max-documents = 5\nlog = \"debug\"\nthreads = 1\n"), DONE);
+    for flag in ["--max-documents", "--log", "--threads"] {
+        assert!(log.contains(&format!("{flag} has changed; that needs a restart")), "{flag}: {log}");
+    }
+    assert_eq!(log.matches("needs a restart").count(), 3, "{log}");
     assert_eq!(status(&reloaded.server, "first-key-of-many-characters"), "401");
     assert_eq!(status(&reloaded.server, "other-key-of-many-characters"), "200");
     // Without the file the server would be open to everyone.
