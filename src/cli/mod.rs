@@ -97,6 +97,7 @@ fn parse_from(arguments: Vec<OsString>) -> Result<Cli, Failure> {
     Cli::from_arg_matches(&matches).map(|cli| Cli { values, ..cli }).map_err(Failure::Usage)
 }
 
+/// All but secrets.
 fn flag_values(command: &clap::Command, matches: &ArgMatches) -> FlagValues {
     let Some((name, matches)) = matches.subcommand() else { return FlagValues::new() };
     let arguments = command.find_subcommand(name).into_iter().flat_map(|command| command.get_arguments());
@@ -104,7 +105,7 @@ fn flag_values(command: &clap::Command, matches: &ArgMatches) -> FlagValues {
         let values = matches.try_get_raw(argument.get_id().as_str()).ok().flatten().into_iter().flatten();
         Some((argument.get_long()?.to_owned(), values.map(OsString::from).collect()))
     };
-    arguments.filter_map(value).collect()
+    arguments.filter(|argument| !argument.is_hide_env_values_set()).filter_map(value).collect()
 }
 
 /// The settings of `serve`, read again from the command line, the environment and the config file of this process.
@@ -181,6 +182,16 @@ mod tests {
         let CliCommand::Serve(args) = cli.command else { panic!("serve") };
         assert_eq!((args.port, args.max_documents), (9001, 7));
         assert_eq!(args.models.models, ["a", "b"]);
+    }
+
+    #[test]
+    fn values_of_flags_come_from_every_source_and_contain_no_secret() {
+        let cli = parsed("port = 9000\nlog-format = \"json\"\n", &["serve", "--api-key", "sk-private", "--tail=short"])
+            .unwrap();
+        let value = |flag: &str| cli.values[flag].iter().map(|value| value.to_str().unwrap()).collect::<Vec<_>>();
+        assert_eq!([value("port"), value("tail"), value("log-format")], [["9000"], ["short"], ["json"]]);
+        assert_eq!((value("max-documents"), value("model")), (vec!["1000"], vec![]));
+        assert!(!format!("{cli:?}").contains("sk-private"));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::secret::Secret;
 use crate::telemetry::{self, LogFormat};
 
 /// The values of a command's flags as they were typed, by the flag's name without `--`; those of its environment variable, the
-/// config file or the default, if it was not.
+/// config file or the default, if it was not. Without secrets.
 pub type FlagValues = BTreeMap<String, Vec<OsString>>;
 
 /// The models to load, the device, and the limits on text. Shared by every command that computes scores.
