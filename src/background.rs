@@ -1,4 +1,5 @@
-//! Threads of low priority, for work on large requests that must not delay small ones: parsing and tokenizing.
+//! Threads of low priority, for work on large requests that must not delay small ones: parsing, tokenizing, and
+//! looking up scores.
 //!
 //! Beside busy threads of normal priority they get little processor time. tokio's blocking threads cannot be used for this: all
 //! work shares them, and a thread that has lowered its priority may not raise it again.
@@ -35,6 +36,17 @@ pub async fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -
     });
     QUEUE.get_or_init(start_threads).send(job).map_err(|_| internal("there is no background thread"))?;
     receive.await.map_err(|_| internal("background work panicked"))
+}
+
+/// Runs `work` as [`run`] if it is large, so that it does not delay other requests, else on this thread.
+///
+/// # Errors
+/// As [`run`].
+pub async fn run_if<T: Send + 'static>(
+    is_large: bool,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, RerankError> {
+    if is_large { run(work).await } else { Ok(work()) }
 }
 
 fn internal(cause: &'static str) -> RerankError {

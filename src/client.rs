@@ -15,7 +15,7 @@ pub enum ClientId {
     /// The server has one key or none, so everybody is the same client.
     #[default]
     Only,
-    /// The position of one of several keys.
+    /// The number of one of several keys.
     Key(u32),
 }
 
@@ -54,6 +54,18 @@ impl Client {
             requests: limit("requests", limits.requests_per_minute),
             tokens: limit("tokens", limits.tokens_per_minute),
         }
+    }
+
+    /// This client as `id`, with what `old` has left of each rate limit that both have.
+    #[must_use]
+    pub fn continuing(&self, old: Option<&Self>, id: ClientId) -> Self {
+        let limit = |new: &Option<Arc<RateLimit>>, old: Option<&Arc<RateLimit>>| match (new, old) {
+            (Some(new), Some(old)) if new.per_minute == old.per_minute => Some(Arc::clone(old)),
+            (new, _) => new.clone(),
+        };
+        let requests = limit(&self.requests, old.and_then(|old| old.requests.as_ref()));
+        let tokens = limit(&self.tokens, old.and_then(|old| old.tokens.as_ref()));
+        Self { id, requests, tokens }
     }
 
     /// Counts a request.

@@ -6,6 +6,7 @@
 //! - [`api`]: HTTP: request formats, API keys, limits, the error table, health and metrics.
 //! - [`rerank`]: ranks one request, from text to ranking.
 //! - [`served`]: the served models by name.
+//! - [`score_cache`]: logits of pairs that were scored before.
 //! - [`text`]: from text to pairs of token ids; long documents are split into overlapping chunks.
 //! - [`client`]: the client that sends a request, and the rate limits of its API key.
 //! - [`background`]: threads of low priority for large requests.
@@ -13,7 +14,7 @@
 //! - [`scheduler`]: the queue, batch composition, the workers that run batches, and their supervision.
 //! - [`encoder`]: the graph of each model architecture, generic over [`backend::Backend`].
 //! - [`checkpoint`]: a model's configuration and weights, checked against each other.
-//! - [`loading`]: from a model's name to a model that scores: catalogue, downloads, start-up checks. Called once, at start.
+//! - [`loading`]: from a model's name to a model that scores: catalogue, downloads, checks of what was loaded.
 //! - [`backend`]: the implementations of the graph's operations: CPU kernels, CUDA kernels, and candle as the reference.
 //! - [`eval`]: ranking quality: data sets, measures, BM25.
 //! - `jobs`: ranks many queries from a file to a file, resumable, in this process or by servers.
@@ -51,6 +52,7 @@ pub mod loading;
 pub mod rerank;
 pub mod scheduler;
 pub mod score;
+pub mod score_cache;
 pub mod secret;
 pub mod served;
 mod sync;

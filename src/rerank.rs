@@ -11,7 +11,7 @@ use crate::client::Client;
 use crate::error::RerankError;
 use crate::scheduler::{Deadline, Scores};
 use crate::score::ScoreMap;
-use crate::served::Models;
+use crate::served::{Model, Models};
 use crate::text::{Chunk, DocumentOptions, EncodedRequest, Truncation};
 
 /// A validated request.
@@ -55,7 +55,7 @@ pub struct Ranking {
     pub model: String,
     /// Best first, ties in the request's order; at most `top_n`.
     pub results: Vec<Ranked>,
-    /// Tokens that the model read, over all distinct pairs of query and chunk.
+    /// Tokens of all distinct pairs of query and chunk, whether they were scored now or before.
     pub tokens: usize,
     /// Which parts of the texts the model did not read.
     pub truncation: Truncation,
@@ -110,18 +110,18 @@ pub struct Timings {
 /// # Errors
 /// See [`RerankError`].
 pub async fn rerank(models: &Models, request: RerankRequest) -> Result<Ranking, RerankError> {
-    rank_all(models, vec![request]).await
+    let model = models.choose(request.model.as_deref())?;
+    rank_all(model, vec![request]).await
 }
 
 /// Ranks the documents of several queries as one request: tokenized, admitted and scored together, and limited together. Client,
-/// model, `top_n`, options and deadline are those of the first query. In the result, a document's index counts the documents of
-/// the queries before its own.
+/// `top_n`, options and deadline are those of the first query. In the result, a document's index counts the documents of the
+/// queries before its own.
 ///
 /// # Errors
 /// See [`RerankError`].
-pub async fn rank_all(models: &Models, queries: Vec<RerankRequest>) -> Result<Ranking, RerankError> {
+pub async fn rank_all(model: &Model, queries: Vec<RerankRequest>) -> Result<Ranking, RerankError> {
     let first = queries.first().ok_or_else(|| RerankError::invalid("query", "is missing"))?;
-    let model = models.choose(first.model.as_deref())?;
     let (client, options, top_n, deadline) = (&first.client, first.options, first.top_n, first.deadline);
     model.scheduler.has_room(client.id)?;
     let start = Instant::now();
@@ -139,10 +139,8 @@ pub async fn rank_all(models: &Models, queries: Vec<RerankRequest>) -> Result<Ra
         encoded.append(query);
     }
     let tokenize = start.elapsed();
-    let permit = model.scheduler.admit(client.id, tokens, deadline)?;
-    client.take_tokens(tokens)?;
     let EncodedRequest { pairs, documents, truncation } = encoded;
-    let scores = model.scheduler.score(pairs, permit, deadline).await?;
+    let scores = model.score(client, pairs, deadline).await?;
     let mut results = best_first(&scores, model.score_map, &documents, top_n);
     if options.spans {
         for ranked in &mut results {

@@ -1,14 +1,18 @@
 //! The models that this process serves, by name.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::client::ClientId;
+use crate::background;
+use crate::batch::Pair;
+use crate::client::{Client, ClientId};
 use crate::error::RerankError;
 use crate::loading::download::Hub;
 use crate::loading::source::ModelSource;
 use crate::loading::{LoadOptions, LoadedModel, Loader};
-use crate::scheduler::{Deadline, Scheduler, SchedulerLimits};
+use crate::scheduler::{Deadline, Scheduler, SchedulerLimits, Scores};
 use crate::score::ScoreMap;
+use crate::score_cache::ScoreCache;
 use crate::text::TextEncoder;
 
 /// A batch that has run for longer does not count as a sign of health. Even a large model on a small CPU needs less time.
@@ -19,8 +23,12 @@ const MAX_NAME_CHARS: usize = 128;
 /// Maximum leading parts of a requested model name that are ignored as a gateway's prefix.
 const MAX_PREFIX_PARTS: usize = 8;
 
-/// A served model: its text encoder and its scheduler.
-#[derive(Debug)]
+/// Requests with more tokens are looked up in the cache on background threads.
+const LARGE_LOOKUP_TOKENS: usize = 65_536;
+
+/// A served model: its names, its text encoder and its scheduler. Clones are the same model. Dropping the last of them waits for the
+/// workers, see [`Scheduler`].
+#[derive(Debug, Clone)]
 pub struct Model {
     /// The name in responses.
     pub name: String,
@@ -33,14 +41,16 @@ pub struct Model {
     /// Text to pairs.
     pub text: TextEncoder,
     /// Pairs to logits.
-    pub scheduler: Scheduler,
+    pub scheduler: Arc<Scheduler>,
+    /// Logits of earlier pairs, if they are kept.
+    cache: Option<Arc<ScoreCache>>,
 }
 
-/// Every served model.
+/// Every served model. The set does not change: to serve others, replace it.
 #[derive(Debug)]
 pub struct Models {
     /// In the order of the command line.
-    models: Vec<Model>,
+    models: Vec<Arc<Model>>,
     /// Whether requests for an unknown model go to the first one.
     accepts_any_name: bool,
 }
@@ -52,8 +62,56 @@ impl Model {
     /// The operating system refuses a thread.
     pub fn start(loaded: LoadedModel, limits: SchedulerLimits) -> std::io::Result<Self> {
         let LoadedModel { name, aliases, score_map, text, dtype, encoder, .. } = loaded;
-        let scheduler = Scheduler::start(&name, encoder, limits)?;
-        Ok(Self { name, dtype, aliases, score_map, text, scheduler })
+        let scheduler = Arc::new(Scheduler::start(&name, encoder, limits)?);
+        Ok(Self { name, dtype, aliases, score_map, text, scheduler, cache: None })
+    }
+
+    /// The same model under other aliases.
+    #[must_use]
+    pub fn with_aliases(self, aliases: Vec<String>) -> Self {
+        Self { aliases, ..self }
+    }
+
+    /// Keeps logits in at most `bytes` bytes of memory; 0 keeps none.
+    #[must_use]
+    pub fn with_score_cache(self, bytes: usize) -> Self {
+        let cache = ScoreCache::new(&self.name, bytes).map(Arc::new);
+        Self { cache, ..self }
+    }
+
+    /// The logits of a client's pairs. Those that the cache does not have are admitted to the queue and scored.
+    ///
+    /// # Errors
+    /// As [`Scheduler::admit`], [`Client::take_tokens`] and [`Scheduler::score`].
+    pub async fn score(
+        &self,
+        client: &Client,
+        pairs: Vec<Pair>,
+        deadline: Option<Deadline>,
+    ) -> Result<Scores, RerankError> {
+        let Some(cache) = &self.cache else { return self.compute(client, pairs, deadline).await };
+        let (id, is_large) = (client.id, pairs.iter().map(Pair::tokens).sum::<usize>() > LARGE_LOOKUP_TOKENS);
+        let look_up = {
+            let cache = Arc::clone(cache);
+            move || cache.look_up(id, pairs)
+        };
+        let (lookup, missing) = background::run_if(is_large, look_up).await?;
+        let Scores { logits: computed, queued, computed: time } = self.compute(client, missing, deadline).await?;
+        let cache = Arc::clone(cache);
+        let logits = background::run_if(is_large, move || cache.complete(lookup, &computed)).await?;
+        Ok(Scores { logits, queued, computed: time })
+    }
+
+    async fn compute(
+        &self,
+        client: &Client,
+        pairs: Vec<Pair>,
+        deadline: Option<Deadline>,
+    ) -> Result<Scores, RerankError> {
+        let tokens = pairs.iter().map(Pair::tokens).sum();
+        let permit = self.scheduler.admit(client.id, tokens, deadline)?;
+        client.take_tokens(tokens)?;
+        self.scheduler.score(pairs, permit, deadline).await
     }
 
     /// Checks that an inference has succeeded within `recent`, or succeeds now within `timeout_s` seconds. A model that has
@@ -112,14 +170,8 @@ impl Models {
     /// # Errors
     /// Two models have the same name or alias.
     pub fn new(models: Vec<Model>) -> anyhow::Result<Self> {
-        for (i, model) in models.iter().enumerate() {
-            for other in &models[..i] {
-                if let Some(name) = model.names().find(|name| other.is_called(name)) {
-                    anyhow::bail!("two models are called {name:?}; name one of them with --model NAME=MODEL");
-                }
-            }
-        }
-        Ok(Self { models, accepts_any_name: false })
+        check_names(&models.iter().map(|model| model.names().collect()).collect::<Vec<_>>())?;
+        Ok(Self { models: models.into_iter().map(Arc::new).collect(), accepts_any_name: false })
     }
 
     /// The model with this name or alias, in upper or lower case. A gateway's prefix is ignored
@@ -127,7 +179,7 @@ impl Models {
     ///
     /// # Errors
     /// [`RerankError::UnknownModel`]
-    pub fn find(&self, name: &str) -> Result<&Model, RerankError> {
+    pub fn find(&self, name: &str) -> Result<&Arc<Model>, RerankError> {
         let called = |name: &str| self.models.iter().find(|model| model.is_called(name));
         let suffixes = name.match_indices('/').take(MAX_PREFIX_PARTS).map(|(slash, _)| &name[slash + 1..]);
         std::iter::once(name).chain(suffixes).find_map(called).ok_or_else(|| RerankError::UnknownModel {
@@ -140,7 +192,7 @@ impl Models {
     ///
     /// # Errors
     /// [`RerankError::UnknownModel`]
-    pub fn choose(&self, name: Option<&str>) -> Result<&Model, RerankError> {
+    pub fn choose(&self, name: Option<&str>) -> Result<&Arc<Model>, RerankError> {
         let name = name.map(str::trim).unwrap_or_default();
         match self.find(name) {
             Err(unknown) => self.models.first().filter(|_| name.is_empty() || self.accepts_any_name).ok_or(unknown),
@@ -159,7 +211,7 @@ impl Models {
     }
 
     /// The models, in the order of the command line.
-    pub fn iter(&self) -> impl Iterator<Item = &Model> {
+    pub fn iter(&self) -> impl Iterator<Item = &Arc<Model>> {
         self.models.iter()
     }
 
@@ -169,4 +221,19 @@ impl Models {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+}
+
+/// Checks the names of several models, one list for each.
+///
+/// # Errors
+/// Two models have a name in common, in upper or lower case.
+pub fn check_names(models: &[Vec<impl AsRef<str>>]) -> anyhow::Result<()> {
+    for (i, names) in models.iter().enumerate() {
+        let is_taken =
+            |name: &&str| models[..i].iter().flatten().any(|other| other.as_ref().eq_ignore_ascii_case(name));
+        if let Some(name) = names.iter().map(AsRef::as_ref).find(is_taken) {
+            anyhow::bail!("two models are called {name:?}; name one of them with --model NAME=MODEL");
+        }
+    }
+    Ok(())
 }

@@ -138,6 +138,10 @@ fn describe_metrics() {
         Unit::Count,
         "Tokens in the first level of the queue, for which a new request waits, by model"
     );
+    describe_counter!("rerankd_score_cache_hits_total", "Pairs whose score was in the cache, by model");
+    describe_counter!("rerankd_score_cache_misses_total", "Pairs whose score was not in the cache, by model");
+    describe_gauge!("rerankd_score_cache_entries", Unit::Count, "Scores in the cache, by model");
+    describe_gauge!("rerankd_score_cache_bytes", Unit::Bytes, "Memory of the score cache, by model");
     describe_counter!("rerankd_worker_restarts_total", "Workers restarted after a panic, by model");
     describe_counter!(
         "rerankd_connections_refused_total",

@@ -14,6 +14,7 @@
 
 mod abuse;
 mod attack;
+mod cache;
 mod client;
 mod cost;
 mod curve;
@@ -21,6 +22,7 @@ mod fairness;
 mod isolation;
 mod keys;
 mod plot;
+mod reload;
 mod report;
 mod restart;
 mod server;
@@ -53,6 +55,10 @@ enum Command {
     Isolation(isolation::Args),
     /// Time from SIGKILL to the next ready server
     Restart(restart::Args),
+    /// Models that are replaced at SIGHUP: memory, threads, and the latency of a model that stays
+    Reload(reload::Args),
+    /// Latency with and without the score cache
+    Cache(cache::Args),
     /// Draws the results of `curve` as an SVG
     Plot(plot::Args),
     /// Serves a model of known speed: 5 ms for each chunk, one after another
@@ -75,6 +81,8 @@ fn main() -> anyhow::Result<()> {
             Command::Keys(args) => keys::run(args).await,
             Command::Isolation(args) => isolation::run(args).await,
             Command::Restart(args) => restart::run(args).await,
+            Command::Reload(args) => reload::run(args).await,
+            Command::Cache(args) => cache::run(args).await,
             Command::Plot(args) => plot::run(&args),
             Command::Stub(args) => stub::run(args).await,
         }

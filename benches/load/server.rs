@@ -88,8 +88,13 @@ impl ServerArgs {
 impl ServerProcess {
     /// Sends SIGTERM.
     pub(crate) fn terminate(&self) -> Result<()> {
+        self.signal("-TERM")
+    }
+
+    /// Sends a signal: `-HUP`.
+    pub(crate) fn signal(&self, name: &str) -> Result<()> {
         let pid = self.watch.0.context("the server's process is unknown")?;
-        ensure!(Command::new("kill").args(["-TERM", &pid.to_string()]).status()?.success(), "kill failed");
+        ensure!(Command::new("kill").args([name, &pid.to_string()]).status()?.success(), "kill failed");
         Ok(())
     }
 

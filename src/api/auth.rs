@@ -17,7 +17,7 @@ pub(super) async fn require_key(
     mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    if let Some(client) = app.keys.client(offered_key(request.headers())).cloned() {
+    if let Some(client) = app.keys().client(offered_key(request.headers())).cloned() {
         request.extensions_mut().insert(client);
         return Ok(next.run(request).await);
     }

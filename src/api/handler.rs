@@ -42,7 +42,7 @@ async fn answer(app: &App, client: Client, body: Vec<u8>, id: String) -> (Result
     let deadline = Deadline::after(app.limits.request_timeout_s);
     let (is_large, max_documents) = (body.len() > LARGE_BYTES, app.limits.max_documents);
     let parse = move || Dialect::parse_body(&body, max_documents);
-    let (dialect, parsed) = match off_async_threads(is_large, parse).await {
+    let (dialect, parsed) = match background::run_if(is_large, parse).await {
         Ok(parsed) => parsed,
         Err(error) => return (Err(error), Dialect::Documents),
     };
@@ -52,11 +52,14 @@ async fn answer(app: &App, client: Client, body: Vec<u8>, id: String) -> (Result
             (request.client, request.deadline) = (client.clone(), Some(deadline));
         }
         let documents = requests.iter().map(|request| request.documents.len()).sum();
-        let ranked = tokio::time::timeout_at(deadline.at.into(), rank_all(app.models()?, requests)).await;
+        // From here on the request keeps its model, and no other, even if the set of models is replaced.
+        let name = requests.first().and_then(|request| request.model.as_deref());
+        let model = Arc::clone(app.models()?.choose(name)?);
+        let ranked = tokio::time::timeout_at(deadline.at.into(), rank_all(&model, requests)).await;
         let ranking = ranked.unwrap_or(Err(RerankError::Deadline { seconds: deadline.seconds }))?;
         count(&ranking, documents);
         let stats = RequestStats { documents, tokens: ranking.tokens };
-        let mut response = off_async_threads(is_large, move || {
+        let mut response = background::run_if(is_large, move || {
             let mut response = write(&ranking, id);
             add_headers(&mut response, &ranking);
             response
@@ -66,17 +69,6 @@ async fn answer(app: &App, client: Client, body: Vec<u8>, id: String) -> (Result
         Ok(response)
     };
     (ranked.await, dialect)
-}
-
-/// Runs `work` on a background thread if it is large, so that it does not delay other connections.
-async fn off_async_threads<T: Send + 'static>(
-    is_large: bool,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, RerankError> {
-    if !is_large {
-        return Ok(work());
-    }
-    background::run(work).await
 }
 
 /// Adds `server-timing`, in ms, and `x-rerankd-truncated`.

@@ -16,6 +16,8 @@ pub struct Keys {
     /// The client of all requests if no key is needed.
     anyone: Client,
     short_keys: usize,
+    /// Larger than the number of every client so far.
+    next_number: u32,
 }
 
 #[derive(Clone)]
@@ -44,10 +46,31 @@ impl Keys {
             }
         }
         let several = digests.len() > 1;
+        let next_number = digests.len() as u32;
         let id = |i: usize| if several { ClientId::Key(i as u32) } else { ClientId::Only };
         let client = |i| Client::new(id(i), limits);
         let known = digests.into_iter().enumerate().map(|(i, digest)| Key { digest, client: client(i) }).collect();
-        Ok(Self { known, anyone: Client::default(), short_keys })
+        Ok(Self { known, anyone: Client::default(), short_keys, next_number })
+    }
+
+    /// These keys, to be used instead of `old`. A key that both have remains the same client, with what is left of its rate limits
+    /// unless they change. No other key becomes a client that `old` has.
+    #[must_use]
+    pub fn replacing(mut self, old: &Self) -> Self {
+        self.next_number = old.next_number;
+        for key in &mut self.known {
+            let same = old.known.iter().find(|known| known.digest == key.digest);
+            let id = match (key.client.id, same.map(|known| known.client.id)) {
+                (ClientId::Only, _) => ClientId::Only,
+                (ClientId::Key(_), Some(kept @ ClientId::Key(_))) => kept,
+                (ClientId::Key(_), _) => {
+                    self.next_number += 1;
+                    ClientId::Key(self.next_number - 1)
+                }
+            };
+            key.client = key.client.continuing(same.map(|known| &known.client), id);
+        }
+        self
     }
 
     /// The keys in the text of a key file: one on each line. Empty lines, lines that start with `#`, and a byte order mark at
@@ -131,5 +154,28 @@ mod tests {
     fn a_key_file_may_have_comments_empty_lines_and_a_byte_order_mark() {
         let lines: Vec<&str> = Keys::lines("\u{feff}# staff\nfirst\r\n\n  second  \n#third\n").collect();
         assert_eq!(lines, ["first", "second"]);
+    }
+
+    #[test]
+    fn a_key_that_stays_is_the_same_client_with_what_is_left_of_its_limits() {
+        let limited = |texts: &[&str], n| {
+            let limits = RateLimits { requests_per_minute: std::num::NonZeroU32::new(n), tokens_per_minute: None };
+            Keys::new(texts.iter().copied(), limits).unwrap()
+        };
+        let client = |keys: &Keys, key| keys.client(Some(key)).unwrap().clone();
+        let old = limited(&["a", "b", "c"], 1);
+        client(&old, "b").take_request().unwrap();
+        let new = limited(&["d", "b", "c"], 1).replacing(&old);
+        assert!(new.client(Some("a")).is_none(), "a removed key is refused");
+        let ids = ["b", "c", "d"].map(|key| client(&new, key).id);
+        assert_eq!(ids, [ClientId::Key(1), ClientId::Key(2), ClientId::Key(3)], "no id is used for two keys");
+        assert!(client(&new, "b").take_request().is_err());
+        assert!(client(&new, "c").take_request().is_ok());
+        let newer = limited(&["e", "b"], 2).replacing(&new);
+        assert_eq!(client(&newer, "e").id, ClientId::Key(4));
+        assert!(client(&newer, "b").take_request().is_ok(), "another limit begins anew");
+        let one = limited(&["b"], 2).replacing(&newer);
+        assert_eq!(client(&one, "b").id, ClientId::Only);
+        assert_eq!(client(&limited(&["b", "f"], 2).replacing(&one), "b").id, ClientId::Key(5));
     }
 }

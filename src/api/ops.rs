@@ -88,7 +88,7 @@ impl From<&Model> for ModelCard {
 /// The served models.
 #[utoipa::path(get, path = "/v1/models", responses((status = 200, body = ModelList), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn models(State(app): State<Arc<App>>) -> Result<Json<ModelList>, ApiError> {
-    Ok(Json(ModelList { object: "list", data: app.models()?.iter().map(ModelCard::from).collect() }))
+    Ok(Json(ModelList { object: "list", data: app.models()?.iter().map(|model| ModelCard::from(&**model)).collect() }))
 }
 
 /// One served model; its id may contain slashes.
@@ -96,7 +96,7 @@ pub(super) async fn models(State(app): State<Arc<App>>) -> Result<Json<ModelList
     responses((status = 200, body = ModelCard), (status = 401, body = super::error::ErrorBody), (status = 404, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn model(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<ModelCard>, ApiError> {
     let unknown = |_| ApiError::new(StatusCode::NOT_FOUND, "Model does not exist. GET /v1/models lists those that do.");
-    app.models()?.find(&id).map(|model| Json(model.into())).map_err(unknown)
+    app.models()?.find(&id).map(|model| Json(ModelCard::from(&**model))).map_err(unknown)
 }
 
 /// Liveness: every model has finished a batch in the last 30 s, has been running one for less than two minutes, or passes an
@@ -130,7 +130,8 @@ pub(super) async fn ready(State(app): State<Arc<App>>) -> Result<Response, ApiEr
 /// same answer.
 #[utoipa::path(get, path = "/info", responses((status = 200, description = "The first model and the limits", content_type = "application/json"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<serde_json::Value>, ApiError> {
-    let model = app.models()?.iter().next();
+    let models = app.models()?;
+    let model = models.iter().next();
     let labels = json!({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}});
     Ok(Json(json!({
         "model_id": model.map(|model| &model.name),
@@ -153,7 +154,7 @@ pub(super) async fn info(State(app): State<Arc<App>>) -> Result<Json<serde_json:
 /// Whether requests need a key: Xinference's client sends its key only if `auth` is true.
 #[utoipa::path(get, path = "/v1/cluster/auth", responses((status = 200, description = "auth: whether requests need a key", content_type = "application/json")))]
 pub(super) async fn cluster_auth(State(app): State<Arc<App>>) -> Json<serde_json::Value> {
-    Json(json!({"auth": !app.keys.is_open()}))
+    Json(json!({"auth": !app.keys().is_open()}))
 }
 
 /// Metrics in Prometheus' text format.

@@ -43,6 +43,18 @@ impl Failure {
         }
     }
 
+    /// The reason in one line.
+    pub(super) fn reason(&self) -> String {
+        match self {
+            Self::Usage(error) => {
+                let text = error.to_string();
+                let lines = text.lines().map(str::trim).take_while(|line| !line.is_empty());
+                lines.collect::<Vec<_>>().join(" ").trim_start_matches("error: ").to_owned()
+            }
+            Self::Config(error) | Self::Temporary(error) | Self::Other(error) => format!("{error:#}"),
+        }
+    }
+
     /// Writes the reason to standard error and returns the exit code.
     pub fn report(self) -> ExitCode {
         let (error, code) = match self {

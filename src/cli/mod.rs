@@ -14,14 +14,16 @@ mod models;
 mod output;
 pub mod plot;
 mod rank;
+mod reload;
 mod serve;
 mod start;
 
 use std::ffi::OsString;
 
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+use anyhow::anyhow;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::config::args::{CommonArgs, ServeArgs};
+use crate::config::args::{CommonArgs, FlagValues, ServeArgs};
 use crate::config::file::{config_path, with_config_file};
 use crate::telemetry;
 pub use failure::Failure;
@@ -48,11 +50,17 @@ pub struct Cli {
     common: CommonArgs,
     #[command(subcommand)]
     command: CliCommand,
+    /// The flags of `command`.
+    #[arg(skip)]
+    values: FlagValues,
 }
 
 #[derive(Debug, Subcommand)]
 enum CliCommand {
     /// Serve models over HTTP
+    ///
+    /// SIGTERM or SIGINT ends the server after the requests that are running. SIGHUP reads the --config file and the --api-key-file
+    /// again: models, aliases and keys change without a restart; the log names other settings that have changed.
     Serve(ServeArgs),
     /// Rank files, or the lines of standard input, against one query; or many queries from a file to a file
     Rank(rank::RankArgs),
@@ -87,8 +95,29 @@ fn parse_from(arguments: Vec<OsString>) -> Result<Cli, Failure> {
     if let Some(path) = config_path(&arguments) {
         command = with_config_file(command, &path).map_err(Failure::Config)?;
     }
-    let matches = command.try_get_matches_from(arguments).map_err(Failure::Usage)?;
-    Cli::from_arg_matches(&matches).map_err(Failure::Usage)
+    let matches = command.try_get_matches_from_mut(arguments).map_err(Failure::Usage)?;
+    let values = flag_values(&command, &matches);
+    Cli::from_arg_matches(&matches).map(|cli| Cli { values, ..cli }).map_err(Failure::Usage)
+}
+
+/// All but secrets.
+fn flag_values(command: &clap::Command, matches: &ArgMatches) -> FlagValues {
+    let Some((name, matches)) = matches.subcommand() else { return FlagValues::new() };
+    let arguments = command.find_subcommand(name).into_iter().flat_map(|command| command.get_arguments());
+    let value = |argument: &clap::Arg| {
+        let values = matches.try_get_raw(argument.get_id().as_str()).ok().flatten().into_iter().flatten();
+        Some((argument.get_long()?.to_owned(), values.map(OsString::from).collect()))
+    };
+    arguments.filter(|argument| !argument.is_hide_env_values_set()).filter_map(value).collect()
+}
+
+/// The settings of `serve`, read again from the command line, the environment and the config file of this process.
+fn read_serve_again() -> Result<(ServeArgs, FlagValues), Failure> {
+    let cli = parse()?;
+    match cli.command {
+        CliCommand::Serve(args) => Ok((args, cli.values)),
+        _ => Err(Failure::Other(anyhow!("the command is not `serve`"))),
+    }
 }
 
 /// Starts logging and runs the command to its end.
@@ -98,7 +127,7 @@ fn parse_from(arguments: Vec<OsString>) -> Result<Cli, Failure> {
 pub fn run(cli: Cli) -> Result<(), Failure> {
     let _logs = telemetry::init_logs(cli.common.log_format, &cli.common.log);
     match cli.command {
-        CliCommand::Serve(args) => serve::run(&args),
+        CliCommand::Serve(args) => serve::run(&args, cli.values, read_serve_again),
         CliCommand::Rank(args) => rank::run(&args),
         CliCommand::Eval(args) => eval::run(&args),
         CliCommand::Bench(args) => bench::run(&args),
@@ -157,6 +186,16 @@ mod tests {
         let CliCommand::Serve(args) = cli.command else { panic!("serve") };
         assert_eq!((args.port, args.max_documents), (9001, 7));
         assert_eq!(args.models.models, ["a", "b"]);
+    }
+
+    #[test]
+    fn values_of_flags_come_from_every_source_and_contain_no_secret() {
+        let cli = parsed("port = 9000\nlog-format = \"json\"\n", &["serve", "--api-key", "sk-private", "--tail=short"])
+            .unwrap();
+        let value = |flag: &str| cli.values[flag].iter().map(|value| value.to_str().unwrap()).collect::<Vec<_>>();
+        assert_eq!([value("port"), value("tail"), value("log-format")], [["9000"], ["short"], ["json"]]);
+        assert_eq!((value("max-documents"), value("model")), (vec!["1000"], vec![]));
+        assert!(!format!("{cli:?}").contains("sk-private"));
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! `rerankd serve`: listens, loads the models, serves requests, and drains after SIGTERM or SIGINT.
+//! `rerankd serve`: listens, loads the models, serves requests, reads its settings again at SIGHUP, and drains after SIGTERM or
+//! SIGINT.
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -9,9 +10,9 @@ use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::failure::Failure;
-use super::start::start_models;
+use super::reload::{self, ReadSettings, Reloads};
 use crate::api::{self, App, Server};
-use crate::config::args::ServeArgs;
+use crate::config::args::{FlagValues, ServeArgs};
 use crate::config::machine::Machine;
 use crate::config::resolve::ServeSettings;
 use crate::telemetry;
@@ -19,7 +20,7 @@ use crate::telemetry;
 /// Open files besides regular connections: logs, model files, reserved connections.
 pub(super) const OTHER_FILES: u64 = 256;
 
-pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
+pub(super) fn run(args: &ServeArgs, values: FlagValues, read_again: ReadSettings) -> Result<(), Failure> {
     let mut settings = args.resolve(&Machine::detect()).map_err(Failure::Config)?;
     telemetry::prometheus();
     settings.limits.max_connections = fit_connections(settings.limits.max_connections);
@@ -28,7 +29,7 @@ pub(super) fn run(args: &ServeArgs) -> Result<(), Failure> {
         .build()
         .context("cannot start the async runtime")
         .map_err(Failure::Other)?;
-    let outcome = runtime.block_on(serve(Arc::new(settings)));
+    let outcome = runtime.block_on(serve(Arc::new(settings), values, read_again));
     runtime.shutdown_background();
     outcome
 }
@@ -53,8 +54,9 @@ fn fit_connections(connections: usize) -> usize {
     }
 }
 
-async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
-    let stop = stop_signal().map_err(Failure::Other)?;
+async fn serve(settings: Arc<ServeSettings>, values: FlagValues, read_again: ReadSettings) -> Result<(), Failure> {
+    let (reloads, receive_reloads) = Reloads::channel();
+    let stop = handle_signals(reloads).map_err(Failure::Other)?;
     tokio::spawn(run_upkeep());
     let server = Server::bind(settings.address).map_err(Failure::Config)?;
     let address = server.address();
@@ -66,16 +68,13 @@ async fn serve(settings: Arc<ServeSettings>) -> Result<(), Failure> {
     // Leaked, so that the exit does not wait for a worker whose batch outlasts the drain.
     std::mem::forget(Arc::clone(&app));
     let mut serving = std::pin::pin!(api::serve(listener, Arc::clone(&app), settings.timeouts, stop));
-    let loading = tokio::task::spawn_blocking({
-        let settings = Arc::clone(&settings);
-        move || start_models(&settings.models, |name, about| tracing::info!(model = name, "{about}"))
-    });
+    let loading = reload::start(Arc::clone(&settings), (values, read_again), app, receive_reloads)
+        .context("cannot start the loading thread")
+        .map_err(Failure::Other)?;
     tokio::select! {
         () = &mut serving => return Ok(()), // stopped while loading
         loaded = loading => {
-            let models = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::of_loading)?;
-            let first = models.iter().next().map(|model| model.name.clone()).unwrap_or_default();
-            app.set_models(if settings.accept_any_model { models.accepting_any_name() } else { models });
+            let first = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::of_loading)?;
             log_startup(&settings, address, &first);
         }
     }
@@ -100,12 +99,7 @@ fn log_startup(settings: &ServeSettings, address: SocketAddr, model: &str) {
             "no --api-key is set and {address} is not a loopback address: anyone who can reach this port can use the server; set --api-key or --api-key-file"
         );
     }
-    if settings.keys.short_keys() > 0 {
-        tracing::warn!(
-            "{} API keys have fewer than 16 characters and are easy to guess; `openssl rand -hex 32` makes a better one",
-            settings.keys.short_keys()
-        );
-    }
+    reload::warn_of_short_keys(&settings.keys);
     let key = if settings.keys.is_open() { "" } else { " -H 'Authorization: Bearer YOUR_KEY'" };
     let shown =
         if address.ip().is_unspecified() { SocketAddr::from(([127, 0, 0, 1], address.port())) } else { address };
@@ -125,17 +119,30 @@ async fn run_upkeep() {
     }
 }
 
-/// Returns a future that resolves at the first SIGTERM or SIGINT. The second ends the process with exit code 130.
+/// Returns a future that resolves at the first SIGTERM or SIGINT. The second ends the process with exit code 130. SIGHUP asks for a
+/// reload, unless it comes because the terminal that the server runs in was closed: then it counts as SIGTERM.
 ///
 /// # Errors
 /// A signal handler cannot be installed.
-fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+fn handle_signals(reloads: Reloads) -> anyhow::Result<impl Future<Output = ()>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     let (send, receive) = tokio::sync::oneshot::channel();
+    let had_terminal = has_terminal();
     tokio::spawn(async move {
         let mut next = async || {
-            tokio::select! { _ = terminate.recv() => {}, _ = interrupt.recv() => {} }
+            loop {
+                tokio::select! {
+                    _ = terminate.recv() => return,
+                    _ = interrupt.recv() => return,
+                    _ = hangup.recv() => {}
+                }
+                if had_terminal && !has_terminal() {
+                    return;
+                }
+                reloads.request();
+            }
         };
         next().await;
         send.send(()).ok();
@@ -145,4 +152,9 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     Ok(async move {
         receive.await.ok();
     })
+}
+
+/// Whether this process has a controlling terminal.
+fn has_terminal() -> bool {
+    std::fs::File::open("/dev/tty").is_ok()
 }

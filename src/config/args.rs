@@ -2,6 +2,8 @@
 //!
 //! Every flag of `serve` is also an environment variable (`RERANKD_` and the flag's name) and a key of the config file.
 
+use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::NonZeroU32;
 use std::path::PathBuf;
@@ -10,6 +12,10 @@ use clap::{Args, ValueEnum};
 
 use crate::secret::Secret;
 use crate::telemetry::{self, LogFormat};
+
+/// The values of a command's flags as they were typed, by the flag's name without `--`; those of its environment variable, the
+/// config file or the default, if it was not. Without secrets.
+pub type FlagValues = BTreeMap<String, Vec<OsString>>;
 
 /// The models to load, the device, and the limits on text. Shared by every command that computes scores.
 #[derive(Debug, Clone, Args)]
@@ -243,6 +249,12 @@ pub struct ServeArgs {
     /// The server estimates the wait from its measured speed. The limit keeps the latency of admitted requests low under overload.
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = parse_seconds, env = "RERANKD_MAX_QUEUE_WAIT", help_heading = "Limits")]
     pub max_queue_wait: f64,
+
+    /// Memory for the scores of earlier requests, of each model; the same query and chunk are then not computed again
+    ///
+    /// An entry takes 89 bytes and holds one score. Each API key uses only its own entries. 0 keeps no scores.
+    #[arg(long, value_name = "BYTES", default_value_t = 0, env = "RERANKD_SCORE_CACHE_BYTES", help_heading = "Limits")]
+    pub score_cache_bytes: usize,
 
     /// Time limit for one batch; afterwards the device counts as hung and the process ends with exit code 70
     #[arg(long, value_name = "SECONDS", default_value_t = 300, value_parser = clap::value_parser!(u64).range(1..=86_400), env = "RERANKD_BATCH_TIMEOUT", help_heading = "Limits")]

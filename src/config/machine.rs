@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use sysinfo::{MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
+
 use crate::backend::cpu::roofline::MultiplyRates;
 use crate::backend::gpus::CudaSurvey;
 
@@ -38,6 +40,36 @@ impl Machine {
             multiply_rates: MultiplyRates::measured,
             find_cuda,
             user_cache: folder("XDG_CACHE_HOME").or_else(|| folder("HOME").map(|home| home.join(".cache"))),
+        }
+    }
+}
+
+/// The host's memory in bytes, as the operating system reports it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HostMemory {
+    pub total: u64,
+    /// Memory that this process or a new one could use, as far as known.
+    pub free: Option<u64>,
+    /// The memory limit of the container (cgroup), if there is one.
+    pub limit: Option<u64>,
+}
+
+impl HostMemory {
+    pub fn detect() -> Self {
+        let kinds = RefreshKind::nothing().with_memory(MemoryRefreshKind::nothing().with_ram());
+        let Ok(mut system) = System::new_with_specifics(kinds) else { return Self::default() };
+        let limits = sysinfo::get_current_pid().ok().and_then(|pid| {
+            let wanted = ProcessesToUpdate::Some(&[pid]);
+            system.refresh_processes_specifics(wanted, false, ProcessRefreshKind::nothing());
+            system.process(pid)?.cgroup_limits()
+        });
+        // The page cache counts as usage of a cgroup, but the kernel frees it when memory is short. It cannot free `rss`.
+        let within_limit = limits.as_ref().map(|limits| limits.total_memory.saturating_sub(limits.rss));
+        let available = Some(system.available_memory()).filter(|&bytes| bytes > 0);
+        Self {
+            total: system.total_memory(),
+            free: [available, within_limit].into_iter().flatten().min(),
+            limit: limits.map(|limits| limits.total_memory),
         }
     }
 }

@@ -60,6 +60,8 @@ pub struct ServeSettings {
     pub origins: Origins,
     /// Whether requests for an unknown model go to the first one.
     pub accept_any_model: bool,
+    /// Memory for the scores of earlier requests, of each model.
+    pub score_cache_bytes: usize,
     pub limits: ApiLimits,
     pub timeouts: ServerTimeouts,
 }
@@ -320,6 +322,7 @@ impl ServeArgs {
             hosts,
             origins,
             accept_any_model: self.accept_any_model,
+            score_cache_bytes: self.score_cache_bytes,
             limits: ApiLimits {
                 max_connections: self.max_connections as usize,
                 max_documents: self.max_documents as usize,

@@ -56,7 +56,7 @@ pub struct Entry {
 }
 
 /// A model's files on the hub.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HubFiles {
     /// `organization/name`

@@ -1,5 +1,5 @@
 //! From a model's name to a model that scores: finds the files, checks them, loads the weights onto the device, and scores one
-//! pair. Called once, at start.
+//! pair. Called at start, and by `serve` when its list of models changes.
 
 pub mod catalogue;
 mod device;
@@ -7,7 +7,6 @@ pub mod download;
 pub mod memory;
 pub mod source;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -31,6 +30,7 @@ use crate::telemetry;
 use crate::text::{EmbeddingRows, TextEncoder, TextLimits};
 pub use device::{DeviceChoice, gated_notice};
 use download::Hub;
+use memory::ModelSize;
 use source::{ModelFiles, ModelSource, WeightsFile};
 
 /// Default window, in tokens, of a model that is not in the catalogue; less if its position embeddings end before.
@@ -100,6 +100,18 @@ impl<'a> Loader<'a> {
         Ok(Self { hub, options, pool })
     }
 
+    /// Estimates the memory of a model in bytes: of the host, and of each GPU. Downloads the model's files if they are not in the
+    /// cache.
+    ///
+    /// # Errors
+    /// A file is missing, or config.json is damaged or describes a model that is not supported.
+    pub fn memory(&self, source: &ModelSource) -> Result<(u64, u64)> {
+        let config = source.files(self.hub).and_then(|files| model_config(&files));
+        let size = config.map(|config| (ModelSize::of(&config), self.options.device.for_model(&config)));
+        let (size, device) = size.with_context(|| format!("cannot load {}", source.name))?;
+        Ok(size.bytes_on(&device))
+    }
+
     /// Loads a model, and scores one pair to check it.
     ///
     /// # Errors
@@ -134,16 +146,9 @@ impl<'a> Loader<'a> {
             config.hidden_size,
             start.elapsed().as_secs_f64()
         );
-        // With NAME=MODEL the catalogue's aliases do not apply, so that two revisions of one model can be served side by side.
-        let entry = source.entry.filter(|entry| entry.name == source.name);
-        let mut aliases: Vec<String> = entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
-        aliases.push(catalogue::short_name(&source.name).to_owned());
-        aliases.extend(source.aliases.iter().cloned());
-        let mut known = HashSet::from([source.name.to_ascii_lowercase()]);
-        aliases.retain(|alias| known.insert(alias.to_ascii_lowercase()));
         Ok(LoadedModel {
             name: source.name.clone(),
-            aliases,
+            aliases: source.all_aliases(),
             score_map,
             text,
             dtype: device.name(),

@@ -1,6 +1,7 @@
 //! From the argument of `--model` to the files to load: the built-in model, a folder, or a repository on the hub.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -40,7 +41,7 @@ pub struct ModelSource {
 pub const BUILTIN: &str = "rerankd-mini";
 
 /// Where a model's files are.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelLocation {
     /// Embedded in the binary.
     Builtin,
@@ -137,6 +138,23 @@ impl ModelSource {
             "--model {model:?} is not a folder, not organization/name on the hub, and not a known model. {hint}\
              `rerankd models` lists the known models"
         )
+    }
+
+    /// All names besides `name` that requests may use: the catalogue's, the name without the organization, and `aliases`. With
+    /// NAME=MODEL the catalogue's do not apply, so that two revisions of one model can be served side by side.
+    pub fn all_aliases(&self) -> Vec<String> {
+        let entry = self.entry.filter(|entry| entry.name == self.name);
+        let mut aliases: Vec<String> = entry.iter().flat_map(|entry| entry.names()).map(str::to_owned).collect();
+        aliases.push(catalogue::short_name(&self.name).to_owned());
+        aliases.extend(self.aliases.iter().cloned());
+        let mut known = HashSet::from([self.name.to_ascii_lowercase()]);
+        aliases.retain(|alias| known.insert(alias.to_ascii_lowercase()));
+        aliases
+    }
+
+    /// Whether both are the same model under the same name. Their aliases may differ.
+    pub fn is_same_model(&self, other: &Self) -> bool {
+        self.name == other.name && self.location == other.location
     }
 
     /// Whether the files are on this machine: configuration, tokenizer, and a checkpoint or its index. The shards of an index

@@ -317,6 +317,50 @@ fn doctor_describes_the_gpu_and_why_it_cannot_be_used() {
     }
 }
 
+/// Bytes of device memory that are allocated, by the log of the stand-in.
+fn allocated_bytes(log: &Path) -> i64 {
+    let bytes_of = |line: &str| -> Option<i64> {
+        let field = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name));
+        let bytes: i64 = field("bytes=")?.parse().ok()?;
+        match line.split_whitespace().find(|word| matches!(*word, "malloc" | "free"))? {
+            "malloc" if field("result=") == Some("0") => Some(bytes),
+            "free" => Some(-bytes),
+            _ => None,
+        }
+    };
+    std::fs::read_to_string(log).unwrap().lines().filter_map(bytes_of).sum()
+}
+
+#[test]
+fn a_model_that_is_replaced_at_sighup_gives_its_device_memory_back() {
+    let Some(environment) = environment("cuda-cache") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (config, log) = (folder.path().join("rerankd.toml"), folder.path().join("calls"));
+    let mut environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    environment.push(("STANDIN_LOG", log.to_str().unwrap()));
+    let write = |name: &str| {
+        let model = format!("{name}={}", fixture("xlmr").display());
+        std::fs::write(&config, format!("device = \"cuda\"\nmax-batch-tokens = 256\nmodel = {model:?}\n")).unwrap();
+    };
+    let ask = |server: &Server, name: &str| {
+        let answer = server.rerank(&json!({"model": name, "query": "a", "documents": ["b", "c"]}).to_string());
+        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    };
+    write("first");
+    let mut server = Server::start_in(&["--config", config.to_str().unwrap()], &environment);
+    ask(&server, "first");
+    let one = allocated_bytes(&log);
+    assert!(one > 0, "the log of the stand-in has no allocations");
+    for i in 0..4 {
+        let name = format!("model-{i}");
+        write(&name);
+        server.signal("-HUP");
+        server.log_until("unloaded");
+        ask(&server, &name);
+        assert_eq!(allocated_bytes(&log), one, "after reload {i}");
+    }
+}
+
 #[test]
 fn compiled_kernels_are_cached_for_the_next_start() {
     let Some(environment) = environment("cuda-cache-once") else { return };

@@ -20,6 +20,8 @@ mod jobs;
 mod loading;
 mod mini;
 mod precision;
+mod reload;
+mod score_cache;
 mod source;
 mod support;
 mod text;

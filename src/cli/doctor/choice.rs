@@ -148,7 +148,7 @@ fn check_download(report: &mut Report, source: &ModelSource, options: &HubOption
 fn check_memory(report: &mut Report, device: &DeviceChoice, needed: (u64, u64, usize), around: &Surroundings<'_>) {
     let (host, gpu, unknown) = needed;
     let more = if unknown > 0 { format!(", and {unknown} models of unknown size") } else { String::new() };
-    match around.host.free_memory {
+    match around.host.memory.free {
         Some(free) if host > free => report.problem(
             format!("memory: about {}{more}, but only {} are free", bytes(host), bytes(free)),
             "a smaller model (`rerankd models` shows their memory), or --dtype int8",

@@ -2,14 +2,14 @@
 
 use std::io;
 
-use sysinfo::{CpuRefreshKind, MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
+use sysinfo::{CpuRefreshKind, RefreshKind, System};
 
 use super::report::Report;
 use crate::backend::cpu::roofline::peak;
 use crate::backend::cpu::{CpuBackend, CpuDtype};
 use crate::cli::output::bytes;
 use crate::cli::serve::OTHER_FILES;
-use crate::config::machine::Machine;
+use crate::config::machine::{HostMemory, Machine};
 use crate::loading::DeviceChoice;
 
 /// The processors and memory that the operating system reports.
@@ -17,53 +17,30 @@ pub(super) struct Host {
     processor: String,
     /// Processors of the machine.
     processors: usize,
-    /// Memory in bytes.
-    total_memory: u64,
-    /// Memory that a new process could use, as far as known.
-    pub(super) free_memory: Option<u64>,
-    /// The memory limit of the container (cgroup), if there is one.
-    memory_limit: Option<u64>,
+    pub(super) memory: HostMemory,
 }
 
 impl Host {
     pub(super) fn detect() -> Self {
-        let memory = MemoryRefreshKind::nothing().with_ram();
-        let kinds = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing()).with_memory(memory);
-        let Ok(mut system) = System::new_with_specifics(kinds) else {
-            return Self {
-                processor: String::new(),
-                processors: 0,
-                total_memory: 0,
-                free_memory: None,
-                memory_limit: None,
-            };
-        };
-        let limits = sysinfo::get_current_pid().ok().and_then(|pid| {
-            let wanted = ProcessesToUpdate::Some(&[pid]);
-            system.refresh_processes_specifics(wanted, false, ProcessRefreshKind::nothing());
-            system.process(pid)?.cgroup_limits()
-        });
-        // The page cache counts as usage of a cgroup, but the kernel frees it when memory is short. It cannot free `rss`.
-        let within_limit = limits.as_ref().map(|limits| limits.total_memory.saturating_sub(limits.rss));
-        let available = Some(system.available_memory()).filter(|&bytes| bytes > 0);
+        let kinds = RefreshKind::nothing().with_cpu(CpuRefreshKind::nothing());
+        let system = System::new_with_specifics(kinds).ok();
+        let processors = system.as_ref().map_or(&[][..], |system| system.cpus());
         Self {
-            processor: system.cpus().first().map_or_else(String::new, |cpu| cpu.brand().trim().to_owned()),
-            processors: system.cpus().len(),
-            total_memory: system.total_memory(),
-            free_memory: [available, within_limit].into_iter().flatten().min(),
-            memory_limit: limits.map(|limits| limits.total_memory),
+            processor: processors.first().map_or_else(String::new, |cpu| cpu.brand().trim().to_owned()),
+            processors: processors.len(),
+            memory: HostMemory::detect(),
         }
     }
 
     pub(super) fn check_memory(&self, report: &mut Report) {
         report.section("Memory");
-        let Some(free) = self.free_memory else {
+        let Some(free) = self.memory.free else {
             report.note("the free memory is not known", "");
             return;
         };
-        let total = bytes(self.total_memory);
-        match self.memory_limit {
-            Some(limit) if limit < self.total_memory => report.ok(format!(
+        let total = bytes(self.memory.total);
+        match self.memory.limit {
+            Some(limit) if limit < self.memory.total => report.ok(format!(
                 "{} free of the limit of {} for this container or service (the machine has {total})",
                 bytes(free),
                 bytes(limit)

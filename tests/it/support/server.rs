@@ -76,18 +76,11 @@ impl Server {
 
     /// Sends a request on a new connection and reads until the server closes it.
     pub(crate) fn request(&self, text: &str) -> String {
-        let mut stream = self.connect();
-        stream.write_all(text.as_bytes()).unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
+        request(&self.address, text)
     }
 
     pub(crate) fn rerank(&self, body: &str) -> String {
-        let length = body.len();
-        self.request(&format!(
-            "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
-        ))
+        post(&self.address, body)
     }
 
     /// Sends a rerank request and returns the scores in the order of the request's documents.
@@ -115,11 +108,48 @@ impl Server {
         self.child.wait().unwrap().code()
     }
 
+    /// Reads the log up to the first line that contains `text`, and returns these lines. Panics if the server ends before.
+    pub(crate) fn log_until(&mut self, text: &str) -> String {
+        let mut log = String::new();
+        loop {
+            let start = log.len();
+            assert!(self.stderr.read_line(&mut log).unwrap() > 0, "the server ended before it logged {text:?}: {log}");
+            if log[start..].contains(text) {
+                return log;
+            }
+        }
+    }
+
+    /// Requests a path with GET.
+    pub(crate) fn get(&self, path: &str) -> String {
+        self.request(&format!("GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"))
+    }
+
     pub(crate) fn rest_of_log(&mut self) -> String {
         let mut log = String::new();
         self.stderr.read_to_string(&mut log).unwrap();
         log
     }
+}
+
+/// Sends a request on a new connection and reads until the server closes it.
+fn request(address: &str, text: &str) -> String {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(text.as_bytes()).unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
+/// Sends a rerank request to the server at `address`.
+pub(crate) fn post(address: &str, body: &str) -> String {
+    let length = body.len();
+    request(
+        address,
+        &format!(
+            "POST /v1/rerank HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+        ),
+    )
 }
 
 /// The scores of a rerank response, in the order of the request's documents.
