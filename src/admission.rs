@@ -13,7 +13,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crate::client::ClientId;
-use crate::error::RerankError;
+use crate::error::{Bottleneck, RerankError};
 use crate::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use crate::sync::{Mutex, MutexGuard};
 
@@ -35,9 +35,28 @@ pub struct AdmissionLimits {
     pub wait: Duration,
 }
 
+/// What is limited. Refusals name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Resource {
+    /// A model's queue.
+    Queue,
+    /// A model's tokenizer.
+    Tokenizer,
+    /// The memory of request bodies.
+    Memory,
+}
+
+/// Maximum admitted units, and what sets this maximum.
+#[derive(Debug, Clone, Copy)]
+struct Limit {
+    units: usize,
+    bottleneck: Bottleneck,
+}
+
 /// Admission to one resource: the encoder's queue, the tokenizer, or the memory of request bodies.
 #[derive(Debug)]
 pub struct Admission {
+    resource: Resource,
     limits: AdmissionLimits,
     admitted: Mutex<Admitted>,
     /// Jobs that run at the same time under full load.
@@ -100,8 +119,9 @@ impl Admitted {
 
 impl Admission {
     /// `gauge` is the metric of admitted units.
-    pub fn new(gauge: metrics::Gauge, limits: AdmissionLimits, workers: usize) -> Self {
+    pub fn new(resource: Resource, gauge: metrics::Gauge, limits: AdmissionLimits, workers: usize) -> Self {
         Self {
+            resource,
             limits,
             admitted: Mutex::default(),
             workers,
@@ -137,13 +157,13 @@ impl Admission {
     }
 
     /// Adds `units` to work for which `held` units are admitted already.
-    fn add(&self, client: ClientId, units: usize, held: usize, limit: usize) -> Result<(), RerankError> {
+    fn add(&self, client: ClientId, units: usize, held: usize, limit: Limit) -> Result<(), RerankError> {
         let mut admitted = self.lock();
-        let room = admitted.room(client, limit);
+        let room = admitted.room(client, limit.units);
         if units > room && admitted.total > held {
             drop(admitted);
             let retry_after_s = retry_after(self.seconds_for(units - room), fastrand::f64());
-            return Err(RerankError::Overloaded { retry_after_s });
+            return Err(RerankError::Overloaded { retry_after_s, bottleneck: limit.bottleneck });
         }
         admitted.add(client, units);
         self.gauge.increment(units as f64);
@@ -155,12 +175,13 @@ impl Admission {
     /// # Errors
     /// [`RerankError::Overloaded`]
     pub fn has_room(&self, client: ClientId) -> Result<(), RerankError> {
-        let admitted = self.lock();
-        if admitted.total == 0 || admitted.room(client, self.limit(None)) > 0 {
+        let (limit, admitted) = (self.limit(None), self.lock());
+        if admitted.total == 0 || admitted.room(client, limit.units) > 0 {
             return Ok(());
         }
         drop(admitted);
-        Err(RerankError::Overloaded { retry_after_s: retry_after(self.seconds_for(1), fastrand::f64()) })
+        let retry_after_s = retry_after(self.seconds_for(1), fastrand::f64());
+        Err(RerankError::Overloaded { retry_after_s, bottleneck: limit.bottleneck })
     }
 
     /// Units that are admitted and not finished.
@@ -192,11 +213,18 @@ impl Admission {
     }
 
     /// Maximum admitted units: the fixed limit, or fewer if not all of them finish within the allowed wait and `patience`.
-    fn limit(&self, patience: Option<Duration>) -> usize {
+    fn limit(&self, patience: Option<Duration>) -> Limit {
         let wait = patience.map_or(self.limits.wait, |patience| patience.min(self.limits.wait));
         let speed = self.speed().filter(|_| self.is_measured());
         let by_time = speed.map_or(usize::MAX, |speed| (speed * wait.as_secs_f64()) as usize);
-        self.limits.units.min(by_time)
+        let bottleneck = match self.resource {
+            Resource::Tokenizer => Bottleneck::Tokenizer,
+            Resource::Memory => Bottleneck::Memory,
+            Resource::Queue if self.limits.units <= by_time => Bottleneck::QueueTokens,
+            Resource::Queue if wait < self.limits.wait => Bottleneck::Deadline,
+            Resource::Queue => Bottleneck::QueueWait,
+        };
+        Limit { units: self.limits.units.min(by_time), bottleneck }
     }
 
     /// No update of the counts can panic halfway, so the counts behind a poisoned lock are consistent.
@@ -237,6 +265,7 @@ mod tests {
 
     fn admission(units: usize, wait_s: u64) -> Arc<Admission> {
         Arc::new(Admission::new(
+            Resource::Queue,
             metrics::Gauge::noop(),
             AdmissionLimits { units, wait: Duration::from_secs(wait_s) },
             1,
@@ -262,7 +291,10 @@ mod tests {
     fn a_request_is_admitted_whole_or_refused() {
         let admission = admission(100, 3600);
         let first = admit(&admission, 80, None).unwrap();
-        assert!(matches!(admit(&admission, 50, None), Err(RerankError::Overloaded { retry_after_s: 1..=2 })));
+        assert!(matches!(
+            admit(&admission, 50, None),
+            Err(RerankError::Overloaded { retry_after_s: 1..=2, bottleneck: Bottleneck::QueueTokens })
+        ));
         let second = admit(&admission, 20, None).unwrap();
         assert_eq!(admission.waiting(), 100);
         assert!(admission.has_room(ClientId::Only).is_err());
@@ -277,7 +309,10 @@ mod tests {
     fn waiting_work_is_bounded_in_seconds_once_the_speed_is_known() {
         let admission = measured(1_000_000, 5);
         let _first = admit(&admission, 4000, None).unwrap();
-        assert!(matches!(admit(&admission, 1001, None), Err(RerankError::Overloaded { retry_after_s: 1..=2 })));
+        assert!(matches!(
+            admit(&admission, 1001, None),
+            Err(RerankError::Overloaded { retry_after_s: 1..=2, bottleneck: Bottleneck::QueueWait })
+        ));
         assert!(admit(&admission, 1000, None).is_ok());
     }
 
@@ -291,7 +326,11 @@ mod tests {
         ));
         assert!(admit(&admission, 2000, patience).is_ok(), "exactly in time");
         let _first = admit(&admission, 1500, patience).unwrap();
-        assert!(is_refused(admit(&admission, 600, patience)), "1.5 s wait + 0.6 s > 2 s");
+        // 1.5 s wait + 0.6 s > 2 s
+        assert!(matches!(
+            admit(&admission, 600, patience),
+            Err(RerankError::Overloaded { bottleneck: Bottleneck::Deadline, .. })
+        ));
     }
 
     #[test]
@@ -353,7 +392,7 @@ mod tests {
     #[test]
     fn the_speed_is_that_of_all_workers_and_is_smoothed() {
         let limits = AdmissionLimits { units: 100, wait: Duration::MAX };
-        let admission = Admission::new(metrics::Gauge::noop(), limits, 4);
+        let admission = Admission::new(Resource::Queue, metrics::Gauge::noop(), limits, 4);
         let is_close = |expected: f64| (admission.speed().unwrap() - expected).abs() < 1e-6;
         admission.done(1000, Duration::from_secs(2));
         assert!(is_close(2000.0));
@@ -381,7 +420,7 @@ mod schedules {
     /// Three threads of two clients admit work of one size and let it grow to another.
     fn run(sizes: fn() -> (usize, usize)) {
         let limits = AdmissionLimits { units: LIMIT, wait: Duration::MAX };
-        let admission = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1));
+        let admission = Arc::new(Admission::new(Resource::Queue, metrics::Gauge::noop(), limits, 1));
         let client = |number: u32| {
             let admission = Arc::clone(&admission);
             thread::spawn(move || {

@@ -33,6 +33,8 @@ pub struct RateLimits {
 pub struct Client {
     /// Identifies the client where clients share queues and memory.
     pub id: ClientId,
+    /// The name of its API key in metrics; `None` if the server has no keys.
+    pub key_name: Option<Arc<str>>,
     requests: Option<Arc<RateLimit>>,
     tokens: Option<Arc<RateLimit>>,
 }
@@ -51,9 +53,16 @@ impl Client {
         let limit = |unit, per_minute: Option<NonZeroU32>| per_minute.map(|n| Arc::new(RateLimit::new(unit, n)));
         Self {
             id,
+            key_name: None,
             requests: limit("requests", limits.requests_per_minute),
             tokens: limit("tokens", limits.tokens_per_minute),
         }
+    }
+
+    /// The same client, with the name of its API key.
+    #[must_use]
+    pub fn named(self, key_name: &str) -> Self {
+        Self { key_name: Some(key_name.into()), ..self }
     }
 
     /// This client as `id`, with what `old` has left of each rate limit that both have.
@@ -65,7 +74,7 @@ impl Client {
         };
         let requests = limit(&self.requests, old.and_then(|old| old.requests.as_ref()));
         let tokens = limit(&self.tokens, old.and_then(|old| old.tokens.as_ref()));
-        Self { id, requests, tokens }
+        Self { id, requests, tokens, key_name: self.key_name.clone() }
     }
 
     /// Counts a request.

@@ -32,9 +32,11 @@ pub enum RerankError {
         /// The limit, in tokens.
         limit: usize,
     },
-    /// The queue is full.
+    /// The queue, or another limited resource, is full.
     #[error("Model service overloaded. Please try again later.")]
     Overloaded {
+        /// The limit that was reached.
+        bottleneck: Bottleneck,
         /// Seconds until the queue is expected to have room.
         retry_after_s: u64,
     },
@@ -84,7 +86,57 @@ pub enum RerankError {
     Internal(#[source] anyhow::Error),
 }
 
+/// The limit for which a request was refused with [`RerankError::Overloaded`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bottleneck {
+    /// `--max-queue-tokens`.
+    QueueTokens,
+    /// `--max-queue-wait`, at the measured speed.
+    QueueWait,
+    /// The queue could not be computed before the request's deadline.
+    Deadline,
+    /// The texts that wait for the tokenizer.
+    Tokenizer,
+    /// `--max-inflight-bytes`.
+    Memory,
+    /// `--max-connections`.
+    Connections,
+}
+
+impl Bottleneck {
+    /// The name in metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::QueueTokens => "queue_tokens",
+            Self::QueueWait => "queue_wait",
+            Self::Deadline => "deadline",
+            Self::Tokenizer => "tokenizer",
+            Self::Memory => "memory",
+            Self::Connections => "connections",
+        }
+    }
+}
+
 impl RerankError {
+    /// The cause of the error in metrics.
+    pub fn cause(&self) -> &'static str {
+        match self {
+            Self::UnknownModel { .. } => "unknown_model",
+            Self::Invalid { .. } => "invalid",
+            Self::TooMuchWork { .. } => "too_much_work",
+            Self::Overloaded { bottleneck, .. } => bottleneck.name(),
+            Self::RateLimited { unit: "tokens", .. } => "token_rate",
+            Self::RateLimited { .. } => "request_rate",
+            Self::CannotFinish { .. } => "deadline",
+            Self::Deadline { .. } => "timeout",
+            Self::OutOfMemory => "device_memory",
+            Self::Loading => "loading",
+            Self::ShuttingDown => "shutting_down",
+            Self::NonFiniteScore => "non_finite_score",
+            Self::Internal(_) => "internal",
+        }
+    }
+
     /// Creates [`RerankError::Invalid`].
     pub fn invalid(field: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Invalid { field: field.into(), problem: problem.into() }

@@ -57,6 +57,10 @@ pub struct Ranking {
     pub results: Vec<Ranked>,
     /// Tokens of all distinct pairs of query and chunk, whether they were scored now or before.
     pub tokens: usize,
+    /// Chunks that needed no computation, because the request has another pair with the same tokens.
+    pub duplicates: usize,
+    /// Batches that contained pairs of the request.
+    pub batches: usize,
     /// Which parts of the texts the model did not read.
     pub truncation: Truncation,
     /// Time by stage.
@@ -139,6 +143,7 @@ pub async fn rank_all(model: &Model, queries: Vec<RerankRequest>) -> Result<Rank
         encoded.append(query);
     }
     let tokenize = start.elapsed();
+    let duplicates = encoded.duplicates();
     let EncodedRequest { pairs, documents, truncation } = encoded;
     let scores = model.score(client, pairs, deadline).await?;
     let mut results = best_first(&scores, model.score_map, &documents, top_n);
@@ -148,7 +153,8 @@ pub async fn rank_all(model: &Model, queries: Vec<RerankRequest>) -> Result<Rank
         }
     }
     let timings = Timings { tokenize, queue: scores.queued, inference: scores.computed };
-    Ok(Ranking { model: model.name.clone(), results, tokens, truncation, timings })
+    let (model, batches) = (model.name.clone(), scores.batches);
+    Ok(Ranking { model, results, tokens, duplicates, batches, truncation, timings })
 }
 
 /// Each document's best chunk, sorted by logit descending, then index, truncated to `top_n`. The sigmoid saturates at 1 for
@@ -178,7 +184,8 @@ mod tests {
 
     #[test]
     fn best_chunk_wins_and_ties_keep_the_order() {
-        let scores = Scores { logits: vec![0.5, 2.0, -1.0, 2.0], queued: Duration::ZERO, computed: Duration::ZERO };
+        let scores =
+            Scores { logits: vec![0.5, 2.0, -1.0, 2.0], queued: Duration::ZERO, computed: Duration::ZERO, batches: 1 };
         let chunks = |pairs: &[usize]| pairs.iter().map(|&pair| Chunk { pair, span: 0..0 }).collect();
         let documents = [chunks(&[2]), chunks(&[0, 1]), chunks(&[3]), chunks(&[2, 0])];
         let order = |top_n| {

@@ -8,12 +8,14 @@
 use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
+use ::metrics::{Counter, Gauge};
 use bytemuck::cast_slice;
 use quick_cache::sync::Cache;
 use sha2::{Digest, Sha256};
 
 use crate::batch::Pair;
 use crate::client::ClientId;
+use crate::telemetry::metrics;
 
 /// Memory of an entry in bytes: key, logit, links, its part of the hash table, and half a key that remembers what was evicted. Measured
 /// with 20,000 to 1,700,000 entries: 71 to 89.
@@ -25,10 +27,10 @@ type PairKey = [u8; 16];
 pub struct ScoreCache {
     logits: Cache<PairKey, f32>,
     secret: [u8; 32],
-    hits: metrics::Counter,
-    misses: metrics::Counter,
-    entries: metrics::Gauge,
-    bytes: metrics::Gauge,
+    hits: Counter,
+    misses: Counter,
+    entries: Gauge,
+    bytes: Gauge,
     /// Entries that the gauges contain.
     reported: AtomicUsize,
 }
@@ -45,14 +47,14 @@ pub struct CacheLookup {
 impl ScoreCache {
     /// An empty cache of at most `bytes` bytes; `None` if that is 0. `model` is the model's name in metrics.
     pub fn new(model: &str, bytes: usize) -> Option<Self> {
-        let label = || [("model", model.to_owned())];
+        let label = || [model.to_owned()];
         (bytes > 0).then(|| Self {
             logits: Cache::new((bytes / ENTRY_BYTES).max(1)),
             secret: secret(),
-            hits: metrics::counter!("rerankd_score_cache_hits_total", &label()),
-            misses: metrics::counter!("rerankd_score_cache_misses_total", &label()),
-            entries: metrics::gauge!("rerankd_score_cache_entries", &label()),
-            bytes: metrics::gauge!("rerankd_score_cache_bytes", &label()),
+            hits: metrics::SCORE_CACHE_HITS.counter(label()),
+            misses: metrics::SCORE_CACHE_MISSES.counter(label()),
+            entries: metrics::SCORE_CACHE_ENTRIES.gauge(label()),
+            bytes: metrics::SCORE_CACHE_BYTES.gauge(label()),
             reported: AtomicUsize::new(0),
         })
     }

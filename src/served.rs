@@ -96,10 +96,11 @@ impl Model {
             move || cache.look_up(id, pairs)
         };
         let (lookup, missing) = background::run_if(is_large, look_up).await?;
-        let Scores { logits: computed, queued, computed: time } = self.compute(client, missing, deadline).await?;
+        let mut scores = self.compute(client, missing, deadline).await?;
         let cache = Arc::clone(cache);
-        let logits = background::run_if(is_large, move || cache.complete(lookup, &computed)).await?;
-        Ok(Scores { logits, queued, computed: time })
+        let computed = std::mem::take(&mut scores.logits);
+        scores.logits = background::run_if(is_large, move || cache.complete(lookup, &computed)).await?;
+        Ok(scores)
     }
 
     async fn compute(

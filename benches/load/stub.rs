@@ -52,7 +52,7 @@ impl CrossEncoder for FixedSpeed {
 pub(crate) async fn run(args: Args) -> Result<()> {
     let settings = args.serve.resolve(&Machine::detect())?;
     let _log = telemetry::init_logs(telemetry::LogFormat::Text, "info");
-    telemetry::prometheus();
+    telemetry::metrics::prometheus();
     let server = Server::bind(settings.address)?;
     let address = server.address();
     let listener = server.listen()?;

@@ -8,6 +8,7 @@ use axum::middleware::Next;
 use axum::response::Response;
 
 use super::error::ApiError;
+use super::observe::RequestContext;
 use super::state::App;
 
 /// Refuses a request without a valid key, unless the server runs without keys. Adds the [`Client`](crate::client::Client) to the
@@ -18,6 +19,9 @@ pub(super) async fn require_key(
     next: Next,
 ) -> Result<Response, ApiError> {
     if let Some(client) = app.keys().client(offered_key(request.headers())).cloned() {
+        if let (Some(context), Some(name)) = (request.extensions().get::<Arc<RequestContext>>(), &client.key_name) {
+            context.key.set(Arc::clone(name)).ok();
+        }
         request.extensions_mut().insert(client);
         return Ok(next.run(request).await);
     }

@@ -11,9 +11,10 @@ use http_body_util::BodyExt;
 use tokio::time::Instant;
 
 use super::error::ApiError;
-use crate::admission::{Admission, AdmissionLimits, Permit};
+use crate::admission::{Admission, AdmissionLimits, Permit, Resource};
 use crate::client::{Client, ClientId};
 use crate::error::RerankError;
+use crate::telemetry::metrics;
 
 /// The server's limits on connections and requests; `TextLimits` has those on the text.
 #[derive(Debug, Clone, Copy)]
@@ -53,7 +54,9 @@ pub(super) struct ReadBody {
 impl MemoryBudget {
     pub(super) fn new(bytes: usize) -> Self {
         let limits = AdmissionLimits { units: bytes, wait: Duration::MAX };
-        Self(Arc::new(Admission::new(metrics::gauge!("rerankd_inflight_bytes"), limits, 1)))
+        metrics::INFLIGHT_MAX_BYTES.only_gauge().set(bytes as f64);
+        let gauge = metrics::INFLIGHT_BYTES.only_gauge();
+        Self(Arc::new(Admission::new(Resource::Memory, gauge, limits, 1)))
     }
 
     /// Reads a whole body of a client.

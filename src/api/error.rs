@@ -25,6 +25,8 @@ pub struct ApiError {
     closes_connection: bool,
     /// Whether `error` in the body is a text ([`TextErrorBody`]).
     has_text: bool,
+    /// The cause in metrics.
+    cause_name: &'static str,
     /// The reason for the log, if the message may repeat parts of the request's text.
     log_reason: Option<String>,
     cause: Option<anyhow::Error>,
@@ -84,6 +86,7 @@ impl ApiError {
             retry_after_s: None,
             closes_connection: false,
             has_text: false,
+            cause_name: cause_of(status),
             log_reason: None,
             cause: None,
         }
@@ -143,10 +146,26 @@ impl ApiError {
     }
 }
 
+/// The cause, in metrics, of an error that has no other cause than its status.
+fn cause_of(status: StatusCode) -> &'static str {
+    match status.as_u16() {
+        401 => "unauthorized",
+        403 => "forbidden_host",
+        404 => "not_found",
+        405 => "method",
+        408 => "body_too_slow",
+        413 => "body_too_large",
+        415 => "content_encoding",
+        503 => "unhealthy",
+        500.. => "internal",
+        _ => "invalid",
+    }
+}
+
 impl From<RerankError> for ApiError {
     fn from(error: RerankError) -> Self {
-        let message = error.to_string();
-        match error {
+        let (message, cause_name) = (error.to_string(), error.cause());
+        let api_error = match error {
             RerankError::UnknownModel { .. } => Self { code: 20012, ..Self::new(StatusCode::BAD_REQUEST, message) },
             RerankError::Invalid { field, .. } => {
                 Self { log_reason: Some(format!("{field} is not valid")), ..Self::bad_request(message) }
@@ -154,7 +173,7 @@ impl From<RerankError> for ApiError {
             RerankError::TooMuchWork { .. } | RerankError::CannotFinish { .. } => {
                 Self::new(StatusCode::PAYLOAD_TOO_LARGE, message)
             }
-            RerankError::Overloaded { retry_after_s } => Self {
+            RerankError::Overloaded { retry_after_s, .. } => Self {
                 code: 50505,
                 retry_after_s: Some(retry_after_s),
                 ..Self::new(StatusCode::SERVICE_UNAVAILABLE, message)
@@ -170,7 +189,8 @@ impl From<RerankError> for ApiError {
             RerankError::Internal(cause) => {
                 Self { cause: Some(cause), ..Self::new(StatusCode::INTERNAL_SERVER_ERROR, message) }
             }
-        }
+        };
+        Self { cause_name, ..api_error }
     }
 }
 
@@ -194,7 +214,7 @@ impl IntoResponse for ApiError {
         if self.closes_connection {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        response.extensions_mut().insert(RefusalReason(reason));
+        response.extensions_mut().insert(RefusalReason { reason, cause: self.cause_name });
         if self.status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }

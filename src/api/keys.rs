@@ -1,6 +1,6 @@
 //! The API keys that the server accepts.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 use sha2::{Digest, Sha256};
 use subtle::{ConditionallySelectable, ConstantTimeEq};
 
@@ -8,6 +8,10 @@ use crate::client::{Client, ClientId, RateLimits};
 
 /// Keys of fewer characters are guessed too easily, so a warning is logged at start.
 const SHORT_KEY_CHARS: usize = 16;
+/// Maximum characters of a key's name.
+const MAX_NAME_CHARS: usize = 64;
+/// Keys that have a name of their own in metrics.
+const MAX_KEY_NAMES: usize = 100;
 
 /// The valid keys, as SHA-256 digests, and their clients. If there are none, requests need no key.
 #[derive(Clone, Default)]
@@ -26,31 +30,75 @@ struct Key {
     client: Client,
 }
 
-impl Keys {
-    /// Each distinct key is a client with its own limits. Empty keys are ignored.
+/// A key as configured: `KEY` or `KEY name=NAME`.
+struct KeyLine<'a> {
+    key: &'a str,
+    name: Option<&'a str>,
+}
+
+impl<'a> KeyLine<'a> {
+    /// Reads the key at `position`, counted from 1.
     ///
     /// # Errors
-    /// A key has a character other than visible ASCII. The message does not contain the key.
+    /// The message names the position and does not contain the key: a second word may be part of one.
+    fn parse(text: &'a str, position: usize) -> Result<Self> {
+        let is_plain = text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ');
+        let words: Vec<&str> = text.split(' ').filter(|word| !word.is_empty()).collect();
+        let (key, name) = match words[..] {
+            [] if is_plain => ("", None),
+            [key] if is_plain => (key, None),
+            [key, name] if is_plain && name.starts_with("name=") => (key, name.strip_prefix("name=")),
+            _ => bail!(
+                "key {position} has a space, a control character or a character that is not ASCII; clients cannot send it. \
+                 Expected KEY, or KEY name=NAME"
+            ),
+        };
+        ensure!(
+            name.is_none_or(|name| (1..=MAX_NAME_CHARS).contains(&name.len()) && name.bytes().all(is_name_char)),
+            "the name of key {position} is not valid; expected 1 to {MAX_NAME_CHARS} letters, digits, '-', '_' or '.'"
+        );
+        Ok(Self { key, name })
+    }
+}
+
+fn is_name_char(byte: u8) -> bool {
+    byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.')
+}
+
+impl Keys {
+    /// Reads keys of the form `KEY` or `KEY name=NAME`. Equal keys count once, empty ones not at all. Each key is a client with
+    /// limits of its own. A key without a name is called `key-1`, `key-2` and so on in metrics, by its position; keys after the
+    /// first [`MAX_KEY_NAMES`] share the name `other`.
+    ///
+    /// # Errors
+    /// A key has a character other than visible ASCII, or a name is not valid or not unique. The message does not contain the key.
     pub fn new<'a>(keys: impl IntoIterator<Item = &'a str>, limits: RateLimits) -> Result<Self> {
-        let mut digests = Vec::new();
+        let mut known: Vec<([u8; 32], String)> = Vec::new();
         let mut short_keys = 0;
-        for (i, key) in keys.into_iter().map(str::trim).enumerate() {
-            ensure!(
-                key.bytes().all(|byte| byte.is_ascii_graphic()),
-                "key {} has a space, a control character or a character that is not ASCII; clients cannot send it",
-                i + 1
-            );
-            if !key.is_empty() && !digests.contains(&digest(key)) {
-                digests.push(digest(key));
+        for (i, text) in keys.into_iter().map(str::trim).enumerate() {
+            let KeyLine { key, name } = KeyLine::parse(text, i + 1)?;
+            if !key.is_empty() && known.iter().all(|(other, _)| *other != digest(key)) {
+                let name = match name {
+                    _ if known.len() >= MAX_KEY_NAMES => "other".to_owned(),
+                    Some(name) => name.to_owned(),
+                    None => format!("key-{}", known.len() + 1),
+                };
+                ensure!(
+                    name == "other" || known.iter().all(|(_, other)| *other != name),
+                    "key {} has the name {name:?}, which another key has; choose another name",
+                    i + 1
+                );
+                known.push((digest(key), name));
                 short_keys += usize::from(key.len() < SHORT_KEY_CHARS);
             }
         }
-        let several = digests.len() > 1;
-        let next_number = digests.len() as u32;
+        let several = known.len() > 1;
+        let next_number = known.len() as u32;
         let id = |i: usize| if several { ClientId::Key(i as u32) } else { ClientId::Only };
-        let client = |i| Client::new(id(i), limits);
-        let known = digests.into_iter().enumerate().map(|(i, digest)| Key { digest, client: client(i) }).collect();
-        Ok(Self { known, anyone: Client::default(), short_keys, next_number })
+        let client = |i, name: &str| Client::new(id(i), limits).named(name);
+        let known =
+            known.iter().enumerate().map(|(i, (digest, name))| Key { digest: *digest, client: client(i, name) });
+        Ok(Self { known: known.collect(), anyone: Client::default(), short_keys, next_number })
     }
 
     /// These keys, to be used instead of `old`. A key that both have remains the same client, with what is left of its rate limits
@@ -144,10 +192,40 @@ mod tests {
 
     #[test]
     fn keys_that_no_client_can_send_are_refused_without_repeating_them() {
-        for wrong in ["two words", "schl\u{fc}ssel", "tab\tin it", "nul\0"] {
+        for wrong in ["two words", "three words name=a", "three name=a words", "schl\u{fc}ssel", "tab\tin it", "nul\0"]
+        {
             let error = keys(&["right", wrong]).unwrap_err().to_string();
             assert!(error.contains("key 2") && !error.contains(wrong), "{error}");
         }
+    }
+
+    #[test]
+    fn a_key_has_the_name_behind_it_or_its_position() {
+        let named = |texts: &[&str]| {
+            let keys = keys(texts)?;
+            anyhow::Ok(
+                keys.known.iter().map(|key| key.client.key_name.as_deref().unwrap().to_owned()).collect::<Vec<_>>(),
+            )
+        };
+        assert_eq!(
+            named(&["a name=search", "b", "", "a name=again", "c   name=x.y-z_1"]).unwrap(),
+            ["search", "key-2", "x.y-z_1"]
+        );
+        assert!(keys(&["a name=search"]).unwrap().client(Some("a")).is_some());
+        for wrong in [
+            ["a", "b name="],
+            ["a", "b name=sch\u{f6}n"],
+            ["a", "b name=a,b"],
+            ["a name=x", "b name=x"],
+            ["a", "b name=key-1"],
+        ] {
+            let error = named(&wrong).unwrap_err().to_string();
+            assert!(error.contains("key 2"), "{wrong:?}: {error}");
+        }
+        let many: Vec<String> = (0..103).map(|i| format!("secret-{i}")).collect();
+        let names = named(&many.iter().map(String::as_str).collect::<Vec<_>>()).unwrap();
+        assert_eq!((names[99].as_str(), names[100].as_str(), names[102].as_str()), ("key-100", "other", "other"));
+        assert!(Client::default().key_name.is_none());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use utoipa::ToSchema;
 
 use super::error::ApiError;
 use super::state::App;
-use crate::error::RerankError;
+use crate::error::{Bottleneck, RerankError};
 use crate::served::Model;
 use crate::telemetry;
 
@@ -160,8 +160,8 @@ pub(super) async fn cluster_auth(State(app): State<Arc<App>>) -> Json<serde_json
 /// Metrics in Prometheus' text format.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, description = "Prometheus text format", content_type = "text/plain"), (status = 401, body = super::error::ErrorBody)), security(("key" = [])))]
 pub(super) async fn metrics() -> Response {
-    let text = telemetry::prometheus().render();
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+    let text = telemetry::metrics::render();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }
 
 /// 404 with a list of the main paths.
@@ -174,7 +174,7 @@ pub(super) async fn unknown_path(request: Request) -> ApiError {
 
 /// The response on a connection beyond the cap. The connection is closed, to make room.
 pub(super) async fn too_many_connections(request: Request) -> ApiError {
-    let overloaded = ApiError::from(RerankError::Overloaded { retry_after_s: 1 });
+    let overloaded = ApiError::from(RerankError::Overloaded { retry_after_s: 1, bottleneck: Bottleneck::Connections });
     overloaded.for_path(request.uri().path()).closing_connection()
 }
 

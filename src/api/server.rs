@@ -29,6 +29,7 @@ use super::request_body::{DiscardSlots, RequestBody};
 use super::router::{overloaded_router, router};
 use super::state::App;
 use crate::failpoint::failpoint;
+use crate::telemetry::metrics;
 
 /// Length of the kernel's queue of connections that are not accepted yet.
 const BACKLOG: u32 = 1024;
@@ -158,12 +159,14 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     http.timer(TokioTimer::new()).header_read_timeout(None).max_buf_size(MAX_HEADER_BYTES);
     let graceful = GracefulShutdown::new();
     let mut slots = Slots::new(app.limits.max_connections);
+    metrics::CONNECTIONS_MAX.only_gauge().set(app.limits.max_connections as f64);
+    let open_connections = metrics::CONNECTIONS.only_gauge();
     let discard_slots = DiscardSlots::new();
     let connection_timeouts =
         ConnectionTimeouts { header: timeouts.header, idle: timeouts.idle, write: timeouts.write };
     let mut start_connection = |stream: TcpStream| {
         let Some((mut slot, service)) = slots.take() else {
-            metrics::counter!("rerankd_connections_refused_total").increment(1);
+            metrics::CONNECTIONS_REFUSED.only_counter().increment(1);
             return;
         };
         let state = ConnectionState::new();
@@ -175,7 +178,9 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
             tracked(routers[service as usize].clone(), Arc::clone(&app), Arc::clone(&state), discard_slots.clone());
         let connection = graceful.watch(http.serve_connection(TokioIo::new(stream), service));
         let regular = Arc::clone(&slots.regular);
+        let open_connections = open_connections.clone();
         tokio::spawn(async move {
+            open_connections.increment(1);
             let mut connection = std::pin::pin!(connection);
             let mut is_reserved = !Arc::ptr_eq(slot.semaphore(), &regular);
             loop {
@@ -202,6 +207,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
                 }
             }
             drop(slot);
+            open_connections.decrement(1);
         });
     };
     let mut stop = std::pin::pin!(stop);

@@ -24,3 +24,11 @@ pub struct Gpu {
     /// Why the backend cannot use it, and what to do.
     pub problem: Option<String>,
 }
+
+/// The memory of a GPU, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GpuMemory {
+    /// In use by all processes.
+    pub used: u64,
+    pub total: u64,
+}

@@ -13,16 +13,23 @@ use super::failure::Failure;
 use super::reload::{self, ReadSettings, Reloads};
 use crate::api::{self, App, Server};
 use crate::config::args::{FlagValues, ServeArgs};
-use crate::config::machine::Machine;
+use crate::config::machine::{Machine, gpu_memory};
+use crate::config::otlp::trace_options_from_env;
 use crate::config::resolve::ServeSettings;
-use crate::telemetry;
+use crate::telemetry::{self, metrics, traces};
 
 /// Open files besides regular connections: logs, model files, reserved connections.
 pub(super) const OTHER_FILES: u64 = 256;
 
+/// Time between two updates of metrics that no request updates.
+const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
+
 pub(super) fn run(args: &ServeArgs, values: FlagValues, read_again: ReadSettings) -> Result<(), Failure> {
     let mut settings = args.resolve(&Machine::detect()).map_err(Failure::Config)?;
-    telemetry::prometheus();
+    let traces = trace_options_from_env(args.otlp_endpoint.as_deref()).map_err(Failure::Config)?;
+    telemetry::metrics::prometheus();
+    // Sends the last spans when it is dropped, after the last request.
+    let _traces = traces.map(|options| traces::start(&options)).transpose().map_err(Failure::Config)?;
     settings.limits.max_connections = fit_connections(settings.limits.max_connections);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -75,6 +82,7 @@ async fn serve(settings: Arc<ServeSettings>, values: FlagValues, read_again: Rea
         () = &mut serving => return Ok(()), // stopped while loading
         loaded = loading => {
             let first = loaded.context("loading panicked").map_err(Failure::Other)?.map_err(Failure::of_loading)?;
+            watch_gpu_memory(settings.models.load.device.gpus());
             log_startup(&settings, address, &first);
         }
     }
@@ -110,9 +118,31 @@ fn log_startup(settings: &ServeSettings, address: SocketAddr, model: &str) {
     tracing::info!("try it: curl http://{shown}/v1/rerank{key} -d '{body}'");
 }
 
+/// Starts a thread that reports the memory of the GPUs every 5 s. A thread, because a driver may not answer.
+fn watch_gpu_memory(gpus: &[usize]) {
+    let gpus = gpus.to_vec();
+    if gpus.is_empty() {
+        return;
+    }
+    let report = move || {
+        loop {
+            for &gpu in &gpus {
+                if let Some(memory) = gpu_memory(gpu) {
+                    metrics::GPU_MEMORY_USED.gauge([gpu.to_string()]).set(memory.used as f64);
+                    metrics::GPU_MEMORY_TOTAL.gauge([gpu.to_string()]).set(memory.total as f64);
+                }
+            }
+            std::thread::sleep(UPKEEP_INTERVAL);
+        }
+    };
+    if let Err(error) = std::thread::Builder::new().name("gpu-memory".to_owned()).spawn(report) {
+        tracing::warn!(%error, "the metrics of the GPUs' memory are missing");
+    }
+}
+
 /// Runs [`telemetry::upkeep`] every 5 s.
 async fn run_upkeep() {
-    let mut interval = tokio::time::interval(Duration::from_secs(5));
+    let mut interval = tokio::time::interval(UPKEEP_INTERVAL);
     loop {
         interval.tick().await;
         telemetry::upkeep();

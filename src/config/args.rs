@@ -204,6 +204,13 @@ pub struct ServeArgs {
     )]
     pub allowed_origins: Vec<String>,
 
+    /// URL of an OpenTelemetry collector that takes traces over HTTP [default: none]
+    ///
+    /// Example: `http://localhost:4318`. The variable OTEL_EXPORTER_OTLP_ENDPOINT has the same effect. OTEL_SERVICE_NAME,
+    /// OTEL_RESOURCE_ATTRIBUTES, OTEL_TRACES_SAMPLER_ARG (share of traces to record) and OTEL_EXPORTER_OTLP_HEADERS are read too.
+    #[arg(long, value_name = "URL", env = "RERANKD_OTLP_ENDPOINT", help_heading = "Server")]
+    pub otlp_endpoint: Option<String>,
+
     /// Rank requests for an unknown model with the first one instead of refusing them [default: false]
     #[arg(long, env = "RERANKD_ACCEPT_ANY_MODEL", help_heading = "Server")]
     pub accept_any_model: bool,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use sysinfo::{MemoryRefreshKind, ProcessRefreshKind, ProcessesToUpdate, RefreshKind, System};
 
 use crate::backend::cpu::roofline::MultiplyRates;
-use crate::backend::gpus::CudaSurvey;
+use crate::backend::gpus::{CudaSurvey, GpuMemory};
 
 /// What this process found on its machine and in its environment. Tests construct their own.
 #[derive(Debug, Clone)]
@@ -83,6 +83,18 @@ pub fn survey_cuda() -> Option<CudaSurvey> {
 /// Describes the GPUs and CUDA's libraries; `None` in a build without CUDA.
 #[cfg(not(feature = "cuda"))]
 pub fn survey_cuda() -> Option<CudaSurvey> {
+    None
+}
+
+/// The memory of GPU `ordinal`, which a model must be using already; `None` if the driver does not tell it.
+#[cfg(feature = "cuda")]
+pub fn gpu_memory(ordinal: usize) -> Option<GpuMemory> {
+    crate::backend::cuda::memory_in_use(ordinal)
+}
+
+/// `None` in a build without CUDA.
+#[cfg(not(feature = "cuda"))]
+pub fn gpu_memory(_: usize) -> Option<GpuMemory> {
     None
 }
 

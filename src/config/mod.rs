@@ -2,11 +2,12 @@
 //!
 //! Precedence: flag, then environment variable, then config file, then default. Resolving starts no thread, writes no log and
 //! loads no model. It reads the API key file and checks whether a model argument is a folder. With the value `auto` it looks for a
-//! GPU and measures the processor. Only this module reads the environment: [`hub`] and [`machine`] read the variables that are not
-//! flags.
+//! GPU and measures the processor. Only this module reads the environment: [`hub`], [`machine`] and [`otlp`] read the
+//! variables that are not flags.
 
 pub mod args;
 pub mod file;
 pub mod hub;
 pub mod machine;
+pub mod otlp;
 pub mod resolve;

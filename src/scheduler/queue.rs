@@ -11,6 +11,7 @@ use super::types::{Deadline, QueuePermit, Scores};
 use crate::batch::Pair;
 use crate::error::RerankError;
 use crate::sync::{Condvar, Mutex, MutexGuard};
+use crate::telemetry::metrics;
 
 /// A request for the queue, with the channel for its reply.
 #[derive(Debug)]
@@ -37,6 +38,8 @@ pub(super) struct BatchJob {
 /// One model's queue.
 #[derive(Debug)]
 pub(super) struct Queue {
+    /// The model's name, for metrics.
+    model: String,
     max_batch_tokens: usize,
     state: Mutex<State>,
     arrived: Condvar,
@@ -62,6 +65,9 @@ struct Job {
     missing: usize,
     arrived: Instant,
     started: Option<Instant>,
+    batches: usize,
+    /// Number of the last batch that was counted in `batches`.
+    last_batch: Option<u64>,
 }
 
 impl BatchJob {
@@ -92,8 +98,8 @@ impl Drop for BatchJob {
 }
 
 impl Queue {
-    pub(super) fn new(max_batch_tokens: usize) -> Self {
-        Self { max_batch_tokens, state: Mutex::default(), arrived: Condvar::new() }
+    pub(super) fn new(model: &str, max_batch_tokens: usize) -> Self {
+        Self { model: model.to_owned(), max_batch_tokens, state: Mutex::default(), arrived: Condvar::new() }
     }
 
     pub(super) fn max_batch_tokens(&self) -> usize {
@@ -107,7 +113,15 @@ impl Queue {
             return Err(RerankError::ShuttingDown);
         }
         let missing = new.pairs.len();
-        let job = Job { logits: vec![0.0; missing], missing, arrived: Instant::now(), started: None, new };
+        let job = Job {
+            logits: vec![0.0; missing],
+            missing,
+            arrived: Instant::now(),
+            started: None,
+            batches: 0,
+            last_batch: None,
+            new,
+        };
         if missing == 0 {
             job.finish();
             return Ok(());
@@ -125,7 +139,7 @@ impl Queue {
     pub(super) fn take(self: &Arc<Self>) -> Option<BatchJob> {
         let mut state = self.lock();
         loop {
-            state.reap_cancelled();
+            state.reap_cancelled(&self.model);
             let batch = state.waiting.next_batch(self.max_batch_tokens);
             if !batch.is_empty() {
                 if !state.waiting.is_empty() {
@@ -217,7 +231,7 @@ impl Queue {
 
 impl State {
     /// Removes requests whose future was dropped or whose deadline has passed.
-    fn reap_cancelled(&mut self) {
+    fn reap_cancelled(&mut self, model: &str) {
         let now = Instant::now();
         let expired = |job: &Job| job.new.deadline.filter(|deadline| deadline.at <= now);
         let cancelled: Vec<u64> = self
@@ -227,9 +241,11 @@ impl State {
             .map(|(&id, _)| id)
             .collect();
         for id in cancelled {
-            metrics::counter!("rerankd_requests_cancelled_total").increment(1);
             let Some(job) = self.remove(id) else { continue };
-            if let Some(Deadline { seconds, .. }) = expired(&job) {
+            let expired = expired(&job);
+            let reason = if expired.is_some() { "deadline" } else { "disconnected" };
+            metrics::REQUESTS_CANCELLED.counter([model, reason].map(str::to_owned)).increment(1);
+            if let Some(Deadline { seconds, .. }) = expired {
                 job.new.reply.send(Err(RerankError::Deadline { seconds })).ok(); // the receiver may be dropped too
             }
         }
@@ -243,6 +259,7 @@ impl State {
         let part = |slice: Slice| {
             let job = self.jobs.get_mut(&slice.job)?;
             job.started.get_or_insert(now);
+            job.batches += usize::from(job.last_batch.replace(number) != Some(number));
             if !self.waiting.is_in_first_level(slice.job) {
                 job.new.permit.first_service = None;
             }
@@ -267,7 +284,8 @@ impl Job {
     fn finish(self) {
         let now = Instant::now();
         let started = self.started.unwrap_or(now);
-        let scores = Scores { logits: self.logits, queued: started - self.arrived, computed: now - started };
+        let (queued, computed) = (started - self.arrived, now - started);
+        let scores = Scores { logits: self.logits, queued, computed, batches: self.batches };
         drop(self.new.permit);
         self.new.reply.send(Ok(scores)).ok(); // the receiver may be dropped
     }
@@ -280,14 +298,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::admission::{Admission, AdmissionLimits};
+    use crate::admission::{Admission, AdmissionLimits, Resource};
     use crate::client::ClientId;
 
     type Answer = oneshot::Receiver<Result<Scores, RerankError>>;
 
     fn admission() -> Arc<Admission> {
         let limits = AdmissionLimits { units: 1000, wait: Duration::MAX };
-        Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1))
+        Arc::new(Admission::new(Resource::Queue, ::metrics::Gauge::noop(), limits, 1))
     }
 
     fn job(pairs: usize) -> (NewJob, Answer) {
@@ -305,7 +323,7 @@ mod tests {
     }
 
     fn queue(max_batch_tokens: usize) -> Arc<Queue> {
-        Arc::new(Queue::new(max_batch_tokens))
+        Arc::new(Queue::new("m", max_batch_tokens))
     }
 
     fn pushed(queue: &Queue, pairs: usize) -> Answer {

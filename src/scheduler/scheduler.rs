@@ -8,11 +8,12 @@ use super::queue::{NewJob, Queue};
 use super::supervisor;
 use super::types::{Deadline, QueuePermit, SchedulerLimits, Scores};
 use super::worker::{self, Worker};
-use crate::admission::{Admission, AdmissionLimits};
+use crate::admission::{Admission, AdmissionLimits, Resource};
 use crate::batch::Pair;
 use crate::client::ClientId;
 use crate::encoder::CrossEncoder;
 use crate::error::RerankError;
+use crate::telemetry::metrics;
 
 /// One model's queue and its workers. Dropping it waits until the workers have computed everything that is queued.
 #[derive(Debug)]
@@ -33,13 +34,20 @@ impl Scheduler {
     /// The operating system refuses a thread.
     pub fn start(model: &str, encoder: Arc<dyn CrossEncoder>, limits: SchedulerLimits) -> std::io::Result<Self> {
         let count = encoder.max_concurrent_batches();
-        let gauge = metrics::gauge!("rerankd_queue_tokens", "model" => model.to_owned());
+        let name = || [model.to_owned()];
+        let gauge = metrics::QUEUE_TOKENS.gauge(name());
+        metrics::QUEUE_MAX_TOKENS.gauge(name()).set(limits.max_queue_tokens as f64);
+        metrics::BATCH_MAX_TOKENS.gauge(name()).set(limits.max_batch_tokens as f64);
+        metrics::WORKERS.gauge(name()).set(count as f64);
+        for reason in ["disconnected", "deadline"] {
+            metrics::REQUESTS_CANCELLED.counter([model, reason].map(str::to_owned)).increment(0);
+        }
         let total_limits = AdmissionLimits { units: limits.max_queue_tokens, wait: Duration::MAX };
-        let total = Arc::new(Admission::new(gauge, total_limits, count));
-        let gauge = metrics::gauge!("rerankd_queue_first_service_tokens", "model" => model.to_owned());
+        let total = Arc::new(Admission::new(Resource::Queue, gauge, total_limits, count));
+        let gauge = metrics::QUEUE_FIRST_SERVICE_TOKENS.gauge(name());
         let first_limits = AdmissionLimits { units: usize::MAX, wait: limits.max_queue_wait };
-        let first_service = Arc::new(Admission::new(gauge, first_limits, count));
-        let queue = Arc::new(Queue::new(limits.max_batch_tokens));
+        let first_service = Arc::new(Admission::new(Resource::Queue, gauge, first_limits, count));
+        let queue = Arc::new(Queue::new(model, limits.max_batch_tokens));
         supervisor::watch(&queue, limits.batch_timeout, supervisor::end_process)?;
         let worker = Arc::new(Worker {
             model: model.to_owned(),

@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::queue::{NewJob, Queue};
 use super::types::{Deadline, QueuePermit, Scores};
-use crate::admission::{Admission, AdmissionLimits};
+use crate::admission::{Admission, AdmissionLimits, Resource};
 use crate::batch::Pair;
 use crate::client::ClientId;
 use crate::error::RerankError;
@@ -44,9 +44,9 @@ struct Sent {
 impl Traffic {
     fn new() -> Arc<Self> {
         let limits = AdmissionLimits { units: usize::MAX, wait: Duration::MAX };
-        let admission = || Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1));
+        let admission = || Arc::new(Admission::new(Resource::Queue, metrics::Gauge::noop(), limits, 1));
         Arc::new(Self {
-            queue: Arc::new(Queue::new(BATCH)),
+            queue: Arc::new(Queue::new("m", BATCH)),
             admissions: [admission(), admission()],
             failed: std::sync::Mutex::default(),
         })

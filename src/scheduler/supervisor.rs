@@ -85,7 +85,7 @@ fn check(queue: &Weak<Queue>, timeout: Duration, now: Instant) -> Option<bool> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::admission::{Admission, AdmissionLimits};
+    use crate::admission::{Admission, AdmissionLimits, Resource};
     use crate::batch::Pair;
     use crate::client::ClientId;
     use crate::scheduler::queue::NewJob;
@@ -103,9 +103,11 @@ mod tests {
 
     #[test]
     fn a_batch_beyond_its_timeout_fails_every_request() {
-        let queue = Arc::new(Queue::new(1));
+        let queue = Arc::new(Queue::new("m", 1));
         let limits = AdmissionLimits { units: 10, wait: Duration::MAX };
-        let total = Arc::new(Admission::new(metrics::Gauge::noop(), limits, 1)).admit(ClientId::Only, 1, None).unwrap();
+        let total = Arc::new(Admission::new(Resource::Queue, metrics::Gauge::noop(), limits, 1))
+            .admit(ClientId::Only, 1, None)
+            .unwrap();
         let permit = QueuePermit { client: ClientId::Only, _total: total, first_service: None };
         let (reply, mut answer) = tokio::sync::oneshot::channel();
         let pairs = Arc::new([Pair::new(vec![1], vec![0])]);

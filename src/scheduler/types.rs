@@ -27,6 +27,8 @@ pub struct Scores {
     pub queued: Duration,
     /// From the start of its first batch to the end of its last.
     pub computed: Duration,
+    /// Batches that contained pairs of the request.
+    pub batches: usize,
 }
 
 /// The time at which a request without a result is answered with an error.

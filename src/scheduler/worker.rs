@@ -14,6 +14,7 @@ use crate::batch::{Batch, Pair};
 use crate::encoder::CrossEncoder;
 use crate::error::RerankError;
 use crate::failpoint::failpoint;
+use crate::telemetry::metrics;
 
 /// What the workers of one model share.
 pub(super) struct Worker {
@@ -30,9 +31,10 @@ pub(super) struct Worker {
 pub(super) fn spawn(worker: Arc<Worker>) -> std::io::Result<JoinHandle<()>> {
     thread::Builder::new().name("worker".to_owned()).spawn(move || {
         let mut restarts = RestartBudget::default();
+        let restarted = metrics::WORKER_RESTARTS.counter([worker.model.clone()]);
         while let Err(panic) = catch_unwind(AssertUnwindSafe(|| worker.run())) {
             tracing::error!(model = worker.model, "a worker panicked and is restarted: {}", message(panic.as_ref()));
-            metrics::counter!("rerankd_worker_restarts_total", "model" => worker.model.clone()).increment(1);
+            restarted.increment(1);
             if !restarts.allows(Instant::now()) {
                 worker.queue.fail_all(|| RerankError::Internal(anyhow::anyhow!("the worker panicked too often")));
                 (worker.end_process)("a worker panicked too often");
@@ -44,9 +46,11 @@ pub(super) fn spawn(worker: Arc<Worker>) -> std::io::Result<JoinHandle<()>> {
 impl Worker {
     fn run(&self) {
         let model = &self.model;
-        let tokens_total = metrics::counter!("rerankd_tokens_total", "model" => model.clone());
-        let batch_tokens = metrics::histogram!("rerankd_batch_tokens", "model" => model.clone());
-        let batch_seconds = metrics::histogram!("rerankd_batch_seconds", "model" => model.clone());
+        let name = || [model.clone()];
+        let (tokens_total, failed) = (metrics::TOKENS.counter(name()), metrics::BATCHES_FAILED.counter(name()));
+        let [batch_tokens, batch_pairs, batch_seconds] =
+            [metrics::BATCH_TOKENS, metrics::BATCH_PAIRS, metrics::BATCH_SECONDS]
+                .map(|metric| metric.histogram(name()));
         while let Some(job) = self.queue.take() {
             failpoint!("worker-before-batch");
             let pairs: Vec<&Pair> = job.pairs().collect();
@@ -61,12 +65,13 @@ impl Worker {
                     }
                     tokens_total.increment(tokens as u64);
                     batch_tokens.record(tokens as f64);
+                    batch_pairs.record(pairs.len() as f64);
                     batch_seconds.record(took.as_secs_f64());
                     job.deliver(&logits);
                 }
                 Err(error) => {
                     tracing::error!(model, tokens, pairs = pairs.len(), %error, "a batch failed");
-                    metrics::counter!("rerankd_batches_failed_total", "model" => model.clone()).increment(1);
+                    failed.increment(1);
                     self.fail(job, &error);
                 }
             }

@@ -20,12 +20,13 @@ use tokio::sync::Semaphore;
 use super::chunk::{Chunking, Tail};
 use super::slice::{self, SLICE_CHARS};
 use super::template::{self, EmbeddingRows, PairTemplate};
-use crate::admission::{Admission, AdmissionLimits};
+use crate::admission::{Admission, AdmissionLimits, Resource};
 use crate::background;
 use crate::batch::Pair;
 use crate::client::ClientId;
 use crate::error::RerankError;
 use crate::failpoint::failpoint;
+use crate::telemetry::metrics;
 
 /// Minimum window: space for a query and a document in addition to the special tokens.
 const MIN_WINDOW: usize = 16;
@@ -116,6 +117,8 @@ pub struct Truncation {
     pub documents: usize,
     /// Chunks beyond `max_chunks_per_doc`, over all documents; an estimate if a document was tokenized only in part.
     pub chunks: usize,
+    /// Tokens of documents that are in no chunk, by any limit; an estimate if a document was tokenized only in part.
+    pub tokens: usize,
 }
 
 /// A model's tokenizer and pair template.
@@ -140,11 +143,11 @@ struct SizeClass {
 impl SizeClass {
     fn new(limits: &TextLimits, in_background: bool) -> Self {
         let threads = limits.threads.max(1);
-        let gauge = metrics::gauge!("rerankd_tokenizer_bytes");
+        let gauge = metrics::TOKENIZER_BYTES.only_gauge();
         let admission_limits = AdmissionLimits { units: MAX_TOKENIZER_BYTES, wait: limits.max_tokenizer_wait };
         Self {
             slots: Arc::new(Semaphore::new(threads)),
-            admission: Arc::new(Admission::new(gauge, admission_limits, threads)),
+            admission: Arc::new(Admission::new(Resource::Tokenizer, gauge, admission_limits, threads)),
             in_background,
         }
     }
@@ -419,7 +422,8 @@ impl Inner {
         for text in documents {
             let dropped = chunking.count(read(text)).saturating_sub(chunking.max_chunks);
             truncation.chunks += dropped;
-            truncation.documents += usize::from(text.truncated || dropped > 0 || read(text) < text.tokens);
+            truncation.documents += usize::from(text.dropped_bytes > 0 || dropped > 0 || read(text) < text.tokens);
+            truncation.tokens += text.all_tokens().saturating_sub(read(text).min(chunking.reach()));
             let chunks = chunking.chunks(read(text)).map(|chunk| {
                 let span = text.span(chunk.clone());
                 let pair = match known.entry(&text.ids[chunk]) {
@@ -450,6 +454,12 @@ impl EncodedRequest {
         self.truncation.query |= other.truncation.query;
         self.truncation.documents += other.truncation.documents;
         self.truncation.chunks += other.truncation.chunks;
+        self.truncation.tokens += other.truncation.tokens;
+    }
+
+    /// Chunks of all documents, less the distinct pairs: chunks that need no computation of their own.
+    pub fn duplicates(&self) -> usize {
+        self.documents.iter().map(Vec::len).sum::<usize>() - self.pairs.len()
     }
 
     /// Tokens of all distinct pairs.
@@ -471,8 +481,8 @@ struct DocumentIds {
     tokens: usize,
     /// Bytes of its text after truncation to the maximum characters.
     bytes: usize,
-    /// Whether its text was truncated before tokenization.
-    truncated: bool,
+    /// Bytes of its text beyond the maximum characters.
+    dropped_bytes: usize,
 }
 
 impl DocumentIds {
@@ -484,6 +494,12 @@ impl DocumentIds {
         self.spans.extend(slice.spans.iter().take(kept).map(|span| before + span.start..before + span.end));
         self.chars += slice.chars;
         kept
+    }
+
+    /// The tokens of the whole text; extrapolated where it was not tokenized.
+    fn all_tokens(&self) -> usize {
+        let per_byte = self.tokens as f64 / self.bytes.max(1) as f64;
+        self.tokens + (per_byte * self.dropped_bytes as f64).ceil() as usize
     }
 
     /// The part of the text that a chunk's tokens come from. Some normalizers change the order of characters, so the first token
@@ -526,9 +542,9 @@ fn units(documents: &[String], max_chars: usize) -> (Vec<Unit>, Vec<DocumentIds>
     let mut open_bytes = 0;
     let mut texts = Vec::with_capacity(documents.len());
     for (document, text) in documents.iter().enumerate() {
-        let (ranges, truncated) = slice::slices(text, SLICE_CHARS, max_chars);
+        let (ranges, _) = slice::slices(text, SLICE_CHARS, max_chars);
         let bytes = ranges.last().map_or(0, |range| range.end);
-        texts.push(DocumentIds { bytes, truncated, ..DocumentIds::default() });
+        texts.push(DocumentIds { bytes, dropped_bytes: text.len() - bytes, ..DocumentIds::default() });
         for range in ranges {
             open_bytes += range.len();
             open.push((document, range));

@@ -217,6 +217,19 @@ fn a_pair_that_does_not_fit_in_memory_gets_503_and_others_are_answered() {
     assert!(long.starts_with("HTTP/1.1 503") && long.contains("memory"), "{long}");
     let short = ask("apple");
     assert!(short.starts_with("HTTP/1.1 200"), "{short}");
+    // The thread that asks the driver has perhaps not begun yet.
+    let samples = loop {
+        let answer = server.request("GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+        let gpu = answer.lines().filter(|line| line.starts_with("rerankd_gpu_memory_"));
+        let samples: Vec<String> = gpu.map(str::to_owned).collect();
+        if samples.len() == 2 {
+            break samples;
+        }
+    };
+    let total = format!("rerankd_gpu_memory_total_bytes{{gpu=\"0\"}} {}", 50 << 20);
+    assert!(samples.contains(&total), "{samples:?}");
+    let used = samples.iter().find_map(|line| line.strip_prefix("rerankd_gpu_memory_used_bytes{gpu=\"0\"} "));
+    assert!(used.unwrap().parse::<u64>().unwrap() > 1 << 20, "{samples:?}");
 }
 
 #[test]

@@ -377,7 +377,7 @@ async fn requests_are_routed_to_the_model_they_name() {
 
 #[tokio::test]
 async fn models_health_and_metrics_are_reported() {
-    rerankd::telemetry::prometheus();
+    rerankd::telemetry::metrics::prometheus();
     let (app, _) = app();
     assert_eq!(rerank(&app, body(json!(["apple"]))).await.order(), [0]);
     let list = get(&app, "/v1/models").await.json();

@@ -65,7 +65,7 @@ use self::launch::{
     GELU_ERF, GELU_TANH, IDENTITY, RELU, ROW_THREADS, SILU, device_address, function_number, launch, push,
 };
 pub use self::options::{CudaOptions, GemmChoice};
-pub use self::survey::survey;
+pub use self::survey::{memory_in_use, survey};
 use self::weights::{DeviceTensor, Fp8Weight};
 pub use self::weights::{Embeddings, Linear, Norm, Rotary};
 use super::{

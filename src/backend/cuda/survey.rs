@@ -6,7 +6,7 @@ use cudarc::{cublaslt, driver};
 
 use super::compile::nvrtc_version;
 use super::device::{capability, check, driver_version};
-use crate::backend::gpus::{CudaSurvey, Gpu};
+use crate::backend::gpus::{CudaSurvey, Gpu, GpuMemory};
 
 /// Asks the driver and the libraries. Creates no context, but the driver's initialization may take a second.
 pub fn survey() -> CudaSurvey {
@@ -43,6 +43,14 @@ fn gpu(ordinal: usize) -> Gpu {
         memory: memory(ordinal).unwrap_or(0),
         problem: check(ordinal).err().map(|reason| format!("{reason:#}")),
     }
+}
+
+/// The memory of GPU `ordinal` that all processes use. Shares the primary context of the models; without one it creates it.
+pub fn memory_in_use(ordinal: usize) -> Option<GpuMemory> {
+    let context = CudaContext::new(ordinal).ok()?;
+    context.bind_to_thread().ok()?;
+    let (free, total) = driver::result::mem_get_info().ok()?;
+    Some(GpuMemory { used: total.saturating_sub(free) as u64, total: total as u64 })
 }
 
 fn memory(ordinal: usize) -> Result<u64, driver::DriverError> {

@@ -1,10 +1,12 @@
-//! Log, metrics and progress bars. A leaf module: it depends on nothing else in the crate.
+//! Log, metrics, traces and progress bars. A leaf module: it depends on nothing else in the crate.
+
+pub mod metrics;
+pub mod traces;
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use tracing::level_filters::LevelFilter;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::EnvFilter;
@@ -18,13 +20,6 @@ pub enum LogFormat {
     /// One JSON object per line
     Json,
 }
-
-static PROMETHEUS: OnceLock<PrometheusHandle> = OnceLock::new();
-
-/// Upper bounds of the buckets of histograms in seconds.
-const SECONDS: [f64; 14] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
-/// Upper bounds of the buckets of histograms in tokens.
-const TOKENS: [f64; 10] = [32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0];
 
 /// Checks a log filter: a level, or directives such as `rerankd=debug,hyper=info`.
 ///
@@ -88,67 +83,9 @@ impl Drop for LogGuard {
 /// accumulate in memory until /metrics is read.
 pub fn upkeep() {
     if let Some(dropped) = DROPPED_LINES.get() {
-        metrics::counter!("rerankd_log_lines_dropped_total").absolute(dropped.dropped_lines() as u64);
+        metrics::LOG_LINES_DROPPED.only_counter().absolute(dropped.dropped_lines() as u64);
     }
-    prometheus().run_upkeep();
-}
-
-/// The process's metrics. Recording starts with the first call.
-pub fn prometheus() -> &'static PrometheusHandle {
-    PROMETHEUS.get_or_init(|| {
-        let builder = PrometheusBuilder::new()
-            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)
-            .and_then(|builder| builder.set_buckets_for_metric(Matcher::Suffix("_tokens".to_owned()), &TOKENS))
-            .expect("the buckets are not empty");
-        let recorder = builder.build_recorder();
-        let handle = recorder.handle();
-        if metrics::set_global_recorder(recorder).is_err() {
-            tracing::warn!("another metrics recorder is already installed: /metrics stays empty");
-        }
-        describe_metrics();
-        handle
-    })
-}
-
-fn describe_metrics() {
-    use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
-    describe_counter!("rerankd_requests_total", "HTTP requests by route and status");
-    describe_histogram!(
-        "rerankd_request_seconds",
-        Unit::Seconds,
-        "Time from a request's headers to its response, by route"
-    );
-    describe_counter!("rerankd_tokens_total", Unit::Count, "Tokens computed, by model");
-    describe_histogram!("rerankd_batch_tokens", Unit::Count, "Tokens per batch, by model");
-    describe_histogram!("rerankd_batch_seconds", Unit::Seconds, "Compute time per batch, by model");
-    describe_gauge!("rerankd_queue_tokens", Unit::Count, "Tokens admitted but not yet computed, by model");
-    describe_counter!("rerankd_batches_failed_total", "Batches that failed in the backend, by model");
-    describe_counter!(
-        "rerankd_requests_cancelled_total",
-        "Requests removed from the queue because the client disconnected or the deadline passed"
-    );
-    describe_counter!("rerankd_documents_total", "Documents ranked");
-    describe_counter!("rerankd_queries_truncated_total", "Queries truncated to the maximum query length");
-    describe_counter!("rerankd_documents_truncated_total", "Documents of which a part was not scored");
-    describe_histogram!("rerankd_tokenize_seconds", Unit::Seconds, "Tokenization time per request");
-    describe_histogram!("rerankd_queue_seconds", Unit::Seconds, "Time from a request's admission to its first batch");
-    describe_gauge!("rerankd_tokenizer_bytes", Unit::Bytes, "Text admitted but not yet tokenized");
-    describe_gauge!(
-        "rerankd_queue_first_service_tokens",
-        Unit::Count,
-        "Tokens in the first level of the queue, for which a new request waits, by model"
-    );
-    describe_counter!("rerankd_score_cache_hits_total", "Pairs whose score was in the cache, by model");
-    describe_counter!("rerankd_score_cache_misses_total", "Pairs whose score was not in the cache, by model");
-    describe_gauge!("rerankd_score_cache_entries", Unit::Count, "Scores in the cache, by model");
-    describe_gauge!("rerankd_score_cache_bytes", Unit::Bytes, "Memory of the score cache, by model");
-    describe_counter!("rerankd_worker_restarts_total", "Workers restarted after a panic, by model");
-    describe_counter!(
-        "rerankd_connections_refused_total",
-        "Connections closed on arrival because --max-connections and the reserved connections were used up"
-    );
-    describe_counter!("rerankd_log_lines_dropped_total", "Log lines dropped because standard error was too slow");
-    describe_counter!("rerankd_chunks_dropped_total", "Chunks not scored because of max_chunks_per_doc");
+    metrics::prometheus().run_upkeep();
 }
 
 /// A progress bar that counts bytes, on standard error. It is hidden when standard error is not a terminal.
