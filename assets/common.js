@@ -34,7 +34,10 @@ export async function copy(text, button) {
   setTimeout(() => (button.textContent = label), 1500);
 }
 
-/** A curl command that sends `body`. The here-document needs no quoting, because JSON has no line `JSON`. */
+/**
+ * A curl command that sends `body` in a here-document. The body needs no escaping: the quoted delimiter turns expansion off, and
+ * no line of JSON is `JSON`.
+ */
 export function curl(url, body, needsKey) {
   const key = needsKey ? ` \\\n  -H "Authorization: Bearer $RERANKD_API_KEY"` : "";
   return `curl ${url}${key} \\\n  -H "Content-Type: application/json" \\\n  --data-binary @- <<'JSON'\n${pretty(body)}\nJSON`;

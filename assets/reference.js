@@ -12,12 +12,12 @@ function resolve(schema = {}) {
   return schema.description ? { ...target, description: schema.description } : target;
 }
 
-/** Text with `code` in backticks. */
+/** The nodes of a text: the parts in backticks become `<code>` elements. */
 const rich = (text = "") => text.replaceAll("\n", " ").split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part));
 
 const plain = (text) => text.replaceAll("`", "");
 
-/** The names of a schema's types: those of a union, or one. */
+/** The names of a schema's types. A union has several, and an enumeration has its values. */
 function typeNames(given) {
   const schema = resolve(given);
   const options = schema.anyOf ?? schema.oneOf;
@@ -48,7 +48,7 @@ function fields(given, prefix = "", depth = 0) {
   });
 }
 
-/** A table of fields. Those of requests say which are required, and not that all others may be null. */
+/** A table of fields. For a request it marks the required fields and leaves out the type `null` of the optional ones. */
 function fieldTable(schema, caption, isRequest) {
   const row = ({ name, types, isRequired, meaning }) =>
     el(
@@ -68,13 +68,13 @@ const table = (caption, heads, rows) =>
     el("table", {}, el("caption", { class: "visually-hidden" }, caption), el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))), el("tbody", {}, ...rows)),
   );
 
-/** The forms of a body: those of a union, or the body alone. */
-const forms = (schema) => resolve(schema).oneOf ?? [schema];
+/** The variants of a body: the members of its `oneOf`, or the body itself. */
+const variants = (schema) => resolve(schema).oneOf ?? [schema];
 
-/** The required fields that tell a form of a request from the others: "`documents` and `property`". */
-function formName(form, forms) {
+/** The required fields that distinguish a variant of a request from the others: "`documents` and `property`". */
+function variantName(variant, all) {
   const required = (schema) => resolve(schema).required ?? [];
-  const own = required(form).filter((name) => !forms.every((other) => required(other).includes(name)));
+  const own = required(variant).filter((name) => !all.every((other) => required(other).includes(name)));
   return own.map((name) => `\`${name}\``).join(" and ");
 }
 
@@ -82,33 +82,33 @@ const json = (part) => part?.content?.["application/json"]?.schema;
 
 function operation(method, path, details, needsKey) {
   const id = `${method}${path.replace(/[^\w]+/g, "-")}`;
-  const isClosed = Boolean(details.security);
+  const isSecured = Boolean(details.security);
   const title = `${method.toUpperCase()} ${path}`;
   const parts = [
     el("h2", { id: `${id}-title` }, el("span", { class: "method" }, method.toUpperCase()), " ", path),
     el("p", {}, ...rich(details.summary), ...(details.description ? [" ", ...rich(details.description)] : [])),
-    el("p", { class: "hint" }, isClosed ? "Needs a key if the server has keys." : "Needs no key."),
+    el("p", { class: "hint" }, isSecured ? "Needs a key if the server has keys." : "Needs no key."),
   ];
   for (const parameter of details.parameters ?? []) {
     parts.push(el("p", {}, el("code", {}, parameter.name), ` in the ${parameter.in}: `, ...rich(parameter.description)));
   }
 
   const request = json(details.requestBody);
-  const bodies = request ? forms(request) : [];
+  const bodies = request ? variants(request) : [];
   for (const body of bodies) {
-    const name = bodies.length > 1 ? `Request with ${formName(body, bodies)}` : "Request";
+    const name = bodies.length > 1 ? `Request with ${variantName(body, bodies)}` : "Request";
     const { description = "", example } = resolve(body);
     parts.push(el("h3", {}, ...rich(name)), el("p", {}, ...rich(description)), fieldTable(body, `${title}: ${plain(name)}`, true));
-    if (example) parts.push(snippet(`${title}: ${plain(name)}`, curl(new URL(path.slice(1), location.href).href, example, needsKey && isClosed)));
+    if (example) parts.push(snippet(`${title}: ${plain(name)}`, curl(new URL(path.slice(1), location.href).href, example, needsKey && isSecured)));
   }
   if (method === "get" && !path.includes("{")) {
-    const key = needsKey && isClosed ? ' -H "Authorization: Bearer $RERANKD_API_KEY"' : "";
+    const key = needsKey && isSecured ? ' -H "Authorization: Bearer $RERANKD_API_KEY"' : "";
     parts.push(snippet(title, `curl ${new URL(path.slice(1), location.href).href}${key}`));
   }
 
   const answers = json(details.responses["200"]);
-  for (const [i, answer] of (answers ? forms(answers) : []).entries()) {
-    const name = bodies.length > 1 ? `Response to ${formName(bodies[i] ?? bodies[0], bodies)}` : "Response";
+  for (const [i, answer] of (answers ? variants(answers) : []).entries()) {
+    const name = bodies.length > 1 ? `Response to ${variantName(bodies[i] ?? bodies[0], bodies)}` : "Response";
     parts.push(el("details", {}, el("summary", {}, ...rich(name)), fieldTable(answer, `${title}: ${plain(name)}`, false)));
   }
   const statuses = Object.entries(details.responses).map(([status, { description }]) =>
@@ -133,7 +133,7 @@ async function render() {
 
   const isOps = (details) => (details.tags ?? []).includes("ops");
   const all = Object.entries(contract.paths).flatMap(([path, methods]) => Object.entries(methods).map(([method, details]) => ({ path, method, details })));
-  // Ranking before operations, and the main path first; else in the document's order.
+  // First /v1/rerank, then the other paths for ranking, then those with the tag `ops`; within each, in the order of openapi.json.
   all.sort((a, b) => isOps(a.details) - isOps(b.details) || (b.path === "/v1/rerank") - (a.path === "/v1/rerank"));
   const operations = all.map(({ path, method, details }) => operation(method, path, details, auth.auth));
   const errors = el(

@@ -1,7 +1,8 @@
 //! Locks, atomics and threads for code whose thread schedules are tested.
 //!
-//! They are those of std. In unit tests with the feature `shuttle` they are simulated: one thread runs at a time, and before each
-//! lock, notification and atomic operation the test chooses which one. tests/README.md says how to run these tests.
+//! They are those of std. In unit tests with the feature `shuttle` they are simulated: one thread runs at a time, and at each
+//! lock, notification and atomic operation a scheduler chooses the thread that runs next. tests/README.md says how to run these
+//! tests.
 //!
 //! The simulation has limits: every atomic operation counts as `SeqCst`, and condition variables do not wake up spuriously.
 
@@ -16,7 +17,8 @@ pub(crate) use std::{
     thread,
 };
 
-/// Whether threads are simulated. A loop that spins must then yield, because no other thread runs meanwhile.
+/// Whether threads are simulated. A loop that spins must then yield: otherwise the PCT scheduler may run it for ever, because
+/// its thread has the highest priority.
 pub(crate) const IS_SIMULATED: bool = cfg!(all(test, feature = "shuttle"));
 
 #[cfg(test)]
@@ -32,12 +34,12 @@ pub(crate) mod schedules {
 
     /// Number of schedules that [`check_random`] tries, unless the variable `SHUTTLE_SCHEDULES` says otherwise.
     const DEFAULT_SCHEDULES: usize = 1000;
-    /// Changes of priority in a schedule of the PCT scheduler (Burckhardt et al., "A randomized scheduler with probabilistic
-    /// guarantees of finding bugs", 2010).
+    /// Bug depth of the PCT scheduler (Burckhardt et al., "A randomized scheduler with probabilistic guarantees of finding bugs",
+    /// 2010): a schedule has at most `PCT_DEPTH - 1` random changes of priority.
     const PCT_DEPTH: usize = 3;
 
-    /// Runs `test` on random schedules: the next thread of one half is chosen uniformly, that of the other half by priorities that
-    /// change a few times.
+    /// Runs `test` on random schedules. Half of them choose each next thread uniformly; the other half use random priorities that
+    /// change a few times (PCT).
     pub(crate) fn check_random(test: impl Fn() + Send + Sync + 'static) {
         let schedules = std::env::var("SHUTTLE_SCHEDULES").map_or(DEFAULT_SCHEDULES, |text| text.parse().unwrap());
         let test = Arc::new(test);

@@ -1,5 +1,5 @@
-//! Whether answers reach the clients that asked (goal G19 of docs/reliability.md): many clients send different requests at the same
-//! time, and each answer must be the one that its request gets when it is sent alone.
+//! Whether answers reach the clients that asked (goal G19 of docs/reliability.md): many clients send different requests at the
+//! same time, and the results in each answer must equal those that the same request gets when it is sent alone.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -20,7 +20,7 @@ pub(crate) struct Args {
     /// Number of requests
     #[arg(long, default_value_t = 100_000)]
     requests: usize,
-    /// Different requests
+    /// Number of distinct requests, from which each client chooses at random
     #[arg(long, default_value_t = 500)]
     different: usize,
     /// Connections, each waiting for its answer before its next request

@@ -9,7 +9,7 @@ relevance_score list<double> with the best document first, and error string, whi
 - Blocks are small, so that a lost actor costs little. Ray restarts an actor that dies and repeats its batches; a `rerankd`
   process that dies is restarted by its actor.
 - The output is idempotent: the job writes to a new folder beside the output, which replaces it when everything is written.
-- Metrics: rerankd_pairs_total and rerankd_batch_seconds of each actor at Ray's Prometheus endpoint.
+- Metrics: rerankd_pairs_total and rerankd_batch_seconds of each actor, which Ray exports to Prometheus with the prefix `ray_`.
 """
 
 import argparse

@@ -9,9 +9,9 @@ could not be ranked.
 
 - Each executor holds one `rerankd` process: with spark.task.cpus = spark.executor.cores it runs one task at a time, and Spark
   keeps the Python worker between tasks. The process takes all cores of the executor and loads the model once.
-- A task is some thousand pairs, so that a lost executor costs little. Spark repeats a lost task up to spark.task.maxFailures
-  times; the process of a repeated task is a new one.
-- The output is idempotent: Spark publishes the files of a task when it succeeds, once, and the job replaces the output.
+- A task is about 5,000 pairs (--pairs-per-task), so that a lost executor costs little. Spark retries a lost task; after
+  spark.task.maxFailures failures of one task the job fails. A retry uses the process of the executor on which it runs.
+- The output is idempotent: Spark commits the files of each task exactly once, and the job replaces the output.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def rank(table: DataFrame, command: list[str], pairs_per_task: int) -> DataFrame
     """Ranks each row's documents against its query. `command` is the program with its model."""
 
     def rank_partition(batches: Iterable[pd.DataFrame]) -> Iterator[pd.DataFrame]:
-        from reranker import shared_reranker  # of --py-files, in the Python worker
+        from reranker import shared_reranker  # here, because --py-files ships it to the Python workers
 
         reranker = shared_reranker(command)
         for batch in batches:
@@ -58,7 +58,7 @@ def main():
     parser.add_argument("--pairs-per-task", type=int, default=5000)
     options = parser.parse_args()
     spark = SparkSession.builder.appName("rerank").getOrCreate()
-    # Rows that are sent to the process at once, and the unit of memory in a Python worker.
+    # Rows of an Arrow batch: a Python worker holds one batch in memory and has it ranked in one call.
     spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", "500")
     threads = int(spark.conf.get("spark.task.cpus", "1"))
     command = [options.rerankd, "rank", "--model", options.model, "--threads", str(threads), "--log", "warn"]
@@ -74,7 +74,7 @@ def main():
     )
     ranked.write.mode("overwrite").parquet(options.output)
     seconds = time.monotonic() - begun
-    # Also in the query's page of the Spark UI, and for listeners of metrics.
+    # A QueryExecutionListener gets the same counts.
     counts = metrics.get
     print(f"{counts} in {seconds:.1f} s, {counts['pairs'] / seconds:.0f} pairs/s", flush=True)
     spark.stop()

@@ -27,7 +27,7 @@ DEPLOY = Path(__file__).resolve().parent.parent
 REPOSITORY = DEPLOY.parent
 RERANKD = os.environ.get("RERANKD_BIN") or str(REPOSITORY / "target" / "release" / "rerankd")
 DOCUMENTS = 10
-# The example's defaults: queries in a task of Spark, and in a block of Ray.
+# Queries per Spark task and per Ray block, by the defaults of the two examples.
 SPARK_TASK_QUERIES, RAY_BLOCK_QUERIES = 500, 1000
 WORDS = """time person year way day thing man world life hand part child eye woman place work week case point government
 company number group problem fact reset password account orange river engine budget weather music mountain""".split()
@@ -46,7 +46,7 @@ def write_input(work, queries):
 
 
 def single_process(work, model):
-    """Scores of each query by one process with all processors, and its seconds."""
+    """Ranks the queries in one process on all processors. Returns {query id: [(index, score)]} and the seconds that it took."""
     output = work / "single.jsonl"
     for old in work.glob("single.jsonl*"):
         old.unlink()
@@ -59,7 +59,7 @@ def single_process(work, model):
 
 
 def descendants(pid):
-    """Processes that `pid` started, and those that these started: pid and command line."""
+    """All descendant processes of `pid`, as {pid: command line}."""
     parents, commands = {}, {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

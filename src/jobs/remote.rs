@@ -1,6 +1,6 @@
 //! Ranking by servers: each query is one `POST /v1/rerank` to the server with the fewest requests in flight.
 //!
-//! A server that is busy or cannot be reached gets no requests for a while, and the query goes to another one.
+//! A server that is busy, fails or cannot be reached gets no requests for a while, and the query goes to another one.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(180);
 /// Maximum bytes of a response.
 const MAX_RESPONSE_BYTES: u64 = 256 << 20;
-/// Attempts to rank a query that servers answer with an internal error (500) or a timeout (504).
+/// Attempts to rank a query that servers answer with a 5xx status other than 502 and 503, such as 500 or 504.
 const FAILED_ATTEMPTS: u32 = 3;
 /// Pause of a server after its first failure. It doubles with each further one.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -42,7 +42,7 @@ pub(crate) struct RemoteOptions {
     pub(crate) overlap_tokens: usize,
     /// Ask for logits instead of scores.
     pub(crate) raw_scores: bool,
-    /// Time after which a query that no server takes ends the run.
+    /// How long a query is offered to servers that are all busy or out of reach, before the run ends.
     pub(crate) patience: Duration,
 }
 
@@ -105,7 +105,7 @@ impl Servers {
         Ok(servers)
     }
 
-    /// The model that requests name.
+    /// The name of the model in the requests.
     pub(crate) fn model(&self) -> &str {
         &self.model
     }
@@ -117,7 +117,8 @@ impl Servers {
     /// Ranks a query's documents, best first.
     ///
     /// # Errors
-    /// The query is not valid or fails on the servers; or no server takes it for too long, or no query could succeed.
+    /// [`JobError::Query`] if the query is not valid or fails on the servers; [`JobError::Unavailable`] if no server has accepted
+    /// it within [`RemoteOptions::patience`]; [`JobError::Fatal`] if no query could succeed.
     pub(crate) async fn rank(&self, job: &RankJob) -> Result<Vec<JobScore>, JobError> {
         let RemoteOptions { top_n, overlap_tokens, raw_scores, .. } = &self.options;
         let body = json!({
@@ -179,7 +180,7 @@ impl Servers {
     }
 }
 
-/// Which server gets the next request. Pure: the time is an argument.
+/// Which server gets the next request. No I/O and no clock: the time is an argument. Pauses have a random jitter.
 #[derive(Debug)]
 struct ServerPool {
     slots: Vec<ServerSlot>,
@@ -214,7 +215,8 @@ impl ServerPool {
         Ok(best)
     }
 
-    /// Ends a request. `pause` is set if the server could not answer it, with the pause that it asked for.
+    /// Ends a request. `pause` is `None` if the server answered it. Otherwise the server is paused: `Some(Some(_))` is the
+    /// `Retry-After` that it sent, the minimum of the pause up to [`MAX_RETRY_AFTER`].
     fn release(&mut self, server: usize, pause: Option<Option<Duration>>, now: Instant) {
         let slot = &mut self.slots[server];
         slot.in_flight -= 1;
@@ -251,7 +253,7 @@ struct RemoteAnswer<'a> {
 #[derive(Deserialize)]
 struct RemoteResult<'a> {
     index: usize,
-    /// Kept as text, because serde_json reads some numbers one bit off.
+    /// Kept as text, because serde_json without `float_roundtrip` may read a number one unit in the last place (ULP) off.
     #[serde(borrow)]
     relevance_score: &'a RawValue,
 }

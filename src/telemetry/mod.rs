@@ -46,7 +46,8 @@ const MAX_WAITING_LINES: usize = 16_384;
 
 static DROPPED_LINES: OnceLock<ErrorCounter> = OnceLock::new();
 
-/// Whether to write colors to `stream`: it is a terminal that has them, and neither `NO_COLOR` nor `CLICOLOR=0` is set.
+/// Whether to write colors to `stream`: it is a terminal that supports them and `CLICOLOR` is not 0, or `CLICOLOR_FORCE` is set.
+/// Never if `NO_COLOR` is set.
 pub fn shows_colors(stream: &impl anstream::stream::RawStream) -> bool {
     anstream::AutoStream::choice(stream) != anstream::ColorChoice::Never
 }
@@ -54,7 +55,7 @@ pub fn shows_colors(stream: &impl anstream::stream::RawStream) -> bool {
 /// Starts logging to standard error, on a separate thread. A second call has no effect.
 ///
 /// # Panics
-/// When [`parse_log_filter`] refuses `filter`.
+/// If `filter` is not a valid filter. One that [`parse_log_filter`] accepts is valid.
 pub fn init_logs(format: LogFormat, filter: &str) -> LogGuard {
     let filter = EnvFilter::try_new(filter).expect("checked by parse_log_filter");
     let builder = NonBlockingBuilder::default().lossy(true).buffered_lines_limit(MAX_WAITING_LINES);
@@ -79,8 +80,8 @@ impl Drop for LogGuard {
     }
 }
 
-/// Moves recorded values into the histogram buckets and counts dropped log lines. To be called every few seconds: otherwise values
-/// accumulate in memory until /metrics is read.
+/// Moves recorded values into the histogram buckets and counts dropped log lines. To be called every few seconds: otherwise
+/// values accumulate in memory until /metrics is read.
 pub fn upkeep() {
     if let Some(dropped) = DROPPED_LINES.get() {
         metrics::LOG_LINES_DROPPED.only_counter().absolute(dropped.dropped_lines() as u64);
@@ -98,8 +99,8 @@ pub fn progress_count(total: u64, label: &str) -> ProgressBar {
     progress(total, label, "{msg} {wide_bar} {pos}/{len} {per_sec} {eta}")
 }
 
-/// A progress bar that shows which share of `total` is done, and a message, on standard error; without a total only the message. It
-/// is hidden when standard error is not a terminal.
+/// A progress bar with a percentage of `total` and a message, on standard error. Without a total it is a spinner with a message.
+/// It is hidden when standard error is not a terminal.
 pub fn progress_share(total: Option<u64>) -> ProgressBar {
     let template = if total.is_some() { "{wide_bar} {percent}% {msg}" } else { "{spinner} {msg}" };
     progress(total.unwrap_or(0), "", template)

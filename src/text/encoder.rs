@@ -28,7 +28,7 @@ use crate::error::RerankError;
 use crate::failpoint::failpoint;
 use crate::telemetry::metrics;
 
-/// Minimum window: space for a query and a document in addition to the special tokens.
+/// Minimum window in tokens, special tokens included. What they leave must hold a query and a document.
 const MIN_WINDOW: usize = 16;
 
 /// Requests with at most this many bytes to tokenize are kept apart from larger ones, see [`SizeClass`].
@@ -87,7 +87,8 @@ impl Default for DocumentOptions {
     }
 }
 
-/// A tokenized request: each distinct pair once, and the pairs of each document, whose score is the maximum over them.
+/// A tokenized request: each distinct pair once, and the chunks of each document. A document's score is the maximum over the
+/// pairs of its chunks.
 #[derive(Debug, Default)]
 pub struct EncodedRequest {
     /// Distinct pairs.
@@ -317,7 +318,8 @@ impl TextEncoder {
         Ok((ids, truncated))
     }
 
-    /// The first `reach` ids of every document. Slices that begin after them are not tokenized.
+    /// The first `reach` ids of every document. Once more than `reach` tokens of a document are known, its further slices are
+    /// skipped.
     async fn document_ids(
         &self,
         documents: Arc<[String]>,
@@ -475,7 +477,7 @@ struct DocumentIds {
     ids: Vec<u32>,
     /// Each id's position in the text, in code points; empty if not asked for.
     spans: Vec<Range<usize>>,
-    /// Code points of the slices that `ids` come from.
+    /// Code points of the slices that were appended; 0 if positions are not asked for.
     chars: usize,
     /// Tokens of the document's first `bytes`; extrapolated if only a part of them was tokenized.
     tokens: usize,
@@ -532,7 +534,8 @@ impl SliceIds {
     }
 }
 
-/// Slices that are tokenized by one call: part of a long document, or several short documents.
+/// Slices that are tokenized one after another in one job: a part of a long document, or several short documents. A slice is the
+/// index of its document and a range of bytes in it.
 type Unit = Vec<(usize, Range<usize>)>;
 
 /// Splits documents into units. Also returns one [`DocumentIds`] for each document, without ids yet.

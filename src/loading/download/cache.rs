@@ -7,6 +7,8 @@
 //! models--org--name/refs/<revision>               text file with the commit
 //! .locks/models--org--name/<entity tag>.lock      held while the blob is downloaded
 //! ```
+//!
+//! The hub's entity tags are digests of the content. Any other tag is replaced by a digest, see `EntityTag`.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -81,7 +83,7 @@ impl RepoCache {
         sync_folder_of(&blob)
     }
 
-    /// Points the snapshot's file at the blob and records the commit of the revision. Returns the snapshot's path.
+    /// Links a file of the snapshot to the blob and records the commit of the revision. Returns the path of the link.
     ///
     /// # Errors
     /// The cache cannot be written.
@@ -126,7 +128,7 @@ fn rename(from: &Path, to: &Path) -> io::Result<()> {
     fs::rename(from, to)
 }
 
-/// Creates the link, or replaces whatever has its name. Never writes through an existing link.
+/// Creates the link, or replaces a file or link of that name; fails if it is a folder. Never writes through an existing link.
 fn replace_with_symlink(target: &Path, link: &Path) -> io::Result<()> {
     match std::os::unix::fs::symlink(target, link) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
