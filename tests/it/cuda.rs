@@ -352,8 +352,8 @@ fn a_model_that_is_replaced_at_sighup_gives_its_device_memory_back() {
     let mut environment: Vec<(&str, &str)> = environment.iter().map(|(name, value)| (*name, value.as_str())).collect();
     environment.push(("STANDIN_LOG", log.to_str().unwrap()));
     let write = |name: &str| {
-        let model = format!("{name}={}", fixture("xlmr").display());
-        std::fs::write(&config, format!("device = \"cuda\"\nmax-batch-tokens = 256\nmodel = {model:?}\n")).unwrap();
+        let settings = format!("device = \"cuda\"\nmax-batch-tokens = 256\nmodel = \"{name}=rerankd-mini\"\n");
+        std::fs::write(&config, settings).unwrap();
     };
     let ask = |server: &Server, name: &str| {
         let answer = server.rerank(&json!({"model": name, "query": "a", "documents": ["b", "c"]}).to_string());
