@@ -157,7 +157,7 @@ async fn each_error_status_has_its_body() {
     let answer = rerank(&app, body(json!(["x ".repeat(15_000), "y ".repeat(15_000)]))).await;
     check_error(&answer, 413, 413, "request_too_large", "the limit is 20000");
     let request = Request::post("/v1/rerank").header("content-encoding", "gzip").body(Body::from("x")).unwrap();
-    check_error(&send(&app, request).await, 415, 415, "invalid_request_error", "gzip");
+    check_error(&send(&app, request).await, 415, 415, "invalid_request_error", "uncompressed");
     let answer = rerank(&app, json!({"model": "m", "query": "nan", "documents": ["a"]})).await;
     check_error(&answer, 500, 500, "api_error", "non_finite_score");
 }
