@@ -48,7 +48,9 @@ fn every_metric_appears_after_matching_traffic_and_no_other() {
     std::fs::write(&keys, "first-secret name=search\nsecond-secret\n").unwrap();
     // Nothing listens there, so the spans are lost; that is counted too.
     let collector = ["--otlp-endpoint", "http://127.0.0.1:9"];
-    let server = Server::start(&[&["--api-key-file", keys.to_str().unwrap()][..], &collector].concat());
+    let server = Server::start(
+        &[&["--api-key-file", keys.to_str().unwrap(), "--score-cache-bytes", "100000"][..], &collector].concat(),
+    );
     let send = |key: &str, body: &Value| {
         let body = body.to_string();
         server.request(&format!(
