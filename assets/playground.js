@@ -230,6 +230,9 @@ function showFiles() {
     );
   };
   byId("files").replaceChildren(...files.map(item));
+  // With files and no typed text, the button below stays in view.
+  const box = byId("documents");
+  box.classList.toggle("short", files.length > 0 && !box.value);
 }
 
 function formChanged() {
