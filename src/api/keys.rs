@@ -68,7 +68,7 @@ fn is_name_char(byte: u8) -> bool {
 impl Keys {
     /// Reads keys of the form `KEY` or `KEY name=NAME`. Equal keys count once, empty ones not at all. Each key is a client with
     /// limits of its own. A key without a name is called `key-1`, `key-2` and so on in metrics, by its position; keys after the
-    /// first [`MAX_KEY_NAMES`] share the name `other`.
+    /// first 100 share the name `other`.
     ///
     /// # Errors
     /// A key has a character other than visible ASCII, or a name is not valid or not unique. The message does not contain the key.
