@@ -152,5 +152,5 @@ async function render() {
 }
 
 render().catch((error) => {
-  byId("operations").replaceChildren(el("p", { class: "problem", role: "alert" }, el("strong", {}, "The server does not answer."), String(error)));
+  byId("operations").replaceChildren(el("p", { class: "problem", role: "alert" }, el("strong", {}, "The reference could not be loaded."), String(error)));
 });

@@ -66,7 +66,7 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     }
     let seconds = start.elapsed().as_secs_f64();
     println!(
-        "{} answers to {} different requests of {} keys on {} connections in {seconds:.0} s: each equals the answer to its request alone",
+        "{} answers to {} different requests of {} keys on {} connections in {seconds:.0} s: the results of each equal those of its request sent alone",
         args.requests,
         args.different,
         KEYS.len(),

@@ -114,7 +114,7 @@ def check(name, rows, expected):
     if found != expected:
         missing = expected.keys() - found.keys()
         sys.exit(f"{name}: {len(missing)} queries are missing, or scores differ")
-    print(f"{name}: {len(found)} queries, each once, every score the same bits as of the single process", flush=True)
+    print(f"{name}: {len(found)} queries, each once, every score bitwise as in the single process", flush=True)
 
 
 def spark(work, options, expected):
@@ -177,7 +177,7 @@ def main():
     print(f"single process: {seconds:.1f} s, {pairs / seconds:.0f} pairs/s", flush=True)
     for engine in options.engines:
         seconds = {"spark": spark, "ray": ray}[engine](work, options, expected)
-        print(f"{engine}: {seconds:.1f} s with its start and its end, {pairs / seconds:.0f} pairs/s", flush=True)
+        print(f"{engine}: {seconds:.1f} s with start and end of the job, {pairs / seconds:.0f} pairs/s", flush=True)
 
 
 if __name__ == "__main__":
