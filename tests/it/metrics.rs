@@ -181,11 +181,13 @@ async fn a_request_that_passes_its_deadline_is_counted_as_a_timeout_and_leaves_t
     let (app, watch) = app("slow", RateLimits::default(), limits, QUEUE);
     let gate = watch.close_gate();
     let body = json!({"query": "apple", "documents": ["apple"]});
-    let [first, second] = [(); 2].map(|()| {
+    let send = || {
         let (app, body) = (Arc::clone(&app), body.clone());
         tokio::spawn(async move { rerank(&app, body).await.status.as_u16() })
-    });
+    };
+    let first = send();
     watch.batch_started().await;
+    let second = send(); // waits in the queue while the first is computed
     assert_eq!((first.await.unwrap(), second.await.unwrap()), (504, 504));
     assert_eq!(errors("timeout", "slow"), 2.0);
     drop(gate);
