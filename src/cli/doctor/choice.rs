@@ -46,7 +46,10 @@ pub(super) fn check(report: &mut Report, settings: &ServeSettings, args: &ModelA
     check_memory(report, device, (host_bytes, gpu_bytes, unknown), around);
     match Server::bind(settings.address) {
         Ok(_) => report.ok(format!("address http://{} is free", settings.address)),
-        Err(error) => report.problem(format!("{error:#}"), "stop what listens there (perhaps this server already runs: rerankd health), or use --port 0 for a free port"),
+        Err(error) => report.problem(
+            format!("{error:#}"),
+            "if the server already runs (rerankd health), nothing; otherwise --port 0 selects a free port",
+        ),
     }
     if settings.keys.is_open() && !settings.address.ip().is_loopback() {
         report.note(
