@@ -25,6 +25,7 @@ use opentelemetry_sdk::trace::{
 use ureq::http::HeaderMap;
 
 use super::metrics::TRACE_SPANS;
+use crate::tls;
 
 /// Finished spans that wait for the collector. One has some 500 bytes.
 const MAX_WAITING_SPANS: usize = 4096;
@@ -259,7 +260,8 @@ impl OtlpClient {
             .timeout_global(Some(EXPORT_TIMEOUT))
             .http_status_as_error(false)
             .max_redirects(0)
-            .proxy(None);
+            .proxy(None)
+            .tls_config(tls::client_config());
         Self(config.build().new_agent())
     }
 }
