@@ -25,6 +25,9 @@ pub(crate) struct Args {
     /// Minutes of the whole run; the first quarter is warm-up
     #[arg(long, default_value_t = 20.0)]
     minutes: f64,
+    /// Factor of all pauses of the clients: more than 1 for a machine that has other work
+    #[arg(long, default_value_t = 1.0)]
+    pauses: f64,
     /// File to which one line of JSON is appended for every sample
     #[arg(long)]
     json: Option<PathBuf>,
@@ -46,19 +49,20 @@ pub(crate) async fn run(args: Args) -> Result<()> {
     let start = Instant::now();
     let log: Log = Arc::default();
     let mut tasks = JoinSet::new();
+    let pause = |ms| Duration::from_millis(ms).mul_f64(args.pauses);
     for (documents, words, pause_ms) in [(1, 20, 20), (4, 60, 100), (20, 100, 400), (100, 50, 2000), (3, 2000, 3000)] {
         let client = Client::new(&server.address);
         tasks.spawn(well_behaved(
             client,
             requests("/v1/rerank", MODEL, documents, words),
-            pause_ms,
+            pause(pause_ms),
             start,
             Arc::clone(&log),
         ));
     }
     for _ in 0..2 {
-        tasks.spawn(leaver(server.address.clone()));
-        tasks.spawn(broken(server.address.clone()));
+        tasks.spawn(leaver(server.address.clone(), pause(100)));
+        tasks.spawn(broken(server.address.clone(), pause(50)));
     }
     let mut samples = Vec::new();
     while start.elapsed().as_secs_f64() < 60.0 * args.minutes {
@@ -124,17 +128,17 @@ fn slope(samples: &[&Sample]) -> f64 {
     covariance / samples.iter().map(|s| (s.minutes - x).powi(2)).sum::<f64>()
 }
 
-async fn well_behaved(client: Client, requests: Arc<Vec<Vec<u8>>>, pause_ms: u64, start: Instant, log: Log) {
+async fn well_behaved(client: Client, requests: Arc<Vec<Vec<u8>>>, pause: Duration, start: Instant, log: Log) {
     for i in 0.. {
         let outcome = client.ask(&requests[i % requests.len()], Instant::now()).await;
         let entry = (start.elapsed().as_secs_f64(), outcome.answer, ms(outcome.latency));
         log.lock().expect("no client panicked").push(entry);
-        tokio::time::sleep(Duration::from_millis(fastrand::u64(0..=2 * pause_ms))).await;
+        tokio::time::sleep(pause.mul_f64(2.0 * fastrand::f64())).await;
     }
 }
 
 /// Leaves at a random moment: within the request, in the queue, while its answer is computed or sent.
-async fn leaver(address: String) {
+async fn leaver(address: String, pause: Duration) {
     let requests = requests("/v1/rerank", MODEL, 20, 100);
     loop {
         let request = &requests[fastrand::usize(..requests.len())];
@@ -143,12 +147,12 @@ async fn leaver(address: String) {
             stream.write_all(&request[..sent]).await.ok();
             tokio::time::sleep(Duration::from_millis(fastrand::u64(0..150))).await;
         }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(pause).await;
     }
 }
 
 /// Sends requests with random bytes changed, unfinished headers and noise, and reads whatever comes for a short time.
-async fn broken(address: String) {
+async fn broken(address: String, pause: Duration) {
     let requests = requests("/v1/rerank", MODEL, 3, 30);
     loop {
         let mut wire = requests[fastrand::usize(..requests.len())].clone();
@@ -167,6 +171,6 @@ async fn broken(address: String) {
             stream.write_all(&wire).await.ok();
             let _ = tokio::time::timeout(Duration::from_millis(50), super::client::read_response(stream)).await;
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(pause).await;
     }
 }
