@@ -392,6 +392,7 @@ mod tests {
                 std::thread::spawn(move || queue.take().unwrap())
             })
             .collect();
+        std::thread::sleep(Duration::from_millis(50)); // usually both wait by then
         let _answer = pushed(&queue, 2);
         let batches: Vec<_> = takers.into_iter().map(|taker| taker.join().unwrap()).collect();
         assert!(batches.iter().all(|batch| batch.pairs().count() == 1));
@@ -410,6 +411,50 @@ mod tests {
         let (late, _) = job(1);
         assert!(matches!(queue.push(late), Err(RerankError::ShuttingDown)));
         assert!(queue.take().is_none());
+    }
+
+    #[test]
+    fn the_watchdog_sees_whether_the_queue_is_open_and_when_a_batch_last_succeeded() {
+        let queue = queue(7);
+        assert_eq!(queue.max_batch_tokens(), 7);
+        assert_eq!(queue.last_success(), None);
+        for (logit, succeeds) in [(None, false), (Some(f32::NAN), false), (Some(0.5), true)] {
+            let _answer = pushed(&queue, 1);
+            queue.take().unwrap().deliver(&[logit]);
+            assert_eq!(queue.last_success().is_some(), succeeds, "{logit:?}");
+        }
+        assert!(queue.is_open());
+        queue.close();
+        assert!(!queue.is_open());
+    }
+
+    #[test]
+    fn a_request_whose_deadline_has_passed_is_answered_and_not_computed() {
+        let queue = queue(8);
+        let [mut late, mut in_time] = [0, 60].map(|seconds| {
+            let (new, answer) = job(1);
+            queue.push(NewJob { deadline: Some(Deadline::after(seconds)), ..new }).unwrap();
+            answer
+        });
+        let batch = queue.take().unwrap();
+        assert!(matches!(late.try_recv().unwrap(), Err(RerankError::Deadline { seconds: 0 })));
+        batch.deliver(&[Some(0.5)]);
+        assert_eq!(in_time.try_recv().unwrap().unwrap().logits, [0.5]);
+    }
+
+    #[test]
+    fn batches_are_counted_and_the_permit_of_the_first_level_is_returned_with_the_last_pair() {
+        let (queue, admission) = (queue(2), admission());
+        let (new, mut answer) = admitted_job(3, &admission);
+        queue.push(new).unwrap();
+        let first = queue.take().unwrap();
+        assert_eq!(admission.waiting(), 2 * 3, "one pair waits in the first level");
+        let second = queue.take().unwrap();
+        assert_eq!(admission.waiting(), 3);
+        first.deliver(&[Some(0.0), Some(1.0)]);
+        second.deliver(&[Some(2.0)]);
+        assert_eq!(answer.try_recv().unwrap().unwrap().batches, 2);
+        assert_eq!(admission.waiting(), 0);
     }
 
     /// What happens to a queue.
