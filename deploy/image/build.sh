@@ -9,7 +9,7 @@
 #   BUILD_OPTIONS="--build-arg ..."     more options for `build`
 #   RUN_OPTIONS="..."                   more options for `run`
 #   TEST=0                              build only
-# podman uses buildah's builder. buildah alone has no `run` with a network and a volume, so it cannot run the tests.
+# ENGINE cannot be buildah: its `run` has no network and no volume, which the tests need.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -29,7 +29,8 @@ if [ "${ENGINE%% *}" = podman ]; then
     # The default format of podman has no health check.
     BUILD_OPTIONS="--format docker $BUILD_OPTIONS"
     if [ ! -d /run/systemd/system ]; then
-        # In a container or a chroot there is no systemd that could manage cgroups, and limits cannot be raised.
+        # In a container or a chroot there is no systemd that could manage cgroups, and podman's default limits on files and
+        # processes are higher than this process may set.
         [ "$ENGINE" != podman ] || ENGINE="podman --cgroup-manager cgroupfs --runtime runc"
         BUILD_OPTIONS="--isolation chroot --network host $BUILD_OPTIONS"
         RUN_OPTIONS="--network host --ulimit nofile=4096:4096 --ulimit nproc=4096:4096 $RUN_OPTIONS"

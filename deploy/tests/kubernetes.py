@@ -7,8 +7,8 @@
 | what | with |
 |---|---|
 | rendering | kustomize, or kubectl 1.27 or later |
-| Kubernetes' objects, unknown fields too | the JSON schemas of each version in VERSIONS |
-| PodMonitor, ScaledObject, unknown fields too | types made from their CRDs (npm packages, see schemas/), checked by TypeScript |
+| Kubernetes' own objects; unknown fields are errors | the JSON schemas of each version in VERSIONS |
+| PodMonitor, ScaledObject; unknown fields are errors | types made from their CRDs (npm packages, see schemas/), checked by TypeScript |
 | references between objects, timeouts, security settings | rules below |
 | queries | a PromQL parser, and the metrics that docs/operations.md lists |
 | rerankd.toml | rerankd itself ($RERANKD_BIN, or target/release/rerankd) |
@@ -93,7 +93,7 @@ def check_schemas(items):
 
 
 def install_types():
-    """Whether TypeScript and the types are installed."""
+    """Installs TypeScript and the types. False without npm."""
     if not shutil.which("npm"):
         print("SKIPPED: PodMonitor and ScaledObject, because npm is not installed")
         return False
@@ -141,7 +141,7 @@ def check_pods(items):
         if pod["securityContext"].get("seccompProfile") != {"type": "RuntimeDefault"}:
             yield f"{name}: no seccomp profile"
         if pod.get("automountServiceAccountToken") is not False:
-            yield f"{name}: has a token of the API server"
+            yield f"{name}: mounts a service account token"
         # A Service `rerankd` becomes RERANKD_PORT=tcp://..., which is the variable of --port.
         if pod.get("enableServiceLinks") is not False:
             yield f"{name}: enableServiceLinks sets RERANKD_PORT"
@@ -153,7 +153,7 @@ def check_pods(items):
             if context.get("capabilities") != {"drop": ["ALL"]}:
                 yield f"{name}: has capabilities"
             if not {"cpu", "memory"} <= container["resources"]["requests"].keys() or "memory" not in container["resources"]["limits"]:
-                yield f"{name}: no resource requests"
+                yield f"{name}: no CPU or memory request, or no memory limit"
             if {mount["name"] for mount in container["volumeMounts"]} != volumes:
                 yield f"{name}: volumes and mounts differ"
 
@@ -208,7 +208,7 @@ def check_servers(items):
     if bool(scalers) == ("replicas" in spec):
         yield "the number of pods is set twice, or not at all"
     if not re.fullmatch(r"rerankd:(cpu|full)", container["image"]):
-        yield f"image {container['image']}"
+        yield f"image {container['image']} is neither rerankd:cpu nor rerankd:full"
 
 
 def check_queries(items):
@@ -251,7 +251,7 @@ CHECKS = [check_schemas, check_custom, check_pods, check_servers, check_queries,
 
 
 def problems(items, checks):
-    """What the first check finds that finds anything. Later checks rely on the earlier ones."""
+    """The problems of the first check that finds any. Later checks rely on earlier ones."""
     return next((found for found in (list(check(items)) for check in checks) if found), [])
 
 

@@ -44,8 +44,10 @@ pub(super) struct ConnectionState {
     is_writing: AtomicBool,
     /// Whether the request's protocol version has interim responses: HTTP/1.1, not HTTP/1.0.
     has_interim: AtomicBool,
-    /// Tells the connection's task to close it.
-    pub(super) close: Notify,
+    /// Tells the connection's task to close it, if it is still idle.
+    close: Notify,
+    /// Whether the task has been told so and has not decided yet.
+    is_close_requested: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,10 +77,11 @@ impl ConnectionState {
             is_writing: AtomicBool::new(false),
             has_interim: AtomicBool::new(false),
             close: Notify::new(),
+            is_close_requested: AtomicBool::new(false),
         })
     }
 
-    /// Called when a request's header is complete and its body follows.
+    /// Called when a request's header is complete. Its body, if it has one, follows.
     pub(super) fn request_started(&self, version: Version) {
         self.is_writing.store(true, Relaxed);
         self.has_interim.store(version == Version::HTTP_11, Relaxed);
@@ -109,6 +112,28 @@ impl ConnectionState {
         match *self.phase() {
             Phase::Idle(since) | Phase::Header(since) if !self.is_writing.load(Relaxed) => Some(since),
             _ => None,
+        }
+    }
+
+    /// Since when the connection has been idle, if it has not been told to close.
+    pub(super) fn closable_since(&self) -> Option<Instant> {
+        self.idle_since().filter(|_| !self.is_close_requested.load(Relaxed))
+    }
+
+    /// Tells the connection's task to close the connection, if it is still idle.
+    pub(super) fn request_close(&self) {
+        self.is_close_requested.store(true, Relaxed);
+        self.close.notify_one();
+    }
+
+    /// Resolves when the connection is to be closed, and is idle. A connection on which a request has begun meanwhile stays.
+    pub(super) async fn close_requested(&self) {
+        loop {
+            self.close.notified().await;
+            if self.idle_since().is_some() {
+                return;
+            }
+            self.is_close_requested.store(false, Relaxed);
         }
     }
 
@@ -246,8 +271,8 @@ impl AsyncRead for TimedStream {
                 let phase = *self.state.phase();
                 match phase {
                     Phase::Busy => return self.poll_half_closed(cx).map(Err),
-                    // hyper may have read the rest of the body, and checks for the end of the stream before it passes that
-                    // on. So the end is reported a little later.
+                    // hyper may still hold the rest of the body, and looks for the end of the stream before it hands that rest
+                    // on. If the end were reported now, a complete request would fail.
                     Phase::Receiving if !self.is_end_due() => {
                         self.read_timer.as_mut().reset(Instant::now() + PROBE_INTERVAL);
                         ready!(self.read_timer.as_mut().poll(cx));
@@ -299,12 +324,36 @@ impl AsyncWrite for TimedStream {
         let result = Pin::new(&mut self.inner).poll_flush(cx);
         if let Poll::Ready(Ok(())) = result {
             self.state.flushed();
-            self.blocked = None; // the kernel has the whole response
+            self.blocked = None; // the kernel has everything that was written so far
         }
         result
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_was_told_to_close_during_a_request_can_be_told_again_after_it() {
+        let state = ConnectionState::new();
+        assert!(state.closable_since().is_some());
+        state.request_close();
+        assert_eq!(state.closable_since(), None, "no second connection may count on its slot");
+        state.request_started(Version::HTTP_11);
+        tokio::select! {
+            biased;
+            () = state.close_requested() => panic!("closed during a request"),
+            () = tokio::task::yield_now() => {}
+        }
+        state.request_finished();
+        state.flushed();
+        assert!(state.closable_since().is_some());
+        state.request_close();
+        state.close_requested().await;
     }
 }

@@ -143,10 +143,10 @@ impl Slots {
     /// Tells the connection that has been idle for longest to close; false if there was none.
     fn close_longest_idle(&mut self) -> bool {
         self.open.retain(|state| state.strong_count() > 0);
-        let idle = |(i, state): (usize, &Weak<ConnectionState>)| Some((state.upgrade()?.idle_since()?, i));
+        let idle = |(i, state): (usize, &Weak<ConnectionState>)| Some((state.upgrade()?.closable_since()?, i));
         let longest = self.open.iter().enumerate().filter_map(idle).min();
-        let Some(state) = longest.and_then(|(_, i)| self.open.remove(i)?.upgrade()) else { return false };
-        state.close.notify_one();
+        let Some(state) = longest.and_then(|(_, i)| self.open[i].upgrade()) else { return false };
+        state.request_close();
         true
     }
 }
@@ -192,12 +192,9 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
                         }
                         break;
                     }
-                    () = state.close.notified() => {
-                        // A request may have begun since the connection was chosen.
-                        if state.idle_since().is_some() {
-                            tracing::debug!("idle connection closed to make room");
-                            break;
-                        }
+                    () = state.close_requested() => {
+                        tracing::debug!("idle connection closed to make room");
+                        break;
                     }
                     // A reserved slot is given back as soon as there is a regular one.
                     permit = Arc::clone(&regular).acquire_owned(), if is_reserved => {
@@ -223,7 +220,7 @@ pub async fn serve(listener: TcpListener, app: Arc<App>, timeouts: ServerTimeout
     while let Ok(stream) = tokio::time::timeout_at(grace.into(), accept(&listener)).await {
         start_connection(stream);
     }
-    // Closing the listener resets the connections in the kernel's queue.
+    // Closing the listener would reset the connections in the kernel's queue, so they are accepted first.
     queued_connections(listener).for_each(&mut start_connection);
     // Closing a connection before its first request arrives would lose that request. So wait for first requests; their responses
     // close the connections.

@@ -20,8 +20,9 @@ impl ModelConfig {
         Self::parse_with_modules(json, &[], &[])
     }
 
-    /// Reads the text of a `config.json` whose model is the first of a chain of sentence-transformers modules. `configs` are the
-    /// texts of the other modules' `config.json` files. Without other modules, it is [`ModelConfig::parse`].
+    /// Reads the text of a `config.json` whose model is the first of a chain of sentence-transformers modules. `modules` is
+    /// the whole chain, `configs` the texts of the other modules' `config.json` files. Without modules, this is the same as
+    /// [`ModelConfig::parse`].
     ///
     /// # Errors
     /// Those of [`ModelConfig::parse`] and of [`parse_head`].
@@ -54,7 +55,7 @@ impl ModelConfig {
     }
 }
 
-/// Reads and checks the fields of all families; the rest is as in BERT: post-norm layers with biases, attention to the whole
+/// Reads and checks the fields that all families have. Everything else is set as in BERT: post-norm layers with biases, attention to the whole
 /// sequence. `activation` and `eps.0` are the names of fields that differ by family, and `eps.1` is a default.
 fn base(fields: &Fields, architecture: Architecture, activation: &str, eps: (&str, f64)) -> Result<ModelConfig> {
     let layer_norm_eps = match fields.get(eps.0) {
@@ -278,7 +279,7 @@ fn new_model(fields: &Fields) -> Result<ModelConfig> {
     })
 }
 
-/// D, which must be even.
+/// The size of a head, which must be even for rotary positions.
 fn rotary_head_size(config: &ModelConfig) -> Result<usize> {
     let d = config.head_size();
     ensure!(

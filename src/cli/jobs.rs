@@ -1,4 +1,4 @@
-//! The flags of `rerankd rank` for many queries from a file to a file.
+//! The flags of `rerankd rank` that rank many queries: input from a file, results to a file.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -17,14 +17,14 @@ use crate::jobs::{
 };
 use crate::secret::Secret;
 
-/// Default queries in flight in this process: enough to fill a batch on a GPU with short ones.
+/// Default queries in flight in this process: if they are short, enough to fill a batch on a GPU.
 const LOCAL_WINDOW: usize = 256;
 /// Default queries in flight at each server.
 const WINDOW_PER_SERVER: usize = 8;
-/// Maximum queries in flight at servers: each has a thread.
+/// Maximum queries in flight at servers. Each query in flight has a thread.
 const MAX_REMOTE_WINDOW: usize = 512;
 
-/// Many queries from a file to a file.
+/// Ranks many queries: input from a file, results to a file.
 #[derive(Debug, clap::Args)]
 #[command(next_help_heading = "Many queries")]
 pub(super) struct JobArgs {

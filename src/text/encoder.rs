@@ -28,7 +28,7 @@ use crate::error::RerankError;
 use crate::failpoint::failpoint;
 use crate::telemetry::metrics;
 
-/// Minimum window in tokens, special tokens included. What they leave must hold a query and a document.
+/// Minimum window in tokens, special tokens included. The rest of the window must hold a query and a document.
 const MIN_WINDOW: usize = 16;
 
 /// Requests with at most this many bytes to tokenize are kept apart from larger ones, see [`SizeClass`].
@@ -104,8 +104,7 @@ pub struct EncodedRequest {
 pub struct Chunk {
     /// Index into [`EncodedRequest::pairs`]. Chunks with the same tokens share a pair.
     pub pair: usize,
-    /// From its first character in the document's text to the one after its last, counted in Unicode code points; `0..0` if
-    /// [`DocumentOptions::spans`] is false.
+    /// The range of the document's text that it covers, in Unicode code points; `0..0` if [`DocumentOptions::spans`] is false.
     pub span: Range<usize>,
 }
 
@@ -118,7 +117,7 @@ pub struct Truncation {
     pub documents: usize,
     /// Chunks beyond `max_chunks_per_doc`, over all documents; an estimate if a document was tokenized only in part.
     pub chunks: usize,
-    /// Tokens of documents that are in no chunk, by any limit; an estimate if a document was tokenized only in part.
+    /// Tokens of documents that are in no chunk because of any limit; an estimate if a document was tokenized only in part.
     pub tokens: usize,
 }
 
@@ -479,7 +478,7 @@ struct DocumentIds {
     spans: Vec<Range<usize>>,
     /// Code points of the slices that were appended; 0 if positions are not asked for.
     chars: usize,
-    /// Tokens of the document's first `bytes`; extrapolated if only a part of them was tokenized.
+    /// Tokens of the document's first `bytes` bytes; extrapolated if only a part of that text was tokenized.
     tokens: usize,
     /// Bytes of its text after truncation to the maximum characters.
     bytes: usize,

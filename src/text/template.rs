@@ -8,7 +8,7 @@ use tokenizers::{Encoding, Tokenizer};
 
 use crate::batch::Pair;
 
-/// Numbers of rows of a model's embedding tables. Every id that the tokenizer can produce must be less.
+/// Numbers of rows of a model's embedding tables. Each token id and token type must be less than the number of rows of its table.
 #[derive(Debug, Clone, Copy)]
 pub struct EmbeddingRows {
     pub vocabulary: usize,
@@ -103,7 +103,7 @@ pub(crate) fn encode(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
     Ok(encoding(|| tokenizer.encode_fast(text, false))?.get_ids().to_vec())
 }
 
-/// As [`encode`], and each token's first character in the text and the one after its last, counted in Unicode code points.
+/// As [`encode`], with the range of the text that each token covers, in Unicode code points.
 pub(crate) fn encode_with_spans(tokenizer: &Tokenizer, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
     let encoding = encoding(|| tokenizer.encode_char_offsets(text, false))?;
     let spans = encoding.get_offsets().iter().map(|&(start, end)| start..end).collect();

@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -54,7 +55,7 @@ fn on_standin(arguments: &[&str], faults: &[(&str, &str)], input: &str) -> Optio
     Some(child.wait_with_output().unwrap())
 }
 
-/// Lengths of pairs: around the sizes of a warp, a step of keys, and a tile of queries.
+/// Lengths of pairs: short ones, and around a step of 64 keys and tiles of 64 and 128 queries.
 const LENGTHS: [usize; 9] = [1, 5, 63, 64, 65, 127, 128, 129, 200];
 
 /// Writes a workload file for `rerankd bench` and returns its path.
@@ -66,7 +67,7 @@ fn workloads(folder: &Path) -> String {
     path.to_str().unwrap().to_owned()
 }
 
-/// The logits of each answer of `bench --json`.
+/// The logits of each answer of `bench --json`. Its first line says only that the model has loaded.
 fn logits(output: &Output) -> Vec<Vec<f64>> {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let lines = String::from_utf8_lossy(&output.stdout);
@@ -101,8 +102,8 @@ fn expected(file: &str) -> Vec<f64> {
 fn logits_agree_with_the_cpu_backend() {
     let folder = tempfile::tempdir().unwrap();
     let file = workloads(folder.path());
-    // GEMM operands have relative errors of 2^-24, 2^-11, 2^-8 and 2^-4; logits are sums of terms of a few units with such errors.
-    // Measured on the stand-in: 2.4e-6, 2.6e-3, 3.8e-2 and 0.25.
+    // GEMM operands have relative errors of 2^-24, 2^-11, 2^-8 and 2^-4. A logit is a sum of terms of magnitude 1 to 10, each with
+    // such an error. Largest differences measured on the stand-in: 2.4e-6, 2.6e-3, 3.8e-2 and 0.25.
     for (dtype, bound) in [("f32", 1e-4), ("f16", 0.02), ("bf16", 0.15), ("fp8", 0.75)] {
         // Repeated: launched kernel by kernel, captured as a graph, and replayed.
         let Some(output) = on_standin(&bench(&file, dtype, "512"), &[], &ALL.repeat(5)) else { return };
@@ -114,7 +115,7 @@ fn logits_agree_with_the_cpu_backend() {
     }
 }
 
-/// Rotary positions, windows, gated layers, pre-norms, mean pooling, and heads with norms. fp8 refuses gated layers.
+/// Rotary positions, windows, gated layers, pre-norms, mean pooling, and classification heads with norms. fp8 refuses gated layers.
 #[test]
 fn logits_of_newer_encoders_agree_with_the_cpu_backend() {
     let folder = tempfile::tempdir().unwrap();
@@ -194,8 +195,8 @@ fn a_device_with_little_memory_splits_batches() {
     let folder = tempfile::tempdir().unwrap();
     let file = workloads(folder.path());
     let Some(whole) = on_standin(&bench(&file, "f16", "4096"), &[], ALL) else { return };
-    // Weights take 15 MiB; a context 32 MiB of workspace, and 38 MiB for 4096 tokens. 150 MiB leave a smaller second context, 75
-    // MiB only one smaller context.
+    // The weights take 15 MiB, and a context for 4096 tokens 32 + 38 MiB. 150 MiB hold one such context and a smaller one; 75 MiB
+    // hold only one smaller context.
     for memory in ["150", "75"] {
         let little = on_standin(&bench(&file, "f16", "4096"), &[("STANDIN_MEMORY_MIB", memory)], ALL).unwrap();
         assert_eq!(logits(&whole), logits(&little), "{memory} MiB");
@@ -217,7 +218,8 @@ fn a_pair_that_does_not_fit_in_memory_gets_503_and_others_are_answered() {
     assert!(long.starts_with("HTTP/1.1 503") && long.contains("memory"), "{long}");
     let short = ask("apple");
     assert!(short.starts_with("HTTP/1.1 200"), "{short}");
-    // The thread that asks the driver has perhaps not begun yet.
+    // The thread that reads the GPU's memory use from the driver may not have run yet.
+    let deadline = Instant::now() + Duration::from_secs(60);
     let samples = loop {
         let answer = server.request("GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
         let gpu = answer.lines().filter(|line| line.starts_with("rerankd_gpu_memory_"));
@@ -225,6 +227,8 @@ fn a_pair_that_does_not_fit_in_memory_gets_503_and_others_are_answered() {
         if samples.len() == 2 {
             break samples;
         }
+        assert!(Instant::now() < deadline, "no metrics of the GPU's memory: {answer}");
+        std::thread::sleep(Duration::from_millis(50));
     };
     let total = format!("rerankd_gpu_memory_total_bytes{{gpu=\"0\"}} {}", 50 << 20);
     assert!(samples.contains(&total), "{samples:?}");
@@ -405,7 +409,7 @@ fn gemms_of_the_first_batch_are_autotuned() {
     let files = std::fs::read_dir(cache.path()).unwrap().map(|entry| entry.unwrap().path());
     let file = files.into_iter().find(|path| named(path)).unwrap();
     let tuned: serde_json::Map<String, Value> = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
-    // Rows x outputs x inputs: QKV, Q of first tokens, their K and V, the attention output, and both feed-forward layers.
+    // Rows x outputs x inputs: QKV; in the last layer Q of first tokens, and K and V of all; attention output; feed-forward.
     let shapes =
         ["768 x 256 Bias", "256 x 256 Bias", "512 x 256 Bias", "256 x 256 BiasResidual", "1024 x 256 BiasGelu"];
     let shapes = [&shapes[..], &["256 x 1024 BiasResidual"]].concat();

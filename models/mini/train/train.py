@@ -1,10 +1,10 @@
 """Trains rerankd-mini from the structured initial weights.
 
 A group is a query with eight documents, mostly whole passages: the positive first, then seven negatives. The loss over a
-group's logits is the cross-entropy of the softmax, a small binary term that calibrates the sigmoid and, for groups with
-teacher scores, the divergence from the teacher's softmax.
+group's logits is a sum: the cross-entropy of the softmax; a small binary term, which calibrates the sigmoid; and, for groups
+with teacher scores, the divergence from the teacher's softmax.
 Document positions are sometimes shifted by a random gap, so that short passages train all positions.
-A second run with --start and --pools continues with the groups of pools.py, whose targets are graded by BM25.
+A second run with --start and --pools continues with the groups of pools.py, whose teacher scores are made from BM25's.
 Every step also has a few groups of single words. They cost almost nothing; without them "apple" does not match "apple".
 
 The encoder runs in bfloat16; the head and the weights are f32. Two single-threaded processes average their gradients once

@@ -120,7 +120,7 @@ pub(super) fn check_open_files(report: &mut Report, connections: usize) {
     let needed = connections as u64 + OTHER_FILES;
     match rlimit::Resource::NOFILE.get() {
         Ok((_, hard)) if hard < needed => report.note(
-            format!("at most {hard} open files: too few for --max-connections {connections}; serve lowers it"),
+            format!("at most {hard} open files: too few for --max-connections {connections}; serve will accept fewer connections"),
             format!("ulimit -n {needed} (systemd: LimitNOFILE={needed}; docker: --ulimit nofile={needed})"),
         ),
         Ok((_, hard)) => report.ok(format!("up to {hard} open files; {connections} connections need {needed}")),

@@ -26,7 +26,7 @@ impl Code {
         (Self { tokens }, test_modules)
     }
 
-    /// The lines where these names stand, one after the other: `["env", "::", "var"]`.
+    /// The lines on which this sequence of tokens begins, such as `["env", "::", "var"]`.
     pub(crate) fn lines_of(&self, sequence: &[&str]) -> Vec<usize> {
         let is_here = |window: &&[Token]| window.iter().zip(sequence).all(|(token, text)| token.text == *text);
         self.tokens.windows(sequence.len()).filter(is_here).map(|window| window[0].line).collect()
@@ -112,7 +112,7 @@ fn after_string(chars: &[char], start: usize) -> usize {
     i + 1
 }
 
-/// Leaves out every item after `#[cfg(test)]`. Also returns the names of those that are `mod name;`.
+/// Leaves out each item that has the attribute `#[cfg(test)]`. Also returns the names of those that are `mod name;`.
 fn without_tests(tokens: Vec<Token>) -> (Vec<Token>, Vec<String>) {
     const ATTRIBUTE: [&str; 7] = ["#", "[", "cfg", "(", "test", ")", "]"];
     let (mut kept, mut modules) = (Vec::new(), Vec::new());

@@ -47,7 +47,7 @@ macro_rules! accumulate {
 // SAFETY, for every block below: only `detect` creates a value, after it has checked for the instructions. The callers
 // of the pointer methods guarantee valid pointers. All loads and stores are unaligned. The assembly accesses only the
 // registers that it names.
-#[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every one-line method")]
+#[allow(clippy::undocumented_unsafe_blocks, reason = "the comment above applies to every block")]
 unsafe impl<const BF16_I8MM: bool, const DOT: bool> Isa for Neon<BF16_I8MM, DOT> {
     type Floats = float32x4_t;
     type Bits = uint32x4_t;
@@ -211,7 +211,7 @@ unsafe impl<const BF16_I8MM: bool, const DOT: bool> Isa for Neon<BF16_I8MM, DOT>
                 return accumulate!("sdot {:v}.4s, {:v}.16b, {:v}.16b", acc, a, b);
             }
             let (a, b) = (vreinterpretq_s8_u32(a), vreinterpretq_s8_u32(b));
-            // A sum of two products is at most 2 * 128 * 127, which fits into 16 bits.
+            // Weights are -127 to 127, so a sum of two products is at most 2 * 128 * 127, which fits into 16 bits.
             let pairs = vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b));
             vreinterpretq_u32_s32(vpadalq_s16(vreinterpretq_s32_u32(acc), pairs))
         }
