@@ -60,8 +60,9 @@ DEFAULT_SHAPES = ("base", "large", "minilm")
 def operations(shape: Shape, lengths: list[int]) -> tuple[float, float]:
     """Floating-point operations (multiplications and additions) of the linear layers, and of attention.
 
-    Counts the least that any engine must compute: in the last layer keys and values for every token, everything else for
-    each pair's first token. Embeddings, norms, activations and the head are left out.
+    Counts the least that any engine must compute. If the first token is pooled, that is in the last layer keys and values for
+    every token and everything else for each pair's first token; with mean pooling it is the whole last layer. Embeddings,
+    norms, activations and the head are left out.
     """
     tokens, pairs = sum(lengths), len(lengths)
     feed_forward_layers = 3 if shape.kind == "modernbert" else 2

@@ -16,7 +16,7 @@ MAX_RESTARTS = 3
 
 
 class Reranker:
-    """Owns one process, which ends with it or with the Python process.
+    """Owns one process, which the first `rank` starts. It runs until `close` or the end of the Python process.
 
     `command` is the program and its model: ["rerankd", "rank", "--model", "BAAI/bge-reranker-v2-m3"].
     """
@@ -67,8 +67,8 @@ class Reranker:
                 if not answer.endswith("\n"):
                     raise EOFError
                 yield json.loads(answer)
-        except GeneratorExit:
-            # The caller does not want the rest; a process with unread answers cannot be used again.
+        except (GeneratorExit, ValueError):
+            # The caller does not want the rest, or an answer is no JSON. A process with unread answers cannot be used again.
             self.close()
             raise
         finally:
@@ -90,8 +90,13 @@ class Reranker:
 
 
 _shared: dict[tuple[str, ...], Reranker] = {}
+_shared_lock = threading.Lock()
 
 
 def shared_reranker(command: list[str]) -> Reranker:
     """One reranker for this Python process, however many batches and partitions it works on."""
-    return _shared.setdefault(tuple(command), Reranker(command))
+    key = tuple(command)
+    with _shared_lock:
+        if key not in _shared:
+            _shared[key] = Reranker(command)
+        return _shared[key]

@@ -142,7 +142,7 @@ pub(super) async fn hold_until_written(mut share: Permit, response: Response) ->
 
 fn check_headers(headers: &HeaderMap, limits: &ApiLimits) -> Result<(), ApiError> {
     if headers.get(header::CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
-        // The header is not quoted: each of its bytes may take 14 in the response.
+        // The header is not quoted: the error has the message three times, and each unprintable byte takes several bytes of JSON.
         let message = "content-encoding: only \"identity\" is supported; send the JSON uncompressed".to_owned();
         return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
     }

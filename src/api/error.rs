@@ -1,4 +1,5 @@
-//! Error responses: the only table from errors to HTTP statuses.
+//! Error responses, and the table from [`RerankError`] to HTTP statuses. `body.rs`, `host.rs` and `ops.rs` choose the statuses of
+//! errors of HTTP itself.
 //!
 //! One body serves the clients of all dialects but `texts` and Weaviate's: `code`, `message` and `data` as SiliconFlow has them,
 //! `detail` as a string, and `error` with the `type` that SDKs map to their exception classes. It never contains `results`.

@@ -57,15 +57,15 @@ pub fn parse_modules(json: &str) -> Result<Vec<ModuleEntry>> {
         let is_folder = path.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'));
         ensure!(
             is_folder && !path.starts_with('.') && path.is_empty() == (i == 0),
-            "module {i} has the path {path:?}; expected the model's own folder for the first module, and else one in it"
+            "module {i} has the path {path:?}; expected \"\" for the first module, for the others the name of a folder in the model's folder"
         );
     }
     ensure!(!modules.is_empty(), "there are no modules");
     Ok(modules)
 }
 
-/// Builds the head from the modules after the Transformer; `None` if there are none, and the model has the head of its family.
-/// `configs` are the texts of the modules' config.json files, in the same order.
+/// Builds the head from the modules after the Transformer. `None` if there are none; the model then has the head of its family.
+/// `modules` includes the Transformer; `configs` has the text of config.json of each module after it, in order.
 ///
 /// # Errors
 /// An unknown pooling or activation, sizes that do not fit together, or a chain that does not end in one output.

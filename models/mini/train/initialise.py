@@ -95,7 +95,7 @@ def embeddings(tokens, pieces, rng):
     word[1] = 0
     position = .01 * rng.standard_normal((POSITIONS, WIDTH))
     p = np.arange(POSITIONS)
-    for k in range(8):      # odd harmonics, weighted in the query below towards a square wave of period 1100
+    for k in range(8):      # odd harmonics, which W_q of layer 0 weights towards a square wave of period 1100
         angle = 2 * np.pi * (2 * k + 1) * p / 1100
         position[:, WAVE.start + 2 * k], position[:, WAVE.start + 2 * k + 1] = 1.9 * np.sin(angle), 1.9 * np.cos(angle)
     position[:3, WAVE] = 0  # <s>, at position 2, has no wave: attention to it does not depend on distance

@@ -2,8 +2,8 @@
 //!
 //! When the model is loaded, one line is printed: `{"engine", "ready": true, "version"}`, on a CPU also with `"peak"`, the measured
 //! peak rate in operations per second. Then each line `{"workload", "runs"}` of standard input is answered by one line
-//! `{"engine", "workload", "seconds", "tokens", "logits"}`; other fields, such as `"mode"`, are ignored. The program ends when
-//! standard input ends.
+//! `{"engine", "workload", "seconds", "tokens", "logits"}`: the seconds of each run, the tokens of one run, and the logits of the pairs
+//! in order. Other fields of a request, such as `"mode"`, are ignored. The program ends when standard input ends.
 
 use anyhow::Context;
 use indicatif::ProgressBar;
