@@ -57,7 +57,8 @@ pub fn parse_modules(json: &str) -> Result<Vec<ModuleEntry>> {
         let is_folder = path.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'));
         ensure!(
             is_folder && !path.starts_with('.') && path.is_empty() == (i == 0),
-            "module {i} has the path {path:?}; expected \"\" for the first module, for the others the name of a folder in the model's folder"
+            "module {i} has the path {path:?}; expected \"\" for the first module, for the \
+             others the name of a folder in the model's folder"
         );
     }
     ensure!(!modules.is_empty(), "there are no modules");
