@@ -247,17 +247,8 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                             row_sum[row] = sum;
                             continue;
                         }
-                        if new_max == old_max {
-                            // Nothing to rescale. While no key has been visible, both are -infinity.
-                            row_sum[row] += sum;
-                            continue;
-                        }
-                        let rescale = exp2(isa, isa.splat((old_max - new_max) * factor), Accuracy::F32);
-                        row_sum[row] = row_sum[row] * isa.reduce_max(rescale) + sum;
-                        let context = context.shared().row(row);
-                        for at in (0..value_panels * value_width).step_by(I::LANES) {
-                            isa.store(context.add(at), isa.mul(isa.load(context.add(at)), rescale));
-                        }
+                        let (maxima, columns) = ([old_max, new_max], value_panels * value_width);
+                        add_block(isa, maxima, factor, &mut row_sum[row], sum, context.shared().row(row), columns);
                     }
                     for panel in 0..value_panels {
                         let group = panel * value_k_groups + first_key / E::VALUES_PER_K_GROUP;
@@ -299,13 +290,41 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
     }
 }
 
+/// Adds a block's sum of weights to a query's, and rescales both the query's sum and its context, `[columns]`, from the old
+/// maximum to the new one.
+///
+/// # Safety
+/// `context` is valid for reads and writes of whole vectors up to `columns`.
+#[inline(always)]
+pub(super) unsafe fn add_block<I: Isa>(
+    isa: I,
+    [old_max, new_max]: [f32; 2],
+    factor: f32,
+    row_sum: &mut f32,
+    sum: f32,
+    context: *mut f32,
+    columns: usize,
+) {
+    if new_max == old_max {
+        // Nothing to rescale. While no key has been visible, both are -infinity.
+        *row_sum += sum;
+        return;
+    }
+    let rescale = exp2(isa, isa.splat((old_max - new_max) * factor), Accuracy::F32);
+    *row_sum = *row_sum * isa.reduce_max(rescale) + sum;
+    for at in (0..columns).step_by(I::LANES) {
+        // SAFETY: guaranteed by the caller.
+        unsafe { isa.store(context.add(at), isa.mul(isa.load(context.add(at)), rescale)) };
+    }
+}
+
 /// Unnormalized softmax of one query's scores for a block of keys: `weight = 2^((score - max) factor)`, where `max`
 /// includes `old_max`, the maximum of earlier blocks. Returns `max` and the sum of the block's weights.
 ///
 /// # Safety
 /// `scores` has n values. It is valid for reads, and `to` for writes, up to the end of the last vector.
 #[inline(always)]
-unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
+pub(super) unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
     isa: I,
     scores: *const f32,
     n: usize,
@@ -359,7 +378,7 @@ unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
 /// # Safety
 /// As for [`softmax_block`]; `scores` must also be valid for writes.
 #[inline(always)]
-unsafe fn softmax_window<I: Isa, E: AttentionFormat>(
+pub(super) unsafe fn softmax_window<I: Isa, E: AttentionFormat>(
     isa: I,
     scores: *mut f32,
     n: usize,
@@ -469,7 +488,7 @@ fn pack_keys<I: Isa, E: AttentionFormat>(
 
 /// Packs values as operand B: `[k_groups, width]` words, with zeros beyond the last key and column.
 #[inline(always)]
-fn pack_values<E: AttentionFormat>(
+pub(super) fn pack_values<E: AttentionFormat>(
     kv: &Matrix<E::Value>,
     keys: Range<usize>,
     columns: Range<usize>,

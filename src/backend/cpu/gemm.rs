@@ -25,7 +25,7 @@ use super::epilogue::{
     OutputRows, StoreAny, StoreBf16, StoreClipped, StoreEpilogue, StoreGated, StoreGeluBf16, StoreResidual,
     VectorPosition,
 };
-use super::packed::{PackedWeights, StorageFormat};
+use super::packed::{OperandLayout, PackedWeights, StorageFormat};
 use super::simd::{Isa, SimdOp, SimdPath};
 use super::workspace::Matrix;
 use crate::backend::Activation;
@@ -85,7 +85,7 @@ impl Gemm<'_> {
         self.start / self.weights.width..self.end.div_ceil(self.weights.width)
     }
 
-    /// Computes the given rows of the outputs in the given panels.
+    /// Computes the given rows of the outputs in the given panels. The operands are not in tiles.
     ///
     /// # Safety
     /// No other thread accesses these rows of these outputs at the same time.
@@ -179,6 +179,132 @@ impl Dot for Int8 {
     }
 }
 
+/// A GEMM's epilogue: converts sums to values, and stores them.
+pub(super) struct GemmEpilogue<'a, D> {
+    pub(super) gemm: &'a Gemm<'a>,
+    pub(super) format: D,
+}
+
+impl<D: Dot> GemmEpilogue<'_, D> {
+    /// Runs the epilogue of a tile with `sums`, `[rows, width]`; a panel has `vectors` vectors. The epilogues of encoder layers
+    /// are specialized.
+    ///
+    /// # Safety
+    /// The panel and the rows are the GEMM's, and no other thread accesses these outputs at the same time.
+    #[inline(always)]
+    pub(super) unsafe fn run<I: Isa>(&self, isa: I, sums: &[u32], panel: usize, rows: Range<usize>, vectors: usize) {
+        let Gemm { weights, start, end, activation, gated, residual, output, .. } = *self.gemm;
+        assert!(sums.len() >= rows.len() * weights.width);
+        if let (Some(columns), Some(activation)) = (gated, activation) {
+            let at = StoreGated { activation, columns, output };
+            // SAFETY: guaranteed by the caller.
+            unsafe {
+                match activation {
+                    // A constant, so that the loop has no branch for it.
+                    Activation::Gelu => {
+                        self.store_gated(
+                            isa,
+                            sums,
+                            panel,
+                            rows,
+                            vectors,
+                            StoreGated { activation: Activation::Gelu, ..at },
+                        );
+                    }
+                    _ => self.store_gated(isa, sums, panel, rows, vectors, at),
+                }
+            }
+            return;
+        }
+        let first = panel * weights.width;
+        let whole_panel = start <= first && first + weights.width <= end;
+        let any = StoreAny { activation, residual, output };
+        // SAFETY: guaranteed by the caller. Residual and output have the GEMM's shape.
+        unsafe {
+            match (whole_panel, activation, residual, output) {
+                (true, None, None, OutputRows::Bf16(to)) => self.store(isa, sums, first, rows, vectors, StoreBf16(to)),
+                (true, Some(Activation::Gelu), None, OutputRows::Bf16(to)) => {
+                    self.store(isa, sums, first, rows, vectors, StoreGeluBf16(to));
+                }
+                (true, None, Some(residual), OutputRows::F32(to)) => {
+                    self.store(isa, sums, first, rows, vectors, StoreResidual(residual, to));
+                }
+                (true, ..) => self.store(isa, sums, first, rows, vectors, any),
+                (false, ..) => self.store(isa, sums, first, rows, vectors, StoreClipped { inner: any, start, end }),
+            }
+        }
+    }
+
+    /// Converts a tile's sums to values and passes them to `store`. `first` is the panel's first output.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    #[inline(always)]
+    unsafe fn store<I: Isa, S: StoreEpilogue>(
+        &self,
+        isa: I,
+        sums: &[u32],
+        first: usize,
+        rows: Range<usize>,
+        vectors: usize,
+        store: S,
+    ) {
+        let Gemm { input, weights, start, .. } = *self.gemm;
+        for vector in 0..vectors {
+            // SAFETY: the weights have whole panels; `run` has checked the sums and `compute` the parameters.
+            unsafe {
+                let output = first + vector * I::LANES;
+                let columns = ColumnParams::load(isa, weights, output);
+                for (i, row) in rows.clone().enumerate() {
+                    let params = match weights.format {
+                        StorageFormat::Int8 => *input.params.get_unchecked(row),
+                        StorageFormat::F32 | StorageFormat::Bf16 => QuantParams::default(),
+                    };
+                    let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
+                    let at = VectorPosition { row, output, column: output.wrapping_sub(start) };
+                    store.store(isa, at, self.format.value(isa, words, &columns, params));
+                }
+            }
+        }
+    }
+
+    /// Stores `activation(gate) * value` of a tile's sums: the first half of a panel is the gate, the second the value.
+    ///
+    /// # Safety
+    /// As for [`Self::run`].
+    #[inline(always)]
+    unsafe fn store_gated<I: Isa>(
+        &self,
+        isa: I,
+        sums: &[u32],
+        panel: usize,
+        rows: Range<usize>,
+        vectors: usize,
+        store: StoreGated<'_>,
+    ) {
+        let Gemm { input, weights, .. } = *self.gemm;
+        let half = weights.width / 2;
+        for vector in 0..vectors / 2 {
+            // SAFETY: as in `store`. Both halves of a panel have whole vectors.
+            unsafe {
+                let (first, second) = (vector * I::LANES, half + vector * I::LANES);
+                let gate_columns = ColumnParams::load(isa, weights, panel * weights.width + first);
+                let value_columns = ColumnParams::load(isa, weights, panel * weights.width + second);
+                for (i, row) in rows.clone().enumerate() {
+                    let params = match weights.format {
+                        StorageFormat::Int8 => *input.params.get_unchecked(row),
+                        StorageFormat::F32 | StorageFormat::Bf16 => QuantParams::default(),
+                    };
+                    let sums = sums.as_ptr().add(i * weights.width);
+                    let gate = self.format.value(isa, isa.load_bits(sums.add(first)), &gate_columns, params);
+                    let value = self.format.value(isa, isa.load_bits(sums.add(second)), &value_columns, params);
+                    store.store(isa, row, panel * half + first, gate, value);
+                }
+            }
+        }
+    }
+}
+
 /// Room for a tile's sums on the stack.
 #[repr(align(64))]
 struct Tile([u32; TILE_ROWS * MAX_PANEL_COLUMNS]);
@@ -196,7 +322,8 @@ impl<D: Dot> SimdOp for GemmLoops<'_, D> {
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
         let (k_groups, width) = (self.gemm.weights.k_groups, self.gemm.weights.width);
-        assert_eq!(width, I::PANEL_COLUMNS);
+        assert_eq!(self.gemm.weights.layout, OperandLayout::Vectors { width: I::PANEL_COLUMNS });
+        let epilogue = GemmEpilogue { gemm: self.gemm, format: self.format };
         if k_groups <= BLOCK_K_GROUPS {
             let mut tile = Tile([0; TILE_ROWS * MAX_PANEL_COLUMNS]);
             for panel in self.panels.clone() {
@@ -205,7 +332,7 @@ impl<D: Dot> SimdOp for GemmLoops<'_, D> {
                     // SAFETY: the tile has room for the sums; the panel and the rows are the GEMM's.
                     unsafe {
                         self.sum(isa, panel, rows.clone(), 0..k_groups, share, tile.0.as_mut_ptr());
-                        self.run_epilogue(isa, &tile.0, panel, rows);
+                        epilogue.run(isa, &tile.0, panel, rows, I::PANEL_VECTORS);
                     }
                 }
             }
@@ -227,7 +354,10 @@ impl<D: Dot> SimdOp for GemmLoops<'_, D> {
                 }
                 for rows in tiles(block) {
                     // SAFETY: the panel and the rows are the GEMM's.
-                    unsafe { self.run_epilogue(isa, &sums.as_slice()[(rows.start - start) * width..], panel, rows) };
+                    unsafe {
+                        let sums = &sums.as_slice()[(rows.start - start) * width..];
+                        epilogue.run(isa, sums, panel, rows, I::PANEL_VECTORS);
+                    }
                 }
             }
         }
@@ -267,107 +397,6 @@ impl<D: Dot> GemmLoops<'_, D> {
                 prefetch_stride: weights.width.div_ceil(share.of),
             };
             multiply(isa, self.format, operands, rows.len(), I::PANEL_VECTORS);
-        }
-    }
-
-    /// Runs the epilogue of a tile with `sums`, `[rows, width]`. The epilogues of encoder layers are specialized.
-    ///
-    /// # Safety
-    /// The panel and the rows are the GEMM's, and no other thread accesses these outputs at the same time.
-    #[inline(always)]
-    unsafe fn run_epilogue<I: Isa>(&self, isa: I, sums: &[u32], panel: usize, rows: Range<usize>) {
-        let Gemm { weights, start, end, activation, gated, residual, output, .. } = *self.gemm;
-        assert!(sums.len() >= rows.len() * weights.width);
-        if let (Some(columns), Some(activation)) = (gated, activation) {
-            let at = StoreGated { activation, columns, output };
-            // SAFETY: guaranteed by the caller.
-            unsafe {
-                match activation {
-                    // A constant, so that the loop has no branch for it.
-                    Activation::Gelu => {
-                        self.store_gated(isa, sums, panel, rows, StoreGated { activation: Activation::Gelu, ..at });
-                    }
-                    _ => self.store_gated(isa, sums, panel, rows, at),
-                }
-            }
-            return;
-        }
-        let first = panel * weights.width;
-        let whole_panel = start <= first && first + weights.width <= end;
-        let any = StoreAny { activation, residual, output };
-        // SAFETY: guaranteed by the caller. Residual and output have the GEMM's shape.
-        unsafe {
-            match (whole_panel, activation, residual, output) {
-                (true, None, None, OutputRows::Bf16(to)) => self.store(isa, sums, first, rows, StoreBf16(to)),
-                (true, Some(Activation::Gelu), None, OutputRows::Bf16(to)) => {
-                    self.store(isa, sums, first, rows, StoreGeluBf16(to));
-                }
-                (true, None, Some(residual), OutputRows::F32(to)) => {
-                    self.store(isa, sums, first, rows, StoreResidual(residual, to));
-                }
-                (true, ..) => self.store(isa, sums, first, rows, any),
-                (false, ..) => self.store(isa, sums, first, rows, StoreClipped { inner: any, start, end }),
-            }
-        }
-    }
-
-    /// Converts a tile's sums to values and passes them to `store`. `first` is the panel's first output.
-    ///
-    /// # Safety
-    /// As for [`Self::run_epilogue`].
-    #[inline(always)]
-    unsafe fn store<I: Isa, S: StoreEpilogue>(&self, isa: I, sums: &[u32], first: usize, rows: Range<usize>, store: S) {
-        let Gemm { input, weights, start, .. } = *self.gemm;
-        for vector in 0..I::PANEL_VECTORS {
-            // SAFETY: the weights have whole panels; `run_epilogue` has checked the sums and `compute` the parameters.
-            unsafe {
-                let output = first + vector * I::LANES;
-                let columns = ColumnParams::load(isa, weights, output);
-                for (i, row) in rows.clone().enumerate() {
-                    let params = match weights.format {
-                        StorageFormat::Int8 => *input.params.get_unchecked(row),
-                        StorageFormat::F32 | StorageFormat::Bf16 => QuantParams::default(),
-                    };
-                    let words = isa.load_bits(sums.as_ptr().add(i * weights.width + vector * I::LANES));
-                    let at = VectorPosition { row, output, column: output.wrapping_sub(start) };
-                    store.store(isa, at, self.format.value(isa, words, &columns, params));
-                }
-            }
-        }
-    }
-
-    /// Stores `activation(gate) * value` of a tile's sums: the first half of a panel is the gate, the second the value.
-    ///
-    /// # Safety
-    /// As for [`Self::run_epilogue`].
-    #[inline(always)]
-    unsafe fn store_gated<I: Isa>(
-        &self,
-        isa: I,
-        sums: &[u32],
-        panel: usize,
-        rows: Range<usize>,
-        store: StoreGated<'_>,
-    ) {
-        let Gemm { input, weights, .. } = *self.gemm;
-        let half = weights.width / 2;
-        for vector in 0..I::PANEL_VECTORS / 2 {
-            // SAFETY: as in `store`. Both halves of a panel have whole vectors.
-            unsafe {
-                let (first, second) = (vector * I::LANES, half + vector * I::LANES);
-                let gate_columns = ColumnParams::load(isa, weights, panel * weights.width + first);
-                let value_columns = ColumnParams::load(isa, weights, panel * weights.width + second);
-                for (i, row) in rows.clone().enumerate() {
-                    let params = match weights.format {
-                        StorageFormat::Int8 => *input.params.get_unchecked(row),
-                        StorageFormat::F32 | StorageFormat::Bf16 => QuantParams::default(),
-                    };
-                    let sums = sums.as_ptr().add(i * weights.width);
-                    let gate = self.format.value(isa, isa.load_bits(sums.add(first)), &gate_columns, params);
-                    let value = self.format.value(isa, isa.load_bits(sums.add(second)), &value_columns, params);
-                    store.store(isa, row, panel * half + first, gate, value);
-                }
-            }
         }
     }
 }

@@ -39,8 +39,8 @@ impl GemmBenchmark {
         (0..m).for_each(|row| x.row_mut(row).copy_from_slice(&values(k)));
         let weight = HostTensor { shape: vec![n, k], data: values(n * k) };
         let bias = HostTensor { shape: vec![n], data: values(n) };
-        let weights = PackedWeights::pack(backend.format, backend.path.panel_columns(), &weight, &bias, &pool);
-        let mut quantized = QuantizedRows::acquire(backend.format, m, k);
+        let weights = PackedWeights::pack(backend.format, backend.layout(), &weight, &bias, &pool);
+        let mut quantized = QuantizedRows::acquire(backend.format, backend.layout(), m, k);
         if let Some(quantized) = &mut quantized {
             backend.quantize(&ExecContext::single_thread(), QuantizeSource::F32(&x), k, quantized, m);
         }

@@ -36,18 +36,20 @@ mod table;
 #[cfg(test)]
 mod tests;
 mod thread_pool;
+mod tile_attention;
+mod tile_gemm;
 mod workspace;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
-use self::attention::{Attention, AttentionFormat, Sequence};
+use self::attention::{Attention, Sequence};
 pub use self::dtype::CpuDtype;
 use self::epilogue::OutputRows;
 use self::gemm::Gemm;
 use self::layer_norm::{LayerNorm, NormRows};
-use self::packed::{PackedWeights, StorageFormat};
+use self::packed::{OperandLayout, PackedWeights, StorageFormat};
 use self::partition::partition_batch;
 use self::quantize::{QuantizeRows, QuantizeSource, QuantizedRows, acquire_bf16, gather_rows, gemm_input};
 use self::roofline::best_path;
@@ -117,6 +119,13 @@ impl CpuBackend {
         Self::on(best_path(), dtype, pool)
     }
 
+    /// Computes what [`Self::new`] computes on a processor with Intel AMX, by a portable model of its instructions. Slow; for
+    /// tests.
+    pub fn with_tile_twin(dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
+        let twin = SimdPath::tile_twins().pop().expect("there is a portable twin");
+        Self::on(twin, dtype, pool)
+    }
+
     fn on(path: SimdPath, dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
         Self { path, format: dtype.storage_format(), pool }
     }
@@ -129,6 +138,11 @@ impl CpuBackend {
     /// The best instruction set of this machine that the kernels support, as in logs; `portable` if there is none.
     pub fn instruction_set() -> &'static str {
         best_path().name()
+    }
+
+    /// The layout of the encoder layers' operands, and of attention's.
+    fn layout(&self) -> OperandLayout {
+        OperandLayout::of(self.path, self.format)
     }
 
     /// The operand A of a GEMM with `weights`.
@@ -145,7 +159,7 @@ impl CpuBackend {
         let (panels, rows) = (gemm.panels(), gemm.input.rows);
         let Some(pool) = &ctx.pool else {
             // SAFETY: only this thread writes the output.
-            return unsafe { gemm.compute(self.path, panels, 0..rows) };
+            return unsafe { self.gemm_part(gemm, panels, 0..rows) };
         };
         let blocks = (4 * pool.threads()).div_ceil(panels.len()).min(rows.div_ceil(MIN_SPLIT_ROWS));
         ctx.split(panels.len() * blocks, |units| {
@@ -153,15 +167,29 @@ impl CpuBackend {
                 let (panel, block) = (panels.start + unit / blocks, unit % blocks);
                 let rows = rows * block / blocks..rows * (block + 1) / blocks;
                 // SAFETY: each unit is computed by one thread, and units are disjoint rows or panels of the output.
-                unsafe { gemm.compute(self.path, panel..panel + 1, rows) };
+                unsafe { self.gemm_part(gemm, panel..panel + 1, rows) };
             }
         });
+    }
+
+    /// Computes the given rows of the outputs in the given panels.
+    ///
+    /// # Safety
+    /// No other thread accesses these rows of these outputs at the same time.
+    unsafe fn gemm_part(&self, gemm: &Gemm<'_>, panels: Range<usize>, rows: Range<usize>) {
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            match gemm.weights.layout {
+                OperandLayout::Vectors { .. } => gemm.compute(self.path, panels, rows),
+                OperandLayout::Tiles => tile_gemm::compute(self.path, gemm, panels, rows),
+            }
+        }
     }
 
     /// Converts rows to the GEMMs' storage format. f32 rows are dropped, unless GEMMs read f32.
     fn quantized_buffer(&self, ctx: &ExecContext, from: Matrix<f32>) -> Buffer {
         let (rows, columns) = (from.rows(), from.columns());
-        let Some(mut quantized) = QuantizedRows::acquire(self.format, rows, columns) else {
+        let Some(mut quantized) = QuantizedRows::acquire(self.format, self.layout(), rows, columns) else {
             return Buffer { rows, f32_rows: Some(from), quantized: None };
         };
         self.quantize(ctx, QuantizeSource::F32(&from), columns, &mut quantized, rows);
@@ -199,11 +227,11 @@ impl CpuBackend {
                 if self.format == StorageFormat::Int8 {
                     // A row's int8 scale depends on all of its heads, so all heads are first computed in f32.
                     let mut context = Matrix::acquire(q.rows(), columns);
-                    self.attend_heads::<gemm::Bf16>(ctx, &attention(OutputRows::F32(context.shared())));
+                    self.attend_bf16(ctx, &attention(OutputRows::F32(context.shared())));
                     return self.quantized_buffer(ctx, context);
                 }
-                let mut context = acquire_bf16(q.rows(), columns);
-                self.attend_heads::<gemm::Bf16>(ctx, &attention(OutputRows::Bf16(context.shared())));
+                let mut context = acquire_bf16(self.layout(), q.rows(), columns);
+                self.attend_bf16(ctx, &attention(OutputRows::Bf16(context.shared())));
                 Buffer { rows: context.rows(), f32_rows: None, quantized: Some(QuantizedRows::Bf16(context)) }
             }
             _ => {
@@ -212,35 +240,51 @@ impl CpuBackend {
                 };
                 let mut context = Matrix::acquire(q.rows(), columns);
                 let (k_start, v_start, output) = (starts[0], starts[1], OutputRows::F32(context.shared()));
-                self.attend_heads::<gemm::F32>(
-                    ctx,
-                    &Attention { shape, window, q, kv, k_start, v_start, sequences, output },
-                );
+                let attention = Attention { shape, window, q, kv, k_start, v_start, sequences, output };
+                self.attend_heads(ctx, &attention, |sequence, head, queries| {
+                    // SAFETY: each head and query is computed by one thread.
+                    unsafe { attention.compute::<gemm::F32>(self.path, sequence, head, queries) };
+                });
                 Buffer { rows: context.rows(), f32_rows: Some(context), quantized: None }
             }
         }
     }
 
-    /// Computes every head of every sequence, split over the context's threads by sequences and heads, and also by queries if
-    /// there are few of these.
-    fn attend_heads<E: AttentionFormat<Value: Send + Sync>>(
+    /// Attention in bf16: in tiles if there are any and they fit the heads.
+    fn attend_bf16(&self, ctx: &ExecContext, attention: &Attention<'_, u16>) {
+        let is_tiled = self.path.has_tiles() && tile_attention::is_head_size_tiled(attention.shape.head_size);
+        self.attend_heads(ctx, attention, |sequence, head, queries| {
+            // SAFETY: each head and query is computed by one thread.
+            unsafe {
+                match is_tiled {
+                    true => tile_attention::compute(self.path, attention, sequence, head, queries),
+                    false => attention.compute::<gemm::Bf16>(self.path, sequence, head, queries),
+                }
+            }
+        });
+    }
+
+    /// Calls `compute` for every head of every sequence: with the sequence, the head, and a range of its queries. Split over the
+    /// context's threads by sequences and heads, and also by queries if there are few of these.
+    fn attend_heads<T>(
         &self,
         ctx: &ExecContext,
-        attention: &Attention<'_, E::Value>,
+        attention: &Attention<'_, T>,
+        compute: impl Fn(usize, usize, Range<usize>) + Sync,
     ) {
         let heads = attention.shape.heads;
         let all = attention.sequences.len() * heads;
+        let lengths: Vec<usize> = attention.sequences.iter().map(|sequence| sequence.queries.len()).collect();
         let threads = ctx.pool.as_ref().map_or(1, |pool| pool.threads());
         let parts = if threads == 1 { 1 } else { (2 * threads).div_ceil(all) };
         ctx.split(all * parts, |units| {
+            // Units are disjoint heads or queries of the output.
             for unit in units {
                 let (sequence, head, part) = (unit / parts / heads, unit / parts % heads, unit % parts);
-                let n = attention.sequences[sequence].queries.len();
+                let n = lengths[sequence];
                 let queries = n * part / parts..n * (part + 1) / parts;
                 if !queries.is_empty() {
-                    // SAFETY: each unit is computed by one thread, and units are disjoint heads or queries of the
-                    // output.
-                    unsafe { attention.compute::<E>(self.path, sequence, head, queries) };
+                    compute(sequence, head, queries);
                 }
             }
         });
@@ -306,12 +350,12 @@ impl Backend for CpuBackend {
             LayerRole::Encoder | LayerRole::Gated => self.format,
             LayerRole::Head => StorageFormat::F32,
         };
-        let (width, pool) = (self.path.panel_columns(), &self.pool);
+        let (layout, pool) = (OperandLayout::of(self.path, format), &self.pool);
         if role == LayerRole::Gated {
-            let weights = PackedWeights::pack_gated(format, width, &weight, &bias, pool);
+            let weights = PackedWeights::pack_gated(format, layout, &weight, &bias, pool);
             return Ok(Linear { weights, gated: Some(weight.shape[0] / 2) });
         }
-        Ok(Linear { weights: PackedWeights::pack(format, width, &weight, &bias, pool), gated: None })
+        Ok(Linear { weights: PackedWeights::pack(format, layout, &weight, &bias, pool), gated: None })
     }
 
     fn norm(&self, weights: NormWeights) -> Result<Norm, BackendError> {
@@ -417,12 +461,12 @@ impl Backend for CpuBackend {
             }
             return Ok(Buffer { rows, f32_rows: Some(f32_rows), quantized: None });
         }
-        let mut bf16_rows = acquire_bf16(rows, columns);
+        let mut bf16_rows = acquire_bf16(self.layout(), rows, columns);
         self.gemm(ctx, &gemm(OutputRows::Bf16(bf16_rows.shared())));
         // With an activation, the result is the input of the next GEMM, and an int8 scale needs the whole row. Without one, it is
         // the input of attention, which reads bf16.
         if weights.format == StorageFormat::Int8 && activation.is_some() {
-            let quantized = QuantizedRows::acquire(StorageFormat::Int8, rows, columns);
+            let quantized = QuantizedRows::acquire(StorageFormat::Int8, self.layout(), rows, columns);
             let mut quantized = quantized.expect("int8 rows are quantized");
             self.quantize(ctx, QuantizeSource::Bf16(&bf16_rows), columns, &mut quantized, rows);
             return Ok(Buffer { rows, f32_rows: None, quantized: Some(quantized) });
@@ -432,7 +476,7 @@ impl Backend for CpuBackend {
 
     fn layer_norm(&self, ctx: &ExecContext, weights: &Norm, x: Buffer) -> Result<Buffer, BackendError> {
         let mut f32_rows = x.f32_rows.expect("the residual stream is f32");
-        let mut quantized = QuantizedRows::acquire(self.format, x.rows, f32_rows.columns());
+        let mut quantized = QuantizedRows::acquire(self.format, self.layout(), x.rows, f32_rows.columns());
         let (x_shared, quantized_shared) = (f32_rows.shared(), quantize::shared(&mut quantized));
         ctx.split(x.rows, |rows| {
             let (Norm { weight, bias, eps }, x) = (weights, NormRows::InPlace(x_shared));
@@ -443,7 +487,7 @@ impl Backend for CpuBackend {
 
     fn pre_norm(&self, ctx: &ExecContext, weights: &Norm, x: &Buffer) -> Result<Buffer, BackendError> {
         let from = x.f32_rows.as_ref().expect("the residual stream is f32");
-        let mut quantized = QuantizedRows::acquire(self.format, x.rows, from.columns());
+        let mut quantized = QuantizedRows::acquire(self.format, self.layout(), x.rows, from.columns());
         // GEMMs read the quantized rows only, if there are any.
         let mut f32_rows = quantized.is_none().then(|| Matrix::acquire(x.rows, from.columns()));
         let to = f32_rows.as_mut().map(Matrix::shared);
@@ -508,8 +552,11 @@ impl Backend for CpuBackend {
         let rows = batch.cls_rows();
         Ok(Buffer {
             rows: rows.len(),
-            f32_rows: x.f32_rows.as_ref().map(|f32_rows| gather_rows(f32_rows, &rows)),
-            quantized: x.quantized.as_ref().map(|quantized| quantized.gather_rows(&rows)),
+            f32_rows: x
+                .f32_rows
+                .as_ref()
+                .map(|f32_rows| gather_rows(f32_rows, Matrix::acquire(rows.len(), f32_rows.columns()), &rows)),
+            quantized: x.quantized.as_ref().map(|quantized| quantized.gather_rows(self.layout(), &rows)),
         })
     }
 

@@ -3,11 +3,12 @@
 //!
 //! All storage formats share one layout, so one microkernel serves them all. A *k-group* is a 32-bit word of consecutive
 //! values along the input dimension: one f32, two bf16 or four int8. A *panel* is `[k_groups, width]` words: its columns
-//! are `width` outputs.
+//! are `width` outputs. For a tile unit, bf16 and int8 are packed in tiles instead ([`OperandLayout`]).
 
 use bytemuck::cast_slice_mut;
 use half::bf16;
 
+use super::simd::{SimdPath, TILE_SIZE, TILE_WORDS};
 use super::thread_pool::ThreadPool;
 use super::workspace::CacheLine;
 use crate::backend::HostTensor;
@@ -35,10 +36,65 @@ impl StorageFormat {
     }
 }
 
+/// Order of a GEMM's operands in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum OperandLayout {
+    /// For vectors. B is in panels of `width` columns, `[k_groups, width]` words each.
+    Vectors { width: usize },
+    /// For tiles. B is in panels of [`TILE_PANEL_COLUMNS`] columns, `[k_steps, 2, 16, 16]` words each: two tiles per step of 16
+    /// k-groups, padded with zeros. In A, [`ROWS_BEHIND`] rows can be read behind the last, rows in bf16 have zeros up to a whole
+    /// step, and rows are an odd number of cache lines apart: 16 rows then map to different cache sets.
+    Tiles,
+}
+
+/// Columns of a panel in tiles.
+pub(super) const TILE_PANEL_COLUMNS: usize = 2 * TILE_SIZE;
+
+/// Rows that a block of two tiles, begun at any row, may read behind the last row.
+pub(super) const ROWS_BEHIND: usize = 2 * TILE_SIZE - 1;
+
+impl OperandLayout {
+    /// The layout of GEMMs in `format` on `path`.
+    pub(super) fn of(path: SimdPath, format: StorageFormat) -> Self {
+        match path.has_tiles() && format != StorageFormat::F32 {
+            true => Self::Tiles,
+            false => Self::Vectors { width: path.panel_columns() },
+        }
+    }
+
+    /// Columns of a panel of B.
+    fn width(self) -> usize {
+        match self {
+            Self::Vectors { width } => width,
+            Self::Tiles => TILE_PANEL_COLUMNS,
+        }
+    }
+
+    /// Words of a panel of B.
+    fn panel_words(self, k_groups: usize) -> usize {
+        match self {
+            Self::Vectors { width } => k_groups * width,
+            Self::Tiles => k_groups.div_ceil(TILE_SIZE) * 2 * TILE_WORDS,
+        }
+    }
+
+    /// The index of a word in a panel of B.
+    fn index(self, k_group: usize, column: usize) -> usize {
+        match self {
+            Self::Vectors { width } => k_group * width + column,
+            Self::Tiles => {
+                let tile = k_group / TILE_SIZE * 2 + column / TILE_SIZE;
+                tile * TILE_WORDS + k_group % TILE_SIZE * TILE_SIZE + column % TILE_SIZE
+            }
+        }
+    }
+}
+
 /// Packed weights `[outputs, inputs]` and their bias. Padding columns and padding inputs are zero.
 #[derive(Debug)]
 pub(super) struct PackedWeights {
     pub(super) format: StorageFormat,
+    pub(super) layout: OperandLayout,
     /// K-groups per column.
     pub(super) k_groups: usize,
     /// Columns per panel.
@@ -53,22 +109,23 @@ pub(super) struct PackedWeights {
 }
 
 impl PackedWeights {
-    /// Packs `weight`, `[outputs, inputs]`, and `bias`, `[outputs]`, into panels of `width` columns.
+    /// Packs `weight`, `[outputs, inputs]`, and `bias`, `[outputs]`, in the given layout.
     pub(super) fn pack(
         format: StorageFormat,
-        width: usize,
+        layout: OperandLayout,
         weight: &HostTensor,
         bias: &HostTensor,
         pool: &ThreadPool,
     ) -> Self {
-        let (outputs, inputs) = (weight.shape[0], weight.shape[1]);
+        let (outputs, inputs, width) = (weight.shape[0], weight.shape[1], layout.width());
         let k_groups = inputs.div_ceil(format.values_per_k_group());
         let panels = outputs.div_ceil(width);
         let mut padded_bias = bias.data.clone();
         padded_bias.resize(panels * width, 0.0);
         let (mut scale, mut column_sum) = (vec![0.0; panels * width], vec![0.0; panels * width]);
-        let mut words = CacheLine::zeros(panels * k_groups * width * 4);
-        let panel_lines = k_groups * width * 4 / 64;
+        let panel_words = layout.panel_words(k_groups);
+        let mut words = CacheLine::zeros(panels * panel_words * 4);
+        let panel_lines = panel_words * 4 / 64;
         let columns = scale.chunks_mut(width).zip(column_sum.chunks_mut(width));
         pool.for_each(words.chunks_mut(panel_lines).zip(columns).enumerate().collect(), |(panel, (lines, columns))| {
             let words: &mut [u32] = cast_slice_mut(lines);
@@ -82,7 +139,7 @@ impl PackedWeights {
                 }
                 let scale = scales[column];
                 for (group, values) in row.chunks(format.values_per_k_group()).enumerate() {
-                    words[group * width + column] = match format {
+                    words[layout.index(group, column)] = match format {
                         StorageFormat::F32 => values[0].to_bits(),
                         StorageFormat::Bf16 => pack_word(values, |v| u32::from(bf16::from_f32(v).to_bits()), 16),
                         StorageFormat::Int8 => pack_word(values, |v| u32::from(quantize_int8(v, scale) as u8), 8),
@@ -90,19 +147,20 @@ impl PackedWeights {
                 }
             }
         });
-        Self { format, k_groups, width, words, bias: padded_bias, scale, column_sum }
+        Self { format, layout, k_groups, width, words, bias: padded_bias, scale, column_sum }
     }
 
     /// Packs the weights of a gated layer, `[2F, inputs]`. The first half of each panel has columns of the gate; the second half
     /// has the same columns of the value. In the last panel, both halves are padded with zeros.
     pub(super) fn pack_gated(
         format: StorageFormat,
-        width: usize,
+        layout: OperandLayout,
         weight: &HostTensor,
         bias: &HostTensor,
         pool: &ThreadPool,
     ) -> Self {
-        let (outputs, inputs, half) = (weight.shape[0] / 2, weight.shape[1], width / 2);
+        let (outputs, inputs, width) = (weight.shape[0] / 2, weight.shape[1], layout.width());
+        let half = width / 2;
         let panels = outputs.div_ceil(half);
         let interleaved = |from: &HostTensor, columns: usize| {
             let mut data = vec![0.0; panels * width * columns];
@@ -115,13 +173,14 @@ impl PackedWeights {
             }
             HostTensor { shape: vec![panels * width, columns], data }
         };
-        Self::pack(format, width, &interleaved(weight, inputs), &interleaved(bias, 1), pool)
+        Self::pack(format, layout, &interleaved(weight, inputs), &interleaved(bias, 1), pool)
     }
 
-    /// The words of a panel: `[k_groups, width]`.
+    /// The words of a panel, in the weights' layout.
     pub(super) fn panel(&self, panel: usize) -> &[u32] {
         let words: &[u32] = bytemuck::cast_slice(&self.words);
-        &words[panel * self.k_groups * self.width..][..self.k_groups * self.width]
+        let panel_words = self.layout.panel_words(self.k_groups);
+        &words[panel * panel_words..][..panel_words]
     }
 }
 

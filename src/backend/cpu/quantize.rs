@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use super::gemm::{GemmInput, QuantParams};
-use super::packed::StorageFormat;
+use super::packed::{OperandLayout, ROWS_BEHIND, StorageFormat};
 use super::simd::{Isa, SimdOp, load_partial, store_partial_bf16};
 use super::workspace::{Matrix, SharedMatrix};
 
@@ -26,11 +26,11 @@ pub(super) enum SharedQuantizedRows<'a> {
 
 impl QuantizedRows {
     /// Acquires rows in `format`; `None` for f32. Their contents are unspecified.
-    pub(super) fn acquire(format: StorageFormat, rows: usize, columns: usize) -> Option<Self> {
+    pub(super) fn acquire(format: StorageFormat, layout: OperandLayout, rows: usize, columns: usize) -> Option<Self> {
         match format {
             StorageFormat::F32 => None,
-            StorageFormat::Bf16 => Some(Self::Bf16(acquire_bf16(rows, columns))),
-            StorageFormat::Int8 => Some(Self::Int8(Matrix::acquire(rows, columns), Matrix::acquire(1, rows))),
+            StorageFormat::Bf16 => Some(Self::Bf16(acquire_bf16(layout, rows, columns))),
+            StorageFormat::Int8 => Some(Self::Int8(acquire_rows(layout, rows, columns), Matrix::acquire(1, rows))),
         }
     }
 
@@ -48,15 +48,15 @@ impl QuantizedRows {
         }
     }
 
-    pub(super) fn gather_rows(&self, rows: &[u32]) -> Self {
+    pub(super) fn gather_rows(&self, layout: OperandLayout, rows: &[u32]) -> Self {
         match self {
-            Self::Bf16(from) => Self::Bf16(gather_rows(from, rows)),
+            Self::Bf16(from) => Self::Bf16(gather_rows(from, acquire_bf16(layout, rows.len(), from.columns()), rows)),
             Self::Int8(from, params) => {
                 let mut gathered = Matrix::acquire(1, rows.len());
                 for (to, &row) in gathered.row_mut(0).iter_mut().zip(rows) {
                     *to = params.row(0)[row as usize];
                 }
-                Self::Int8(gather_rows(from, rows), gathered)
+                Self::Int8(gather_rows(from, acquire_rows(layout, rows.len(), from.columns()), rows), gathered)
             }
         }
     }
@@ -67,17 +67,29 @@ pub(super) fn shared(quantized: &mut Option<QuantizedRows>) -> SharedQuantizedRo
     quantized.as_mut().map_or(SharedQuantizedRows::Unused, QuantizedRows::shared)
 }
 
-/// Acquires rows of bf16. With an odd number of columns, the padding value in each row's last k-group is set to zero. Its weight
-/// is zero, but that is not enough: 0 * NaN is NaN.
-pub(super) fn acquire_bf16(rows: usize, columns: usize) -> Matrix<u16> {
-    let mut matrix = Matrix::acquire(rows, columns);
-    if !columns.is_multiple_of(2) {
+/// Acquires rows of bf16. The padding values in each row's last k-group (in tiles: in its last step) are set to zero. Their
+/// weights are zero, but that is not enough: 0 * NaN is NaN.
+pub(super) fn acquire_bf16(layout: OperandLayout, rows: usize, columns: usize) -> Matrix<u16> {
+    let mut matrix = acquire_rows(layout, rows, columns);
+    let padded = columns.next_multiple_of(match layout {
+        OperandLayout::Vectors { .. } => 2,
+        OperandLayout::Tiles => 32,
+    });
+    if padded > columns {
         let stride = matrix.stride();
         for row in 0..rows {
-            matrix.as_mut_slice()[row * stride + columns] = 0;
+            matrix.as_mut_slice()[row * stride..][columns..padded].fill(0);
         }
     }
     matrix
+}
+
+/// Acquires rows of a GEMM's operand A.
+fn acquire_rows<T: bytemuck::Pod>(layout: OperandLayout, rows: usize, columns: usize) -> Matrix<T> {
+    match layout {
+        OperandLayout::Vectors { .. } => Matrix::acquire(rows, columns),
+        OperandLayout::Tiles => Matrix::acquire_odd(rows, columns, ROWS_BEHIND),
+    }
 }
 
 /// Views rows as a GEMM's operand A: k-groups of one 32-bit word each.
@@ -90,9 +102,8 @@ pub(super) fn gemm_input<'a, T: bytemuck::Pod>(rows: &'a Matrix<T>, params: &'a 
     }
 }
 
-/// Copies the rows with the given indices, in that order.
-pub(super) fn gather_rows<T: bytemuck::Pod>(from: &Matrix<T>, rows: &[u32]) -> Matrix<T> {
-    let mut to = Matrix::acquire(rows.len(), from.columns());
+/// Copies the rows with the given indices, in that order, to `to`, which has the same columns and stride.
+pub(super) fn gather_rows<T: bytemuck::Pod>(from: &Matrix<T>, mut to: Matrix<T>, rows: &[u32]) -> Matrix<T> {
     let (stride, from_stride) = (to.stride(), from.stride());
     for (i, &row) in rows.iter().enumerate() {
         // Copies the whole stride, including the padding of the row's last k-group.
@@ -203,7 +214,9 @@ mod tests {
                 let mut from = Matrix::<f32>::acquire(1, COLUMNS);
                 from.row_mut(0).iter_mut().zip(0..).for_each(|(x, i)| *x = i as f32 - 10.0);
                 from.row_mut(0)[at] = bad;
-                let mut quantized = QuantizedRows::acquire(StorageFormat::Int8, 1, COLUMNS).unwrap();
+                let mut quantized =
+                    QuantizedRows::acquire(StorageFormat::Int8, OperandLayout::Vectors { width: 16 }, 1, COLUMNS)
+                        .unwrap();
                 let to = quantized.shared();
                 path.enter(QuantizeRows { from: QuantizeSource::F32(&from), columns: COLUMNS, to, rows: 0..1 });
                 let QuantizedRows::Int8(_, params) = &quantized else { unreachable!("int8 was asked for") };

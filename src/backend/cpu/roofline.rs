@@ -1,5 +1,6 @@
 //! Measures the machine's peak rates of multiplications and additions, and chooses the instruction set by them: CPUID tells which
-//! instructions a processor has, not how fast they are. On Sapphire Rapids `vdpbf16ps` has a quarter of the rate of f32 FMA.
+//! instructions a processor has, not how fast they are. On Sapphire Rapids `vdpbf16ps` has a quarter of the rate of f32 FMA. Where a
+//! GEMM multiplies in tiles, the rate is that of tile products.
 
 use std::fmt;
 use std::hint::black_box;
@@ -9,8 +10,8 @@ use std::time::Instant;
 
 use super::dtype::CpuDtype;
 use super::gemm::{self, Dot};
-use super::packed::StorageFormat;
-use super::simd::{Isa, MAX_LANES, SimdOp, SimdPath};
+use super::packed::{OperandLayout, StorageFormat};
+use super::simd::{Isa, MAX_LANES, SimdOp, SimdPath, TILE_SIZE, TileOp, Tiles};
 use super::thread_pool::ThreadPool;
 
 /// Peak operations per second of the GEMM's multiply instructions on `threads` threads, measured on registers only. A
@@ -24,7 +25,7 @@ pub fn peak(dtype: CpuDtype, threads: usize) -> io::Result<f64> {
 
 pub(super) fn peak_of(format: StorageFormat, threads: usize) -> io::Result<f64> {
     /// K-groups per thread: some milliseconds on a current processor.
-    const K_GROUPS: usize = 2_000_000;
+    const K_GROUPS: usize = 2_048_000;
     let pool = ThreadPool::new(threads, false)?;
     let path = best_path();
     let _threads = pool.lock_threads();
@@ -33,9 +34,7 @@ pub(super) fn peak_of(format: StorageFormat, threads: usize) -> io::Result<f64> 
     let begun = Instant::now();
     run(K_GROUPS);
     let seconds = begun.elapsed().as_secs_f64();
-    let values = format.values_per_k_group();
-    let columns = path.panel_columns();
-    Ok((2 * values * K_GROUPS * 6 * columns * threads) as f64 / seconds)
+    Ok((2 * threads * multiplications(path, format, K_GROUPS)) as f64 / seconds)
 }
 
 /// The rate of multiplications in bf16 and int8, as a multiple of the rate in f32. Measured on registers of one thread.
@@ -85,26 +84,72 @@ pub(super) fn best_path() -> SimdPath {
 /// Multiplications per second of one thread in f32, bf16 and int8: the best of several short runs that take turns.
 fn multiplications_per_second(path: SimdPath) -> [f64; 3] {
     const RUNS: usize = 7;
-    const K_GROUPS: usize = 2_000;
+    const K_GROUPS: usize = 2_048;
     let formats = [StorageFormat::F32, StorageFormat::Bf16, StorageFormat::Int8];
     let mut best = [0f64; 3];
     for _ in 0..RUNS {
         for (best, format) in best.iter_mut().zip(formats) {
             let begun = Instant::now();
             run_register_tile(path, format, K_GROUPS);
-            *best = best.max((K_GROUPS * format.values_per_k_group()) as f64 / begun.elapsed().as_secs_f64());
+            *best = best.max(multiplications(path, format, K_GROUPS) as f64 / begun.elapsed().as_secs_f64());
         }
     }
     best
 }
 
+/// The multiplications of [`run_register_tile`].
+fn multiplications(path: SimdPath, format: StorageFormat, k_groups: usize) -> usize {
+    let per_k_group = match OperandLayout::of(path, format) {
+        OperandLayout::Vectors { width } => MICROKERNEL_ROWS * width,
+        OperandLayout::Tiles => TILE_REPEATS * TILE_SIZE * TILE_SIZE,
+    };
+    k_groups * per_k_group * format.values_per_k_group()
+}
+
+/// Multiplies `k_groups` k-groups without loads and stores, as the GEMM does in this format: in vectors or in tiles.
 fn run_register_tile(path: SimdPath, format: StorageFormat, k_groups: usize) {
+    if OperandLayout::of(path, format) == OperandLayout::Tiles {
+        return path
+            .enter_tiles(TileProducts { int8: format == StorageFormat::Int8, k_groups: TILE_REPEATS * k_groups });
+    }
     match format {
         StorageFormat::F32 => path.enter(RegisterTile { format: gemm::F32, k_groups }),
         StorageFormat::Bf16 => path.enter(RegisterTile { format: gemm::Bf16, k_groups }),
         StorageFormat::Int8 => path.enter(RegisterTile { format: gemm::Int8, k_groups }),
     }
 }
+
+/// Tile products of `k_groups` k-groups, in four independent sums.
+struct TileProducts {
+    int8: bool,
+    k_groups: usize,
+}
+
+impl TileOp for TileProducts {
+    #[inline(always)]
+    fn run<I: Isa, T: Tiles>(self, _: I, tiles: &mut T) {
+        for _ in 0..self.k_groups / (4 * TILE_SIZE) {
+            if self.int8 {
+                tiles.dot_int8::<0, 4, 6>();
+                tiles.dot_int8::<1, 4, 7>();
+                tiles.dot_int8::<2, 5, 6>();
+                tiles.dot_int8::<3, 5, 7>();
+            } else {
+                tiles.dot_bf16::<0, 4, 6>();
+                tiles.dot_bf16::<1, 4, 7>();
+                tiles.dot_bf16::<2, 5, 6>();
+                tiles.dot_bf16::<3, 5, 7>();
+            }
+        }
+    }
+}
+
+/// A tile unit multiplies as many k-groups more than the vector units in the same time (in which it has about as many sums), so
+/// that both are measured for a similar time.
+const TILE_REPEATS: usize = 8;
+
+/// Rows of the microkernel.
+const MICROKERNEL_ROWS: usize = 6;
 
 /// The microkernel's dot products without its loads and stores.
 struct RegisterTile<D> {
@@ -124,7 +169,7 @@ impl<D: Dot> SimdOp for RegisterTile<D> {
 impl<D: Dot> RegisterTile<D> {
     #[inline(always)]
     fn tile<I: Isa, const V: usize>(self, isa: I) {
-        let mut acc = [[isa.splat_bits(0); V]; 6];
+        let mut acc = [[isa.splat_bits(0); V]; MICROKERNEL_ROWS];
         let (a, b) = (isa.splat_bits(black_box(0)), isa.splat_bits(black_box(0)));
         for _ in 0..self.k_groups {
             for row in &mut acc {

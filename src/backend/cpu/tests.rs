@@ -13,8 +13,11 @@ use crate::batch::Pair;
 /// reports the others.
 fn on_every_path(test: &str, check: impl Fn(&CpuBackend, &Tolerance)) {
     let pool = Arc::new(ThreadPool::new(2, false).unwrap());
-    for path in SimdPath::supported() {
+    for path in SimdPath::supported().into_iter().chain(SimdPath::tile_twins()) {
         for dtype in [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8] {
+            if dtype == CpuDtype::F32 && SimdPath::tile_twins().contains(&path) {
+                continue; // f32 is not multiplied in tiles
+            }
             let backend = CpuBackend::on(path, dtype, Arc::clone(&pool));
             check(&backend, &Tolerance { dtype, label: format!("{test}, {}, {dtype:?}", path.name()) });
         }
@@ -68,7 +71,7 @@ impl CpuBackend {
         let columns = data.len() / rows;
         let mut f32_rows = Matrix::acquire(rows, columns);
         (0..rows).for_each(|row| f32_rows.row_mut(row).copy_from_slice(&data[row * columns..][..columns]));
-        let mut quantized = QuantizedRows::acquire(self.format, rows, columns);
+        let mut quantized = QuantizedRows::acquire(self.format, self.layout(), rows, columns);
         if let Some(quantized) = &mut quantized {
             self.quantize(&ExecContext::single_thread(), QuantizeSource::F32(&f32_rows), columns, quantized, rows);
         }

@@ -37,9 +37,17 @@ pub(super) struct Matrix<T> {
 impl<T: Pod> Matrix<T> {
     /// Acquires memory for a matrix from this thread's free list. The contents are unspecified, but initialized.
     pub(super) fn acquire(rows: usize, columns: usize) -> Self {
-        let stride = (columns * size_of::<T>()).next_multiple_of(64) / size_of::<T>();
-        let lines = acquire_lines((rows * stride * size_of::<T>()) / 64);
-        Self { lines, rows, columns, stride, element: PhantomData }
+        Self::with_stride(rows, columns, (columns * size_of::<T>()).div_ceil(64), 0)
+    }
+
+    /// [`Self::acquire`] with rows that are an odd number of cache lines apart, and memory for `behind` rows behind the last.
+    pub(super) fn acquire_odd(rows: usize, columns: usize, behind: usize) -> Self {
+        Self::with_stride(rows, columns, (columns * size_of::<T>()).div_ceil(64) | 1, behind)
+    }
+
+    fn with_stride(rows: usize, columns: usize, lines_per_row: usize, behind: usize) -> Self {
+        let lines = acquire_lines((rows + behind) * lines_per_row);
+        Self { lines, rows, columns, stride: lines_per_row * 64 / size_of::<T>(), element: PhantomData }
     }
 
     pub(super) fn rows(&self) -> usize {

@@ -6,9 +6,13 @@
 //! crate pulp). A value of an instruction set's type proves that this machine supports it, because only
 //! `detect` creates one.
 //!
+//! A path can also have a tile unit, behind the trait [`Tiles`]: kernels that use it are [`TileOp`]s.
+//!
 //! Vectors have 32-bit lanes. A lane of [`Isa::Floats`] is an f32; a lane of [`Isa::Bits`] is an f32, two bf16, four
 //! int8, or an i32 sum.
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -18,14 +22,20 @@ mod isa;
 mod neon;
 mod partial;
 mod portable;
+mod tiles;
 
 pub(super) use isa::{Accuracy, Isa, MAX_LANES, SimdOp, exp2};
 pub(super) use partial::{load_partial, load_partial_bf16, store_partial, store_partial_bf16};
 pub(super) use portable::Portable;
+pub(super) use tiles::{TILE_SIZE, TILE_WORDS, TileOp, Tiles};
+use tiles::{TileTwin, WithTiles};
 
 /// The supported instruction sets. One is chosen at start and named in the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum SimdPath {
+    /// Tiles for bf16 and int8, AVX-512 for everything else (Sapphire Rapids and later).
+    #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+    Amx(avx512::Avx512<true, true>, amx::Amx),
     /// AVX-512 with dot products of bf16 and int8 (Zen 4 and later, Sapphire Rapids and later).
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16(avx512::Avx512<true, true>),
@@ -52,6 +62,11 @@ pub(super) enum SimdPath {
     Neon(neon::Neon<false, false>),
     /// Plain Rust, which the compiler vectorizes for the target's baseline: SSE2 on x86-64.
     Portable(Portable),
+    /// For tests only: the bits of [`Self::Amx`] without a tile unit.
+    #[cfg(target_arch = "x86_64")]
+    Avx512TileTwin(avx512::Avx512<true, true>),
+    /// For tests only: as above, on any processor.
+    PortableTileTwin(Portable),
 }
 
 impl SimdPath {
@@ -60,7 +75,10 @@ impl SimdPath {
         let mut paths = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            paths.extend(avx512::Avx512::<true, true>::detect().map(Self::Avx512Bf16));
+            let avx512 = avx512::Avx512::<true, true>::detect();
+            #[cfg(target_os = "linux")]
+            paths.extend(avx512.zip(amx::Amx::detect()).map(|(avx512, amx)| Self::Amx(avx512, amx)));
+            paths.extend(avx512.map(Self::Avx512Bf16));
             paths.extend(avx512::Avx512::<false, true>::detect().map(Self::Avx512Vnni));
             paths.extend(avx512::Avx512::<false, false>::detect().map(Self::Avx512));
             paths.extend(avx2::Avx2::<true>::detect().map(Self::Avx2Vnni));
@@ -76,11 +94,19 @@ impl SimdPath {
         paths
     }
 
+    /// Every path with the portable twin of the tile unit that this machine can run, for tests.
+    pub(super) fn tile_twins() -> Vec<Self> {
+        let mut paths = vec![Self::PortableTileTwin(Portable)];
+        #[cfg(target_arch = "x86_64")]
+        paths.extend(avx512::Avx512::<true, true>::detect().map(Self::Avx512TileTwin));
+        paths
+    }
+
     /// The names of this architecture's paths that the machine cannot run.
     pub(super) fn missing() -> Vec<&'static str> {
         let all: &[&str] = match () {
             #[cfg(target_arch = "x86_64")]
-            () => &["AVX-512 BF16 VNNI", "AVX-512 VNNI", "AVX-512", "AVX2 VNNI", "AVX2"],
+            () => &["AMX, AVX-512 BF16 VNNI", "AVX-512 BF16 VNNI", "AVX-512 VNNI", "AVX-512", "AVX2 VNNI", "AVX2"],
             #[cfg(target_arch = "aarch64")]
             () => &["NEON BF16 I8MM", "NEON DotProd", "NEON"],
             #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
@@ -102,6 +128,11 @@ impl SimdPath {
     /// The name in logs.
     pub(super) fn name(self) -> &'static str {
         match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(..) => "AMX, AVX-512 BF16 VNNI",
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512TileTwin(_) => "tile twin, AVX-512 BF16 VNNI",
+            Self::PortableTileTwin(_) => "tile twin, portable",
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(_) => "AVX-512 BF16 VNNI",
             #[cfg(target_arch = "x86_64")]
@@ -125,6 +156,8 @@ impl SimdPath {
     /// Whether the path has an instruction for bf16 dot products. Otherwise they are computed with f32 instructions.
     pub(super) fn has_bf16(self) -> bool {
         match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(..) => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(_) => true,
             #[cfg(target_arch = "aarch64")]
@@ -133,7 +166,34 @@ impl SimdPath {
         }
     }
 
-    /// Columns of a panel of packed weights.
+    /// Whether the path multiplies bf16 and int8 in tiles.
+    pub(super) fn has_tiles(self) -> bool {
+        match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(..) => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512TileTwin(_) => true,
+            Self::PortableTileTwin(_) => true,
+            _ => false,
+        }
+    }
+
+    /// Runs `op` compiled for this path, with tile registers that are configured before and released after.
+    ///
+    /// # Panics
+    /// The path has no tiles.
+    pub(super) fn enter_tiles(self, op: impl TileOp) {
+        match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(isa, amx) => isa.enter(WithTiles { op, configure: || amx.configure() }),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512TileTwin(isa) => isa.enter(WithTiles { op, configure: TileTwin::new }),
+            Self::PortableTileTwin(isa) => isa.enter(WithTiles { op, configure: TileTwin::new }),
+            _ => unreachable!("the path has no tiles"),
+        }
+    }
+
+    /// Columns of a panel of packed weights that are not in tiles.
     pub(super) fn panel_columns(self) -> usize {
         struct Panel;
         impl SimdOp for Panel {
@@ -148,6 +208,11 @@ impl SimdPath {
     /// Runs `op` compiled for this path.
     pub(super) fn enter<O: SimdOp>(self, op: O) -> O::Output {
         match self {
+            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+            Self::Amx(isa, _) => isa.enter(op),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512TileTwin(isa) => isa.enter(op),
+            Self::PortableTileTwin(isa) => isa.enter(op),
             #[cfg(target_arch = "x86_64")]
             Self::Avx512Bf16(isa) => isa.enter(op),
             #[cfg(target_arch = "x86_64")]
