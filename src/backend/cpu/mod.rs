@@ -1,7 +1,7 @@
 //! The fast CPU backend: packed weights, SIMD kernels selected at run time, and a thread pool.
 //!
 //! Modules in reading order: `dtype` (precisions), `simd` (instruction sets), `packed` (layout of weights), `gemm` and its
-//! `epilogue`, `attention`, `rotary`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others),
+//! `epilogue`, `attention`, both once more for a tile unit (`tile_gemm`, `tile_attention`), `rotary`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others),
 //! `partition` (how a batch is split for the threads), `thread_pool`, `workspace` (scratch memory). [`roofline`] and
 //! [`gemm_benchmark`] are for benchmarks. This file implements [`Backend`].
 //!
@@ -122,8 +122,7 @@ impl CpuBackend {
     /// Computes what [`Self::new`] computes on a processor with Intel AMX, by a portable model of its instructions. Slow; for
     /// tests.
     pub fn with_tile_twin(dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {
-        let twin = SimdPath::tile_twins().pop().expect("there is a portable twin");
-        Self::on(twin, dtype, pool)
+        Self::on(SimdPath::tile_twin(), dtype, pool)
     }
 
     fn on(path: SimdPath, dtype: CpuDtype, pool: Arc<ThreadPool>) -> Self {

@@ -2,6 +2,7 @@
 //! sizes. GEMMs and attention must also be bitwise equal on one thread and on all threads.
 
 use candle_core::{Device, Tensor};
+use proptest::prelude::*;
 
 use super::activation;
 use super::simd::{Accuracy, Isa, SimdOp};
@@ -13,11 +14,8 @@ use crate::batch::Pair;
 /// reports the others.
 fn on_every_path(test: &str, check: impl Fn(&CpuBackend, &Tolerance)) {
     let pool = Arc::new(ThreadPool::new(2, false).unwrap());
-    for path in SimdPath::supported().into_iter().chain(SimdPath::tile_twins()) {
+    for path in SimdPath::supported().into_iter().chain([SimdPath::tile_twin()]) {
         for dtype in [CpuDtype::F32, CpuDtype::Bf16, CpuDtype::Int8] {
-            if dtype == CpuDtype::F32 && SimdPath::tile_twins().contains(&path) {
-                continue; // f32 is not multiplied in tiles
-            }
             let backend = CpuBackend::on(path, dtype, Arc::clone(&pool));
             check(&backend, &Tolerance { dtype, label: format!("{test}, {}, {dtype:?}", path.name()) });
         }
@@ -132,6 +130,10 @@ fn gemms_match_the_reference() {
             (3, 2100, 17),
             (2, 4100, 9),
             (390, 1030, 16),
+            // In tiles: partial steps, blocks and panels; more than a slab of rows.
+            (33, 96, 64),
+            (70, 161, 40),
+            (530, 40, 33),
         ];
         for (m, k, n) in sizes {
             let (x, w, b) = (numbers(&mut random, m * k), numbers(&mut random, n * k), numbers(&mut random, n));
@@ -195,6 +197,69 @@ fn gemms_match_the_reference() {
             }
         }
     });
+}
+
+/// The sums of the tile path have the bits that the definition of the tile product has, whatever the blocks, sweeps and slabs are.
+/// So a row's result depends on nothing but the row.
+#[test]
+fn sums_in_tiles_have_the_bits_of_the_definition() {
+    let pool = Arc::new(ThreadPool::new(3, false).unwrap());
+    let backend = CpuBackend::with_tile_twin(CpuDtype::Bf16, Arc::clone(&pool));
+    let mut random = fastrand::Rng::with_seed(16);
+    // One step and a part of one; one sweep of 32 steps; sweeps of 24 and 9, of 24, 24 and 1 steps; more than a slab of rows.
+    for (m, k, n) in [(1, 3, 1), (33, 47, 40), (70, 1024, 33), (65, 1030, 70), (40, 1540, 32), (515, 1030, 33)] {
+        let (x, w, b) = (numbers(&mut random, m * k), numbers(&mut random, n * k), numbers(&mut random, n));
+        let residual = numbers(&mut random, m * n);
+        let sum = |row: usize, column: usize| {
+            let (x, w) = (&x[row * k..][..k], &w[column * k..][..k]);
+            x.chunks(32).zip(w.chunks(32)).fold(0f32, |sum, (x, w)| {
+                let mut chains = [0f32; 2];
+                x.iter().zip(w).enumerate().for_each(|(i, (x, w))| chains[i % 2] = x.mul_add(*w, chains[i % 2]));
+                sum + (chains[0] + chains[1])
+            })
+        };
+        let expected: Vec<f32> = (0..m * n).map(|i| sum(i / n, i % n) + b[i % n] + residual[i]).collect();
+        let weights = backend.linear(tensor(&[n, k], &w), tensor(&[n], &b), LayerRole::Encoder).unwrap();
+        let residual = backend.buffer(m, &residual);
+        for ctx in &backend.contexts() {
+            let x = backend.buffer(m, &x);
+            let ours = backend.apply(ctx, &weights, 0..n, &x, Epilogue::Residual(&residual)).unwrap();
+            assert_eq!(bits(&values(&ours)), bits(&expected), "{m} x {k} x {n}");
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Attention in tiles and what follows from it have the same bits for a sequence alone and among others.
+    #[test]
+    fn attention_in_tiles_is_batch_invariant(
+        lengths in prop::collection::vec(1usize..90, 1..5),
+        parts in 1usize..=4,
+        window in prop::option::of(0usize..40),
+        dtype in prop::sample::select(vec![CpuDtype::Bf16, CpuDtype::Int8]),
+        seed in any::<u64>(),
+    ) {
+        let backend = CpuBackend::with_tile_twin(dtype, Arc::new(ThreadPool::new(3, false).unwrap()));
+        let (shape, c) = (AttentionShape { heads: 2, head_size: 32 * parts }, 64 * parts);
+        let mut random = fastrand::Rng::with_seed(seed);
+        let batch = |lengths: &[usize]| Batch::pack(&lengths.iter().map(|&n| Pair::new(vec![0; n], vec![0; n])).collect::<Vec<_>>());
+        let all = batch(&lengths);
+        let qkv = numbers(&mut random, all.tokens() * 3 * c);
+        let attend = |ctx, batch: &Batch, qkv: &[f32]| {
+            let qkv = backend.attention_input(batch.tokens(), qkv);
+            values(&backend.attention(ctx, shape, window, &qkv, batch).unwrap())
+        };
+        let [single_thread, all_threads] = backend.contexts();
+        let together = attend(&single_thread, &all, &qkv);
+        prop_assert_eq!(bits(&together), bits(&attend(&all_threads, &all, &qkv)));
+        for (rows, &length) in all.ranges().zip(&lengths) {
+            let own = &qkv[rows.start * 3 * c..rows.end * 3 * c];
+            let alone = attend(&all_threads, &batch(&[length]), own);
+            prop_assert_eq!(bits(&together[rows.start * c..rows.end * c]), bits(&alone));
+        }
+    }
 }
 
 /// Compares the bf16 approximation of GELU with the f32 one, which `gemms_match_the_reference` compares with candle.
@@ -272,6 +337,8 @@ fn attention_matches_the_reference() {
             (2, 32, &[1, 127, 128, 129]),
             (1, 64, &[511, 513, 24, 25]),
             (1, 80, &[33]),
+            (2, 96, &[33, 47]),
+            (1, 128, &[31, 300]),
             (1, 130, &[20, 1100]),
         ] {
             let shape = AttentionShape { heads, head_size: d };

@@ -94,12 +94,13 @@ impl SimdPath {
         paths
     }
 
-    /// Every path with the portable twin of the tile unit that this machine can run, for tests.
-    pub(super) fn tile_twins() -> Vec<Self> {
-        let mut paths = vec![Self::PortableTileTwin(Portable)];
+    /// The path with the portable twin of the tile unit, for tests. Its vectors are those of [`Self::Amx`] if the machine has them.
+    pub(super) fn tile_twin() -> Self {
         #[cfg(target_arch = "x86_64")]
-        paths.extend(avx512::Avx512::<true, true>::detect().map(Self::Avx512TileTwin));
-        paths
+        if let Some(avx512) = avx512::Avx512::<true, true>::detect() {
+            return Self::Avx512TileTwin(avx512);
+        }
+        Self::PortableTileTwin(Portable)
     }
 
     /// The names of this architecture's paths that the machine cannot run.

@@ -98,16 +98,23 @@ impl Tiles for TileTwin {
     #[inline(always)]
     fn dot_bf16<const SUMS: usize, const A: usize, const B: usize>(&mut self) {
         let (a, b) = (self.0[A], self.0[B]);
+        let mut b_values = [[[0f32; 2]; TILE_SIZE]; TILE_SIZE];
+        for (values, words) in b_values.iter_mut().zip(&b) {
+            for (values, &word) in values.iter_mut().zip(words) {
+                *values = bf16_pair(word);
+            }
+        }
         for (sums, a) in self.0[SUMS].iter_mut().zip(&a) {
-            let (mut even, mut odd) = ([0f32; TILE_SIZE], [0f32; TILE_SIZE]);
-            for (&a, b) in a.iter().zip(&b) {
-                for n in 0..TILE_SIZE {
-                    even[n] = flushed_fma(low(a), low(b[n]), even[n]);
-                    odd[n] = flushed_fma(high(a), high(b[n]), odd[n]);
+            let mut chains = [[0f32; 2]; TILE_SIZE];
+            for (&a, b) in a.iter().zip(&b_values) {
+                let a = bf16_pair(a);
+                for (chain, b) in chains.iter_mut().zip(b) {
+                    chain[0] = flush(a[0].mul_add(b[0], chain[0]));
+                    chain[1] = flush(a[1].mul_add(b[1], chain[1]));
                 }
             }
-            for n in 0..TILE_SIZE {
-                sums[n] = flushed_add(f32::from_bits(sums[n]), flushed_add(even[n], odd[n])).to_bits();
+            for (sum, [even, odd]) in sums.iter_mut().zip(chains) {
+                *sum = flush(flush(f32::from_bits(*sum)) + flush(even + odd)).to_bits();
             }
         }
     }
@@ -127,16 +134,10 @@ impl Tiles for TileTwin {
     }
 }
 
-/// The first of two bf16 values.
+/// Both bf16 values of a word, subnormals as zeros.
 #[inline(always)]
-fn low(word: u32) -> f32 {
-    f32::from_bits(word << 16)
-}
-
-/// The second of two bf16 values.
-#[inline(always)]
-fn high(word: u32) -> f32 {
-    f32::from_bits(word & 0xffff_0000)
+fn bf16_pair(word: u32) -> [f32; 2] {
+    [word << 16, word & 0xffff_0000].map(|bits| flush(f32::from_bits(bits)))
 }
 
 /// x, or a zero of its sign if x is subnormal.
@@ -146,12 +147,54 @@ fn flush(x: f32) -> f32 {
     f32::from_bits(if bits & 0x7f80_0000 == 0 { bits & 0x8000_0000 } else { bits })
 }
 
-#[inline(always)]
-fn flushed_add(a: f32, b: f32) -> f32 {
-    flush(flush(a) + flush(b))
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-#[inline(always)]
-fn flushed_fma(a: f32, b: f32, c: f32) -> f32 {
-    flush(flush(a).mul_add(flush(b), flush(c)))
+    /// One product of tiles whose words are all equal.
+    fn product(int8: bool, sum: u32, a: u32, b: u32) -> u32 {
+        let mut tiles = TileTwin([[[0; TILE_SIZE]; TILE_SIZE]; 8]);
+        (tiles.0[0], tiles.0[1], tiles.0[2]) =
+            ([[sum; TILE_SIZE]; TILE_SIZE], [[a; TILE_SIZE]; TILE_SIZE], [[b; TILE_SIZE]; TILE_SIZE]);
+        if int8 {
+            tiles.dot_int8::<0, 1, 2>()
+        } else {
+            tiles.dot_bf16::<0, 1, 2>()
+        }
+        assert!(tiles.0[0].iter().flatten().all(|&word| word == tiles.0[0][0][0]));
+        tiles.0[0][0][0]
+    }
+
+    /// A pair of equal bf16 values. `x` is exact in bf16.
+    fn pair(x: f32) -> u32 {
+        x.to_bits() | x.to_bits() >> 16
+    }
+
+    #[test]
+    fn the_twin_computes_the_instructions_documented_arithmetic() {
+        let bf16 = |sum: f32, a: f32, b: f32| f32::from_bits(product(false, sum.to_bits(), pair(a), pair(b)));
+        // 32 products. Those of a chain are summed before they meet the sum: 16 times 2^-24 one by one would leave 1 as it is.
+        let small = 2f32.powi(-12);
+        assert_eq!(bf16(1.0, small, small), 1.0 + 2f32.powi(-19));
+        assert_eq!(bf16(1.5, 2.0, -3.0), 1.5 - 192.0);
+        // Subnormal inputs, sums and results are zero.
+        let (subnormal, smallest) = (f32::from_bits(0x0040_0000), f32::MIN_POSITIVE);
+        assert_eq!(bf16(0.0, subnormal, 2f32.powi(100)), 0.0);
+        assert_eq!(bf16(subnormal, 0.0, 0.0), 0.0);
+        assert_eq!(bf16(-smallest, 2f32.powi(-66), 2f32.powi(-66)), -smallest);
+        assert!(bf16(0.0, f32::INFINITY, 0.0).is_nan());
+        // A product is not rounded before it is added: the subnormal 2^-127 counts beside 2^-126.
+        let (mut tiles, small) = (TileTwin::new(), |n: i32| pair(2f32.powi(n)) & 0xffff);
+        (tiles.0[1][0][0], tiles.0[1][0][1]) = (small(-63), small(-63));
+        (tiles.0[2][0][0], tiles.0[2][1][0]) = (small(-63), small(-64));
+        tiles.dot_bf16::<0, 1, 2>();
+        assert_eq!(f32::from_bits(tiles.0[0][0][0]), 1.5 * smallest);
+    }
+
+    #[test]
+    fn the_twins_int8_sums_are_unsigned_times_signed_and_wrap() {
+        assert_eq!(product(true, 5, 0xffff_ffff, 0x8080_8080).cast_signed(), 5 - 64 * 255 * 128);
+        assert_eq!(product(true, 0, 0x0403_0201, 0x0102_0304), 16 * 20);
+        assert_eq!(product(true, i32::MAX.cast_unsigned(), 0x0000_0001, 0x0000_0001), 0x8000_000f);
+    }
 }
