@@ -52,15 +52,17 @@ impl Amx {
                 Some(amx)
             }
             Err(AmxRefusal::Missing) => None,
-            Err(refusal @ AmxRefusal::Permission(_)) => {
-                tracing::info!("not using AMX: {refusal}; falling back to AVX-512");
-                None
-            }
-            Err(refusal @ AmxRefusal::WrongResults) => {
+            Err(refusal) => {
                 tracing::warn!("not using AMX: {refusal}; falling back to AVX-512");
                 None
             }
         })
+    }
+
+    /// For tests, after `amx_emulator::install`.
+    #[cfg(test)]
+    pub(super) fn emulated() -> Self {
+        Self(())
     }
 
     /// Configures this thread's tile registers.

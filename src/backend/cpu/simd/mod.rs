@@ -13,6 +13,8 @@
 
 #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
 mod amx;
+#[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+mod amx_emulator;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -101,6 +103,17 @@ impl SimdPath {
             return Self::Avx512TileTwin(avx512);
         }
         Self::PortableTileTwin(Portable)
+    }
+
+    /// The AMX path, for tests. Without a tile unit its instructions are emulated. `None` without AVX-512.
+    #[cfg(all(test, target_arch = "x86_64", target_os = "linux"))]
+    pub(super) fn amx_or_emulated() -> Option<Self> {
+        let avx512 = avx512::Avx512::<true, true>::detect()?;
+        let amx = amx::Amx::detect().unwrap_or_else(|| {
+            amx_emulator::install();
+            amx::Amx::emulated()
+        });
+        Some(Self::Amx(avx512, amx))
     }
 
     /// The names of this architecture's paths that the machine cannot run.
