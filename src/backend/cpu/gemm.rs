@@ -180,12 +180,12 @@ impl Dot for Int8 {
 }
 
 /// A GEMM's epilogue: converts sums to values, and stores them.
-pub(super) struct GemmEpilogue<'a, D> {
+pub(super) struct SumsEpilogue<'a, D> {
     pub(super) gemm: &'a Gemm<'a>,
     pub(super) format: D,
 }
 
-impl<D: Dot> GemmEpilogue<'_, D> {
+impl<D: Dot> SumsEpilogue<'_, D> {
     /// Runs the epilogue of a tile with `sums`, `[rows, width]`; a panel has `vectors` vectors. The epilogues of encoder layers
     /// are specialized.
     ///
@@ -323,7 +323,7 @@ impl<D: Dot> SimdOp for GemmLoops<'_, D> {
     fn run<I: Isa>(self, isa: I) {
         let (k_groups, width) = (self.gemm.weights.k_groups, self.gemm.weights.width);
         assert_eq!(self.gemm.weights.layout, OperandLayout::Vectors { width: I::PANEL_COLUMNS });
-        let epilogue = GemmEpilogue { gemm: self.gemm, format: self.format };
+        let epilogue = SumsEpilogue { gemm: self.gemm, format: self.format };
         if k_groups <= BLOCK_K_GROUPS {
             let mut tile = Tile([0; TILE_ROWS * MAX_PANEL_COLUMNS]);
             for panel in self.panels.clone() {

@@ -26,7 +26,7 @@
 use std::ops::Range;
 
 use super::epilogue::OutputRows;
-use super::gemm::{Bf16, Dot, Gemm, GemmEpilogue, Int8};
+use super::gemm::{Bf16, Dot, Gemm, Int8, SumsEpilogue};
 use super::packed::{OperandLayout, ROWS_BEHIND, StorageFormat, TILE_PANEL_COLUMNS};
 use super::simd::{Isa, SimdPath, TILE_SIZE, TILE_WORDS, TileOp, Tiles};
 use super::workspace::Matrix;
@@ -260,7 +260,7 @@ impl<D: TileDot> TileGemm<'_, D> {
         }
         pending.rows.start = rows.end;
         let sums = &sums.0[(rows.start - pending.start) * TILE_PANEL_COLUMNS..];
-        let epilogue = GemmEpilogue { gemm: self.gemm, format: self.format };
+        let epilogue = SumsEpilogue { gemm: self.gemm, format: self.format };
         // SAFETY: the panel and the rows are the GEMM's, and only this thread computes these outputs.
         unsafe { epilogue.run(isa, sums, pending.panel, rows, TILE_PANEL_COLUMNS / I::LANES) };
     }
