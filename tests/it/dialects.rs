@@ -69,6 +69,10 @@ async fn voyage_requests_get_its_response_shape() {
             .await;
     assert_eq!(plain.json()["data"], json!([{"index": 0, "relevance_score": sigmoid(-1.0)}]));
     assert_eq!(plain.json()["object"], "rerank", "list is only for requests with Voyage's fields");
+    for (field, value) in [("top_k", json!(1)), ("truncation", json!(false))] {
+        let one = rerank(&app, json!({"model": "m", "query": "apple", "documents": ["x"], field: value})).await;
+        assert_eq!(one.json()["object"], "list", "{field} alone is Voyage's");
+    }
     check_error(
         &rerank(&app, json!({"model": "m", "query": "q", "documents": ["x"], "top_k": 0})).await,
         400,
