@@ -65,7 +65,8 @@ impl Client {
         Self { key_name: Some(key_name.into()), ..self }
     }
 
-    /// This client as `id`, with what `old` has left of each rate limit that both have.
+    /// This client with the id `id`. A rate limit that `old` has with the same amount continues with what is left of it; another one
+    /// starts full.
     #[must_use]
     pub fn continuing(&self, old: Option<&Self>, id: ClientId) -> Self {
         let limit = |new: &Option<Arc<RateLimit>>, old: Option<&Arc<RateLimit>>| match (new, old) {

@@ -83,10 +83,12 @@ async fn measure(server: &ServerProcess, wire: &[u8]) -> Row {
     Row { status, cpu_s: of(watch.cpu_seconds(), cpu), client_cpu_s: of(own.cpu_seconds(), client_cpu), memory_mib }
 }
 
-/// Sends the bytes while reading, and returns the status of the first answer, or what happened instead.
+/// Sends the bytes while reading, and returns the status of the first answer, or what happened instead. Reads one answer, or all
+/// of them if a request asks for the connection to be closed.
 async fn send(address: &str, wire: &[u8]) -> String {
     let Ok(stream) = connect(address).await else { return "no connection".to_owned() };
     let (mut reader, mut writer) = stream.into_split();
+    let until_closed = wire.windows(17).any(|bytes| bytes == b"connection: close");
     let wire = wire.to_vec();
     let writing = tokio::spawn(async move {
         writer.write_all(&wire).await.ok();
@@ -97,10 +99,11 @@ async fn send(address: &str, wire: &[u8]) -> String {
     loop {
         let mut buffer = [0; 16 << 10];
         match tokio::time::timeout_at(deadline.into(), reader.read(&mut buffer)).await {
-            Ok(Ok(0) | Err(_)) | Err(_) => break,
+            Ok(Ok(0) | Err(_)) => break,
+            Err(_) => return "timeout".to_owned(),
             Ok(Ok(n)) => answer.extend_from_slice(&buffer[..n]),
         }
-        if is_complete(&answer) {
+        if !until_closed && is_complete(&answer) {
             break;
         }
     }
@@ -171,7 +174,10 @@ fn inputs() -> Vec<(&'static str, Vec<u8>)> {
         ("F25 key of 1 MB", get(format!("authorization: Bearer {}", "k".repeat(MIB)))),
         ("F27 101 headers", get((0..101).map(|i| format!("x-{i}: 1\r\n")).collect::<String>().trim_end().to_owned())),
         ("F29 200,000 chunks of 1 byte", chunked(&vec![b' '; 200_000], 1)),
-        ("F31 1,000 pipelined requests", get(String::new()).repeat(1000)),
+        (
+            "F31 1,000 pipelined requests",
+            [get("accept: */*".to_owned()).repeat(999), get("connection: close".to_owned())].concat(),
+        ),
         (
             "rank_fields beside fields",
             rerank(&json!({"model": MODEL, "query": "q", "documents": [fields], "rank_fields": names(200_000)}).to_string()),

