@@ -18,6 +18,7 @@ use crate::config::machine::Machine;
 use crate::config::resolve::QueueSettings;
 use crate::eval::bm25::Bm25;
 use crate::eval::{Measures, Topic, TopicOptions, topics};
+use crate::loading::source::{BUILTIN, ModelLocation, NEXT_STEP};
 use crate::rerank::{RerankRequest, rerank};
 use crate::served::Models;
 use crate::telemetry;
@@ -107,6 +108,9 @@ pub(super) fn run(args: &EvalArgs) -> Result<(), Failure> {
         write_per_query(path, &topics, &rankers).map_err(Failure::Other)?;
     }
     print(&summary(&rankers, &args.recall_at, topics.len()))?;
+    if settings.sources.iter().all(|source| source.location == ModelLocation::Builtin) {
+        tracing::info!("{BUILTIN} is the built-in demonstration model; {NEXT_STEP}");
+    }
     match picture {
         Some(picture) => {
             let data = args.topics.file_name().unwrap_or(args.topics.as_os_str()).to_string_lossy();

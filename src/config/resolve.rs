@@ -14,7 +14,7 @@ use crate::backend::cpu::CpuDtype;
 #[cfg(feature = "cuda")]
 use crate::backend::cuda::{CudaDtype, CudaOptions, GemmChoice};
 use crate::client::RateLimits;
-use crate::loading::source::{BUILTIN, ModelSource};
+use crate::loading::source::{BUILTIN, ModelSource, NEXT_STEP};
 use crate::loading::{DeviceChoice, LoadOptions};
 use crate::scheduler::SchedulerLimits;
 use crate::text::{Tail, TextLimits};
@@ -109,7 +109,7 @@ impl ModelArgs {
         let mut names: Vec<&str> = self.models.iter().map(String::as_str).filter(|model| !model.is_empty()).collect();
         if names.is_empty() {
             notices.push(Notice::Info(format!(
-                "no --model given: loading {BUILTIN}, the built-in demonstration model; `rerankd models` lists more accurate models"
+                "no --model given: loading {BUILTIN}, the built-in demonstration model; {NEXT_STEP}"
             )));
             names.push(BUILTIN);
         }

@@ -40,6 +40,10 @@ pub struct ModelSource {
 /// The model that is embedded in the binary. It is served without `--model`.
 pub const BUILTIN: &str = "rerankd-mini";
 
+/// What to use in place of the embedded model, for messages about it.
+pub const NEXT_STEP: &str = "for real use take --model cross-encoder/ettin-reranker-32m-v1 (English, on a CPU) or \
+    --model BAAI/bge-reranker-v2-m3 (100 languages, on a GPU); `rerankd models` lists all";
+
 /// Where a model's files are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ModelLocation {

@@ -160,6 +160,21 @@ fn completions_and_manual_pages_name_every_command() {
 }
 
 #[test]
+fn eval_of_the_built_in_model_alone_names_models_for_real_use() {
+    let folder = tempfile::tempdir().unwrap();
+    let topics = folder.path().join("topics.jsonl").display().to_string();
+    std::fs::write(&topics, r#"{"query":"capital of France","positive":["Paris"],"negative":["Berlin"]}"#).unwrap();
+    let log = |models: &[&str]| {
+        let output = run(&[&["eval", &topics], models].concat(), "");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let pointer = "built-in demonstration model; for real use take --model";
+    assert!(log(&["--model", "rerankd-mini"]).contains(pointer));
+    assert!(!log(&["--model", "rerankd-mini", "--model", &model()]).contains(pointer));
+}
+
+#[test]
 fn eval_and_bench_draw_pictures() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).display().to_string();
