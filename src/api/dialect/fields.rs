@@ -336,3 +336,17 @@ impl<T: Copy> Visitor<'_> for WordVisitor<T> {
         word.map(|&(_, value)| Some(value)).ok_or_else(|| E::invalid_value(Unexpected::Str(text), &self))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_out_of_range_is_refused_with_the_range() {
+        let message = |value, min, max| in_range("field", Some(value), min, max).unwrap_err().to_string();
+        assert!(message(0, 1, i64::MAX).contains("is 0; expected at least 1"));
+        assert!(message(81, 0, 80).contains("is 81; expected 0 to 80"));
+        assert_eq!(in_range("field", Some(80), 0, 80).unwrap(), Some(80));
+        assert_eq!(in_range("field", None, 0, 80).unwrap(), None);
+    }
+}
