@@ -349,4 +349,18 @@ mod tests {
         assert_eq!(in_range("field", Some(80), 0, 80).unwrap(), Some(80));
         assert_eq!(in_range("field", None, 0, 80).unwrap(), None);
     }
+
+    #[test]
+    fn the_length_of_a_field_name_is_limited() {
+        let parse = |bytes: usize| serde_json::from_str::<RankFields>(&format!("[\"{}\"]", "a".repeat(bytes)));
+        assert!(parse(MAX_RANK_FIELD_BYTES).is_ok());
+        assert!(parse(MAX_RANK_FIELD_BYTES + 1).is_err());
+    }
+
+    #[test]
+    fn of_a_field_that_a_document_has_twice_the_first_is_read() {
+        let mut object = serde_json::Deserializer::from_str(r#"{"a": 1, "b": "x", "a": "first", "a": "second"}"#);
+        let texts = WantedTexts(&["a".to_owned()]).deserialize(&mut object).unwrap();
+        assert_eq!(texts, [Some("first".to_owned())]);
+    }
 }
