@@ -136,7 +136,11 @@ fn a_low_limit_on_open_files_lowers_the_cap_and_leaves_room_for_health_checks() 
     let server = Server::start_with_file_limit(300, &[]);
     let _silent: Vec<TcpStream> = (0..250).map(|_| connect(&server)).collect();
     assert!(get(&server, "/health").starts_with("HTTP/1.1 200"));
-    assert_eq!(server.scores(BODY).len(), 2);
+    // Idle connections that were told to close may still hold their slots.
+    let deadline = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !server.rerank(BODY).starts_with("HTTP/1.1 200") {
+        assert!(std::time::Instant::now() < deadline, "no idle connection makes room");
+    }
 }
 
 // Finding I: unfinished headers of up to 500 kB were outside every budget.
