@@ -90,6 +90,7 @@ fn every_metric_appears_after_matching_traffic_and_no_other() {
         if samples(&text).get("rerankd_connections") == Some(&1.0) || Instant::now() > deadline {
             break text;
         }
+        std::thread::sleep(Duration::from_millis(20));
     };
     assert!(!text.contains("secret"), "a key is in the metrics");
     let samples = samples(&text);

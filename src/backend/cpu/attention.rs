@@ -19,9 +19,11 @@
 
 use std::ops::Range;
 
+use super::attention_format::AttentionFormat;
 use super::epilogue::OutputRows;
-use super::gemm::{self, Dot, Operands};
-use super::simd::{Accuracy, Isa, MAX_LANES, SimdOp, SimdPath, exp2, store_partial, store_partial_bf16};
+use super::gemm::{self, Operands};
+use super::simd::{Isa, SimdOp, SimdPath, store_partial, store_partial_bf16};
+use super::softmax::{KeyBlock, RowSoftmax};
 use super::workspace::Matrix;
 use crate::backend::AttentionShape;
 
@@ -57,58 +59,6 @@ pub(super) struct Attention<'a, T> {
     pub(super) output: OutputRows<'a>,
 }
 
-/// A storage format for attention: adds to [`Dot`] what packing and softmax need.
-pub(super) trait AttentionFormat: Dot {
-    /// The type of a stored number of Q, K or V, or of a weight.
-    type Value: bytemuck::Pod;
-    /// Numbers in a k-group (see `packed.rs`).
-    const VALUES_PER_K_GROUP: usize;
-    /// Accuracy of the softmax's exponentials.
-    const ACCURACY: Accuracy;
-    const INSTANCE: Self;
-
-    /// The value's bits, in the low bits of a word.
-    fn bits(value: Self::Value) -> u32;
-
-    /// # Safety
-    /// `to` is valid for writes of `min(n, LANES)` values.
-    unsafe fn store<I: Isa>(isa: I, to: *mut Self::Value, n: usize, x: I::Floats);
-}
-
-impl AttentionFormat for gemm::F32 {
-    type Value = f32;
-    const VALUES_PER_K_GROUP: usize = 1;
-    const ACCURACY: Accuracy = Accuracy::F32;
-    const INSTANCE: Self = Self;
-
-    #[inline(always)]
-    fn bits(value: f32) -> u32 {
-        value.to_bits()
-    }
-    #[inline(always)]
-    unsafe fn store<I: Isa>(isa: I, to: *mut f32, n: usize, x: I::Floats) {
-        // SAFETY: guaranteed by the caller.
-        unsafe { store_partial(isa, to, n, x) }
-    }
-}
-
-impl AttentionFormat for gemm::Bf16 {
-    type Value = u16;
-    const VALUES_PER_K_GROUP: usize = 2;
-    const ACCURACY: Accuracy = Accuracy::Bf16;
-    const INSTANCE: Self = Self;
-
-    #[inline(always)]
-    fn bits(value: u16) -> u32 {
-        value.into()
-    }
-    #[inline(always)]
-    unsafe fn store<I: Isa>(isa: I, to: *mut u16, n: usize, x: I::Floats) {
-        // SAFETY: guaranteed by the caller.
-        unsafe { store_partial_bf16(isa, to, n, x) }
-    }
-}
-
 impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
     /// Computes one head of one sequence for `queries`, which are indices relative to the sequence's first query.
     ///
@@ -121,6 +71,11 @@ impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
         head: usize,
         queries: Range<usize>,
     ) {
+        path.enter(HeadAttention::<E>(self.part(sequence, head, queries)));
+    }
+
+    /// Checks and returns one head of one sequence for `queries`, which are indices relative to the sequence's first query.
+    pub(super) fn part(&self, sequence: usize, head: usize, queries: Range<usize>) -> AttentionPart<'_, T> {
         let Sequence { queries: all, keys } = &self.sequences[sequence];
         let c = self.shape.heads * self.shape.head_size;
         assert!(head < self.shape.heads && queries.end <= all.len() && !keys.is_empty());
@@ -128,27 +83,72 @@ impl<T: bytemuck::Pod + Send + Sync> Attention<'_, T> {
         assert!(self.kv.columns() >= c + self.k_start.max(self.v_start));
         let first_query = all.start;
         let queries = all.start + queries.start..all.start + queries.end;
-        path.enter(HeadAttention::<E> { attention: self, head, first_query, queries, keys: keys.clone() });
+        AttentionPart { attention: self, head, first_query, queries, keys: keys.clone() }
     }
 }
 
-/// One head of one sequence.
-struct HeadAttention<'a, E: AttentionFormat> {
-    attention: &'a Attention<'a, E::Value>,
-    head: usize,
+/// One head of one sequence, for some of its queries.
+pub(super) struct AttentionPart<'a, T> {
+    pub(super) attention: &'a Attention<'a, T>,
+    pub(super) head: usize,
     /// The row of the query at position 0.
-    first_query: usize,
-    queries: Range<usize>,
-    keys: Range<usize>,
+    pub(super) first_query: usize,
+    /// Rows of `q`.
+    pub(super) queries: Range<usize>,
+    /// Rows of `kv`.
+    pub(super) keys: Range<usize>,
 }
+
+impl<T: bytemuck::Pod> AttentionPart<'_, T> {
+    /// The positions of the keys that the queries in `rows` of `q` attend to, rounded to multiples of `step`.
+    pub(super) fn visible_keys(&self, rows: Range<usize>, step: usize) -> Range<usize> {
+        let (first, last) = (rows.start - self.first_query, rows.end - self.first_query);
+        match self.attention.window {
+            None => 0..self.keys.len(),
+            Some(window) => {
+                let start = first.saturating_sub(window) / step * step;
+                start..self.keys.len().min((last + window).next_multiple_of(step))
+            }
+        }
+    }
+
+    /// The factor of a weight's exponent: `weight = 2^((score - max) factor)`.
+    pub(super) fn exponent_factor(&self) -> f32 {
+        std::f32::consts::LOG2_E / (self.attention.shape.head_size as f32).sqrt()
+    }
+
+    /// Stores a query's output: its context divided by its sum of weights.
+    ///
+    /// # Safety
+    /// `query` is a row of `q`, `context` is valid for whole vectors up to the head size, and no other thread accesses this part of
+    /// the output at the same time.
+    #[inline(always)]
+    pub(super) unsafe fn store<I: Isa>(&self, isa: I, query: usize, context: *const f32, sum: f32) {
+        let Attention { shape: AttentionShape { head_size: d, .. }, output, .. } = *self.attention;
+        let (column, inverse) = (self.head * d, isa.splat(1.0 / sum));
+        for at in (0..d).step_by(I::LANES) {
+            // SAFETY: guaranteed by the caller. The output has C columns, and D of them are this head's.
+            unsafe {
+                let value = isa.mul(isa.load(context.add(at)), inverse);
+                match output {
+                    OutputRows::F32(to) => store_partial(isa, to.row(query).add(column + at), d - at, value),
+                    OutputRows::Bf16(to) => store_partial_bf16(isa, to.row(query).add(column + at), d - at, value),
+                }
+            }
+        }
+    }
+}
+
+struct HeadAttention<'a, E: AttentionFormat>(AttentionPart<'a, E::Value>);
 
 impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<I: Isa>(self, isa: I) {
-        let Attention { shape, window, q, kv, k_start, v_start, output, .. } = *self.attention;
-        let (d, column, keys) = (shape.head_size, self.head * shape.head_size, self.keys.len());
+        let Self(part) = self;
+        let Attention { shape, window, q, kv, k_start, v_start, .. } = *part.attention;
+        let (d, column, keys) = (shape.head_size, part.head * shape.head_size, part.keys.len());
         let k_groups = d.div_ceil(E::VALUES_PER_K_GROUP);
         let key_panels = keys.div_ceil(I::PANEL_COLUMNS);
         let value_k_groups = keys.div_ceil(E::VALUES_PER_K_GROUP);
@@ -167,22 +167,22 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
         let mut scores = Matrix::<f32>::acquire(BLOCK_QUERIES, block_keys + 16);
         let mut weights = Matrix::<E::Value>::acquire(BLOCK_QUERIES, block_keys + 32);
         let mut context = Matrix::<f32>::acquire(BLOCK_QUERIES, value_panels * value_width);
-        let (mut row_max, mut row_sum) = ([0f32; BLOCK_QUERIES], [0f32; BLOCK_QUERIES]);
+        let mut softmax = [RowSoftmax::default(); BLOCK_QUERIES];
         let packed_keys = packed_keys.as_mut_slice();
         let packed_values = packed_values.as_mut_slice();
         let packed_queries = packed_queries.as_mut_slice();
 
-        pack_keys::<I, E>(isa, kv, self.keys.clone(), k_start + column, d, packed_queries, packed_keys);
+        pack_keys::<I, E>(isa, kv, part.keys.clone(), k_start + column, d, packed_queries, packed_keys);
         for panel in 0..value_panels {
             let to = &mut packed_values[panel * value_k_groups * value_width..][..value_k_groups * value_width];
             let first = panel * value_width;
             let columns = v_start + column + first..v_start + column + d.min(first + value_width);
-            pack_values::<E>(kv, self.keys.clone(), columns, value_width, to);
+            pack_values::<E>(kv, part.keys.clone(), columns, value_width, to);
         }
 
-        let factor = std::f32::consts::LOG2_E / (d as f32).sqrt();
-        for block in (self.queries.start..self.queries.end).step_by(BLOCK_QUERIES) {
-            let rows = BLOCK_QUERIES.min(self.queries.end - block);
+        let (factor, columns) = (part.exponent_factor(), value_panels * value_width);
+        for block in part.queries.clone().step_by(BLOCK_QUERIES) {
+            let rows = BLOCK_QUERIES.min(part.queries.end - block);
             let (words, words_stride) = if whole_k_groups::<E>(d, column) {
                 (q.row(block)[column..].as_ptr().cast::<u32>(), q.stride() / E::VALUES_PER_K_GROUP)
             } else {
@@ -192,19 +192,12 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                 }
                 (packed_queries.as_ptr(), k_groups)
             };
-            let position = block - self.first_query;
-            let read_keys = match window {
-                None => 0..keys,
-                // Rounded to whole panels.
-                Some(window) => {
-                    let first = position.saturating_sub(window) / I::PANEL_COLUMNS * I::PANEL_COLUMNS;
-                    first..keys.min((position + rows + window).next_multiple_of(I::PANEL_COLUMNS))
-                }
-            };
+            let position = block - part.first_query;
+            let read_keys = part.visible_keys(block..block + rows, I::PANEL_COLUMNS);
             let mut next_key = read_keys.start;
             while next_key < read_keys.end {
                 let first_key = next_key;
-                let first = first_key == read_keys.start;
+                let is_first = first_key == read_keys.start;
                 // Blocks end at multiples of their size, wherever the first one starts.
                 next_key = read_keys.end.min((first_key / BLOCK_KEYS + 1) * BLOCK_KEYS);
                 let n = next_key - first_key;
@@ -230,25 +223,10 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                             gemm::multiply(isa, E::INSTANCE, operands, tile.len(), vectors);
                         }
                     }
-                    for row in 0..rows {
-                        let old_max = if first { f32::NEG_INFINITY } else { row_max[row] };
-                        let (scores, to) = (scores.shared().row(row), weights.shared().row(row));
-                        let (new_max, sum) = match window {
-                            None => softmax_block::<I, E>(isa, scores, n, factor, old_max, to),
-                            Some(window) => {
-                                let visible = (position + row).saturating_sub(window)..position + row + window + 1;
-                                let visible = visible.start.clamp(first_key, next_key) - first_key
-                                    ..visible.end.clamp(first_key, next_key) - first_key;
-                                softmax_window::<I, E>(isa, scores, n, visible, factor, old_max, to)
-                            }
-                        };
-                        row_max[row] = new_max;
-                        if first {
-                            row_sum[row] = sum;
-                            continue;
-                        }
-                        let (maxima, columns) = ([old_max, new_max], value_panels * value_width);
-                        add_block(isa, maxima, factor, &mut row_sum[row], sum, context.shared().row(row), columns);
+                    let keys = KeyBlock { keys: first_key..next_key, is_first, window, factor, columns };
+                    for (row, softmax) in softmax.iter_mut().enumerate().take(rows) {
+                        let (scores, weights) = (scores.shared().row(row), weights.shared().row(row));
+                        keys.add::<I, E>(isa, position + row, softmax, scores, weights, context.shared().row(row));
                     }
                     for panel in 0..value_panels {
                         let group = panel * value_k_groups + first_key / E::VALUES_PER_K_GROUP;
@@ -260,7 +238,7 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                                 k_groups: n.div_ceil(E::VALUES_PER_K_GROUP),
                                 sums: context.shared().row(tile.start).add(panel * value_width).cast(),
                                 sums_stride: context.stride(),
-                                accumulate: !first,
+                                accumulate: !is_first,
                                 prefetch: std::ptr::null(),
                                 prefetch_stride: 0,
                             };
@@ -269,180 +247,11 @@ impl<E: AttentionFormat> SimdOp for HeadAttention<'_, E> {
                     }
                 }
             }
-            for (row, sum) in row_sum.iter().enumerate().take(rows) {
-                let inverse = isa.splat(1.0 / sum);
-                for at in (0..d).step_by(I::LANES) {
-                    // SAFETY: the output has C columns, d of them are this head's, and no other thread writes them.
-                    unsafe {
-                        let value = isa.mul(isa.load(context.shared().row(row).add(at)), inverse);
-                        match output {
-                            OutputRows::F32(to) => {
-                                store_partial(isa, to.row(block + row).add(column + at), d - at, value)
-                            }
-                            OutputRows::Bf16(to) => {
-                                store_partial_bf16(isa, to.row(block + row).add(column + at), d - at, value)
-                            }
-                        }
-                    }
-                }
+            for (row, softmax) in softmax.iter().enumerate().take(rows) {
+                // SAFETY: the context has a row for each query of the block.
+                unsafe { part.store(isa, block + row, context.shared().row(row), softmax.sum) };
             }
         }
-    }
-}
-
-/// Adds a block's sum of weights to a query's, and rescales both the query's sum and its context, `[columns]`, from the old
-/// maximum to the new one.
-///
-/// # Safety
-/// `context` is valid for reads and writes of whole vectors up to `columns`.
-#[inline(always)]
-pub(super) unsafe fn add_block<I: Isa>(
-    isa: I,
-    [old_max, new_max]: [f32; 2],
-    factor: f32,
-    row_sum: &mut f32,
-    sum: f32,
-    context: *mut f32,
-    columns: usize,
-) {
-    if new_max == old_max {
-        // Nothing to rescale. While no key has been visible, both are -infinity.
-        *row_sum += sum;
-        return;
-    }
-    let rescale = exp2(isa, isa.splat((old_max - new_max) * factor), Accuracy::F32);
-    *row_sum = *row_sum * isa.reduce_max(rescale) + sum;
-    for at in (0..columns).step_by(I::LANES) {
-        // SAFETY: guaranteed by the caller.
-        unsafe { isa.store(context.add(at), isa.mul(isa.load(context.add(at)), rescale)) };
-    }
-}
-
-/// Unnormalized softmax of one query's scores for a block of keys: `weight = 2^((score - max) factor)`, where `max`
-/// includes `old_max`, the maximum of earlier blocks. Returns `max` and the sum of the block's weights.
-///
-/// # Safety
-/// `scores` has n values. It is valid for reads, and `to` for writes, up to the end of the last vector.
-#[inline(always)]
-pub(super) unsafe fn softmax_block<I: Isa, E: AttentionFormat>(
-    isa: I,
-    scores: *const f32,
-    n: usize,
-    factor: f32,
-    old_max: f32,
-    to: *mut E::Value,
-) -> (f32, f32) {
-    let whole = n / I::LANES * I::LANES;
-    // SAFETY: guaranteed by the caller.
-    unsafe {
-        // Four independent maxima, because a single one would be limited by instruction latency.
-        let mut parts = [isa.splat(old_max); 4];
-        let unrolled = whole / (4 * I::LANES) * (4 * I::LANES);
-        for at in (0..unrolled).step_by(4 * I::LANES) {
-            for (i, part) in parts.iter_mut().enumerate() {
-                *part = isa.max(*part, isa.load(scores.add(at + i * I::LANES)));
-            }
-        }
-        for at in (unrolled..whole).step_by(I::LANES) {
-            parts[0] = isa.max(parts[0], isa.load(scores.add(at)));
-        }
-        let mut max = isa.max(isa.max(parts[0], parts[1]), isa.max(parts[2], parts[3]));
-        let last = if whole < n {
-            isa.first_lanes(isa.load(scores.add(whole)), n - whole, f32::NEG_INFINITY)
-        } else {
-            isa.splat(f32::NEG_INFINITY)
-        };
-        max = isa.max(max, last);
-        let max = isa.reduce_max(max);
-        let (scale, shift) = (isa.splat(factor), isa.splat(-max * factor));
-        let mut sum = isa.splat(0.0);
-        for at in (0..whole).step_by(I::LANES) {
-            let weight = exp2_with_accuracy::<I, E>(isa, isa.fma(isa.load(scores.add(at)), scale, shift));
-            sum = isa.add(sum, weight);
-            E::store(isa, to.add(at), I::LANES, weight);
-        }
-        if whole < n {
-            let weight = exp2_with_accuracy::<I, E>(isa, isa.fma(last, scale, shift));
-            let weight = isa.first_lanes(weight, n - whole, 0.0);
-            sum = isa.add(sum, weight);
-            // Stores a whole vector: its zeros pad the last k-group.
-            E::store(isa, to.add(whole), I::LANES, weight);
-        }
-        (max, isa.reduce_sum(sum))
-    }
-}
-
-/// [`softmax_block`] where only the keys in `visible` have weights; those of the other keys are zero. Without any visible key
-/// it returns `old_max` and 0.
-///
-/// # Safety
-/// As for [`softmax_block`]; `scores` must also be valid for writes.
-#[inline(always)]
-pub(super) unsafe fn softmax_window<I: Isa, E: AttentionFormat>(
-    isa: I,
-    scores: *mut f32,
-    n: usize,
-    visible: Range<usize>,
-    factor: f32,
-    old_max: f32,
-    to: *mut E::Value,
-) -> (f32, f32) {
-    // From the first vector with a visible key to the last.
-    let (start, end) = match visible.is_empty() {
-        true => (0, 0),
-        false => (visible.start / I::LANES * I::LANES, visible.end.next_multiple_of(I::LANES)),
-    };
-    // SAFETY: guaranteed by the caller: both are valid up to the end of the last vector.
-    unsafe {
-        for at in (0..start).step_by(I::LANES).chain((end..n).step_by(I::LANES)) {
-            E::store(isa, to.add(at), I::LANES, isa.splat(0.0));
-        }
-        let mut max = isa.splat(old_max);
-        for at in (start..end).step_by(I::LANES) {
-            if at < visible.start || at + I::LANES > visible.end {
-                for hidden in (at..visible.start).chain(visible.end.max(at)..at + I::LANES) {
-                    *scores.add(hidden) = f32::NEG_INFINITY;
-                }
-            }
-            max = isa.max(max, isa.load(scores.add(at)));
-        }
-        if end == start {
-            return (old_max, 0.0);
-        }
-        let max = isa.reduce_max(max);
-        let (scale, shift) = (isa.splat(factor), isa.splat(-max * factor));
-        let mut sum = isa.splat(0.0);
-        for at in (start..end).step_by(I::LANES) {
-            let mut weight = exp2_with_accuracy::<I, E>(isa, isa.fma(isa.load(scores.add(at)), scale, shift));
-            if at < visible.start || at + I::LANES > visible.end {
-                weight = isa.first_lanes(weight, visible.end.saturating_sub(at).min(I::LANES), 0.0);
-                weight = without_first_lanes(isa, weight, visible.start.saturating_sub(at));
-            }
-            sum = isa.add(sum, weight);
-            E::store(isa, to.add(at), I::LANES, weight);
-        }
-        (max, isa.reduce_sum(sum))
-    }
-}
-
-/// x with zeros in its first n lanes.
-#[inline(always)]
-fn without_first_lanes<I: Isa>(isa: I, x: I::Floats, n: usize) -> I::Floats {
-    let mut lanes = [0f32; MAX_LANES];
-    // SAFETY: the array has room for the widest vector.
-    unsafe {
-        isa.store(lanes.as_mut_ptr(), x);
-        lanes[..n].fill(0.0);
-        isa.load(lanes.as_ptr())
-    }
-}
-
-/// `2^x`, as accurate as the storage format requires.
-#[inline(always)]
-fn exp2_with_accuracy<I: Isa, E: AttentionFormat>(isa: I, x: I::Floats) -> I::Floats {
-    match E::ACCURACY {
-        Accuracy::F32 => exp2(isa, x, Accuracy::F32),
-        Accuracy::Bf16 => isa.exp2_for_bf16(x),
     }
 }
 

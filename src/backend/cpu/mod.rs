@@ -1,8 +1,9 @@
 //! The fast CPU backend: packed weights, SIMD kernels selected at run time, and a thread pool.
 //!
 //! Modules in reading order: `dtype` (precisions), `simd` (instruction sets), `packed` (layout of weights), `gemm` and its
-//! `epilogue`, `attention`, both once more for a tile unit (`tile_gemm`, `tile_attention`), `rotary`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others),
-//! `partition` (how a batch is split for the threads), `thread_pool`, `workspace` (scratch memory). [`roofline`] and
+//! `epilogue`, `attention` with its formats and its `softmax`, both once more for a tile unit (`tile_gemm`, `tile_attention`),
+//! `rotary`, `layer_norm`, `quantize` (storage formats of activations), `activation` (GELU and others), `partition` (how a batch
+//! is split for the threads), `exec_context` (threads of a run), `thread_pool`, `workspace` (scratch memory). [`roofline`] and
 //! [`gemm_benchmark`] are for benchmarks. This file implements [`Backend`].
 //!
 //! Batches are split into partitions of up to 512 tokens. A thread runs the whole graph on a partition, without barriers.
@@ -21,8 +22,10 @@
 
 mod activation;
 mod attention;
+mod attention_format;
 mod dtype;
 mod epilogue;
+mod exec_context;
 mod gemm;
 pub mod gemm_benchmark;
 mod layer_norm;
@@ -32,12 +35,15 @@ mod quantize;
 pub mod roofline;
 mod rotary;
 mod simd;
+mod softmax;
 mod table;
 #[cfg(test)]
 mod tests;
 mod thread_pool;
 mod tile_attention;
 mod tile_gemm;
+#[cfg(test)]
+mod tile_tests;
 mod workspace;
 
 use std::ops::Range;
@@ -47,6 +53,8 @@ use std::time::Instant;
 use self::attention::{Attention, Sequence};
 pub use self::dtype::CpuDtype;
 use self::epilogue::OutputRows;
+pub use self::exec_context::ExecContext;
+use self::exec_context::run_partitions;
 use self::gemm::Gemm;
 use self::layer_norm::{LayerNorm, NormRows};
 use self::packed::{OperandLayout, PackedWeights, StorageFormat};
@@ -71,13 +79,6 @@ pub struct CpuBackend {
     path: SimdPath,
     format: StorageFormat,
     pool: Arc<ThreadPool>,
-}
-
-/// How a run of a graph executes its operations: on the calling thread, or each operation split over all threads.
-#[derive(Debug)]
-pub struct ExecContext {
-    /// The threads that operations are split over; `None` for the calling thread only.
-    pool: Option<Arc<ThreadPool>>,
 }
 
 /// Activations `[rows, columns]`: as f32, as bf16 or int8 (`quantized`), or both.
@@ -156,11 +157,11 @@ impl CpuBackend {
     /// Computes a GEMM, split over the context's threads by panels, and also by rows if there are few panels.
     fn gemm(&self, ctx: &ExecContext, gemm: &Gemm<'_>) {
         let (panels, rows) = (gemm.panels(), gemm.input.rows);
-        let Some(pool) = &ctx.pool else {
+        if ctx.threads() == 1 {
             // SAFETY: only this thread writes the output.
             return unsafe { self.gemm_part(gemm, panels, 0..rows) };
-        };
-        let blocks = (4 * pool.threads()).div_ceil(panels.len()).min(rows.div_ceil(MIN_SPLIT_ROWS));
+        }
+        let blocks = (4 * ctx.threads()).div_ceil(panels.len()).min(rows.div_ceil(MIN_SPLIT_ROWS));
         ctx.split(panels.len() * blocks, |units| {
             for unit in units {
                 let (panel, block) = (panels.start + unit / blocks, unit % blocks);
@@ -274,7 +275,7 @@ impl CpuBackend {
         let heads = attention.shape.heads;
         let all = attention.sequences.len() * heads;
         let lengths: Vec<usize> = attention.sequences.iter().map(|sequence| sequence.queries.len()).collect();
-        let threads = ctx.pool.as_ref().map_or(1, |pool| pool.threads());
+        let threads = ctx.threads();
         let parts = if threads == 1 { 1 } else { (2 * threads).div_ceil(all) };
         ctx.split(all * parts, |units| {
             // Units are disjoint heads or queries of the output.
@@ -292,30 +293,6 @@ impl CpuBackend {
 
 /// If a GEMM is split by rows, the number of parts is at most `rows / MIN_SPLIT_ROWS`, rounded up.
 const MIN_SPLIT_ROWS: usize = 24;
-
-impl ExecContext {
-    /// Runs operations on the calling thread only.
-    fn single_thread() -> Self {
-        Self { pool: None }
-    }
-
-    /// Splits operations over all threads of `pool`.
-    fn all_threads(pool: &Arc<ThreadPool>) -> Self {
-        Self { pool: (pool.threads() > 1).then(|| Arc::clone(pool)) }
-    }
-
-    /// Splits `0..n` into contiguous ranges, one per thread, and calls `f` with each on its thread. Empty ranges are skipped.
-    fn split(&self, n: usize, f: impl Fn(Range<usize>) + Sync) {
-        let Some(pool) = &self.pool else { return f(0..n) };
-        let threads = pool.threads();
-        pool.broadcast(&|thread| {
-            let part = n * thread / threads..n * (thread + 1) / threads;
-            if !part.is_empty() {
-                f(part);
-            }
-        });
-    }
-}
 
 impl Backend for CpuBackend {
     type ExecContext = ExecContext;
@@ -368,40 +345,15 @@ impl Backend for CpuBackend {
 
     fn run(&self, batch: &Batch, graph: Graph<'_, Self>) -> Result<Vec<f32>, BackendError> {
         let lengths: Vec<usize> = batch.ranges().map(|rows| rows.len()).collect();
-        let partitioning = partition_batch(&lengths, self.pool.threads());
         let outcome = Mutex::new((vec![f32::NAN; lengths.len()], Ok(())));
-        let compute = |ctx: &ExecContext, partition: &[usize]| {
+        run_partitions(&self.pool, &partition_batch(&lengths, self.pool.threads()), |ctx, partition| {
             let logits = graph(ctx, &batch.select(partition));
             let mut outcome = outcome.lock().unwrap_or_else(PoisonError::into_inner);
             match logits {
                 Ok(logits) => partition.iter().zip(logits).for_each(|(&sequence, logit)| outcome.0[sequence] = logit),
                 Err(error) => outcome.1 = Err(error),
             }
-        };
-        let _threads = self.pool.lock_threads();
-        let all_threads = ExecContext::all_threads(&self.pool);
-        for partition in &partitioning.shared {
-            compute(&all_threads, partition);
-        }
-        // Work stealing: a thread that has finished its own partitions continues with those of other threads.
-        let queues: Vec<Mutex<&[partition::Partition]>> =
-            partitioning.per_thread.iter().map(|partitions| Mutex::new(&partitions[..])).collect();
-        let pop = |owner: usize| {
-            let mut queue = queues[owner].lock().unwrap_or_else(PoisonError::into_inner);
-            let (first, rest) = queue.split_first()?;
-            *queue = rest;
-            Some(first)
-        };
-        if partitioning.per_thread.iter().any(|partitions| !partitions.is_empty()) {
-            self.pool.broadcast(&|thread| {
-                let ctx = ExecContext::single_thread();
-                for owner in (0..queues.len()).map(|i| (thread + i) % queues.len()) {
-                    while let Some(partition) = pop(owner) {
-                        compute(&ctx, partition);
-                    }
-                }
-            });
-        }
+        });
         let (logits, outcome) = outcome.into_inner().unwrap_or_else(PoisonError::into_inner);
         outcome.map(|()| logits)
     }
@@ -585,7 +537,7 @@ impl Timed for CpuBackend {
     type Event = (Instant, f64);
 
     fn record_event(&self, ctx: &ExecContext) -> Result<(Instant, f64), BackendError> {
-        let share = if ctx.pool.is_some() { 1.0 } else { 1.0 / self.pool.threads() as f64 };
+        let share = ctx.threads() as f64 / self.pool.threads() as f64;
         Ok((Instant::now(), share))
     }
 

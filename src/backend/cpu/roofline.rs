@@ -144,8 +144,8 @@ impl TileOp for TileProducts {
     }
 }
 
-/// A tile unit multiplies as many k-groups more than the vector units in the same time (in which it has about as many sums), so
-/// that both are measured for a similar time.
+/// Tile products for each k-group that is asked for. A product has about as many sums as the microkernel, and the tile unit computes
+/// this many in the microkernel's time: so measuring takes a similar time in tiles and in vectors.
 const TILE_REPEATS: usize = 8;
 
 /// Rows of the microkernel.

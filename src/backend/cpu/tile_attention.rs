@@ -15,11 +15,11 @@
 
 use std::ops::Range;
 
-use super::attention::{Attention, Sequence, add_block, pack_values, softmax_block, softmax_window};
-use super::epilogue::OutputRows;
+use super::attention::{Attention, AttentionPart, pack_values};
 use super::gemm::Bf16;
 use super::packed::ROWS_BEHIND;
-use super::simd::{Isa, SimdPath, TILE_SIZE, TILE_WORDS, TileOp, Tiles, store_partial, store_partial_bf16};
+use super::simd::{Isa, SimdPath, TILE_SIZE, TILE_WORDS, TileOp, Tiles};
+use super::softmax::{KeyBlock, RowSoftmax};
 use super::workspace::Matrix;
 
 /// Keys of a block: its scores and weights stay in the L1 cache.
@@ -47,35 +47,21 @@ pub(super) unsafe fn compute(
     head: usize,
     queries: Range<usize>,
 ) {
-    let Sequence { queries: all, keys } = &attention.sequences[sequence];
-    let c = attention.shape.heads * attention.shape.head_size;
-    assert!(head < attention.shape.heads && queries.end <= all.len() && !keys.is_empty());
-    assert!(all.end <= attention.q.rows() && keys.end <= attention.kv.rows() && attention.q.columns() >= c);
-    assert!(attention.kv.columns() >= c + attention.k_start.max(attention.v_start));
     assert!(is_head_size_tiled(attention.shape.head_size));
     for matrix in [attention.q, attention.kv] {
         assert!(matrix.as_slice().len() >= (matrix.rows() + ROWS_BEHIND) * matrix.stride());
     }
-    let first_query = all.start;
-    let queries = all.start + queries.start..all.start + queries.end;
-    path.enter_tiles(TileHead { attention, head, first_query, queries, keys: keys.clone() });
+    path.enter_tiles(TileAttention(attention.part(sequence, head, queries)));
 }
 
-/// One head of one sequence.
-struct TileHead<'a> {
-    attention: &'a Attention<'a, u16>,
-    head: usize,
-    /// The row of the query at position 0.
-    first_query: usize,
-    queries: Range<usize>,
-    keys: Range<usize>,
-}
+struct TileAttention<'a>(AttentionPart<'a, u16>);
 
-impl TileOp for TileHead<'_> {
+impl TileOp for TileAttention<'_> {
     #[inline(always)]
     fn run<I: Isa, T: Tiles>(self, isa: I, tiles: &mut T) {
-        let Attention { shape, window, q, output, .. } = *self.attention;
-        let (d, column, keys) = (shape.head_size, self.head * shape.head_size, self.keys.len());
+        let part = &self.0;
+        let Attention { shape, window, q, .. } = *part.attention;
+        let (d, column, keys) = (shape.head_size, part.head * shape.head_size, part.keys.len());
         let padded_keys = keys.next_multiple_of(STEP_KEYS);
         let block_keys = padded_keys.min(TILED_BLOCK_KEYS);
         let mut packed_keys = Matrix::<u32>::acquire(keys.div_ceil(TILE_SIZE), d / 2 * TILE_SIZE);
@@ -84,7 +70,7 @@ impl TileOp for TileHead<'_> {
         let mut scores = Matrix::<f32>::acquire(TILE_SIZE, block_keys + 16);
         let mut weights = Matrix::<u16>::acquire(TILE_SIZE, block_keys + 32);
         let mut context = Matrix::<f32>::acquire(TILE_SIZE, d + 16);
-        let (mut row_max, mut row_sum) = ([0f32; TILE_SIZE], [0f32; TILE_SIZE]);
+        let mut softmax = [RowSoftmax::default(); TILE_SIZE];
         self.pack(isa, &mut packed_keys, &mut packed_values);
         let strides = (scores.stride(), weights.stride() / 2, context.stride());
         let (scores_stride, weights_stride, context_stride) = strides;
@@ -92,18 +78,11 @@ impl TileOp for TileHead<'_> {
         let (packed_keys, packed_values) = (packed_keys.shared(), packed_values.shared());
 
         let is_near = keys <= NEAR_KEYS;
-        let factor = std::f32::consts::LOG2_E / (d as f32).sqrt();
-        for block in self.queries.clone().step_by(TILE_SIZE) {
-            let rows = TILE_SIZE.min(self.queries.end - block);
-            let position = block - self.first_query;
-            let read_keys = match window {
-                None => 0..keys,
-                // Rounded to whole steps.
-                Some(window) => {
-                    let first = position.saturating_sub(window) / STEP_KEYS * STEP_KEYS;
-                    first..keys.min((position + rows + window).next_multiple_of(STEP_KEYS))
-                }
-            };
+        let factor = part.exponent_factor();
+        for block in part.queries.clone().step_by(TILE_SIZE) {
+            let rows = TILE_SIZE.min(part.queries.end - block);
+            let position = block - part.first_query;
+            let read_keys = part.visible_keys(block..block + rows, STEP_KEYS);
             let mut next_key = read_keys.start;
             while next_key < read_keys.end {
                 let first_key = next_key;
@@ -122,27 +101,12 @@ impl TileOp for TileHead<'_> {
                         let to = scores.row(0).add(tile * TILE_SIZE).cast();
                         score_tile(tiles, keys, d / STEP_KEYS, is_near, to, scores_stride);
                     }
-                    for row in 0..rows {
-                        let old_max = if is_first { f32::NEG_INFINITY } else { row_max[row] };
-                        let (scores, to) = (scores.row(row), weights.row(row));
-                        let (new_max, sum) = match window {
-                            None => softmax_block::<I, Bf16>(isa, scores, n, factor, old_max, to),
-                            Some(window) => {
-                                let visible = (position + row).saturating_sub(window)..position + row + window + 1;
-                                let visible = visible.start.clamp(first_key, next_key) - first_key
-                                    ..visible.end.clamp(first_key, next_key) - first_key;
-                                softmax_window::<I, Bf16>(isa, scores, n, visible, factor, old_max, to)
-                            }
-                        };
-                        let written = n.next_multiple_of(I::LANES);
-                        to.add(written).write_bytes(0, n.next_multiple_of(STEP_KEYS) - written);
-                        row_max[row] = new_max;
-                        if is_first {
-                            row_sum[row] = sum;
-                        } else {
-                            let maxima = [old_max, new_max];
-                            add_block(isa, maxima, factor, &mut row_sum[row], sum, context.row(row), d);
-                        }
+                    let keys = KeyBlock { keys: first_key..next_key, is_first, window, factor, columns: d };
+                    let written = n.next_multiple_of(I::LANES);
+                    for (row, softmax) in softmax.iter_mut().enumerate().take(rows) {
+                        let (scores, weights) = (scores.row(row), weights.row(row));
+                        keys.add::<I, Bf16>(isa, position + row, softmax, scores, weights, context.row(row));
+                        weights.add(written).write_bytes(0, n.next_multiple_of(STEP_KEYS) - written);
                     }
                     for first in (0..d).step_by(4 * TILE_SIZE) {
                         let columns = ContextColumns {
@@ -162,35 +126,22 @@ impl TileOp for TileHead<'_> {
                     }
                 }
             }
-            for (row, sum) in row_sum.iter().enumerate().take(rows) {
-                let inverse = isa.splat(1.0 / sum);
-                for at in (0..d).step_by(I::LANES) {
-                    // SAFETY: the output has C columns, d of them are this head's, and no other thread writes them.
-                    unsafe {
-                        let value = isa.mul(isa.load(context.row(row).add(at)), inverse);
-                        match output {
-                            OutputRows::F32(to) => {
-                                store_partial(isa, to.row(block + row).add(column + at), d - at, value)
-                            }
-                            OutputRows::Bf16(to) => {
-                                store_partial_bf16(isa, to.row(block + row).add(column + at), d - at, value)
-                            }
-                        }
-                    }
-                }
+            for (row, softmax) in softmax.iter().enumerate().take(rows) {
+                // SAFETY: the context has a row for each query of the block.
+                unsafe { part.store(isa, block + row, context.row(row), softmax.sum) };
             }
         }
     }
 }
 
-impl TileHead<'_> {
+impl TileAttention<'_> {
     /// Packs the head's keys, a row of tiles for each 16 keys, and its values, a row of tiles for each 16 columns.
     #[inline(always)]
     fn pack<I: Isa>(&self, isa: I, packed_keys: &mut Matrix<u32>, packed_values: &mut Matrix<u32>) {
-        let Attention { shape, kv, k_start, v_start, .. } = *self.attention;
-        let (d, column) = (shape.head_size, self.head * shape.head_size);
+        let Attention { shape, kv, k_start, v_start, .. } = *self.0.attention;
+        let (d, column) = (shape.head_size, self.0.head * shape.head_size);
         let keys = packed_keys.shared();
-        for (tile, key) in self.keys.clone().step_by(TILE_SIZE).enumerate() {
+        for (tile, key) in self.0.keys.clone().step_by(TILE_SIZE).enumerate() {
             for first in (0..TILE_SIZE).step_by(I::LANES) {
                 // SAFETY: K has LANES rows from here on (`compute` has checked those behind the last) and d columns. A row of packed
                 // keys is `[d / 2, 16]` words.
@@ -200,11 +151,11 @@ impl TileHead<'_> {
                 }
             }
         }
-        let pairs = self.keys.len().div_ceil(2);
+        let pairs = self.0.keys.len().div_ceil(2);
         for panel in 0..d / TILE_SIZE {
             let first = v_start + column + panel * TILE_SIZE;
             let (to, padding) = packed_values.row_mut(panel).split_at_mut(pairs * TILE_SIZE);
-            pack_values::<Bf16>(kv, self.keys.clone(), first..first + TILE_SIZE, TILE_SIZE, to);
+            pack_values::<Bf16>(kv, self.0.keys.clone(), first..first + TILE_SIZE, TILE_SIZE, to);
             padding.fill(0);
         }
     }
